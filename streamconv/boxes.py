@@ -1,0 +1,142 @@
+"""Boxes: hyper-rectangles of an index space, and the check that some of them tile it exactly.
+
+A box is ``offsets`` and ``sizes`` counted in elements, as in torch's DCP. Everything here is a pure
+function of integers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Box:
+    """The elements ``offsets[d] <= i[d] < offsets[d] + sizes[d]`` for every dimension ``d``."""
+
+    offsets: Shape
+    sizes: Shape
+
+    def __post_init__(self) -> None:
+        if len(self.offsets) != len(self.sizes):
+            raise ValueError(f"offsets {self.offsets} and sizes {self.sizes} differ in rank")
+        if any(v < 0 for v in (*self.offsets, *self.sizes)):
+            raise ValueError(f"negative box: offsets {self.offsets}, sizes {self.sizes}")
+
+    @staticmethod
+    def whole(shape: Shape) -> Box:
+        """Return the box that is all of ``shape``."""
+        return Box((0,) * len(shape), shape)
+
+    @property
+    def ends(self) -> Shape:
+        """Return the first index past the box in every dimension."""
+        return tuple(o + s for o, s in zip(self.offsets, self.sizes, strict=True))
+
+    @property
+    def numel(self) -> int:
+        """Return the number of elements."""
+        return math.prod(self.sizes)
+
+    def inside(self, shape: Shape) -> bool:
+        """Whether the box fits into a tensor of ``shape``."""
+        return len(shape) == len(self.sizes) and all(
+            e <= s for e, s in zip(self.ends, shape, strict=True)
+        )
+
+    def intersect(self, other: Box) -> Box | None:
+        """Return what both share, or None where they share no element."""
+        if self.numel == 0 or other.numel == 0:
+            return None
+        lo = tuple(map(max, self.offsets, other.offsets))
+        hi = tuple(map(min, self.ends, other.ends))
+        sizes = tuple(b - a for a, b in zip(lo, hi, strict=True))
+        return Box(lo, sizes) if all(s > 0 for s in sizes) else None
+
+    def __str__(self) -> str:
+        return (
+            "[" + ", ".join(f"{o}:{e}" for o, e in zip(self.offsets, self.ends, strict=True)) + "]"
+        )
+
+
+def contiguous_strides(shape: Shape) -> Shape:
+    """Return the element strides of a C-contiguous tensor of ``shape``."""
+    strides: list[int] = []
+    step = 1
+    for size in reversed(shape):
+        strides.append(step)
+        step *= max(size, 1)
+    return tuple(reversed(strides))
+
+
+def find_overlap(boxes: Sequence[Box]) -> tuple[int, int] | None:
+    """Return the indices of two boxes that share an element, or None.
+
+    A sweep along the dimension with the most distinct offsets, so that shards of any one dimension
+    cost n·log n rather than n².
+    """
+    full = [i for i, b in enumerate(boxes) if b.numel]
+    if not full:
+        return None
+    rank = len(boxes[full[0]].sizes)
+    if rank == 0:
+        return (full[0], full[1]) if len(full) > 1 else None
+    axis = max(range(rank), key=lambda d: len({boxes[i].offsets[d] for i in full}))
+    full.sort(key=lambda i: boxes[i].offsets[axis])
+    active: list[int] = []
+    for i in full:
+        start = boxes[i].offsets[axis]
+        active = [j for j in active if boxes[j].offsets[axis] + boxes[j].sizes[axis] > start]
+        for j in active:
+            if boxes[i].intersect(boxes[j]) is not None:
+                return (min(i, j), max(i, j))
+        active.append(i)
+    return None
+
+
+def find_hole(shape: Shape, boxes: Sequence[Box]) -> Box | None:
+    """Return a box of ``shape`` that none of ``boxes`` covers, or None when they cover it all."""
+    for hole in _uncovered(Box.whole(shape), [b for b in boxes if b.numel]):
+        return hole
+    return None
+
+
+def _uncovered(space: Box, boxes: Sequence[Box]) -> Iterator[Box]:
+    if space.numel == 0:
+        return
+    for k, box in enumerate(boxes):
+        shared = space.intersect(box)
+        if shared is not None:
+            rest = boxes[k + 1 :]
+            for piece in _subtract(space, shared):
+                yield from _uncovered(piece, rest)
+            return
+    yield space
+
+
+def _subtract(space: Box, hole: Box) -> Iterator[Box]:
+    """Yield disjoint boxes that make up ``space`` without ``hole`` (which lies inside it)."""
+    lo, hi = list(space.offsets), list(space.ends)
+    for d in range(len(lo)):
+        for a, b in ((lo[d], hole.offsets[d]), (hole.ends[d], hi[d])):
+            if a < b:
+                offsets, ends = (*lo[:d], a, *lo[d + 1 :]), [*hi[:d], b, *hi[d + 1 :]]
+                yield Box(offsets, tuple(e - o for o, e in zip(offsets, ends, strict=True)))
+        lo[d], hi[d] = hole.offsets[d], hole.ends[d]
+
+
+def check_tiling(shape: Shape, boxes: Sequence[Box]) -> str | None:
+    """Return None when ``boxes`` cover every element of ``shape`` exactly once, else what is wrong."""
+    for k, box in enumerate(boxes):
+        if box.numel and not box.inside(shape):
+            return f"piece {k} {box} lies outside the shape {list(shape)}"
+    overlap = find_overlap(boxes)
+    if overlap is not None:
+        i, j = overlap
+        return f"pieces {i} {boxes[i]} and {j} {boxes[j]} overlap"
+    if sum(b.numel for b in boxes) != math.prod(shape):
+        return f"no piece holds {find_hole(shape, boxes)} of the shape {list(shape)}"
+    return None

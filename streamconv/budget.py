@@ -1,0 +1,187 @@
+"""The memory budget: what the machine can give, what a run needs, and what it really took.
+
+Sizes are resident bytes. The budget is for the whole process tree, so a peak is the largest sum of
+resident set sizes over the process and its children.
+"""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+from streamconv.errors import BudgetError
+from streamconv.sizes import format_size
+from streamconv.windows import MAX_WINDOW_BYTES, MIN_WINDOW_BYTES
+
+_PAGE_BYTES = 4096
+# What a Python heap may grow by between two windows: plan lines, read lists, thread stacks.
+_RESERVE_BYTES = 10 << 20
+# Left to the rest of the machine when the user names no budget.
+_HEADROOM = 0.15
+# Measured peak of the planning child (torch, transformers and a traced meta model) and of the
+# process that waits for it; bench/RESULTS.md has the figures. Refusing early beats being killed.
+PLANNING_FLOOR_BYTES = 420 * 10**6
+
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+def available_bytes(cgroup_root: Path = _CGROUP, own_cgroup: str | None = None) -> tuple[int, str]:
+    """Return what may be used by default, and where the limit comes from.
+
+    The smaller of the machine's available memory and what the cgroups (v1 or v2, this one's and its
+    ancestors') leave, less 15 %.
+    """
+    limits = [(_meminfo_available(), "available memory")]
+    limits += _cgroup_limits(cgroup_root, own_cgroup or _read(Path("/proc/self/cgroup")))
+    nbytes, source = min(limits)
+    return int(nbytes * (1 - _HEADROOM)), source
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError:
+        return ""
+
+
+def _meminfo_available() -> int:
+    for line in _read(Path("/proc/meminfo")).splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return 1 << 62
+
+
+def _cgroup_limits(root: Path, membership: str) -> list[tuple[int, str]]:
+    found = []
+    for line in membership.splitlines():
+        number, controllers, path = line.split(":", 2)
+        if number == "0" and not controllers:
+            base, limit_name, version, anon = root, "memory.max", "v2", "anon"
+        elif "memory" in controllers.split(","):
+            base, limit_name, version, anon = (
+                root / "memory",
+                "memory.limit_in_bytes",
+                "v1",
+                "total_rss",
+            )
+        else:
+            continue
+        # Inside a container the path is the host's and the container's own limit is at the root.
+        here = base / path.strip("/")
+        for folder in {here, *here.parents} if here.is_relative_to(base) else {base}:
+            if not folder.is_relative_to(base):
+                continue
+            text = _read(folder / limit_name).strip()
+            if text.isdigit() and int(text) < 1 << 60:
+                used = next(
+                    (
+                        int(s.split()[1])
+                        for s in _read(folder / "memory.stat").splitlines()
+                        if s.split()[:1] == [anon]
+                    ),
+                    0,
+                )
+                found.append((max(0, int(text) - used), f"cgroup {version} limit"))
+    return found
+
+
+def resident_bytes(pid: str = "self") -> int:
+    """Return the resident set size of a process, 0 where it is gone."""
+    text = _read(Path(f"/proc/{pid}/statm"))
+    return int(text.split()[1]) * _PAGE_BYTES if text else 0
+
+
+def tree_bytes() -> int:
+    """Return the resident bytes of this process and all its descendants."""
+    total, pending = 0, ["self"]
+    while pending:
+        pid = pending.pop()
+        total += resident_bytes(pid)
+        for task in Path(f"/proc/{pid}/task").glob("*"):
+            pending += _read(task / "children").split()
+    return total
+
+
+def _high_water_bytes() -> int:
+    for line in _read(Path("/proc/self/status")).splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+class PeakMeter:
+    """Samples the process tree in the background; ``peak_bytes`` is the largest sum seen.
+
+    VmHWM of this process counts too where it rose meanwhile: a spike between two samples is still
+    a spike.
+    """
+
+    def __init__(self, interval_seconds: float = 0.05) -> None:
+        self._interval = interval_seconds
+        self._stop = threading.Event()
+        self._hwm_before = _high_water_bytes()
+        self._sampled = tree_bytes()
+        self.now_bytes = self._sampled
+        self._thread = threading.Thread(target=self._sample, daemon=True, name="peak-meter")
+
+    def _sample(self) -> None:
+        while not self._stop.wait(self._interval):
+            self.now_bytes = tree_bytes()
+            self._sampled = max(self._sampled, self.now_bytes)
+
+    @property
+    def peak_bytes(self) -> int:
+        """Return the peak so far."""
+        hwm = _high_water_bytes()
+        return max(self._sampled, hwm if hwm > self._hwm_before else 0)
+
+    def __enter__(self) -> PeakMeter:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+
+def smallest_run_bytes() -> int:
+    """Return the smallest budget with which this process could execute a plan now."""
+    need = resident_bytes() + _RESERVE_BYTES + _window_cost(MIN_WINDOW_BYTES)
+    return -(-need // 10**6) * 10**6
+
+
+def _window_cost(window_bytes: int) -> int:
+    # Two windows (one is filled while the other is written) and the read buffer, which is as large
+    # as a window up to 4 MiB.
+    return 2 * window_bytes + min(window_bytes, 4 << 20)
+
+
+def window_bytes(budget_bytes: int) -> int:
+    """Return how large a window may grow; raises :class:`BudgetError` where none fits.
+
+    The budget is a ceiling and no target: more than 256 MiB gains nothing.
+    """
+    free = budget_bytes - resident_bytes() - _RESERVE_BYTES
+    if free < _window_cost(MIN_WINDOW_BYTES):
+        raise BudgetError(
+            "the memory budget is too small to move tensors",
+            expected=f"at least {format_size(smallest_run_bytes())}",
+            found=format_size(budget_bytes),
+            hint=f"--max-mem {smallest_run_bytes() // 10**6}MB is the smallest that works",
+        )
+    size = (free - (4 << 20)) // 2 if free > 12 << 20 else free // 3
+    return min(size // 4096 * 4096, MAX_WINDOW_BYTES)
+
+
+def check_planning(budget_bytes: int) -> None:
+    """Raise :class:`BudgetError` where the planning child would not fit into the budget."""
+    need = max(PLANNING_FLOOR_BYTES, resident_bytes() + 370 * 10**6)
+    if budget_bytes < need:
+        need = -(-need // 10**7) * 10**7
+        raise BudgetError(
+            "the memory budget is too small to plan: the model's structure comes from transformers",
+            expected=f"at least {format_size(need)}",
+            found=format_size(budget_bytes),
+            hint=f"--max-mem {need // 10**6}MB is the smallest that works; or plan where there is "
+            "more memory (`streamconv plan SRC -o PLAN`) and then `streamconv run PLAN DST`",
+        )

@@ -1,0 +1,154 @@
+"""Puts a plan together: checkpoint, model and options in, plan lines out. Runs in the child."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import IO, Any
+
+from streamconv import planner
+from streamconv.errors import BadInputError, UsageError
+from streamconv.identity import job_identity
+from streamconv.lowering import sources_of
+from streamconv.options import JobOptions
+from streamconv.plan import PlanHead, PlanWriter, SideFile, TextFile, Totals
+from streamconv.recipe import Recipe
+from streamconv.sidefiles import corrected_config, declared_dtype, list_side_files, read_config
+from streamconv.source import Checkpoint, GlobalTensor, Skipped
+
+_INDEX = "model.safetensors.index.json"
+
+
+def build_plan(checkpoint: Checkpoint, job: JobOptions, stream: IO[str]) -> None:
+    """Write the plan of converting ``checkpoint`` to ``stream``.
+
+    Raises :class:`BadInputError` for what is missing, contradictory or cannot be written.
+    """
+    notices = list(checkpoint.notices)
+    folder, side = side_files(checkpoint.root, checkpoint.side_dir, job)
+    config = read_config(folder) if folder else None
+    if config is None:
+        notices.append(
+            "no config.json: names and shapes could not be checked, and the output has none "
+            "(--hf-config DIR names a folder that has it)"
+        )
+    names = [*checkpoint.tensors, *checkpoint.undecided]
+    model = _model(config, names, notices)
+    tensors = planner.decide_plain(checkpoint, model)
+    tensors = {n: tensors[n] for n in names}
+    recipes = _recipes(tensors, model, job, notices)
+    declared = declared_dtype(config) if config else None
+    recipes = planner.with_dtypes(recipes, job, model, declared)
+    ties = planner.decide_ties(recipes, model, tensors)
+    for alias, kept in ties.kept.items():
+        notices.append(
+            f"{alias} is tied to {kept} by the config but not known to equal it: both kept"
+        )
+    placed = planner.shard(recipes, ties, job.max_shard_bytes)
+
+    texts = []
+    if config is not None:
+        text, changes = corrected_config(
+            config, dtype=planner.main_float_dtype(recipes), untie=bool(ties.kept)
+        )
+        notices += changes
+        if text:
+            texts.append(text)
+    if len(placed) > 1:
+        texts.append(TextFile(_INDEX, planner.index_json(placed)))
+    written = {t.name for t in texts}
+
+    skipped = [
+        *checkpoint.skipped,
+        *(Skipped(a, f"the same storage as {k}") for a, k in ties.dropped.items()),
+        *(Skipped(a, f"tied: the same bytes as {k}") for a, k in ties.compared.items()),
+        *planner.unused(tensors, recipes),
+    ]
+    writer = PlanWriter(stream)
+    writer.head(
+        PlanHead(
+            root=str(checkpoint.root.absolute()),
+            job=job_identity(checkpoint.format, checkpoint.files, side, job),
+            totals=_totals(tensors, placed, notices),
+            notices=tuple(notices),
+            skipped=tuple(skipped),
+            files=checkpoint.files,
+            side=tuple(s for s in side if s.name not in written),
+            texts=tuple(texts),
+        )
+    )
+    planner.write_sections(writer, placed, tensors)
+    writer.end()
+
+
+def side_files(
+    root: Path, side_dir: Path | None, job: JobOptions
+) -> tuple[Path | None, list[SideFile]]:
+    """Return the folder with config and tokenizer, and the files to copy from it."""
+    if job.hf_config is not None:
+        if not job.hf_config.is_dir():
+            raise UsageError("--hf-config names no folder", where=str(job.hf_config))
+        return job.hf_config, list(list_side_files(job.hf_config, root=None))
+    if side_dir is None:
+        return None, []
+    return side_dir, list(list_side_files(side_dir, root=root))
+
+
+def _model(
+    config: dict[str, Any] | None, names: list[str], notices: list[str]
+) -> planner.Model | None:
+    if config is None:
+        return None
+    from streamconv.tracing.hf import build_meta
+
+    model = build_meta(config, names)
+    if model is None:
+        notices.append(
+            f"transformers does not know the model type {config.get('model_type')!r}: converted by "
+            "names alone, names and shapes are not checked"
+        )
+    return model
+
+
+def _recipes(
+    tensors: dict[str, GlobalTensor],
+    model: planner.Model | None,
+    job: JobOptions,
+    notices: list[str],
+) -> list[Recipe]:
+    if not tensors:
+        raise BadInputError("the checkpoint holds no tensor")
+    if model is None:
+        return [planner.identity_recipe(n, t) for n, t in tensors.items()]
+    recipes, told = model.recipes({n: (t.shape, t.dtype) for n, t in tensors.items()}, job.layout)
+    notices += told
+    notices += planner.check_recipes(recipes, model, job)
+    return list(recipes)
+
+
+def _totals(
+    tensors: dict[str, GlobalTensor],
+    placed: list[tuple[Any, list[planner.Placed]]],
+    notices: list[str],
+) -> Totals:
+    used = {f for _, group in placed for p in group for f in sources_of(p.recipe.view)}
+    written = [p for _, group in placed for p in group if p.same_as is None]
+    unverifiable = sum(
+        nbytes
+        for f in used
+        for nbytes, crc in zip(tensors[f].shards.nbytes, tensors[f].shards.crcs, strict=True)
+        if not crc
+    )
+    if unverifiable:
+        notices.append(
+            "the source files carry no checksums for some records: damage in them cannot be seen"
+        )
+    return Totals(
+        tensors=len(written),
+        parameters=sum(math.prod(p.recipe.view.shape) for p in written),
+        read_bytes=sum(tensors[f].nbytes for f in used),
+        write_bytes=sum(output.nbytes for output, _ in placed),
+        unverifiable_bytes=unverifiable,
+        source_dtypes=planner.dtype_histogram((tensors[f].dtype, tensors[f].nbytes) for f in used),
+        output_dtypes=planner.dtype_histogram((p.recipe.dtype, p.end - p.begin) for p in written),
+    )

@@ -1,0 +1,361 @@
+"""One conversion from beginning to end: lock, plan, preflight, stream, check, publish."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from streamconv import budget as budgets
+from streamconv.build_plan import side_files
+from streamconv.errors import (
+    BudgetError,
+    NoSpaceError,
+    OutputExistsError,
+    SourceChangedError,
+)
+from streamconv.executor import WindowFiller, write_output
+from streamconv.identity import job_identity
+from streamconv.manifest import write_manifest
+from streamconv.options import Event, JobOptions, Result, RunOptions
+from streamconv.plan import OutputFile, Plan, PlannedTensor
+from streamconv.planning import make_plan
+from streamconv.reader import SourceReader
+from streamconv.records import RecordChecks
+from streamconv.sizes import format_size
+from streamconv.staging import (
+    MANIFEST,
+    Staging,
+    check_target,
+    locked,
+    may_be_replaced,
+    read_manifest,
+    staging_path,
+)
+from streamconv.writer import hash_file, no_space, write_file
+
+_COPY_BYTES = 1 << 20
+# Kept free beyond what the output needs: side files' metadata, the journal, the directory itself.
+_DISK_MARGIN_BYTES = 4 << 20
+
+
+def convert(src: Path, dst: Path, job: JobOptions, run: RunOptions) -> Result:
+    """Convert the checkpoint ``src`` into the folder ``dst``.
+
+    Returns at once where the same job finished before. Raises the errors of :mod:`streamconv.errors`,
+    each with its exit code; after any of them ``dst`` is as it was before.
+    """
+    from streamconv import formats
+
+    location = formats.find_model(src, job.model)
+    _, side = side_files(location.root, location.side_dir, job)
+    identity = job_identity(location.format, location.identify(), side, job)
+    budget, _ = _budget(run)
+    dst = _target(dst, location.root)
+    with locked(dst), budgets.PeakMeter() as meter:
+        done = _preflight(dst, identity["digest"], run)
+        if done:
+            return done
+        staging = Staging(dst, sync=run.sync)
+        plan = _staged_plan(staging, identity["digest"], run)
+        if plan is None:
+            run.on_event(Event("phase", "plan"))
+            budgets.check_planning(budget)
+            staging.begin()
+            try:
+                plan = make_plan(src, job, staging.plan_path, max_mem_bytes=budget)
+            except BaseException:
+                staging.discard()
+                raise
+            if meter.peak_bytes > budget:
+                staging.discard()
+                raise BudgetError(
+                    "planning took more memory than the budget",
+                    expected=f"at least {format_size(meter.peak_bytes * 1.02)}",
+                    found=format_size(budget),
+                    hint=f"--max-mem {meter.peak_bytes * 102 // 10**8 + 1}MB works",
+                )
+        return _Conversion(plan, dst, run, budget, staging, meter).execute()
+
+
+def run_plan(plan_path: Path, dst: Path, run: RunOptions) -> Result:
+    """Execute a plan that was made before; nothing but the byte path is loaded."""
+    plan = Plan(plan_path)
+    budget, _ = _budget(run)
+    dst = _target(dst, Path(plan.head.root))
+    with locked(dst), budgets.PeakMeter() as meter:
+        done = _preflight(dst, plan.head.job["digest"], run)
+        if done:
+            return done
+        staging = Staging(dst, sync=run.sync)
+        if _staged_plan(staging, plan.head.job["digest"], run) is None:
+            staging.begin()
+            _copy(plan_path, staging.plan_path)
+        return _Conversion(plan, dst, run, budget, staging, meter).execute()
+
+
+def _budget(run: RunOptions) -> tuple[int, str]:
+    if run.max_mem_bytes is not None:
+        return run.max_mem_bytes, "--max-mem"
+    return budgets.available_bytes()
+
+
+def _target(dst: Path, source: Path) -> Path:
+    dst = Path(os.path.abspath(dst))  # noqa: PTH100 - keeps a link to the output's disk a link
+    check_target(dst, source)
+    return dst
+
+
+def _preflight(dst: Path, digest: str, run: RunOptions) -> Result | None:
+    """Return a result where there is nothing to do; refuse another job's folder."""
+    manifest = read_manifest(dst) if dst.is_dir() else None
+    if manifest is not None and not (dst / ".streamconv").exists():
+        same = manifest.get("job", {}).get("digest") == digest
+        if same and _complete(dst, manifest):
+            files = manifest["files"]
+            return Result(
+                "nothing-to-do",
+                dst,
+                write_bytes=sum(f["nbytes"] for f in files),
+                files=len(files),
+                tensors=len(manifest["tensors"]),
+            )
+        if not run.overwrite:
+            raise OutputExistsError(
+                "the output folder is incomplete" if same else "the output folder is another job's",
+                where=str(dst),
+                hint="choose another folder, or replace it with --overwrite",
+            )
+    elif dst.is_dir() and staging_path(dst).parent != dst:
+        # Neither empty nor begun by us.
+        if not run.overwrite:
+            raise OutputExistsError(
+                "the output folder is not empty and was not made by streamconv",
+                where=str(dst),
+                hint="choose another folder, or replace it with --overwrite",
+            )
+        if not may_be_replaced(dst):
+            raise OutputExistsError(
+                "the output folder holds no model; --overwrite would delete something else",
+                where=str(dst),
+                hint="choose another folder, or empty this one",
+            )
+    return None
+
+
+def _complete(dst: Path, manifest: dict[str, Any]) -> bool:
+    return all(
+        (dst / f["name"]).is_file() and (dst / f["name"]).stat().st_size == f["nbytes"]
+        for f in manifest["files"]
+    )
+
+
+def _staged_plan(staging: Staging, digest: str, run: RunOptions) -> Plan | None:
+    """Return the plan of an interrupted run of this job; refuse or discard another job's."""
+    if not staging.plan_path.exists():
+        staging.discard()
+        return None
+    plan = Plan(staging.plan_path)
+    if plan.head.job["digest"] == digest:
+        return plan
+    if not run.overwrite:
+        raise OutputExistsError(
+            "an unfinished run of another job is staged for this output",
+            where=str(staging.root),
+            hint="finish it with its own command, or start afresh with --overwrite",
+        )
+    staging.discard()
+    return None
+
+
+@dataclass
+class _Conversion:
+    """The executing part: everything is known, bytes move."""
+
+    plan: Plan
+    dst: Path
+    run: RunOptions
+    budget: int
+    staging: Staging
+    meter: budgets.PeakMeter
+
+    def execute(self) -> Result:
+        """Stream every output file, then publish."""
+        run, head = self.run, self.plan.head
+        started = time.monotonic()
+        max_window = budgets.window_bytes(self.budget)
+        self.staging.begin()
+        outputs = self.plan.outputs()
+        reused = self._check_finished(outputs)
+        self._check_disk(outputs)
+        verifiable = run.source_crc and not head.totals.unverifiable_bytes
+        with SourceReader(
+            Path(head.root), head.files, drop_cache=run.sync, strict_mtime=not verifiable
+        ) as reader:
+            checks = RecordChecks(reader, check_crc=run.source_crc)
+            checks.restore(self.staging.crc_journal)
+            filler = WindowFiller(reader, checks, max_bytes=max_window, io_threads=run.io_threads)
+            try:
+                run.on_event(Event("phase", "write"))
+                progress = _Progress(self, sum(o.nbytes for o in outputs), reused, started)
+                for output, tensors in self.plan.sections():
+                    if output.name not in self.staging.finished:
+                        self._write(output, tensors, filler, checks, progress)
+                side = list(self._side_files())
+                reader.check_unchanged()
+            finally:
+                filler.close()
+            read_bytes = reader.read_bytes
+        run.on_event(Event("phase", "publish"))
+        result = Result(
+            "done",
+            self.dst,
+            seconds=time.monotonic() - started,
+            read_bytes=read_bytes,
+            write_bytes=sum(o.nbytes for o in outputs) + sum(n for _, n, _ in side),
+            reused_bytes=reused,
+            peak_bytes=self.meter.peak_bytes,
+            budget_bytes=self.budget,
+            files=len(outputs) + len(side),
+            tensors=head.totals.tensors,
+            unverifiable_bytes=checks.unverifiable_bytes,
+            notices=head.notices,
+        )
+        write_manifest(
+            self.staging.files / MANIFEST,
+            self.plan,
+            {o.name: self.staging.finished[o.name] for o in outputs},
+            side,
+            {
+                "seconds": round(result.seconds, 3),
+                "peak_bytes": result.peak_bytes,
+                "budget_bytes": self.budget,
+                "read_bytes": read_bytes,
+                "source": head.root,
+            },
+            sync=run.sync,
+        )
+        self._publish(outputs)
+        return replace(result, peak_bytes=self.meter.peak_bytes)
+
+    def _check_finished(self, outputs: list[OutputFile]) -> int:
+        """Check the files of an earlier run by their digests; return the bytes that need no work."""
+        good = 0
+        if self.staging.finished:
+            self.run.on_event(Event("phase", "resume"))
+        for output in outputs:
+            finished = self.staging.finished.get(output.name)
+            if finished is None:
+                continue
+            path = self.staging.locate(output.name)
+            if path.is_file() and hash_file(path) == finished.xxh3:
+                good += output.nbytes
+            else:
+                self.staging.forget(output.name)
+        return good
+
+    def _check_disk(self, outputs: list[OutputFile]) -> None:
+        missing = sum(o.nbytes for o in outputs if o.name not in self.staging.finished)
+        missing += sum(s.nbytes for s in self.plan.head.side)
+        free = shutil.disk_usage(self.staging.root).free
+        if free < missing + _DISK_MARGIN_BYTES:
+            if not self.staging.finished:
+                self.staging.discard()
+            raise NoSpaceError(
+                "not enough disk space for the output",
+                where=str(self.dst.parent),
+                expected=format_size(missing + _DISK_MARGIN_BYTES),
+                found=f"{format_size(free)} free",
+            )
+
+    def _write(
+        self,
+        output: OutputFile,
+        tensors: Iterable[PlannedTensor],
+        filler: WindowFiller,
+        checks: RecordChecks,
+        progress: _Progress,
+    ) -> None:
+        partial = self.staging.root / f"{output.name}.part"
+        finished = write_output(
+            output,
+            tensors,
+            partial,
+            filler,
+            checks,
+            sync=self.run.sync,
+            sha256=self.run.sha256,
+            on_bytes=lambda n: progress.add(n, output.name),
+        )
+        partial.replace(self.staging.files / output.name)
+        self.staging.record(finished, checks.journal())
+
+    def _side_files(self) -> Iterable[tuple[str, int, str]]:
+        """Copy and write the files beside the weights; yield name, bytes and digest of each."""
+        for side in self.plan.head.side:
+            target = self.staging.files / side.name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                _copy(Path(side.path), target)
+            except FileNotFoundError as error:
+                raise SourceChangedError("a side file vanished", where=side.path) from error
+            except OSError as error:
+                raise no_space(error, target) or error from error
+            if hash_file(target) != side.xxh3:
+                raise SourceChangedError("a side file changed meanwhile", where=side.path)
+            yield side.name, side.nbytes, side.xxh3
+        for text in self.plan.head.texts:
+            path = self.staging.files / text.name
+            write_file(path, text.content.encode(), sync=self.run.sync)
+            yield text.name, path.stat().st_size, hash_file(path)
+
+    def _publish(self, outputs: list[OutputFile]) -> None:
+        index = [t.name for t in self.plan.head.texts if t.name.endswith(".index.json")]
+        self.staging.publish(
+            last=index[0] if index else outputs[-1].name, overwrite=self.run.overwrite
+        )
+
+
+class _Progress:
+    """Counts output bytes and tells the listener now and then."""
+
+    _EVERY_SECONDS = 0.2
+
+    def __init__(self, job: _Conversion, total: int, done: int, started: float) -> None:
+        self._job = job
+        self._total = total
+        self._done = done
+        self._started = started
+        self._told = 0.0
+
+    def add(self, nbytes: int, file: str) -> None:
+        self._done += nbytes
+        now = time.monotonic()
+        if now - self._told < self._EVERY_SECONDS and self._done < self._total:
+            return
+        self._told = now
+        self._job.run.on_event(
+            Event(
+                "progress",
+                facts={
+                    "done_bytes": min(self._done, self._total),
+                    "total_bytes": self._total,
+                    "seconds": now - self._started,
+                    "memory_bytes": self._job.meter.now_bytes,
+                    "budget_bytes": self._job.budget,
+                    "file": file,
+                },
+            )
+        )
+
+
+def _copy(source: Path, target: Path) -> None:
+    """Copy a file in small steps: a tokenizer of a gigabyte must not need one."""
+    with source.open("rb") as read, target.open("wb") as write:
+        shutil.copyfileobj(read, write, _COPY_BYTES)
+        write.flush()
+        os.fsync(write.fileno())

@@ -1,0 +1,135 @@
+"""Errors: one class per exit code, each able to say what, where, expected, found and what to do next.
+
+A message is a few lines, never a traceback. ``what`` is one sentence; the other parts are optional
+and are printed one to a line in a fixed order, so that a script can read them too.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class StreamconvError(Exception):
+    """Base of every error that streamconv raises on purpose (exit code 1)."""
+
+    exit_code: ClassVar[int] = 1
+    kind: ClassVar[str] = "failed"
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        where: str | None = None,
+        expected: str | None = None,
+        found: str | None = None,
+        hint: str | None = None,
+    ) -> None:
+        super().__init__(what)
+        self.what = what
+        self.where = where
+        self.expected = expected
+        self.found = found
+        self.hint = hint
+
+    def __str__(self) -> str:
+        parts = [self.what]
+        for label, text in (
+            ("where", self.where),
+            ("expected", self.expected),
+            ("found", self.found),
+            ("next", self.hint),
+        ):
+            if text:
+                parts.append(f"  {label}: {text}")
+        return "\n".join(parts)
+
+    def to_json(self) -> dict[str, str | int | None]:
+        """Return the error as plain data: how a planning child hands it to its parent."""
+        return {
+            "kind": self.kind,
+            "exit_code": self.exit_code,
+            "what": self.what,
+            "where": self.where,
+            "expected": self.expected,
+            "found": self.found,
+            "hint": self.hint,
+        }
+
+    @staticmethod
+    def from_json(data: dict[str, str | None]) -> StreamconvError:
+        """Rebuild an error from :meth:`to_json`; an unknown kind becomes the base class."""
+        cls = {c.kind: c for c in _all_classes(StreamconvError)}.get(
+            data.get("kind") or "", StreamconvError
+        )
+        return cls(
+            data.get("what") or "unknown error",
+            where=data.get("where"),
+            expected=data.get("expected"),
+            found=data.get("found"),
+            hint=data.get("hint"),
+        )
+
+
+def _all_classes(cls: type[StreamconvError]) -> list[type[StreamconvError]]:
+    return [cls, *(c for sub in cls.__subclasses__() for c in _all_classes(sub))]
+
+
+class UsageError(StreamconvError):
+    """The command or the options do not make sense together (exit code 2)."""
+
+    exit_code = 2
+    kind = "usage"
+
+
+class BudgetError(StreamconvError):
+    """The memory budget cannot work; the message says the smallest that does (exit code 4)."""
+
+    exit_code = 4
+    kind = "budget"
+
+
+class BadInputError(StreamconvError):
+    """The checkpoint is incomplete, damaged, contradictory or of an unknown format (exit code 5)."""
+
+    exit_code = 5
+    kind = "bad-input"
+
+
+class SourceChangedError(BadInputError):
+    """A source file changed, shrank or vanished between planning and the end of the run."""
+
+    kind = "source-changed"
+
+
+class VerificationError(BadInputError):
+    """An output differs from its manifest, its source or its reference."""
+
+    kind = "verification"
+
+
+class UnsafeInputError(StreamconvError):
+    """A file asks for something that data must not ask for: a global, a path, a trick (exit code 6)."""
+
+    exit_code = 6
+    kind = "unsafe"
+
+
+class NoSpaceError(StreamconvError):
+    """The disk is full, or would be (exit code 7)."""
+
+    exit_code = 7
+    kind = "no-space"
+
+
+class OutputExistsError(StreamconvError):
+    """The output folder belongs to another job (exit code 8)."""
+
+    exit_code = 8
+    kind = "output-exists"
+
+
+class LockedError(StreamconvError):
+    """Another process is writing this output (exit code 11)."""
+
+    exit_code = 11
+    kind = "locked"

@@ -1,0 +1,214 @@
+"""The executor: streams the tensors of one output file through windows into the file.
+
+It decides nothing: the plan says which bytes go where, the budget how large a window may grow. One
+thread fills windows (reads, checks, casts), the calling thread hashes and writes them; two windows
+take turns. The bytes are the same for every window size and thread count.
+"""
+
+from __future__ import annotations
+
+import mmap
+import queue
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import xxhash
+
+from streamconv.errors import VerificationError
+from streamconv.kernels import run as run_kernel
+from streamconv.plan import OutputFile, PlannedTensor
+from streamconv.reader import SourceReader, read_in_steps
+from streamconv.records import RecordChecks
+from streamconv.windows import SMALL_WINDOW_BYTES, Fill, Run, Window, runs, windows
+from streamconv.writer import ShardWriter
+
+_HASH_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class FinishedFile:
+    """An output file that is written: its size, digests, and the digest of each tensor's bytes."""
+
+    name: str
+    nbytes: int
+    xxh3: str
+    sha256: str | None
+    tensors: dict[str, str] = field(default_factory=dict)
+
+
+class WindowFiller:
+    """Fills windows from source files; ``max_bytes`` bounds a window, and its buffers are reused."""
+
+    def __init__(
+        self,
+        reader: SourceReader,
+        checks: RecordChecks,
+        *,
+        max_bytes: int,
+        io_threads: int = 1,
+    ) -> None:
+        self._reader = reader
+        self._checks = checks
+        self.max_bytes = max_bytes
+        self._run_bytes = max(1, min(SMALL_WINDOW_BYTES, max_bytes) // io_threads)
+        self._staging = threading.local()
+        self._pool = ThreadPoolExecutor(io_threads) if io_threads > 1 else None
+
+    def fill(self, window: Window, buffer: memoryview) -> None:
+        """Bring every byte of ``window`` into ``buffer``."""
+        reads = runs(window, self._run_bytes)
+        if self._pool is None:
+            for read in reads:
+                self._serve(read, buffer)
+        else:
+            for _ in self._pool.map(lambda r: self._serve(r, buffer), reads):
+                pass
+
+    def _serve(self, read: Run, buffer: memoryview) -> None:
+        first = read.fills[0]
+        if len(read.fills) == 1 and first.direct:
+            target = buffer[first.dst_at : first.dst_at + first.hi - first.lo]
+            self._read_checked(read, target)
+            return
+        data = self._staging_buffer(read.hi - read.lo)
+        self._read_checked(read, data)
+        for fill in read.fills:
+            self._copy(fill, read.lo, data, buffer)
+
+    def _read_checked(self, read: Run, target: memoryview) -> None:
+        for at in range(0, len(target), _HASH_BYTES):
+            piece = target[at : at + _HASH_BYTES]
+            read_in_steps(self._reader, read.file, read.lo + at, piece)
+            lo, hi = read.lo + at, read.lo + at + len(piece)
+            seen: set[int] = set()
+            for fill in read.fills:
+                start = fill.record.start
+                if start not in seen and start < hi and lo < start + fill.record.nbytes:
+                    seen.add(start)
+                    self._checks.see(fill.source, fill.record, lo, piece)
+
+    @staticmethod
+    def _copy(fill: Fill, data_lo: int, data: memoryview, buffer: memoryview) -> None:
+        # Both offsets are turned into views that begin at element 0, as neither needs alignment.
+        run_kernel(
+            buffer[fill.dst_at :],
+            0,
+            fill.tensor.dtype,
+            data[fill.src_at - data_lo :],
+            0,
+            fill.source.dtype,
+            fill.dims,
+            fill.move.ops,
+            what=fill.tensor.name,
+        )
+
+    def _staging_buffer(self, nbytes: int) -> memoryview:
+        buffer: memoryview | None = getattr(self._staging, "buffer", None)
+        if buffer is None or len(buffer) < nbytes:
+            buffer = self._staging.buffer = memoryview(mmap.mmap(-1, max(nbytes, self._run_bytes)))
+        return buffer[:nbytes]
+
+    def close(self) -> None:
+        """Stop the readers."""
+        if self._pool:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+
+
+def write_output(
+    output: OutputFile,
+    tensors: Iterable[PlannedTensor],
+    path: Path,
+    filler: WindowFiller,
+    checks: RecordChecks,
+    *,
+    sync: bool,
+    sha256: bool,
+    on_bytes: Callable[[int], None],
+) -> FinishedFile:
+    """Write one output file to ``path`` and return its digests.
+
+    ``on_bytes`` is called with the number of output bytes done since the last call. Raises what the
+    reader, the checks and the writer raise; the partial file then stays for the caller to remove.
+    """
+    digests: dict[str, str] = {}
+    digest = xxhash.xxh3_128()
+    with (
+        ShardWriter(path, output, sync=sync, sha256=sha256) as writer,
+        _Pipeline(tensors, filler, checks) as pipeline,
+    ):
+        for window, buffer in pipeline:
+            for segment in window.segments:
+                piece = buffer[segment.at : segment.at + segment.nbytes]
+                for at in range(0, len(piece), _HASH_BYTES):
+                    part = piece[at : at + _HASH_BYTES]
+                    digest.update(part)
+                    if segment.tensor.same_as is None:
+                        writer.write(part)
+                if segment.hi * segment.tensor.dtype.itemsize == segment.tensor.nbytes:
+                    _tensor_done(segment.tensor, digest.hexdigest(), digests)
+                    digest.reset()
+            on_bytes(window.nbytes if window.segments[0].tensor.same_as is None else 0)
+        writer.finish()
+        return FinishedFile(output.name, output.nbytes, writer.xxh3, writer.sha256, digests)
+
+
+def _tensor_done(tensor: PlannedTensor, digest: str, digests: dict[str, str]) -> None:
+    if tensor.same_as is not None and digests[tensor.same_as] != digest:
+        raise VerificationError(
+            "two tensors that should be tied differ",
+            where=f"{tensor.name} and {tensor.same_as}",
+            hint="their CRC-32 agree but their bytes do not: the checkpoint is damaged",
+        )
+    digests[tensor.name] = digest
+
+
+class _Pipeline:
+    """Windows filled by a thread of their own, handed over in order, two buffers taking turns."""
+
+    def __init__(
+        self, tensors: Iterable[PlannedTensor], filler: WindowFiller, checks: RecordChecks
+    ) -> None:
+        self._tensors = tensors
+        self._filler = filler
+        self._checks = checks
+        self._free: queue.Queue[memoryview | None] = queue.Queue()
+        for _ in range(2):
+            # Anonymous maps: only pages that a window really fills become resident.
+            self._free.put(memoryview(mmap.mmap(-1, max(filler.max_bytes, 4096))))
+        self._full: queue.Queue[tuple[Window, memoryview] | BaseException | None] = queue.Queue()
+        self._thread = threading.Thread(target=self._fill_all, name="window-filler")
+
+    def _fill_all(self) -> None:
+        try:
+            for window in windows(self._tensors, self._filler.max_bytes):
+                buffer = self._free.get()
+                if buffer is None:
+                    return
+                self._filler.fill(window, buffer)
+                self._full.put((window, buffer))
+                for segment in window.segments:
+                    tensor = segment.tensor
+                    if segment.hi * tensor.dtype.itemsize == tensor.nbytes:
+                        for k in tensor.last:
+                            self._checks.finish(tensor.sources[k])
+            self._full.put(None)
+        except BaseException as error:  # noqa: BLE001 - handed to the thread that waits
+            self._full.put(error)
+
+    def __iter__(self) -> Iterator[tuple[Window, memoryview]]:
+        while (item := self._full.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+            self._free.put(item[1])
+
+    def __enter__(self) -> _Pipeline:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._free.put(None)
+        self._thread.join()

@@ -1,0 +1,39 @@
+"""The identity of a job: which source, which options. Equal identities make equal outputs.
+
+A job's digest is cheap to take (the ends of the rank files, the side files), so that a rerun of a
+finished job is recognized without planning it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from typing import Any
+
+import xxhash
+
+from streamconv.options import JobOptions
+from streamconv.plan import SCHEMA, SideFile
+from streamconv.source import SourceFile
+
+
+def job_identity(
+    format_name: str,
+    files: Iterable[SourceFile],
+    side: Iterable[SideFile],
+    options: JobOptions,
+) -> dict[str, Any]:
+    """Return what makes a job this job, with its ``digest``.
+
+    Paths are relative, so that a checkpoint that was moved is still the same. Modification times are
+    left out: the central directory's hash covers every record's CRC-32.
+    """
+    identity: dict[str, Any] = {
+        "schema": SCHEMA,
+        "format": format_name,
+        "options": {k: v for k, v in options.to_json().items() if k not in ("hf_config", "model")},
+        "source": [[f.path, f.nbytes, f.directory_hash] for f in files],
+        "side": [[s.name, s.xxh3] for s in side],
+    }
+    text = json.dumps(identity, sort_keys=True, separators=(",", ":"))
+    return {**identity, "digest": xxhash.xxh3_128_hexdigest(text.encode())}

@@ -1,0 +1,137 @@
+"""Kernels: strided copies and elementwise ops between byte buffers, in numpy.
+
+A kernel fills a hyper-rectangle of an output buffer from a strided walk over an input buffer. It
+allocates nothing as large as its data, so that a window's memory is what the window says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.lib.stride_tricks import as_strided
+
+from streamconv.dtypes import DType
+from streamconv.errors import BadInputError
+from streamconv.lowering import Dim
+from streamconv.recipe import AddScalar, Cast, Op
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+# Casts work on slices of this many elements, so that the check after a cast finds them in cache.
+_CAST_ELEMENTS = 1 << 18
+
+
+def _strided(
+    buffer: memoryview, dtype: np.dtype[Any], offset: int, dims: Sequence[Dim], side: str
+) -> Array:
+    steps = [getattr(d, side) * dtype.itemsize for d in dims]
+    flat = np.frombuffer(buffer, dtype=np.uint8)[offset * dtype.itemsize :]
+    usable = len(flat) // dtype.itemsize * dtype.itemsize
+    return as_strided(flat[:usable].view(dtype), [d.size for d in dims], steps)
+
+
+def run(
+    out: memoryview,
+    out_offset: int,
+    out_dtype: DType,
+    data: memoryview,
+    data_offset: int,
+    data_dtype: DType,
+    dims: Sequence[Dim],
+    ops: Sequence[Op],
+    *,
+    what: str,
+) -> None:
+    """Copy the walk ``dims`` from ``data`` into ``out``, applying ``ops`` to each element.
+
+    Offsets count elements of the respective dtype from the buffer's first byte; the data need not
+    be aligned. Raises :class:`BadInputError`, naming ``what``, where a cast would turn a finite
+    value into an infinite one.
+    """
+    if not ops:
+        # Bytes are moved, not numbers: an integer view keeps signalling NaNs and odd bools intact.
+        raw = np.dtype(f"u{out_dtype.itemsize}")
+        np.copyto(
+            _strided(out, raw, out_offset, dims, "dst"),
+            _strided(data, raw, data_offset, dims, "src"),
+        )
+        return
+    source = _strided(data, data_dtype.to_numpy(), data_offset, dims, "src")
+    target = _strided(out, out_dtype.to_numpy(), out_offset, dims, "dst")
+    if not dims:
+        source, target = source.reshape(1), target.reshape(1)
+    for part in _slices(source.shape):
+        value = source[part]
+        for op in ops[:-1]:
+            value = _apply(op, value, None, what)
+        _apply(ops[-1], value, target[part], what)
+
+
+def _slices(shape: tuple[int, ...]) -> list[tuple[slice | int, ...]]:
+    """Cut a walk along its outer dims into pieces of about ``_CAST_ELEMENTS``."""
+    size = int(np.prod(shape))
+    if size <= _CAST_ELEMENTS:
+        return [(slice(None),)]
+    rows, row = shape[0], size // shape[0]
+    if row > _CAST_ELEMENTS:
+        return [(i, *rest) for i in range(rows) for rest in _slices(shape[1:])]
+    step = max(1, _CAST_ELEMENTS // row)
+    return [(slice(i, i + step),) for i in range(0, rows, step)]
+
+
+def _apply(op: Op, value: Array, out: Array | None, what: str) -> Array:
+    if isinstance(op, AddScalar):
+        # In float32 and rounded once: what torch does for 16-bit floats, too.
+        wide = np.dtype(np.float64 if value.dtype.itemsize == 8 else np.float32)
+        result: Array = value.astype(wide)
+        result += wide.type(op.value)
+        if out is None:
+            rounded: Array = result.astype(value.dtype)
+            return rounded
+        np.copyto(out, result, casting="unsafe")
+        return out
+    return _cast(op, value, out, what)
+
+
+def _cast(op: Cast, value: Array, out: Array | None, what: str) -> Array:
+    dtype = op.dtype.to_numpy()
+    if out is None:
+        out = np.empty(value.shape, dtype)
+    with np.errstate(over="ignore", invalid="ignore"):
+        if op.dtype.name in ("BF16", "F16") and value.dtype.itemsize == 8:
+            # numpy and ml_dtypes go from float64 straight or by way of float32; torch goes by way
+            # of float32, and its bits are the ones people compare with.
+            value = value.astype(np.float32)
+        np.copyto(out, value, casting="unsafe")
+        if dtype.itemsize < value.dtype.itemsize or op.dtype.name == "F16":
+            _check_cast(op, value, out, what)
+    return out
+
+
+# The bit pattern of +inf per dtype: patterns at or above it (sign aside) are inf and NaN.
+_INFINITY = {"BF16": 0x7F80, "F16": 0x7C00, "F32": 0x7F800000}
+_QUIET_NAN = {"BF16": 0x7FC0, "F16": 0x7E00, "F32": 0x7FC00000}
+
+
+def _check_cast(op: Cast, value: Array, out: Array, what: str) -> None:
+    """Refuse finite values that became infinite, and write every NaN as the one quiet NaN."""
+    bits = out.view(f"u{out.dtype.itemsize}")
+    infinity = _INFINITY[op.dtype.name]
+    sign = 1 << (8 * out.dtype.itemsize - 1)
+    # Two maxima find out whether there is anything to look at, many times faster than a mask.
+    if bits.view(f"i{out.dtype.itemsize}").max() < infinity and bits.max() < sign + infinity:
+        return
+    magnitude = bits & (sign - 1)
+    lost = (magnitude == infinity) & np.isfinite(value)
+    if lost.any():
+        worst = float(np.abs(value[lost].astype(np.float64)).max())
+        raise BadInputError(
+            f"a finite value does not fit into {op.dtype}",
+            where=what,
+            expected=f"values that {op.dtype} can hold",
+            found=f"{worst:.6g} in {int(lost.sum())} or more elements",
+            hint="keep its dtype with `--keep-dtype PATTERN`, or choose bfloat16",
+        )
+    bits[magnitude > infinity] = _QUIET_NAN[op.dtype.name]

@@ -1,0 +1,125 @@
+"""What a user chose: the options that decide which bytes come out (the job) and how it is run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from streamconv.errors import UsageError
+
+Layout = Literal["hub", "memory"]
+DTypeChoice = Literal["keep", "auto", "bfloat16", "float16", "float32"]
+
+DEFAULT_SHARD_BYTES = 5 * 10**9
+
+
+@dataclass(frozen=True, slots=True)
+class JobOptions:
+    """Options that change the output; they are part of the job's identity and of the plan.
+
+    ``layout``: ``hub`` gives the names the Hub expects, ``memory`` keeps the state dict's.
+    ``dtype``: ``keep`` is lossless, ``auto`` is what config.json declares. ``keep_dtype``: glob
+    patterns of output names that ``dtype`` leaves alone. ``max_shard_bytes``: the size of an output
+    file; a tensor is never split. ``strict``: refuse tensors that the model does not know.
+    ``hf_config``: a folder to take config, tokenizer and the other side files from.
+    """
+
+    layout: Layout = "hub"
+    dtype: DTypeChoice = "keep"
+    keep_dtype: tuple[str, ...] = ()
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES
+    strict: bool = False
+    hf_config: Path | None = None
+    model: str | None = None
+
+    def __post_init__(self) -> None:
+        for name, value, allowed in (
+            ("layout", self.layout, get_args(Layout)),
+            ("dtype", self.dtype, get_args(DTypeChoice)),
+        ):
+            if value not in allowed:
+                raise UsageError(
+                    f"unknown {name}: {value!r}", expected="one of " + ", ".join(allowed)
+                )
+        if self.max_shard_bytes <= 0:
+            raise UsageError("the shard size must be positive")
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the options as plain data; what goes into the job's identity."""
+        return {
+            "layout": self.layout,
+            "dtype": self.dtype,
+            "keep_dtype": list(self.keep_dtype),
+            "max_shard_bytes": self.max_shard_bytes,
+            "strict": self.strict,
+            "hf_config": str(self.hf_config) if self.hf_config else None,
+            "model": self.model,
+        }
+
+    @staticmethod
+    def from_json(data: dict[str, Any]) -> JobOptions:
+        """Rebuild the options from :meth:`to_json`."""
+        return JobOptions(
+            layout=data["layout"],
+            dtype=data["dtype"],
+            keep_dtype=tuple(data["keep_dtype"]),
+            max_shard_bytes=data["max_shard_bytes"],
+            strict=data["strict"],
+            hf_config=Path(data["hf_config"]) if data["hf_config"] else None,
+            model=data["model"],
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """Something that happened: ``phase`` (plan, resume, write, publish), ``progress`` or ``notice``.
+
+    ``facts`` are JSON-able: ``progress`` has ``done_bytes``, ``total_bytes`` (of the output),
+    ``seconds``, ``memory_bytes`` (of the whole process tree now), ``budget_bytes`` and ``file``.
+    """
+
+    kind: Literal["phase", "progress", "notice"]
+    text: str = ""
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+def ignore_event(_: Event) -> None:
+    """Listen to nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunOptions:
+    """How to run: nothing here changes a byte of the output.
+
+    ``max_mem_bytes``: the budget for the whole process tree; None means what the machine can give.
+    ``sync``: make the output durable. ``source_crc``: check every source record's CRC-32.
+    ``sha256``: add sha256 digests to the manifest. ``io_threads``: readers at work at once.
+    """
+
+    max_mem_bytes: int | None = None
+    overwrite: bool = False
+    sync: bool = True
+    source_crc: bool = True
+    sha256: bool = False
+    io_threads: int = 1
+    on_event: Callable[[Event], None] = ignore_event
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What a conversion did. ``status`` is ``done`` or ``nothing-to-do``; sizes are in bytes."""
+
+    status: Literal["done", "nothing-to-do"]
+    output: Path
+    seconds: float = 0.0
+    read_bytes: int = 0
+    write_bytes: int = 0
+    reused_bytes: int = 0
+    peak_bytes: int = 0
+    budget_bytes: int = 0
+    files: int = 0
+    tensors: int = 0
+    unverifiable_bytes: int = 0
+    notices: tuple[str, ...] = ()

@@ -1,0 +1,437 @@
+"""The plan: everything that an executor will do, as JSON lines.
+
+One line is one JSON object whose first key says what it is. The order is fixed::
+
+    {"streamconv_plan": 1, "root": …}             where the source lies; no part of the digest
+    {"job": {…}}                                  format, options, identity of the source
+    {"totals": {…}}  {"notices": […]}  {"skipped": […]}
+    {"file": "model_world_size_8_rank_0.pt", …}   source files, numbered in this order from 0
+    {"side": "tokenizer.json", …}                 files copied byte for byte
+    {"text": "config.json", "content": …}         files written by us
+    {"output": "model-00001-of-00002.safetensors", "header": …}
+      {"source": 3, "fqn": …, "files": […], …}    where a tensor's shards lie (one column each)
+      {"pattern": 7, "moves": [[…], …]}           strided copies; shared by tensors cut alike
+      {"tensor": …, "at": [begin, end], "sources": [3], "pattern": 7, "last": [3]}
+      {"tied": …, "same_as": …}                   dropped if its bytes equal those of another tensor
+    {"end": digest, "lines": n}
+
+A section (an ``output`` line and what follows it) is complete in itself, so that a reader can stream
+through it in little memory, skip it, or hand it to another machine. The plan knows neither the
+budget nor the number of threads: the same plan gives the same bytes whatever they are. ``digest`` is
+the xxh3_128 of all lines but the first and the last.
+"""
+
+from __future__ import annotations
+
+import json
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import xxhash
+
+from streamconv.boxes import Shape
+from streamconv.dtypes import BY_NAME, DType
+from streamconv.errors import BadInputError
+from streamconv.lowering import Dim, Move
+from streamconv.recipe import AddScalar, Cast, Op
+from streamconv.source import ShardTable, Skipped, SourceFile
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedSource:
+    """A tensor of the checkpoint as a section needs it: its type, and where its shards lie."""
+
+    fqn: str
+    dtype: DType
+    shards: ShardTable
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedTensor:
+    """One tensor of an output file.
+
+    ``begin`` and ``end`` count bytes from the end of the file's header. ``last`` holds the indices
+    (into ``sources``) of those that no later tensor of the plan draws from. ``same_as`` names the
+    tensor whose bytes this one repeats; such a tensor is compared and not written.
+    """
+
+    name: str
+    dtype: DType
+    shape: Shape
+    begin: int
+    end: int
+    sources: tuple[PlannedSource, ...]
+    moves: tuple[Move, ...]
+    last: tuple[int, ...] = ()
+    same_as: str | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Return the bytes of the tensor in the output."""
+        return self.end - self.begin
+
+
+@dataclass(frozen=True, slots=True)
+class SideFile:
+    """A file copied beside the weights: ``name`` in the output, ``path`` where it comes from."""
+
+    name: str
+    path: str
+    nbytes: int
+    xxh3: str
+
+
+@dataclass(frozen=True, slots=True)
+class TextFile:
+    """A file whose content the plan holds."""
+
+    name: str
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class OutputFile:
+    """One safetensors file: its name, its whole size, and its header as it will be written.
+
+    ``header`` is the JSON text, padded with spaces; in the file an 8-byte length precedes it.
+    """
+
+    name: str
+    nbytes: int
+    header: str
+    tensors: int
+
+    @property
+    def data_start(self) -> int:
+        """Return the byte of the file at which tensor data begins."""
+        return 8 + len(self.header.encode())
+
+
+@dataclass(frozen=True, slots=True)
+class Totals:
+    """What a plan amounts to. ``peak_floor_bytes`` is what planning itself took."""
+
+    tensors: int
+    parameters: int
+    read_bytes: int
+    write_bytes: int
+    unverifiable_bytes: int
+    source_dtypes: dict[str, int]
+    output_dtypes: dict[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class PlanHead:
+    """All of a plan but its sections."""
+
+    root: str
+    job: dict[str, Any]
+    totals: Totals
+    notices: tuple[str, ...]
+    skipped: tuple[Skipped, ...]
+    files: tuple[SourceFile, ...]
+    side: tuple[SideFile, ...]
+    texts: tuple[TextFile, ...]
+
+
+def _op_to_json(op: Op) -> list[Any]:
+    return ["cast", op.dtype.name] if isinstance(op, Cast) else ["add", op.value]
+
+
+def _op_from_json(data: Sequence[Any]) -> Op:
+    return Cast(BY_NAME[data[0 + 1]]) if data[0] == "cast" else AddScalar(float(data[1]))
+
+
+def _column(values: array[int]) -> list[int] | int:
+    """Return a column as JSON; one that holds a single value throughout is that value alone."""
+    return values[0] if len(values) > 1 and len(set(values)) == 1 else values.tolist()
+
+
+def _table_from_json(data: dict[str, Any]) -> ShardTable:
+    n = max((len(data[c]) for c in _COLUMNS if isinstance(data[c], list)), default=data["n"])
+    columns = {
+        c: array(code, data[c] if isinstance(data[c], list) else [data[c]] * n)
+        for c, code in _COLUMNS.items()
+    }
+    return ShardTable(**columns)
+
+
+_COLUMNS = {
+    "files": "I",
+    "keys": "I",
+    "starts": "Q",
+    "nbytes": "Q",
+    "crcs": "I",
+    "header_nbytes": "H",
+}
+
+
+class PlanWriter:
+    """Writes a plan line by line; nothing is kept but what numbers sources and patterns."""
+
+    def __init__(self, stream: IO[str]) -> None:
+        self._stream = stream
+        self._digest = xxhash.xxh3_128()
+        self._lines = 0
+        self._sources: dict[int, int] = {}
+        self._patterns: dict[tuple[Move, ...], int] = {}
+
+    def _line(self, data: dict[str, Any]) -> None:
+        text = json.dumps(data, separators=(",", ":"), ensure_ascii=False) + "\n"
+        if self._lines:
+            self._digest.update(text.encode())
+        self._lines += 1
+        self._stream.write(text)
+
+    def head(self, head: PlanHead) -> None:
+        """Write everything that comes before the first section."""
+        self._line({"streamconv_plan": SCHEMA, "root": head.root})
+        self._line({"job": head.job})
+        self._line({"totals": asdict(head.totals)})
+        self._line({"notices": list(head.notices)})
+        self._line({"skipped": [[s.name, s.reason] for s in head.skipped]})
+        for f in head.files:
+            self._line({"file": f.path, **{k: v for k, v in asdict(f).items() if k != "path"}})
+        for side in head.side:
+            self._line(
+                {"side": side.name, "path": side.path, "nbytes": side.nbytes, "xxh3": side.xxh3}
+            )
+        for text in head.texts:
+            self._line({"text": text.name, "content": text.content})
+
+    def output(self, output: OutputFile) -> None:
+        """Begin a section."""
+        self._sources.clear()
+        self._patterns.clear()
+        self._line(
+            {
+                "output": output.name,
+                "nbytes": output.nbytes,
+                "tensors": output.tensors,
+                "header": output.header,
+            }
+        )
+
+    def tensor(self, tensor: PlannedTensor) -> None:
+        """Add a tensor to the section, with the sources and the pattern it is the first to use."""
+        ids = [self._source_id(s) for s in tensor.sources]
+        line: dict[str, Any] = {"tied" if tensor.same_as else "tensor": tensor.name}
+        if tensor.same_as:
+            line["same_as"] = tensor.same_as
+        line |= {
+            "dtype": tensor.dtype.name,
+            "shape": tensor.shape,
+            "at": [tensor.begin, tensor.end],
+            "sources": ids,
+            "pattern": self._pattern_id(tensor.moves),
+            "last": tensor.last,
+        }
+        self._line(line)
+
+    def _source_id(self, source: PlannedSource) -> int:
+        known = self._sources.get(id(source.shards))
+        if known is not None:
+            return known
+        number = self._sources[id(source.shards)] = len(self._sources)
+        table = source.shards
+        line: dict[str, Any] = {
+            "source": number,
+            "fqn": source.fqn,
+            "dtype": source.dtype.name,
+            "n": len(table),
+        }
+        line |= {c: _column(getattr(table, c)) for c in _COLUMNS}
+        self._line(line)
+        return number
+
+    def _pattern_id(self, moves: tuple[Move, ...]) -> int:
+        known = self._patterns.get(moves)
+        if known is not None:
+            return known
+        number = self._patterns[moves] = len(self._patterns)
+        self._line(
+            {
+                "pattern": number,
+                "moves": [
+                    [
+                        m.source,
+                        m.shard,
+                        m.dst_offset,
+                        m.src_offset,
+                        m.dims,
+                        [_op_to_json(op) for op in m.ops],
+                    ]
+                    for m in moves
+                ],
+            }
+        )
+        return number
+
+    def end(self) -> str:
+        """Write the last line; return the digest."""
+        digest = self._digest.hexdigest()
+        lines = self._lines + 1
+        self._stream.write(json.dumps({"end": digest, "lines": lines}) + "\n")
+        return digest
+
+
+class Plan:
+    """A plan in a file. The head is read at once, sections are streamed as often as one likes."""
+
+    def __init__(self, path: Path) -> None:
+        """Read the head and check the digest; raises :class:`BadInputError` for a damaged plan."""
+        self.path = path
+        try:
+            self.digest = self._check_digest()
+            self.head = self._read_head()
+        except (ValueError, KeyError, TypeError, IndexError) as error:
+            raise BadInputError(
+                "this is no streamconv plan, or a damaged one",
+                where=str(path),
+                found=f"{type(error).__name__}: {error}",
+                hint="make it anew with `streamconv plan SRC -o PLAN`",
+            ) from error
+
+    def _check_digest(self) -> str:
+        digest = xxhash.xxh3_128()
+        with self.path.open("rb") as stream:
+            first = json.loads(stream.readline())
+            if first["streamconv_plan"] != SCHEMA:
+                raise ValueError(f"schema {first['streamconv_plan']}, this program knows {SCHEMA}")
+            previous = b""
+            for line in stream:
+                digest.update(previous)
+                previous = line
+        end = json.loads(previous)["end"]
+        if end != digest.hexdigest():
+            raise ValueError(f"digest {digest.hexdigest()}, the last line says {end}")
+        return str(end)
+
+    def _read_head(self) -> PlanHead:
+        found: dict[str, Any] = {}
+        files, side, texts = [], [], []
+        with self.path.open(encoding="utf-8") as stream:
+            for line in stream:
+                if line.startswith(('{"output"', '{"end"')):
+                    break
+                data = json.loads(line)
+                kind = next(iter(data))
+                if kind == "file":
+                    files.append(SourceFile(path=data.pop("file"), **data))
+                elif kind == "side":
+                    side.append(SideFile(data["side"], data["path"], data["nbytes"], data["xxh3"]))
+                elif kind == "text":
+                    texts.append(TextFile(data["text"], data["content"]))
+                else:
+                    found |= data
+        return PlanHead(
+            root=found["root"],
+            job=found["job"],
+            totals=Totals(**found["totals"]),
+            notices=tuple(found["notices"]),
+            skipped=tuple(Skipped(n, r) for n, r in found["skipped"]),
+            files=tuple(files),
+            side=tuple(side),
+            texts=tuple(texts),
+        )
+
+    def outputs(self) -> list[OutputFile]:
+        """Return the output files without their tensors."""
+        return [
+            output
+            for line in self._lines()
+            if line.startswith('{"output"') and (output := _output_from_json(json.loads(line)))
+        ]
+
+    def _lines(self) -> Iterator[str]:
+        with self.path.open(encoding="utf-8") as stream:
+            yield from stream
+
+    def sections(self) -> Iterator[tuple[OutputFile, Iterable[PlannedTensor]]]:
+        """Yield each output file with its tensors.
+
+        The tensors of a section are parsed as they are asked for, in the order of their bytes; a
+        section that is not asked for is skipped without being parsed.
+        """
+        lines = self._lines()
+        line = next((x for x in lines if x.startswith('{"output"')), "")
+        while line:
+            section = _Section(lines)
+            yield _output_from_json(json.loads(line)), section
+            line = section.next_output()
+
+
+class _Section:
+    """The tensors of one section; stops at, and remembers, the line that begins the next one."""
+
+    def __init__(self, lines: Iterator[str]) -> None:
+        self._rest = lines
+        self._next: str | None = None
+
+    def __iter__(self) -> Iterator[PlannedTensor]:
+        sources: dict[int, PlannedSource] = {}
+        patterns: dict[int, tuple[Move, ...]] = {}
+        while line := self._advance():
+            data = json.loads(line)
+            if "source" in data:
+                sources[data["source"]] = PlannedSource(
+                    data["fqn"], BY_NAME[data["dtype"]], _table_from_json(data)
+                )
+            elif "pattern" in data and "moves" in data:
+                patterns[data["pattern"]] = tuple(
+                    Move(
+                        source,
+                        shard,
+                        dst,
+                        src,
+                        tuple(Dim(*d) for d in dims),
+                        tuple(_op_from_json(op) for op in ops),
+                    )
+                    for source, shard, dst, src, dims, ops in data["moves"]
+                )
+            else:
+                tensor = _tensor_from_json(data, sources, patterns)
+                yield tensor
+                for k in tensor.last:
+                    sources.pop(data["sources"][k], None)
+
+    def _advance(self) -> str | None:
+        if self._next is not None:
+            return None
+        line = next(self._rest, "")
+        if not line or line.startswith(('{"output"', '{"end"')):
+            self._next = line if line.startswith('{"output"') else ""
+            return None
+        return line
+
+    def next_output(self) -> str:
+        while self._advance():
+            pass
+        return self._next or ""
+
+
+def _output_from_json(data: dict[str, Any]) -> OutputFile:
+    return OutputFile(data["output"], data["nbytes"], data["header"], data["tensors"])
+
+
+def _tensor_from_json(
+    data: dict[str, Any],
+    sources: dict[int, PlannedSource],
+    patterns: dict[int, tuple[Move, ...]],
+) -> PlannedTensor:
+    return PlannedTensor(
+        name=data["tied"] if "tied" in data else data["tensor"],
+        dtype=BY_NAME[data["dtype"]],
+        shape=tuple(data["shape"]),
+        begin=data["at"][0],
+        end=data["at"][1],
+        sources=tuple(sources[k] for k in data["sources"]),
+        moves=patterns[data["pattern"]],
+        last=tuple(data["last"]),
+        same_as=data.get("same_as"),
+    )

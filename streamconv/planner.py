@@ -1,0 +1,405 @@
+"""The planner: from a checkpoint's metadata and the model's expectations to a plan.
+
+No byte of a weight is read. Every source tensor is used or reported as skipped, every expected
+tensor is made exactly once; what is missing or of a wrong shape is an error that lists the names.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import json
+import math
+from collections import Counter
+from collections.abc import Container, Iterable, Mapping, Sequence
+from typing import Protocol
+
+from streamconv.boxes import Shape, contiguous_strides
+from streamconv.dtypes import BY_TORCH, DType
+from streamconv.errors import BadInputError, UsageError
+from streamconv.lowering import Move, lower, sources_of
+from streamconv.options import JobOptions, Layout
+from streamconv.plan import OutputFile, PlannedSource, PlannedTensor, PlanWriter
+from streamconv.recipe import Cast, Recipe, SourceRef, View
+from streamconv.sizes import format_size
+from streamconv.source import Checkpoint, GlobalTensor, ShardLayout, Skipped
+
+_LISTED = 12
+
+
+class Model(Protocol):
+    """What the planner asks of the model that the config describes (tracing.hf.MetaModel)."""
+
+    state_shapes: dict[str, Shape]
+    hub_shapes: dict[str, Shape]
+    tied: tuple[tuple[str, str], ...]
+    architecture: str
+    certain: bool
+
+    @property
+    def optional(self) -> frozenset[str]:
+        """Return the Hub names that a complete model may lack."""
+
+    def is_optional_unexpected(self, name: str) -> bool:
+        """Whether the library ignores a tensor that it does not know."""
+
+    def keep_fp32(self, name: str, target: DType) -> bool:
+        """Whether the library keeps a tensor in float32 when it loads as ``target``."""
+
+    def recipes(
+        self, tensors: Mapping[str, tuple[Shape, DType]], layout: Layout = "hub"
+    ) -> tuple[tuple[Recipe, ...], tuple[str, ...]]:
+        """Return the recipes of the output tensors, and notices."""
+
+
+def decide_plain(checkpoint: Checkpoint, model: Model | None) -> dict[str, GlobalTensor]:
+    """Return all tensors, the undecided ones read as the model's shapes say.
+
+    Plain tensors on several ranks are dim-0 pieces or replicas, and nothing in the file tells.
+    Raises :class:`BadInputError` with the question where the model does not tell either.
+    """
+    tensors = dict(checkpoint.tensors)
+    unclear = []
+    for fqn, (pieces, replicas) in checkpoint.undecided.items():
+        expected = (
+            (model.state_shapes.get(fqn) or model.hub_shapes.get(fqn))
+            if model is not None
+            else None
+        )
+        fits = [t for t in (pieces, replicas) if t.shape == expected]
+        if len(fits) != 1 and pieces.shape != replicas.shape:
+            unclear.append((fqn, pieces.shape, replicas.shape, expected))
+        else:
+            tensors[fqn] = fits[0] if fits else replicas
+    if unclear:
+        fqn, as_pieces, as_replicas, expected = unclear[0]
+        raise BadInputError(
+            f"{len(unclear)} plain tensors are either pieces or whole copies, and nothing says which",
+            where=", ".join(n for n, *_ in unclear[:_LISTED]),
+            expected=f"{fqn}: {list(expected)}" if expected else "the model's shape of each tensor",
+            found=f"{fqn}: {list(as_pieces)} as pieces, {list(as_replicas)} as copies",
+            hint="name a folder with the model's config.json: --hf-config DIR",
+        )
+    return tensors
+
+
+def identity_recipe(name: str, tensor: GlobalTensor) -> Recipe:
+    """Return the recipe that hands a tensor on as it is."""
+    view = View(SourceRef(tensor.fqn, tensor.shape), tensor.shape, contiguous_strides(tensor.shape))
+    return Recipe(name, tensor.dtype, view)
+
+
+def check_recipes(recipes: Sequence[Recipe], model: Model, options: JobOptions) -> list[str]:
+    """Compare what will be made with what the model expects; return notices.
+
+    Raises :class:`BadInputError` that lists missing names and wrong shapes.
+    """
+    expected = model.hub_shapes if options.layout == "hub" else model.state_shapes
+    made = {r.name: r.view.shape for r in recipes}
+    aliases = {alias for alias, _ in model.tied}
+    missing = [n for n in expected if n not in made and n not in model.optional | aliases]
+    wrong = [n for n, shape in made.items() if n in expected and expected[n] != shape]
+    unknown = [n for n in made if n not in expected and not model.is_optional_unexpected(n)]
+    notices = []
+    if (missing or wrong) and not model.certain:
+        notices.append(
+            f"{len(missing)} tensors that {model.architecture} has are not in the checkpoint and "
+            f"{len(wrong)} differ in shape; config.json names a class that transformers lacks"
+        )
+    elif wrong:
+        first = wrong[0]
+        raise BadInputError(
+            f"{len(wrong)} tensors do not have the shape that {model.architecture} expects",
+            where=_listed(wrong),
+            expected=f"{first}: {list(expected[first])}",
+            found=f"{first}: {list(made[first])}",
+            hint="check that config.json belongs to this checkpoint (--hf-config DIR names another)",
+        )
+    elif missing:
+        raise BadInputError(
+            f"{len(missing)} tensors that {model.architecture} needs are not in the checkpoint",
+            where=_listed(missing),
+            hint="check that config.json belongs to this checkpoint (--hf-config DIR names another)",
+        )
+    if unknown:
+        if options.strict:
+            raise BadInputError(
+                f"{len(unknown)} tensors are unknown to {model.architecture}",
+                where=_listed(unknown),
+                hint="without --strict they are written, too",
+            )
+        notices.append(
+            f"{len(unknown)} tensors are unknown to {model.architecture} and are written under "
+            f"their own names: {_listed(unknown)}"
+        )
+    return notices
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = len(names) - _LISTED
+    return ", ".join(names[:_LISTED]) + (f" and {more} more" if more > 0 else "")
+
+
+def with_dtypes(
+    recipes: Iterable[Recipe], options: JobOptions, model: Model | None, declared: DType | None
+) -> list[Recipe]:
+    """Return the recipes with the casts that ``--dtype`` asks for.
+
+    Only F64, F32, F16 and BF16 are cast; tensors that match ``keep_dtype`` or that transformers
+    keeps in float32 are left alone. Raises for a dtype that safetensors cannot hold.
+    """
+    target = None
+    if options.dtype == "auto":
+        if declared is None:
+            raise UsageError(
+                "config.json declares no dtype",
+                hint="say which: --dtype bfloat16, float16 or float32",
+            )
+        target = declared
+    elif options.dtype != "keep":
+        target = BY_TORCH[options.dtype]
+    result = []
+    for r in recipes:
+        if not r.dtype.writable:
+            raise BadInputError(
+                f"safetensors cannot hold {r.dtype}",
+                where=r.name,
+                hint="remove the tensor from the checkpoint, or store it as another type",
+            )
+        kept = any(fnmatch.fnmatchcase(r.name, p) for p in options.keep_dtype)
+        if (
+            target is not None
+            and r.dtype.castable
+            and r.dtype != target
+            and not kept
+            and not (model is not None and model.keep_fp32(r.name, target))
+        ):
+            view = dataclasses.replace(r.view, ops=(*r.view.ops, Cast(target)))
+            r = Recipe(r.name, target, view)
+        result.append(r)
+    return result
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Ties:
+    """What becomes of tied weights.
+
+    ``dropped``: aliases whose bytes lie in the very same storage. ``compared``: alias to kept name,
+    equal by their CRC-32, confirmed while streaming. ``kept``: aliases that differ, or of which
+    nothing is known, and are written.
+    """
+
+    dropped: dict[str, str]
+    compared: dict[str, str]
+    kept: dict[str, str]
+
+
+def decide_ties(
+    recipes: Iterable[Recipe], model: Model | None, tensors: Mapping[str, GlobalTensor]
+) -> Ties:
+    """Decide for each pair that the config ties whether its alias can be left out."""
+    ties = Ties({}, {}, {})
+    by_name = {r.name: r for r in recipes}
+    for alias, kept in model.tied if model is not None else ():
+        a, b = by_name.get(alias), by_name.get(kept)
+        if a is None or b is None:
+            continue
+        ta, tb = _whole_source(a, tensors), _whole_source(b, tensors)
+        if ta is None or tb is None or a.dtype != b.dtype or ta.layout != tb.layout:
+            ties.kept[alias] = kept
+        elif ta.shards.files == tb.shards.files and ta.shards.starts == tb.shards.starts:
+            ties.dropped[alias] = kept
+        elif ta.shards.crcs == tb.shards.crcs and all(
+            crc or not nbytes for crc, nbytes in zip(ta.shards.crcs, ta.shards.nbytes, strict=True)
+        ):
+            ties.compared[alias] = kept
+        else:
+            ties.kept[alias] = kept
+    return ties
+
+
+def _whole_source(recipe: Recipe, tensors: Mapping[str, GlobalTensor]) -> GlobalTensor | None:
+    view = recipe.view
+    if not isinstance(view.base, SourceRef) or view.offset or view.shape != view.base.shape:
+        return None
+    return tensors[view.base.fqn] if view.strides == contiguous_strides(view.shape) else None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Placed:
+    """An output tensor and where it goes: bytes ``[begin, end)`` of its file's data."""
+
+    recipe: Recipe
+    begin: int
+    end: int
+    same_as: str | None = None
+
+
+def shard(
+    recipes: Sequence[Recipe], ties: Ties, max_shard_bytes: int
+) -> list[tuple[OutputFile, list[Placed]]]:
+    """Distribute the tensors over output files, in their order, and lay each file out.
+
+    Within a file wide elements come first, so that every tensor is aligned to its element; a tied
+    alias stands after the tensor it is compared with.
+    """
+    written = [r for r in recipes if r.name not in ties.dropped and r.name not in ties.compared]
+    groups: list[list[Recipe]] = [[]]
+    size = 0
+    for r in written:
+        nbytes = _nbytes(r)
+        if groups[-1] and size + nbytes > max_shard_bytes:
+            groups.append([])
+            size = 0
+        groups[-1].append(r)
+        size += nbytes
+    by_name = {r.name: r for r in recipes}
+    aliases: dict[str, list[Recipe]] = {}
+    for alias, kept in ties.compared.items():
+        aliases.setdefault(kept, []).append(by_name[alias])
+    result = []
+    for k, group in enumerate(groups):
+        name = (
+            "model.safetensors"
+            if len(groups) == 1
+            else f"model-{k + 1:05d}-of-{len(groups):05d}.safetensors"
+        )
+        placed: list[Placed] = []
+        at = 0
+        for r in sorted(group, key=lambda r: -r.dtype.itemsize):
+            placed.append(Placed(r, at, at + _nbytes(r)))
+            placed += [Placed(a, at, at + _nbytes(a), r.name) for a in aliases.get(r.name, ())]
+            at += _nbytes(r)
+        result.append((_output_file(name, placed, at), placed))
+    return result
+
+
+def _nbytes(r: Recipe) -> int:
+    return math.prod(r.view.shape) * r.dtype.itemsize
+
+
+# The library refuses longer headers (safetensors/src/tensor.rs, MAX_HEADER_SIZE).
+_MAX_HEADER_BYTES = 100_000_000
+
+
+def _output_file(name: str, placed: Iterable[Placed], data_nbytes: int) -> OutputFile:
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    for p in placed:
+        if p.same_as is None:
+            header[p.recipe.name] = {
+                "dtype": p.recipe.dtype.name,
+                "shape": list(p.recipe.view.shape),
+                "data_offsets": [p.begin, p.end],
+            }
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False)
+    text += " " * (-len(text.encode()) % 8)
+    nbytes = len(text.encode())
+    if nbytes > _MAX_HEADER_BYTES:
+        raise UsageError(
+            "too many tensors for one safetensors file",
+            where=name,
+            expected=f"a header of at most {format_size(_MAX_HEADER_BYTES)}",
+            found=format_size(nbytes),
+            hint="choose a smaller --max-shard-size",
+        )
+    return OutputFile(name, 8 + nbytes + data_nbytes, text, len(header) - 1)
+
+
+def index_json(outputs: Sequence[tuple[OutputFile, Sequence[Placed]]]) -> str:
+    """Return model.safetensors.index.json; sizes as transformers counts them, in bytes."""
+    weight_map = {
+        p.recipe.name: out.name for out, placed in outputs for p in placed if p.same_as is None
+    }
+    written = [p for _, placed in outputs for p in placed if p.same_as is None]
+    index = {
+        "metadata": {
+            "total_parameters": sum(math.prod(p.recipe.view.shape) for p in written),
+            "total_size": sum(p.end - p.begin for p in written),
+        },
+        "weight_map": dict(sorted(weight_map.items())),
+    }
+    return json.dumps(index, indent=2, ensure_ascii=False) + "\n"
+
+
+class Lowerer:
+    """Lowers recipes; tensors that are cut and viewed alike share their moves."""
+
+    def __init__(self, tensors: Mapping[str, GlobalTensor]) -> None:
+        self._tensors = tensors
+        self._cache: dict[object, tuple[Move, ...]] = {}
+
+    def planned(self, placed: Placed, last: Container[str]) -> PlannedTensor:
+        """Return the tensor as the plan holds it; ``last`` are the FQNs that nothing later uses."""
+        view = placed.recipe.view
+        fqns = sources_of(view)
+        numbers = {fqn: k for k, fqn in enumerate(fqns)}
+        key = self._key(view, numbers)
+        moves = self._cache.get(key)
+        if moves is None:
+            moves = self._cache[key] = tuple(lower(view, self._layout))
+        return PlannedTensor(
+            name=placed.recipe.name,
+            dtype=placed.recipe.dtype,
+            shape=view.shape,
+            begin=placed.begin,
+            end=placed.end,
+            sources=tuple(
+                PlannedSource(f, self._tensors[f].dtype, self._tensors[f].shards) for f in fqns
+            ),
+            moves=moves,
+            last=tuple(k for k, f in enumerate(fqns) if f in last),
+            same_as=placed.same_as,
+        )
+
+    def _layout(self, fqn: str) -> ShardLayout:
+        return self._tensors[fqn].layout
+
+    def _key(self, view: View, numbers: Mapping[str, int]) -> object:
+        base: object
+        if isinstance(view.base, SourceRef):
+            base = (numbers[view.base.fqn], id(self._layout(view.base.fqn)))
+        else:
+            base = (
+                view.base.shape,
+                tuple((p.box, self._key(p.view, numbers)) for p in view.base.parts),
+            )
+        return view.shape, view.strides, view.offset, view.ops, base
+
+
+def write_sections(
+    writer: PlanWriter,
+    placed: Sequence[tuple[OutputFile, Sequence[Placed]]],
+    tensors: Mapping[str, GlobalTensor],
+) -> None:
+    """Lower every output tensor and write the plan's sections."""
+    in_order = [p for _, group in placed for p in group]
+    last_user = {fqn: id(p) for p in in_order for fqn in sources_of(p.recipe.view)}
+    lowerer = Lowerer(tensors)
+    for output, group in placed:
+        writer.output(output)
+        for p in group:
+            last = {fqn for fqn in sources_of(p.recipe.view) if last_user[fqn] == id(p)}
+            writer.tensor(lowerer.planned(p, last))
+
+
+def dtype_histogram(pairs: Iterable[tuple[DType, int]]) -> dict[str, int]:
+    """Return the bytes per dtype name, largest first."""
+    counts: Counter[str] = Counter()
+    for dtype, nbytes in pairs:
+        counts[dtype.torch] += nbytes
+    return dict(counts.most_common())
+
+
+def main_float_dtype(recipes: Iterable[Recipe]) -> DType | None:
+    """Return the floating dtype that most output bytes have: what config.json should declare."""
+    counts: Counter[DType] = Counter()
+    for r in recipes:
+        if r.dtype.castable:
+            counts[r.dtype] += _nbytes(r)
+    return counts.most_common(1)[0][0] if counts else None
+
+
+def unused(tensors: Mapping[str, GlobalTensor], recipes: Iterable[Recipe]) -> list[Skipped]:
+    """Return the source tensors that no recipe draws from."""
+    used = {fqn for r in recipes for fqn in sources_of(r.view)}
+    return [Skipped(n, "no output tensor is made of it") for n in tensors if n not in used]

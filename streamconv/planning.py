@@ -1,0 +1,190 @@
+"""Planning in a child process: the parent stays small, and what reads strangers' files is fenced in.
+
+Reading untrusted pickles, and torch and transformers with their 300 MB, live and die in the child.
+It reads the metadata under a limit on its address space, asks transformers for the model's shape,
+writes the plan to a file, and answers with one line of JSON.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import io
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from streamconv._version import __version__
+from streamconv.budget import check_planning
+from streamconv.errors import BadInputError, StreamconvError
+from streamconv.options import JobOptions
+from streamconv.plan import Plan
+
+# Enough for the metadata of any checkpoint, too little for a pickle that asks for the moon.
+_PARSE_BYTES = 4 << 30
+_PR_SET_PDEATHSIG = 1
+
+
+def make_plan(
+    src: Path, job: JobOptions, plan_path: Path, *, max_mem_bytes: int | None = None
+) -> Plan:
+    """Plan the conversion of ``src`` and write the plan to ``plan_path``.
+
+    Raises what planning raises, and :class:`BudgetError` where it would not fit ``max_mem_bytes``.
+    """
+    if max_mem_bytes is not None:
+        check_planning(max_mem_bytes)
+    _ask(
+        {
+            "task": "plan",
+            "src": str(src),
+            "job": job.to_json(),
+            "plan_path": str(plan_path.absolute()),
+        }
+    )
+    return Plan(plan_path)
+
+
+def inspect_checkpoint(src: Path, model: str | None = None) -> dict[str, Any]:
+    """Return what is in a checkpoint as plain data: what ``streamconv inspect --json`` prints."""
+    return _ask({"task": "inspect", "src": str(src), "model": model})
+
+
+def _ask(request: dict[str, Any]) -> dict[str, Any]:
+    # -P: the working directory, which may be the checkpoint's, is no place to import from.
+    process = subprocess.Popen(
+        [sys.executable, "-P", "-m", "streamconv.planning"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={
+            **os.environ,
+            "HF_HUB_OFFLINE": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+            "OMP_NUM_THREADS": "1",
+            # glibc would keep an arena per thread; one is enough here and keeps the peak down.
+            "MALLOC_ARENA_MAX": "1",
+        },
+    )
+    try:
+        out, err = process.communicate(json.dumps(request).encode())
+    except BaseException:
+        process.kill()
+        process.wait()
+        raise
+    try:
+        answer: dict[str, Any] = json.loads(out.splitlines()[-1])
+    except (IndexError, ValueError):
+        last = err.decode(errors="replace").strip().splitlines()[-1:] or ["no message"]
+        if process.returncode < 0:
+            # No Python error can end a process by signal: the pickle broke the interpreter, or the
+            # kernel ran out of memory.
+            name = signal.Signals(-process.returncode).name
+            raise BadInputError(
+                "reading the checkpoint's metadata ended in a crash",
+                where=str(request["src"]),
+                found=name,
+                hint="the file is damaged or hostile, or the machine is out of memory",
+            ) from None
+        raise StreamconvError("planning failed", where=str(request["src"]), found=last[0]) from None
+    if "error" in answer:
+        raise StreamconvError.from_json(answer["error"])
+    return answer
+
+
+def _child() -> int:
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    answers = sys.stdout
+    request = json.load(sys.stdin)
+    try:
+        # Libraries may print; only the answer may reach the parent's pipe.
+        with contextlib.redirect_stdout(io.StringIO()):
+            answer = _TASKS[request["task"]](request)
+    except StreamconvError as error:
+        answer = {"error": error.to_json()}
+    except (MemoryError, RecursionError) as error:
+        answer = {
+            "error": BadInputError(
+                "the checkpoint's metadata is too large or too deep to read",
+                where=request["src"],
+                found=type(error).__name__,
+            ).to_json()
+        }
+    except OSError as error:
+        answer = {"error": StreamconvError("a file cannot be read", found=str(error)).to_json()}
+    answers.write(json.dumps(answer) + "\n")
+    answers.flush()
+    return 0
+
+
+@contextlib.contextmanager
+def _limited_memory() -> Any:
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    cap = _PARSE_BYTES if hard == resource.RLIM_INFINITY else min(_PARSE_BYTES, hard)
+    resource.setrlimit(resource.RLIMIT_AS, (cap, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+def _read(request: dict[str, Any], model: str | None) -> Any:
+    from streamconv import formats
+
+    with _limited_memory():
+        return formats.read(Path(request["src"]), model)
+
+
+def _plan(request: dict[str, Any]) -> dict[str, Any]:
+    from streamconv.build_plan import build_plan
+
+    job = JobOptions.from_json(request["job"])
+    checkpoint = _read(request, job.model)
+    path = Path(request["plan_path"])
+    partial = path.with_name(path.name + ".part")
+    with partial.open("w", encoding="utf-8") as stream:
+        build_plan(checkpoint, job, stream)
+        stream.flush()
+        os.fsync(stream.fileno())
+    partial.replace(path)
+    return {}
+
+
+def _inspect(request: dict[str, Any]) -> dict[str, Any]:
+    c = _read(request, request["model"])
+    tensors = [*c.tensors.values(), *(pair[0] for pair in c.undecided.values())]
+    return {
+        "streamconv": __version__,
+        "format": c.format,
+        "root": str(c.root),
+        "side_dir": str(c.side_dir) if c.side_dir else None,
+        "files": [
+            {"path": f.path, "nbytes": f.nbytes, "directory_hash": f.directory_hash}
+            for f in c.files
+        ],
+        "facts": dict(c.facts),
+        "tensors": [
+            {
+                "name": t.fqn,
+                "dtype": t.dtype.torch,
+                "shape": list(t.shape),
+                "placement": t.placement
+                + (" (or replicas: undecided)" if t.fqn in c.undecided else ""),
+                "shards": len(t.shards),
+            }
+            for t in tensors
+        ],
+        "skipped": [{"name": s.name, "reason": s.reason} for s in c.skipped],
+        "notices": list(c.notices),
+    }
+
+
+_TASKS = {"plan": _plan, "inspect": _inspect}
+
+if __name__ == "__main__":
+    sys.exit(_child())

@@ -1,0 +1,188 @@
+"""Reading source files: positioned reads into buffers we own, few descriptors, a clean page cache.
+
+``preadv`` into owned buffers and never mmap: mapped pages count as resident memory and would make a
+budget a lie. Behind the reading position the kernel is told to drop its cached pages, so that a
+conversion does not evict everything else a node has cached.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+
+from streamconv.errors import BadInputError, SourceChangedError
+from streamconv.source import SourceFile
+from streamconv.torchfile.window import FileWindow
+from streamconv.torchfile.zipdir import hash_directory
+
+# One preadv moves at most 0x7ffff000 bytes on Linux, and page cache works best in small steps.
+_READ_BYTES = 1 << 20
+# Pages are dropped this far behind the reader; an exact range leaves most of them cached.
+_DROP_BYTES = 16 << 20
+_DROP_OVERLAP_BYTES = 8 << 20
+
+
+class SourceReader:
+    """Reads from the files of a checkpoint; safe to use from several threads.
+
+    ``max_open`` bounds the open descriptors (least recently used first out). ``drop_cache`` tells
+    the kernel to forget pages that have been read. ``strict_mtime`` takes a newer modification time
+    for a change: the only sign of one where no checksums are there to tell.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        files: Sequence[SourceFile],
+        *,
+        max_open: int = 128,
+        drop_cache: bool = False,
+        strict_mtime: bool = False,
+    ) -> None:
+        self.files = files
+        self._root = root
+        self._max_open = max_open
+        self._drop_cache = drop_cache
+        self._strict_mtime = strict_mtime
+        self._open: OrderedDict[int, int] = OrderedDict()
+        self._read_since_drop: dict[int, int] = {}
+        self._lock = threading.Lock()
+        self.read_bytes = 0
+        self.reads = 0
+
+    def path(self, file: int) -> Path:
+        """Return where file number ``file`` lies."""
+        return self._root / self.files[file].path
+
+    def read(self, file: int, offset: int, *buffers: memoryview) -> None:
+        """Fill ``buffers``, in order, from byte ``offset`` of file number ``file``.
+
+        Raises :class:`SourceChangedError` where the file ends before they are full, or is not the
+        file that was planned; ``OSError`` as the system gives it.
+        """
+        with self._lock:
+            fd = self._descriptor(file)
+            # A duplicate keeps the file open for this read should another thread push it out.
+            fd = os.dup(fd)
+        try:
+            at = offset
+            pending = [b for b in buffers if len(b)]
+            while pending:
+                got = os.preadv(fd, pending, at)
+                self.reads += 1
+                if got == 0:
+                    raise SourceChangedError(
+                        "a source file became shorter while it was read",
+                        where=str(self.path(file)),
+                        expected=f"{self.files[file].nbytes} bytes",
+                        found=f"the end at byte {at}",
+                    )
+                at += got
+                self.read_bytes += got
+                while pending and got >= len(pending[0]):
+                    got -= len(pending.pop(0))
+                if pending:
+                    pending[0] = pending[0][got:]
+            if self._drop_cache:
+                self._drop_behind(file, fd, offset, at)
+        finally:
+            os.close(fd)
+
+    def _descriptor(self, file: int) -> int:
+        fd = self._open.get(file)
+        if fd is not None:
+            self._open.move_to_end(file)
+            return fd
+        while len(self._open) >= self._max_open:
+            os.close(self._open.popitem(last=False)[1])
+        try:
+            fd = os.open(self.path(file), os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError as error:
+            raise SourceChangedError(
+                "a source file vanished", where=str(self.path(file))
+            ) from error
+        try:
+            self._check_stat(file, os.fstat(fd))
+        except SourceChangedError:
+            os.close(fd)
+            raise
+        self._open[file] = fd
+        return fd
+
+    def _check_stat(self, file: int, stat: os.stat_result) -> None:
+        planned = self.files[file]
+        if stat.st_size != planned.nbytes or (
+            self._strict_mtime and stat.st_mtime_ns != planned.mtime_ns
+        ):
+            raise SourceChangedError(
+                "a source file is not the one that was planned",
+                where=str(self.path(file)),
+                expected=f"{planned.nbytes} bytes, modified at {planned.mtime_ns} ns",
+                found=f"{stat.st_size} bytes, modified at {stat.st_mtime_ns} ns",
+                hint="plan again once the trainer has finished writing",
+            )
+
+    def check_unchanged(self) -> None:
+        """Raise :class:`SourceChangedError` unless every file is still what was planned."""
+        for file in range(len(self.files)):
+            try:
+                stat = self.path(file).stat()
+            except FileNotFoundError as error:
+                raise SourceChangedError(
+                    "a source file vanished", where=str(self.path(file))
+                ) from error
+            self._check_stat(file, stat)
+            self._check_directory(file)
+
+    def _check_directory(self, file: int) -> None:
+        planned = self.files[file]
+        if not planned.entry_prefix:
+            return
+        fd = os.open(self.path(file), os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            window = FileWindow(fd, str(self.path(file)), 0, planned.nbytes)
+            found = hash_directory(window)
+        except BadInputError as error:
+            found = error.what
+        finally:
+            os.close(fd)
+        if found != planned.directory_hash:
+            raise SourceChangedError(
+                "a source file is not the one that was planned",
+                where=str(self.path(file)),
+                expected=f"a zip directory with the hash {planned.directory_hash}",
+                found=found,
+                hint="plan again once the trainer has finished writing",
+            )
+
+    def _drop_behind(self, file: int, fd: int, start: int, end: int) -> None:
+        seen = self._read_since_drop.get(file, 0) + end - start
+        if seen >= _DROP_BYTES:
+            lo = max(0, start - seen - _DROP_OVERLAP_BYTES)
+            os.posix_fadvise(fd, lo, end - lo, os.POSIX_FADV_DONTNEED)
+            seen = 0
+        self._read_since_drop[file] = seen
+
+    def close(self) -> None:
+        """Close every descriptor."""
+        with self._lock:
+            for fd in self._open.values():
+                if self._drop_cache:
+                    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+                os.close(fd)
+            self._open.clear()
+
+    def __enter__(self) -> SourceReader:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+def read_in_steps(reader: SourceReader, file: int, offset: int, buffer: memoryview) -> None:
+    """Fill ``buffer`` by reads of at most 1 MiB."""
+    for at in range(0, len(buffer), _READ_BYTES):
+        reader.read(file, offset + at, buffer[at : at + _READ_BYTES])

@@ -1,0 +1,78 @@
+"""Recipes: how an output tensor is made of global tensors, as plain data without torch.
+
+A :class:`View` is what a view of a torch meta tensor is: a shape, element strides and an element
+offset into a C-contiguous base. The base is a global tensor of the checkpoint or a :class:`Gather`,
+the result of an op that copies (cat, stack, clone, a reshape that cannot be a view): a tensor whose
+parts are again views. Elementwise ops commute with both, so they ride along on the view.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from streamconv.boxes import Box, Shape
+from streamconv.dtypes import DType
+
+
+@dataclass(frozen=True, slots=True)
+class Cast:
+    """Convert every element to ``dtype``."""
+
+    dtype: DType
+
+
+@dataclass(frozen=True, slots=True)
+class AddScalar:
+    """Add ``value`` to every element, in the element's own dtype (norms stored as ``w - 1``)."""
+
+    value: float
+
+
+Op = Cast | AddScalar
+
+
+@dataclass(frozen=True, slots=True)
+class SourceRef:
+    """A global tensor of the checkpoint, by FQN; its elements are taken in C order."""
+
+    fqn: str
+    shape: Shape
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """``shape`` elements of ``base``: index ``i`` is base element ``offset + sum(i*strides)``.
+
+    ``ops`` are applied to each element after it is taken, in order.
+    """
+
+    base: SourceRef | Gather
+    shape: Shape
+    strides: Shape
+    offset: int = 0
+    ops: tuple[Op, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """The part of a gather that lies in ``box``; ``view.shape`` equals ``box.sizes``."""
+
+    box: Box
+    view: View
+
+
+@dataclass(frozen=True, slots=True)
+class Gather:
+    """A C-contiguous tensor of ``shape`` put together of ``parts``, which tile it."""
+
+    shape: Shape
+    parts: tuple[Part, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """One output tensor: its name, its element type after all ops, and how to make it."""
+
+    name: str
+    dtype: DType
+    view: View

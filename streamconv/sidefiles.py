@@ -1,0 +1,133 @@
+"""The files beside the weights: config, tokenizer, chat template, processor, custom code.
+
+They are data: parsed as JSON where we must know something, copied byte for byte otherwise, never
+run. Weights and weight indexes that lie among them are left out, for they are not this model's.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from streamconv.dtypes import BY_TORCH, DType
+from streamconv.errors import BadInputError, UnsafeInputError
+from streamconv.plan import SideFile, TextFile
+from streamconv.writer import hash_file
+
+_WEIGHT_SUFFIXES = {
+    ".safetensors",
+    ".bin",
+    ".pt",
+    ".pth",
+    ".ckpt",
+    ".gguf",
+    ".h5",
+    ".msgpack",
+    ".distcp",
+    ".onnx",
+}
+_MAX_CONFIG_BYTES = 16 << 20
+# transformers 5 writes ``dtype``, 4 wrote ``torch_dtype``; both read both.
+_DTYPE_KEYS = ("dtype", "torch_dtype")
+
+
+def read_config(folder: Path) -> dict[str, Any] | None:
+    """Return the parsed config.json of ``folder``, None where there is none."""
+    path = folder / "config.json"
+    if not path.is_file():
+        return None
+    if path.stat().st_size > _MAX_CONFIG_BYTES:
+        raise UnsafeInputError(
+            "config.json is too large",
+            where=str(path),
+            expected=f"at most {_MAX_CONFIG_BYTES} bytes",
+        )
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise BadInputError(
+            "config.json is not valid JSON", where=str(path), found=str(error)
+        ) from error
+    if not isinstance(config, dict):
+        raise BadInputError("config.json holds no JSON object", where=str(path))
+    return config
+
+
+def list_side_files(folder: Path, *, root: Path | None) -> Iterator[SideFile]:
+    """Yield the files to copy, in order of their names.
+
+    ``root`` is the checkpoint's folder, out of which no link may lead; None for a folder that the
+    user named, such as a snapshot in the Hub cache, which is made of links.
+    """
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder)
+        if any(part.startswith(".") or part == "__pycache__" for part in name.parts):
+            continue
+        if root is not None and not path.resolve().is_relative_to(root.resolve()):
+            raise UnsafeInputError(
+                "a link leads out of the checkpoint", where=str(path), found=str(path.resolve())
+            )
+        if not path.is_file() or _is_weights(path.name):
+            continue
+        yield SideFile(name.as_posix(), str(path), path.stat().st_size, hash_file(path))
+
+
+def _is_weights(name: str) -> bool:
+    return Path(name).suffix in _WEIGHT_SUFFIXES or name.endswith(
+        (".safetensors.index.json", ".bin.index.json")
+    )
+
+
+def declared_dtype(config: Mapping[str, Any]) -> DType | None:
+    """Return the dtype that config.json declares, at the top or in its text_config."""
+    for part in (config, config.get("text_config")):
+        if isinstance(part, Mapping):
+            for key in _DTYPE_KEYS:
+                value = part.get(key)
+                if isinstance(value, str) and value.removeprefix("torch.") in BY_TORCH:
+                    return BY_TORCH[value.removeprefix("torch.")]
+    return None
+
+
+def corrected_config(
+    config: Mapping[str, Any], *, dtype: DType | None, untie: bool
+) -> tuple[TextFile | None, list[str]]:
+    """Return config.json as it must be for these weights, and what was changed.
+
+    None where it is right as it stands and can be copied byte for byte. ``dtype`` is the weights'
+    floating dtype; ``untie`` says that both of two tied weights are there because they differ.
+    """
+    changed = json.loads(json.dumps(config))
+    notices = []
+    parts = [("", changed)]
+    parts += [
+        (f"{key}.", changed[key])
+        for key in ("text_config", "thinker_config")
+        if isinstance(changed.get(key), dict)
+    ]
+    for where, part in parts:
+        if dtype is not None:
+            notices += _correct_dtype(part, where, dtype.torch)
+        if untie and part.get("tie_word_embeddings", not where):
+            part["tie_word_embeddings"] = False
+            notices.append(f"config.json: {where}tie_word_embeddings became false")
+    if not notices:
+        return None, []
+    return TextFile(
+        "config.json", json.dumps(changed, indent=2, ensure_ascii=False) + "\n"
+    ), notices
+
+
+def _correct_dtype(part: dict[str, Any], where: str, dtype: str) -> list[str]:
+    notices = []
+    present = [k for k in _DTYPE_KEYS if part.get(k) is not None]
+    if not present and not where:
+        part["dtype"] = dtype
+        notices.append(f"config.json: dtype set to {dtype}")
+    for key in present:
+        if part[key] != dtype:
+            notices.append(f"config.json: {where}{key} {part[key]} became {dtype}")
+            part[key] = dtype
+    return notices

@@ -1,0 +1,216 @@
+"""Staging: the output folder appears whole or not at all, and a stopped run can go on.
+
+Beside the target ``DST`` a hidden folder holds everything until the end::
+
+    .DST.streamconv/plan.jsonl       the plan that is being executed
+    .DST.streamconv/journal.jsonl    one line per finished file, written after the file's fsync
+    .DST.streamconv/files/…          the output as it will be
+    .DST.streamconv.lock             held while a process works on DST
+
+Publishing renames ``files`` to ``DST``. Where ``DST`` is an empty folder already (a mount point,
+say) the hidden folder lies inside it and the files are moved one by one, last the one without which
+no loader starts (the index, or the only weight file). Names that end in ``.safetensors`` exist only
+in ``files``: loaders glob.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import filelock
+
+from streamconv.errors import BadInputError, LockedError, OutputExistsError, UsageError
+from streamconv.executor import FinishedFile
+from streamconv.writer import fsync_directory
+
+MANIFEST = "streamconv.json"
+_AT_FDCWD = -100
+_RENAME_EXCHANGE = 2
+
+
+def staging_path(target: Path) -> Path:
+    """Return where the staging folder of ``target`` lies: beside it, or inside an existing one."""
+    if target.is_dir() and _is_ours_to_fill(target):
+        return target / ".streamconv"
+    return target.parent / f".{target.name}.streamconv"
+
+
+def _is_ours_to_fill(target: Path) -> bool:
+    """Whether an existing folder is empty, or holds an unfinished run of ours inside it."""
+    return (target / ".streamconv").is_dir() or not any(
+        p.name != "lost+found" for p in target.iterdir()
+    )
+
+
+def check_target(target: Path, source: Path) -> None:
+    """Refuse a target that would swallow its own source, or that is no folder."""
+    if target.exists() and not target.is_dir():
+        raise UsageError("the output is an existing file, not a folder", where=str(target))
+    real_target, real_source = target.resolve(), source.resolve()
+    if real_source.is_relative_to(real_target):
+        raise UsageError(
+            "the output folder contains the source", where=str(target), hint="choose another folder"
+        )
+
+
+@contextmanager
+def locked(target: Path) -> Iterator[None]:
+    """Hold the target's lock; raises :class:`LockedError` at once where another process has it."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    path = target.parent / f".{target.name}.streamconv.lock"
+    if not os.access(target.parent, os.W_OK) and target.is_dir():
+        path = target / ".streamconv.lock"
+    lock = filelock.FileLock(path, timeout=0)
+    try:
+        lock.acquire()
+    except filelock.Timeout as error:
+        raise LockedError(
+            "another process is writing this output",
+            where=str(target),
+            hint="wait for it to end, or choose another folder",
+        ) from error
+    try:
+        yield
+    finally:
+        # Removed while it is still held: whoever waits for it notices that the path has changed.
+        path.unlink(missing_ok=True)
+        lock.release()
+
+
+class Staging:
+    """The staging folder of one target, for one job.
+
+    ``finished`` are the output files that an earlier run completed, by name, ``crc_journal`` what
+    that run knew of half-read records.
+    """
+
+    def __init__(self, target: Path, *, sync: bool) -> None:
+        self.target = target
+        self.root = staging_path(target)
+        self.inside = self.root.parent == target
+        self.files = self.root / "files"
+        self.plan_path = self.root / "plan.jsonl"
+        self._journal = self.root / "journal.jsonl"
+        self._sync = sync
+        self.finished: dict[str, FinishedFile] = {}
+        self.crc_journal: list[list[Any]] = []
+
+    def begin(self) -> None:
+        """Make the folder and read the journal of an earlier run, if there is one."""
+        self.files.mkdir(parents=True, exist_ok=True)
+        if not self._journal.exists():
+            return
+        for line in self._journal.read_text(encoding="utf-8").splitlines():
+            try:
+                data = json.loads(line)
+            except ValueError:
+                break  # the line that was being written when the power went
+            self.finished[data["file"]["name"]] = FinishedFile(**data["file"])
+            self.crc_journal = data["records"]
+
+    def record(self, finished: FinishedFile, records: list[list[Any]]) -> None:
+        """Journal a finished file (which is durable by now) and the half-read records."""
+        line = json.dumps({"file": asdict(finished), "records": records}) + "\n"
+        with self._journal.open("a", encoding="utf-8") as stream:
+            stream.write(line)
+            stream.flush()
+            if self._sync:
+                os.fsync(stream.fileno())
+        self.finished[finished.name] = finished
+
+    def forget(self, name: str) -> None:
+        """Take back a finished file whose bytes are not there any more, and all that came after it."""
+        kept = []
+        for finished in self.finished.values():
+            if finished.name == name:
+                break
+            kept.append(finished)
+        self.finished = {f.name: f for f in kept}
+        self.crc_journal = []
+        lines = self._journal.read_text(encoding="utf-8").splitlines(keepends=True)[: len(kept)]
+        if lines:
+            self.crc_journal = json.loads(lines[-1])["records"]
+        self._journal.write_text("".join(lines), encoding="utf-8")
+
+    def discard(self) -> None:
+        """Remove the staging folder and everything in it."""
+        shutil.rmtree(self.root, ignore_errors=True)
+
+    def locate(self, name: str) -> Path:
+        """Return where a finished file lies; a run stopped while publishing has moved it already."""
+        staged = self.files / name
+        published = self.target / name
+        return published if self.inside and not staged.exists() else staged
+
+    def publish(self, *, last: str, overwrite: bool) -> None:
+        """Make the output appear under its name; ``last`` is the file that makes it loadable."""
+        if self._sync:
+            fsync_directory(self.files)
+        if self.inside:
+            self._move_into_target(last)
+        elif self.target.exists():
+            if not overwrite:
+                raise OutputExistsError(
+                    "the output folder appeared meanwhile", where=str(self.target)
+                )
+            _exchange(self.files, self.target, self.root / "replaced")
+        else:
+            self.files.rename(self.target)
+        if self._sync:
+            fsync_directory(self.target.parent)
+        self.discard()
+
+    def _move_into_target(self, last: str) -> None:
+        names = sorted(p.name for p in self.files.iterdir())
+        for name in sorted(names, key=lambda n: n == last):
+            if name == last and self._sync:
+                fsync_directory(self.target)
+            (self.files / name).replace(self.target / name)
+        if self._sync:
+            fsync_directory(self.target)
+
+
+def _exchange(new: Path, old: Path, aside: Path) -> None:
+    """Swap two folders, atomically where the file system can; ``new`` then is the replaced one."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if hasattr(libc, "renameat2"):
+        done = libc.renameat2(
+            _AT_FDCWD, os.fsencode(new), _AT_FDCWD, os.fsencode(old), _RENAME_EXCHANGE
+        )
+        if done == 0:
+            return
+        if ctypes.get_errno() not in (errno.EINVAL, errno.ENOSYS):
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(old))
+    old.rename(aside)
+    new.rename(old)
+
+
+def read_manifest(target: Path) -> dict[str, Any] | None:
+    """Return the manifest of a finished output folder, None where there is none."""
+    path = target / MANIFEST
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise BadInputError(
+            "the manifest cannot be read", where=str(path), found=str(error)
+        ) from error
+    return data if isinstance(data, dict) else None
+
+
+def may_be_replaced(target: Path) -> bool:
+    """Whether ``--overwrite`` may remove an existing folder: only one that holds a model."""
+    names = [p.name for p in target.iterdir()]
+    return MANIFEST in names or (
+        "config.json" in names or any(n.endswith(".safetensors") for n in names)
+    )

@@ -1,0 +1,249 @@
+"""Windows: which part of an output file is assembled at a time, and by which reads.
+
+A window is a stretch of an output file. All it needs from one source file is sorted and read in as
+few runs as the gaps allow, so that a thousand rank files cost a thousand reads a window and not a
+read per tensor and file. Pure functions: plan in, read lists out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from streamconv.boxes import Shape
+from streamconv.lowering import Dim, Move, clip
+from streamconv.plan import PlannedSource, PlannedTensor
+from streamconv.source import Record
+
+# Bytes between two wanted stretches that are cheaper to read than to seek over: records of one file
+# lie about 200 bytes apart (a zip header and torch's padding).
+_GAP_BYTES = 4096
+# A read of this size amortizes what a read costs, also on storage with a millisecond of latency.
+_GOOD_READ_BYTES = 512 << 10
+# Up to here a window grows for nothing; it stays in the CPU's cache on its way to the file.
+MIN_WINDOW_BYTES = 1 << 20
+SMALL_WINDOW_BYTES = 4 << 20
+MAX_WINDOW_BYTES = 256 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """The elements ``[lo, hi)`` of a tensor, at byte ``at`` of the window."""
+
+    tensor: PlannedTensor
+    lo: int
+    hi: int
+    at: int
+
+    @property
+    def nbytes(self) -> int:
+        """Return the bytes of the segment in the output."""
+        return (self.hi - self.lo) * self.tensor.dtype.itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """Consecutive segments, starting at byte ``begin`` of the output file's data.
+
+    The segments of a tied tensor (``same_as``) are no part of the file; a window holds either
+    segments of the file or segments of one tied tensor.
+    """
+
+    begin: int
+    nbytes: int
+    segments: tuple[Segment, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Fill:
+    """One strided copy into a window, out of bytes ``[lo, hi)`` of a source file."""
+
+    source: PlannedSource
+    record: Record
+    lo: int
+    hi: int
+    dst_at: int  # byte of the window where output element 0 of ``dims`` goes
+    src_at: int  # byte of the file where input element 0 of ``dims`` lies
+    dims: tuple[Dim, ...]
+    move: Move
+    tensor: PlannedTensor
+
+    @property
+    def direct(self) -> bool:
+        """Whether the file's bytes are the window's bytes as they stand."""
+        return not self.move.ops and (
+            not self.dims or (len(self.dims) == 1 and self.dims[0].dst == self.dims[0].src == 1)
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One read: bytes ``[lo, hi)`` of file ``file``, and the copies that it serves."""
+
+    file: int
+    lo: int
+    hi: int
+    fills: tuple[Fill, ...]
+
+
+def windows(tensors: Iterable[PlannedTensor], max_bytes: int) -> Iterator[Window]:
+    """Cut the tensors of an output file, in their order, into windows of at most ``max_bytes``.
+
+    A window closes as soon as its reads are good ones: at 4 MiB where each file gives long
+    stretches, as late as ``max_bytes`` where a thousand files give a few bytes each.
+    """
+    small = min(SMALL_WINDOW_BYTES, max_bytes)
+    segments: list[Segment] = []
+    begin, size, reads = 0, 0, 0.0
+
+    def close() -> Window:
+        nonlocal size, reads
+        window = Window(begin, size, tuple(segments))
+        segments.clear()
+        size, reads = 0, 0.0
+        return window
+
+    for tensor in tensors:
+        if segments and (tensor.same_as or segments[-1].tensor.same_as):
+            yield close()
+        numel = tensor.nbytes // tensor.dtype.itemsize
+        step, per_byte = _step(tensor, max_bytes)
+        at = 0
+        while at < numel or (numel == 0 and at == 0):
+            room = max_bytes - size
+            take = min(numel - at, step, room // tensor.dtype.itemsize)
+            if take == 0 and numel:
+                yield close()
+                continue
+            if not segments:
+                begin = tensor.begin + at * tensor.dtype.itemsize
+            segments.append(Segment(tensor, at, at + take, size))
+            size += take * tensor.dtype.itemsize
+            reads += take * tensor.dtype.itemsize * per_byte
+            at += take
+            if size >= small and (size >= reads * _GOOD_READ_BYTES or size >= max_bytes):
+                yield close()
+            if numel == 0:
+                break
+    if segments:
+        yield close()
+
+
+def _step(tensor: PlannedTensor, max_bytes: int) -> tuple[int, float]:
+    """Return how many elements of a tensor go into one window, and its reads per byte.
+
+    Whole rows where they fit: a cut in the middle of a row makes three copies out of one.
+    """
+    numel = tensor.nbytes // tensor.dtype.itemsize
+    if numel == 0:
+        return 1, 0.0
+    step = max(1, min(SMALL_WINDOW_BYTES, max_bytes) // tensor.dtype.itemsize)
+    while True:
+        step = _whole_rows(tensor.shape, min(step, numel))
+        nbytes = step * tensor.dtype.itemsize
+        reads = sum(1 for _ in runs(Window(0, nbytes, (Segment(tensor, 0, step, 0),)), nbytes * 4))
+        if step == numel or nbytes >= reads * _GOOD_READ_BYTES or nbytes * 2 > max_bytes:
+            return step, reads / nbytes
+        step *= 2
+
+
+def _whole_rows(shape: Shape, step: int) -> int:
+    row = 1
+    for size in reversed(shape):
+        if row * size > step:
+            break
+        row *= size
+    return max(row, step // row * row)
+
+
+def runs(window: Window, max_run_bytes: int) -> list[Run]:
+    """Return the reads that fill ``window``, by file and offset, none longer than ``max_run_bytes``.
+
+    A single element that is wider than that is still read whole.
+    """
+    fills: list[Fill] = []
+    for segment in window.segments:
+        fills.extend(_fills(segment, max_run_bytes))
+    fills.sort(key=lambda f: (f.record.file, f.lo))
+    result: list[Run] = []
+    group: list[Fill] = []
+    hi = 0
+    for fill in fills:
+        if group and (
+            fill.record.file != group[0].record.file
+            or fill.lo > hi + _GAP_BYTES
+            or max(hi, fill.hi) - group[0].lo > max_run_bytes
+        ):
+            result.append(Run(group[0].record.file, group[0].lo, hi, tuple(group)))
+            group = []
+        hi = max(hi, fill.hi) if group else fill.hi
+        group.append(fill)
+    if group:
+        result.append(Run(group[0].record.file, group[0].lo, hi, tuple(group)))
+    return result
+
+
+def _fills(segment: Segment, max_bytes: int) -> Iterator[Fill]:
+    tensor = segment.tensor
+    for move in tensor.moves:
+        span = sum((d.size - 1) * d.dst for d in move.dims)
+        if move.dst_offset >= segment.hi or move.dst_offset + span < segment.lo:
+            continue
+        source = tensor.sources[move.source]
+        record = source.shards[move.shard]
+        for part in clip(move, segment.lo, segment.hi):
+            yield from _split(
+                tensor,
+                source,
+                record,
+                move,
+                segment.at + (part.dst_offset - segment.lo) * tensor.dtype.itemsize,
+                record.start + part.src_offset * source.dtype.itemsize,
+                part.dims,
+                max_bytes,
+            )
+
+
+def _split(
+    tensor: PlannedTensor,
+    source: PlannedSource,
+    record: Record,
+    move: Move,
+    dst_at: int,
+    src_at: int,
+    dims: tuple[Dim, ...],
+    max_bytes: int,
+) -> Iterator[Fill]:
+    """Yield copies whose stretch of the file is short and mostly wanted.
+
+    A walk that leaves most of its stretch unread (a transpose, a column block) is cut along its
+    widest input step, down to single rows.
+    """
+    itemsize = source.dtype.itemsize
+    wanted = itemsize
+    hull = itemsize
+    for d in dims:
+        wanted *= d.size
+        hull += (d.size - 1) * d.src * itemsize
+    sparse = hull > 2 * wanted and hull > wanted + _GAP_BYTES
+    if dims and (hull > max_bytes or sparse):
+        k = max(range(len(dims)), key=lambda i: dims[i].src)
+        wide = dims[k]
+        inner = hull - (wide.size - 1) * wide.src * itemsize
+        step = 1 if sparse else max(1, (max_bytes - inner) // (wide.src * itemsize) + 1)
+        if wide.size > 1 and step < wide.size:
+            for i in range(0, wide.size, step):
+                n = min(step, wide.size - i)
+                kept = (Dim(n, wide.dst, wide.src),) if n > 1 else ()
+                yield from _split(
+                    tensor,
+                    source,
+                    record,
+                    move,
+                    dst_at + i * wide.dst * tensor.dtype.itemsize,
+                    src_at + i * wide.src * itemsize,
+                    (*dims[:k], *kept, *dims[k + 1 :]),
+                    max_bytes,
+                )
+            return
+    yield Fill(source, record, src_at, src_at + hull, dst_at, src_at, dims, move, tensor)

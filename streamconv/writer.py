@@ -1,0 +1,153 @@
+"""Writing one safetensors file: header first, data in order, never more than 1 MiB a call.
+
+Byte layout (safetensors README): 8 bytes little-endian header length, the JSON header padded with
+spaces to a multiple of 8, then the tensors' bytes without holes. Large ``pwrite`` calls are several
+times slower than small ones, and dirty pages are pushed out behind the writer so that the closing
+``fsync`` has little left to do and the page cache stays as it was.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import hashlib
+import os
+from pathlib import Path
+from types import TracebackType
+
+import xxhash
+
+from streamconv.errors import NoSpaceError
+from streamconv.plan import OutputFile
+
+_WRITE_BYTES = 1 << 20
+_FLUSH_BYTES = 16 << 20
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_SYNC_FILE_RANGE_WRITE = 2
+_SYNC_FILE_RANGE_WAIT = 1 | 2 | 4
+
+
+def _sync_file_range(fd: int, offset: int, nbytes: int, flags: int) -> None:
+    """Start or await write-back. Only advice: file systems without it are left to ``fsync``."""
+    _libc.sync_file_range(fd, ctypes.c_int64(offset), ctypes.c_int64(nbytes), ctypes.c_uint(flags))
+
+
+def no_space(error: OSError, where: Path) -> NoSpaceError | None:
+    """Return the error to raise for a full disk or quota, or None where ``error`` is another."""
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        return None
+    return NoSpaceError(
+        "the disk is full",
+        where=str(where),
+        hint="free some space and run the same command again: it goes on where it was",
+    )
+
+
+class ShardWriter:
+    """Writes one output file; as a context manager it leaves a partial file on an exception.
+
+    ``sync`` makes the data durable at :meth:`finish` and keeps the page cache clean behind the
+    writer. ``xxh3`` and ``sha256`` are hex digests of the whole file, once finished.
+    """
+
+    def __init__(self, path: Path, output: OutputFile, *, sync: bool, sha256: bool = False) -> None:
+        self._path = path
+        self._output = output
+        self._sync = sync
+        self._hash = xxhash.xxh3_128()
+        self._sha256 = hashlib.sha256() if sha256 else None
+        self._at = 0
+        self._flushed = 0
+        self.xxh3 = ""
+        self.sha256: str | None = None
+        self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+        try:
+            header = output.header.encode()
+            self.write(memoryview(len(header).to_bytes(8, "little") + header))
+        except BaseException:
+            os.close(self._fd)
+            raise
+
+    def write(self, data: memoryview) -> None:
+        """Append ``data``; raises :class:`NoSpaceError` on a full disk."""
+        for lo in range(0, len(data), _WRITE_BYTES):
+            piece = data[lo : lo + _WRITE_BYTES]
+            self._hash.update(piece)
+            if self._sha256:
+                self._sha256.update(piece)
+            while len(piece):
+                try:
+                    done = os.pwrite(self._fd, piece, self._at)
+                except OSError as error:
+                    raise no_space(error, self._path) or error from error
+                self._at += done
+                piece = piece[done:]
+            if self._sync and self._at - self._flushed >= _FLUSH_BYTES:
+                self._flush_behind()
+
+    def _flush_behind(self) -> None:
+        window = self._at - self._flushed
+        _sync_file_range(self._fd, self._flushed, window, _SYNC_FILE_RANGE_WRITE)
+        before = self._flushed - window
+        if before >= 0:
+            _sync_file_range(self._fd, before, window, _SYNC_FILE_RANGE_WAIT)
+            os.posix_fadvise(self._fd, 0, self._flushed, os.POSIX_FADV_DONTNEED)
+        self._flushed = self._at
+
+    def finish(self) -> None:
+        """Make the file whole and, with ``sync``, durable."""
+        if self._at != self._output.nbytes:
+            raise AssertionError(
+                f"{self._path}: wrote {self._at} bytes, planned {self._output.nbytes}"
+            )
+        if self._sync:
+            try:
+                os.fsync(self._fd)
+            except OSError as error:
+                raise no_space(error, self._path) or error from error
+            os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        self.xxh3 = self._hash.hexdigest()
+        self.sha256 = self._sha256.hexdigest() if self._sha256 else None
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        os.close(self._fd)
+
+
+def hash_file(path: Path) -> str:
+    """Return the xxh3_128 hex digest of a file, read in 1 MiB steps."""
+    digest = xxhash.xxh3_128()
+    buffer = memoryview(bytearray(_WRITE_BYTES))
+    with path.open("rb", buffering=0) as stream:
+        while got := stream.readinto(buffer):
+            digest.update(buffer[:got])
+    return digest.hexdigest()
+
+
+def fsync_directory(path: Path) -> None:
+    """Make renames in ``path`` durable."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def write_file(path: Path, data: bytes, *, sync: bool) -> None:
+    """Write a small file whole, durably with ``sync``; raises :class:`NoSpaceError`."""
+    try:
+        with path.open("wb") as stream:
+            stream.write(data)
+            stream.flush()
+            if sync:
+                os.fsync(stream.fileno())
+    except OSError as error:
+        raise no_space(error, path) or error from error
