@@ -1,1 +1,96 @@
-"""streamconv."""
+"""Distributed training checkpoints to HuggingFace models: streamed, bounded in memory, bit for bit.
+
+The public API is lazy, so that ``import streamconv`` costs nothing: neither numpy nor torch is
+loaded before a function needs it.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+from streamconv._version import __version__
+
+if TYPE_CHECKING:
+    from streamconv.api import convert, inspect, open, plan  # noqa: A004 - meant to be qualified
+    from streamconv.errors import (
+        BadInputError,
+        BudgetError,
+        LockedError,
+        NoSpaceError,
+        OutputExistsError,
+        SourceChangedError,
+        StreamconvError,
+        UnsafeInputError,
+        UsageError,
+        VerificationError,
+    )
+    from streamconv.options import Event, JobOptions, Result, RunOptions
+
+_HOME = {
+    **dict.fromkeys(("convert", "inspect", "open", "plan"), "streamconv.api"),
+    **dict.fromkeys(("Event", "JobOptions", "Result", "RunOptions"), "streamconv.options"),
+    **dict.fromkeys(
+        (
+            "BadInputError",
+            "BudgetError",
+            "LockedError",
+            "NoSpaceError",
+            "OutputExistsError",
+            "SourceChangedError",
+            "StreamconvError",
+            "UnsafeInputError",
+            "UsageError",
+            "VerificationError",
+        ),
+        "streamconv.errors",
+    ),
+}
+
+__all__ = [
+    "BadInputError",
+    "BudgetError",
+    "Event",
+    "JobOptions",
+    "LockedError",
+    "NoSpaceError",
+    "OutputExistsError",
+    "Result",
+    "RunOptions",
+    "SourceChangedError",
+    "StreamconvError",
+    "UnsafeInputError",
+    "UsageError",
+    "VerificationError",
+    "__version__",
+    "convert",
+    "inspect",
+    "open",
+    "plan",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value: object = getattr(import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__
+
+
+class _Package(ModuleType):
+    """Keeps ``streamconv.plan`` the function: importing the submodule ``plan`` would rebind it."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if name in _HOME and isinstance(value, ModuleType):
+            return
+        super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

@@ -173,11 +173,16 @@ def window_bytes(budget_bytes: int) -> int:
     return min(size // 4096 * 4096, MAX_WINDOW_BYTES)
 
 
+def smallest_convert_bytes() -> int:
+    """Return the smallest budget with which this process could plan and convert now."""
+    need = max(PLANNING_FLOOR_BYTES, resident_bytes() + 370 * 10**6)
+    return -(-need // 10**7) * 10**7
+
+
 def check_planning(budget_bytes: int) -> None:
     """Raise :class:`BudgetError` where the planning child would not fit into the budget."""
-    need = max(PLANNING_FLOOR_BYTES, resident_bytes() + 370 * 10**6)
+    need = smallest_convert_bytes()
     if budget_bytes < need:
-        need = -(-need // 10**7) * 10**7
         raise BudgetError(
             "the memory budget is too small to plan: the model's structure comes from transformers",
             expected=f"at least {format_size(need)}",

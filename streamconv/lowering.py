@@ -51,6 +51,11 @@ class Move:
     dims: tuple[Dim, ...]
     ops: tuple[Op, ...] = ()
 
+    @property
+    def last_dst(self) -> int:
+        """Return the last output element that the move writes."""
+        return self.dst_offset + sum((d.size - 1) * d.dst for d in self.dims)
+
 
 @dataclass(frozen=True, slots=True)
 class _Region:
@@ -289,8 +294,7 @@ def merge_dims(dims: Sequence[Dim]) -> tuple[Dim, ...]:
 
 def clip(move: Move, lo: int, hi: int) -> Iterator[Move]:
     """Yield the parts of ``move`` whose output elements lie in the flat range ``[lo, hi)``."""
-    span = sum((d.size - 1) * d.dst for d in move.dims)
-    if lo <= move.dst_offset and move.dst_offset + span < hi:
+    if lo <= move.dst_offset and move.last_dst < hi:
         yield move
         return
     # Here the output plays the part of the axis that is cut, hence src=dst.

@@ -94,34 +94,37 @@ def windows(tensors: Iterable[PlannedTensor], max_bytes: int) -> Iterator[Window
     """
     small = min(SMALL_WINDOW_BYTES, max_bytes)
     segments: list[Segment] = []
-    begin, size, reads = 0, 0, 0.0
+    files: set[int] = set()
+    begin, size = 0, 0
 
     def close() -> Window:
-        nonlocal size, reads
+        nonlocal size
         window = Window(begin, size, tuple(segments))
         segments.clear()
-        size, reads = 0, 0.0
+        files.clear()
+        size = 0
         return window
 
     for tensor in tensors:
         if segments and (tensor.same_as or segments[-1].tensor.same_as):
             yield close()
-        numel = tensor.nbytes // tensor.dtype.itemsize
-        step, per_byte = _step(tensor, max_bytes)
+        itemsize = tensor.dtype.itemsize
+        numel = tensor.nbytes // itemsize
+        step = _step(tensor, max_bytes)
         at = 0
         while at < numel or (numel == 0 and at == 0):
-            room = max_bytes - size
-            take = min(numel - at, step, room // tensor.dtype.itemsize)
+            take = min(numel - at, step, (max_bytes - size) // itemsize)
             if take == 0 and numel:
                 yield close()
                 continue
             if not segments:
-                begin = tensor.begin + at * tensor.dtype.itemsize
+                begin = tensor.begin + at * itemsize
             segments.append(Segment(tensor, at, at + take, size))
-            size += take * tensor.dtype.itemsize
-            reads += take * tensor.dtype.itemsize * per_byte
+            files.update(_files(tensor, at, at + take))
+            size += take * itemsize
             at += take
-            if size >= small and (size >= reads * _GOOD_READ_BYTES or size >= max_bytes):
+            # What lies close together in a file becomes one read, so files count and not tensors.
+            if size >= small and size >= min(max_bytes, len(files) * _GOOD_READ_BYTES):
                 yield close()
             if numel == 0:
                 break
@@ -129,21 +132,31 @@ def windows(tensors: Iterable[PlannedTensor], max_bytes: int) -> Iterator[Window
         yield close()
 
 
-def _step(tensor: PlannedTensor, max_bytes: int) -> tuple[int, float]:
-    """Return how many elements of a tensor go into one window, and its reads per byte.
+def _files(tensor: PlannedTensor, lo: int, hi: int) -> Iterator[int]:
+    for move in tensor.moves:
+        if move.dst_offset < hi and move.last_dst >= lo:
+            yield tensor.sources[move.source].shards.files[move.shard]
 
-    Whole rows where they fit: a cut in the middle of a row makes three copies out of one.
+
+def _step(tensor: PlannedTensor, max_bytes: int) -> int:
+    """Return how many elements of a tensor go into one window.
+
+    Whole rows where they fit: a cut in the middle of a row makes three copies out of one. More than
+    a small window where that makes fewer reads: for a transpose, or shards of very many files.
     """
-    numel = tensor.nbytes // tensor.dtype.itemsize
+    itemsize = tensor.dtype.itemsize
+    numel = tensor.nbytes // itemsize
     if numel == 0:
-        return 1, 0.0
-    step = max(1, min(SMALL_WINDOW_BYTES, max_bytes) // tensor.dtype.itemsize)
+        return 1
+    step = max(1, min(SMALL_WINDOW_BYTES, max_bytes) // itemsize)
     while True:
         step = _whole_rows(tensor.shape, min(step, numel))
-        nbytes = step * tensor.dtype.itemsize
-        reads = sum(1 for _ in runs(Window(0, nbytes, (Segment(tensor, 0, step, 0),)), nbytes * 4))
-        if step == numel or nbytes >= reads * _GOOD_READ_BYTES or nbytes * 2 > max_bytes:
-            return step, reads / nbytes
+        nbytes = step * itemsize
+        if step == numel or nbytes * 2 > max_bytes:
+            return step
+        reads = runs(Window(0, nbytes, (Segment(tensor, 0, step, 0),)), nbytes * 4)
+        if nbytes >= len(reads) * _GOOD_READ_BYTES:
+            return step
         step *= 2
 
 
@@ -186,8 +199,7 @@ def runs(window: Window, max_run_bytes: int) -> list[Run]:
 def _fills(segment: Segment, max_bytes: int) -> Iterator[Fill]:
     tensor = segment.tensor
     for move in tensor.moves:
-        span = sum((d.size - 1) * d.dst for d in move.dims)
-        if move.dst_offset >= segment.hi or move.dst_offset + span < segment.lo:
+        if move.dst_offset >= segment.hi or move.last_dst < segment.lo:
             continue
         source = tensor.sources[move.source]
         record = source.shards[move.shard]

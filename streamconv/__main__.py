@@ -1,0 +1,77 @@
+"""The entry point: runs the command line and turns whatever happens into an exit code.
+
+Signals become ``SystemExit`` so that every ``with`` and ``finally`` on the way out runs.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from types import FrameType
+
+from streamconv._version import __version__
+from streamconv.errors import StreamconvError
+
+
+def _end(signum: int, _frame: FrameType | None) -> None:
+    # A second signal while cleaning up must not interrupt the cleaning.
+    signal.signal(signum, signal.SIG_IGN)
+    raise SystemExit(128 + signum)
+
+
+def main() -> None:
+    """Run the command line; never returns."""
+    sys.exit(_run(sys.argv[1:]))
+
+
+def _run(arguments: list[str]) -> int:
+    if arguments == ["--version"]:
+        sys.stdout.write(f"streamconv {__version__}\n")
+        return 0
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, _end)
+    debug = "--debug" in arguments
+    from streamconv.cli.output import render_error, say_json, tell
+
+    try:
+        from streamconv.cli.app import app
+        from streamconv.cli.default import with_command
+
+        app(args=with_command(arguments), prog_name="streamconv")
+    except SystemExit as end:
+        return _exit_code(end)
+    except StreamconvError as error:
+        if debug:
+            raise
+        if "--json" in arguments:
+            say_json({"event": "error", **error.to_json()})
+        tell(render_error(error))
+        return error.exit_code
+    except BrokenPipeError:
+        # Whoever read our output has gone; the flush at exit must not complain about it either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:
+        if debug:
+            raise
+        # The last resort: a line, never a traceback.
+        tell(f"error: internal: {type(error).__name__}: {error}")
+        tell("  next: run the same command with --debug and report what it prints")
+        return 1
+    return 0
+
+
+def _exit_code(end: SystemExit) -> int:
+    if end.code is None:
+        return 0
+    if isinstance(end.code, int):
+        return end.code
+    sys.stderr.write(f"error: {end.code}\n")
+    return 1
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,223 @@
+"""The Python API: keyword functions over the option classes. Nothing heavy is imported before a call.
+
+Sizes may be given as people write them (``"32GB"``); ``max_mem`` may be a share of the memory that is
+available (``"80%"``). Every function raises the errors of :mod:`streamconv.errors`.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import weakref
+from collections.abc import Callable, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from streamconv.errors import NoSpaceError, UsageError
+from streamconv.options import (
+    DTypeChoice,
+    Event,
+    JobOptions,
+    Layout,
+    Result,
+    RunOptions,
+    ignore_event,
+)
+from streamconv.sizes import format_size, parse_size
+
+if TYPE_CHECKING:
+    from streamconv.lazy import LazyCheckpoint
+    from streamconv.plan import Plan
+
+StrPath = str | PathLike[str]
+
+# What a conversion leaves free beyond its output: journal, plan, directories.
+_DISK_MARGIN_BYTES = 4 << 20
+
+
+def convert(
+    src: StrPath,
+    dst: StrPath,
+    *,
+    max_mem: int | str | None = None,
+    layout: Layout = "hub",
+    dtype: DTypeChoice = "keep",
+    keep_dtype: Sequence[str] = (),
+    max_shard_size: int | str = "5GB",
+    strict: bool = False,
+    hf_config: StrPath | None = None,
+    model: str | None = None,
+    overwrite: bool = False,
+    sync: bool = True,
+    source_crc: bool = True,
+    checksum: str | None = None,
+    io_threads: int = 1,
+    on_event: Callable[[Event], None] = ignore_event,
+) -> Result:
+    """Convert the checkpoint ``src`` into the HuggingFace folder ``dst``.
+
+    ``max_mem`` is the budget of the whole process tree (bytes, ``"32GB"``, ``"80%"``; None: what the
+    machine can give). After an error ``dst`` is as it was; the same call again resumes.
+    """
+    from streamconv.convert_job import convert as run_job
+
+    job = job_options(layout, dtype, keep_dtype, max_shard_size, strict, hf_config, model)
+    run = run_options(max_mem, overwrite, sync, source_crc, checksum, io_threads, on_event)
+    return run_job(Path(src), Path(dst), job, run)
+
+
+def plan(
+    src: StrPath,
+    dst: StrPath | None = None,
+    *,
+    max_mem: int | str | None = None,
+    layout: Layout = "hub",
+    dtype: DTypeChoice = "keep",
+    keep_dtype: Sequence[str] = (),
+    max_shard_size: int | str = "5GB",
+    strict: bool = False,
+    hf_config: StrPath | None = None,
+    model: str | None = None,
+    output: StrPath | None = None,
+) -> Plan:
+    """Return what :func:`convert` would do; no byte of a weight is read.
+
+    The plan is written to ``output``, or to a temporary file that goes when the plan object does.
+    With ``dst``, raises :class:`NoSpaceError` where the output would not fit on its disk.
+    """
+    from streamconv.planning import make_plan
+
+    job = job_options(layout, dtype, keep_dtype, max_shard_size, strict, hf_config, model)
+    budget = memory_bytes(max_mem)
+    if output is not None:
+        made = make_plan(Path(src), job, Path(output), max_mem_bytes=budget)
+    else:
+        folder = tempfile.mkdtemp(prefix="streamconv-")
+        try:
+            made = make_plan(Path(src), job, Path(folder) / "plan.jsonl", max_mem_bytes=budget)
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        weakref.finalize(made, shutil.rmtree, folder, ignore_errors=True)
+    if dst is not None:
+        check_disk(made, Path(dst))
+    return made
+
+
+def open(  # noqa: A001 - meant to be called as streamconv.open
+    src: StrPath,
+    *,
+    layout: Layout = "hub",
+    dtype: DTypeChoice = "keep",
+    keep_dtype: Sequence[str] = (),
+    strict: bool = False,
+    hf_config: StrPath | None = None,
+    model: str | None = None,
+) -> LazyCheckpoint:
+    """Return the checkpoint as a mapping of output names to lazy tensors.
+
+    ``t[...]`` reads only what the slice needs, as numpy; ``t.torch(...)`` gives torch. Close the
+    mapping, or use it in a ``with``.
+    """
+    from streamconv.lazy import open_checkpoint
+
+    job = job_options(layout, dtype, keep_dtype, "5GB", strict, hf_config, model)
+    return open_checkpoint(Path(src), job)
+
+
+def inspect(src: StrPath, *, model: str | None = None) -> dict[str, Any]:
+    """Return what is in the checkpoint as plain data: format, facts, files, tensors, notices."""
+    from streamconv.planning import inspect_checkpoint
+
+    return inspect_checkpoint(Path(src), model)
+
+
+def job_options(
+    layout: Layout,
+    dtype: DTypeChoice,
+    keep_dtype: Sequence[str],
+    max_shard_size: int | str,
+    strict: bool,
+    hf_config: StrPath | None,
+    model: str | None,
+) -> JobOptions:
+    """Return the options that decide the output; raises :class:`UsageError`."""
+    if isinstance(keep_dtype, str):
+        raise UsageError("keep_dtype must be a list of patterns", found=repr(keep_dtype))
+    return JobOptions(
+        layout=layout,
+        dtype=dtype,
+        keep_dtype=tuple(keep_dtype),
+        max_shard_bytes=parse_size(max_shard_size),
+        strict=strict,
+        hf_config=Path(hf_config) if hf_config is not None else None,
+        model=model,
+    )
+
+
+def run_options(
+    max_mem: int | str | None,
+    overwrite: bool,
+    sync: bool,
+    source_crc: bool,
+    checksum: str | None,
+    io_threads: int,
+    on_event: Callable[[Event], None],
+) -> RunOptions:
+    """Return the options that decide how it is run; raises :class:`UsageError`."""
+    if checksum not in (None, "sha256"):
+        raise UsageError(f"unknown checksum: {checksum!r}", expected="sha256")
+    if io_threads < 1:
+        raise UsageError(f"not a number of threads: {io_threads}", expected="1 or more")
+    return RunOptions(
+        max_mem_bytes=memory_bytes(max_mem),
+        overwrite=overwrite,
+        sync=sync,
+        source_crc=source_crc,
+        sha256=checksum == "sha256",
+        io_threads=io_threads,
+        on_event=on_event,
+    )
+
+
+def memory_bytes(max_mem: int | str | None) -> int | None:
+    """Return a budget in bytes; a share is one of the memory that is available now."""
+    if max_mem is None:
+        return None
+    if isinstance(max_mem, str) and max_mem.rstrip().endswith("%"):
+        from streamconv.budget import available_bytes
+
+        return parse_size(max_mem, whole_bytes=available_bytes()[0])
+    return parse_size(max_mem)
+
+
+def disk_needed_bytes(plan: Plan) -> int:
+    """Return the disk that the output of ``plan`` takes, in bytes."""
+    return (
+        sum(o.nbytes for o in plan.outputs())
+        + sum(s.nbytes for s in plan.head.side)
+        + sum(len(t.content.encode()) for t in plan.head.texts)
+        + _DISK_MARGIN_BYTES
+    )
+
+
+def disk_free_bytes(dst: Path) -> int:
+    """Return what is free on the disk that would hold ``dst``, which need not exist yet."""
+    here = dst.absolute()
+    while not here.exists():
+        here = here.parent
+    return shutil.disk_usage(here).free
+
+
+def check_disk(plan: Plan, dst: Path) -> None:
+    """Raise :class:`NoSpaceError` where the output of ``plan`` would not fit at ``dst``."""
+    needed, free = disk_needed_bytes(plan), disk_free_bytes(dst)
+    if free < needed:
+        raise NoSpaceError(
+            "not enough disk space for the output",
+            where=str(dst),
+            expected=format_size(needed),
+            found=f"{format_size(free)} free",
+            hint="free some space, or choose a target on another disk",
+        )

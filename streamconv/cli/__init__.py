@@ -1,0 +1,1 @@
+"""The command line: the only floor that prints. Everything heavy is imported inside a command."""

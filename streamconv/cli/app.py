@@ -1,0 +1,274 @@
+"""The commands and their options. Bodies import what they need, so that ``--help`` is instant."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, cast
+
+import typer
+
+from streamconv._version import __version__
+from streamconv.cli.output import columns, say, say_json
+
+if TYPE_CHECKING:
+    from streamconv.options import DTypeChoice, Layout
+
+app = typer.Typer(
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Convert distributed training checkpoints to HuggingFace models, in bounded memory.\n\n"
+    "`streamconv SRC DST` is short for `streamconv convert SRC DST`.",
+)
+
+Source = Annotated[
+    Path,
+    typer.Argument(
+        metavar="SRC",
+        help="The checkpoint: a folder of rank files, an actor folder, a step folder.",
+    ),
+]
+Target = Annotated[Path, typer.Argument(metavar="DST", help="The output folder.")]
+MaxMem = Annotated[
+    str | None,
+    typer.Option(
+        "--max-mem",
+        metavar="SIZE",
+        help="Memory for the whole process tree: 32GB, 32GiB, 80%. Default: what the machine can give.",
+    ),
+]
+MaxShard = Annotated[
+    str,
+    typer.Option(
+        "--max-shard-size", metavar="SIZE", help="Size of an output file; a tensor is never split."
+    ),
+]
+DTypeOption = Annotated[
+    str,
+    typer.Option(
+        "--dtype", metavar="DTYPE", help="keep, auto (config.json's), bfloat16, float16 or float32."
+    ),
+]
+KeepDType = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--keep-dtype",
+        metavar="PATTERN",
+        help="Output names that --dtype leaves alone, such as '*.gate.*'; may be repeated.",
+    ),
+]
+LayoutOption = Annotated[
+    str,
+    typer.Option(
+        "--layout",
+        metavar="LAYOUT",
+        help="hub: the names the Hub expects; memory: the state dict's.",
+    ),
+]
+Strict = Annotated[
+    bool, typer.Option("--strict", help="Refuse tensors that the model does not know.")
+]
+HfConfig = Annotated[
+    Path | None,
+    typer.Option(
+        "--hf-config",
+        metavar="DIR",
+        help="Take config, tokenizer and the other side files from this folder.",
+    ),
+]
+Model = Annotated[
+    str | None,
+    typer.Option("--model", metavar="NAME", help="Which model of a step folder: actor, critic."),
+]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace another job's output.")]
+NoSync = Annotated[
+    bool, typer.Option("--no-sync", help="Faster, but a power cut may lose the output.")
+]
+NoSourceCrc = Annotated[
+    bool, typer.Option("--no-source-crc", help="Do not check the checksums of the source.")
+]
+Checksum = Annotated[
+    str | None,
+    typer.Option("--checksum", metavar="KIND", help="sha256: add such digests to the manifest."),
+]
+IoThreads = Annotated[
+    int, typer.Option("--io-threads", metavar="N", help="Readers at work at once.")
+]
+Json = Annotated[bool, typer.Option("--json", help="JSON on stdout, for programs.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
+
+
+def _version(value: bool) -> None:
+    if value:
+        say(f"streamconv {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", is_eager=True, callback=_version, help="Show the version and exit."
+        ),
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def convert(
+    src: Source,
+    dst: Target,
+    max_mem: MaxMem = None,
+    max_shard_size: MaxShard = "5GB",
+    dtype: DTypeOption = "keep",
+    keep_dtype: KeepDType = None,
+    layout: LayoutOption = "hub",
+    strict: Strict = False,
+    hf_config: HfConfig = None,
+    model: Model = None,
+    overwrite: Overwrite = False,
+    no_sync: NoSync = False,
+    no_source_crc: NoSourceCrc = False,
+    checksum: Checksum = None,
+    io_threads: IoThreads = 1,
+    json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Convert the checkpoint SRC into the HuggingFace folder DST."""
+    from streamconv import api
+    from streamconv.cli.progress import listen, summarize
+
+    with listen(json=json, quiet=quiet) as on_event:
+        result = api.convert(
+            src,
+            dst,
+            max_mem=max_mem,
+            layout=cast("Layout", layout),
+            dtype=cast("DTypeChoice", dtype),
+            keep_dtype=keep_dtype or (),
+            max_shard_size=max_shard_size,
+            strict=strict,
+            hf_config=hf_config,
+            model=model,
+            overwrite=overwrite,
+            sync=not no_sync,
+            source_crc=not no_source_crc,
+            checksum=checksum,
+            io_threads=io_threads,
+            on_event=on_event,
+        )
+    summarize(result, json=json, quiet=quiet)
+
+
+@app.command()
+def plan(
+    src: Source,
+    dst: Annotated[
+        Path | None, typer.Argument(metavar="DST", help="Whose disk to look at.")
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", metavar="PLAN", help="Keep the plan, for `streamconv run`."),
+    ] = None,
+    max_mem: MaxMem = None,
+    max_shard_size: MaxShard = "5GB",
+    dtype: DTypeOption = "keep",
+    keep_dtype: KeepDType = None,
+    layout: LayoutOption = "hub",
+    strict: Strict = False,
+    hf_config: HfConfig = None,
+    model: Model = None,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Show what converting SRC would do: tensors, files, disk and memory. Reads no weights."""
+    from streamconv import api
+    from streamconv.cli.report import plan_report, render_plan
+
+    made = api.plan(
+        src,
+        max_mem=max_mem,
+        layout=cast("Layout", layout),
+        dtype=cast("DTypeChoice", dtype),
+        keep_dtype=keep_dtype or (),
+        max_shard_size=max_shard_size,
+        strict=strict,
+        hf_config=hf_config,
+        model=model,
+        output=output,
+    )
+    report = plan_report(made, dst)
+    if json:
+        say_json(report, indent=2)
+    else:
+        say(render_plan(report))
+        if output is not None:
+            say(f"\nthe plan is in {output}: `streamconv run {output} DST` executes it")
+    if dst is not None:
+        api.check_disk(made, dst)
+
+
+@app.command()
+def run(
+    plan: Annotated[Path, typer.Argument(metavar="PLAN", help="What `streamconv plan -o` wrote.")],
+    dst: Target,
+    max_mem: MaxMem = None,
+    overwrite: Overwrite = False,
+    no_sync: NoSync = False,
+    no_source_crc: NoSourceCrc = False,
+    checksum: Checksum = None,
+    io_threads: IoThreads = 1,
+    json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Execute a plan made before: needs far less memory than planning does."""
+    from streamconv import api
+    from streamconv.cli.progress import listen, summarize
+    from streamconv.convert_job import run_plan
+
+    with listen(json=json, quiet=quiet) as on_event:
+        options = api.run_options(
+            max_mem, overwrite, not no_sync, not no_source_crc, checksum, io_threads, on_event
+        )
+        result = run_plan(plan, dst, options)
+    summarize(result, json=json, quiet=quiet)
+
+
+@app.command()
+def inspect(src: Source, model: Model = None, json: Json = False, debug: Debug = False) -> None:
+    """Show what is in SRC: format, who wrote it, mesh, placements, tensors."""
+    from streamconv import api
+    from streamconv.cli.report import render_inspection
+
+    found = api.inspect(src, model=model)
+    if json:
+        say_json(found, indent=2)
+    else:
+        say(render_inspection(found))
+
+
+@app.command()
+def doctor(
+    src: Annotated[
+        Path | None, typer.Argument(metavar="SRC", help="A checkpoint to try reading.")
+    ] = None,
+    model: Model = None,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Show versions, memory, limits and disk, and whether SRC can be read here."""
+    from streamconv.doctor import examine, rows
+
+    found = examine(src, model)
+    if json:
+        say_json(found, indent=2)
+    else:
+        say(columns(rows(found)))
+    if found["problems"]:
+        raise typer.Exit(found["exit_code"])

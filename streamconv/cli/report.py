@@ -1,0 +1,144 @@
+"""What ``plan`` and ``inspect`` print: plain data first, text from it second."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from streamconv.cli.output import columns
+from streamconv.plan import Plan
+from streamconv.sizes import format_size
+
+_LONGEST_LIST = 20
+
+
+def plan_report(plan: Plan, dst: Path | None) -> dict[str, Any]:
+    """Return what a plan amounts to, as plain data; sizes in bytes."""
+    from streamconv.api import disk_free_bytes, disk_needed_bytes
+    from streamconv.budget import available_bytes, smallest_convert_bytes, smallest_run_bytes
+
+    head = plan.head
+    available, limit = available_bytes()
+    return {
+        "source": head.root,
+        "format": head.job.get("format"),
+        "options": head.job.get("options"),
+        "job_digest": head.job.get("digest"),
+        "plan_digest": plan.digest,
+        "totals": asdict(head.totals),
+        "outputs": [
+            {"name": o.name, "nbytes": o.nbytes, "tensors": o.tensors} for o in plan.outputs()
+        ],
+        "side_files": [{"name": s.name, "nbytes": s.nbytes} for s in head.side],
+        "written_files": [t.name for t in head.texts],
+        "source_files": [{"path": f.path, "nbytes": f.nbytes} for f in head.files],
+        "disk_needed_bytes": disk_needed_bytes(plan),
+        "disk_free_bytes": disk_free_bytes(dst) if dst is not None else None,
+        "memory": {
+            "smallest_convert_bytes": smallest_convert_bytes(),
+            "smallest_run_bytes": smallest_run_bytes(),
+            "default_budget_bytes": available,
+            "default_budget_from": limit,
+        },
+        "skipped": [{"name": s.name, "reason": s.reason} for s in head.skipped],
+        "notices": list(head.notices),
+    }
+
+
+def render_plan(report: Mapping[str, Any]) -> str:
+    """Return a plan report as text."""
+    totals, memory = report["totals"], report["memory"]
+    free = report["disk_free_bytes"]
+    disk = format_size(report["disk_needed_bytes"]) + " needed"
+    if free is not None:
+        disk += f", {format_size(free)} free"
+        disk += "" if free >= report["disk_needed_bytes"] else ": NOT ENOUGH"
+    least = (
+        f"{format_size(memory['smallest_convert_bytes'])} is the least `convert` plans in, "
+        f"{format_size(memory['smallest_run_bytes'])} the least `run` works in"
+    )
+    default = (
+        f"default budget {format_size(memory['default_budget_bytes'])} "
+        f"({memory['default_budget_from']})"
+    )
+    rows = [
+        ("source", f"{report['source']} ({report['format']}, {len(report['source_files'])} files)"),
+        ("tensors", f"{totals['tensors']:,} with {totals['parameters']:,} elements"),
+        ("dtypes in", _histogram(totals["source_dtypes"])),
+        ("dtypes out", _histogram(totals["output_dtypes"])),
+        ("read", format_size(totals["read_bytes"])),
+        ("write", format_size(totals["write_bytes"])),
+        ("disk", disk),
+        ("memory", f"{least};\n{default}"),
+    ]
+    if totals["unverifiable_bytes"]:
+        rows.append(("no checksum", format_size(totals["unverifiable_bytes"])))
+    outputs = [
+        f"{o['name']}  {format_size(o['nbytes'])}, {o['tensors']} tensors"
+        for o in report["outputs"]
+    ]
+    parts = [columns(rows), _list("output files", outputs)]
+    parts.append(_list("written", report["written_files"]))
+    parts.append(_list("copied byte for byte", [s["name"] for s in report["side_files"]]))
+    parts.append(_skipped(report["skipped"]))
+    parts.append(_list("notices", report["notices"], longest=None))
+    return "\n".join(p for p in parts if p)
+
+
+def render_inspection(found: Mapping[str, Any]) -> str:
+    """Return what is in a checkpoint as text."""
+    tensors = found["tensors"]
+    files = found["files"]
+    rows = [
+        ("format", str(found["format"])),
+        ("root", str(found["root"])),
+        ("side files", str(found.get("side_dir") or "none (no config, no tokenizer)")),
+        ("files", f"{len(files)}, {format_size(sum(f['nbytes'] for f in files))}"),
+        *((name.replace("_", " "), _fact(value)) for name, value in found["facts"].items()),
+        ("tensors", f"{len(tensors)}"),
+    ]
+    table = [
+        (t["name"], f"{t['dtype']}  {t['shape']}  {t['placement']}  {t['shards']} shards")
+        for t in tensors
+    ]
+    parts = [columns(rows), "", columns(table, indent="  ") if table else ""]
+    parts.append(_skipped(found["skipped"]))
+    parts.append(_list("notices", found["notices"], longest=None))
+    return "\n".join(p for i, p in enumerate(parts) if p or i == 1)
+
+
+def _fact(value: object) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _histogram(nbytes: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} {format_size(n)}" for name, n in nbytes.items()) or "none"
+
+
+def _list(title: str, items: Iterable[str], *, longest: int | None = _LONGEST_LIST) -> str:
+    items = list(items)
+    if not items:
+        return ""
+    shown = items if longest is None or len(items) <= longest else items[: longest - 1]
+    lines = [f"{title}:", *(f"  {item}" for item in shown)]
+    if len(shown) < len(items):
+        lines.append(f"  and {len(items) - len(shown)} more (--json lists them all)")
+    return "\n".join(lines)
+
+
+def _skipped(skipped: Iterable[Mapping[str, str]]) -> str:
+    """Return what is left out and why: every name, but grouped where one reason fits many."""
+    skipped = list(skipped)
+    counts = Counter(s["reason"] for s in skipped)
+    items = []
+    for reason, count in counts.items():
+        names = [s["name"] for s in skipped if s["reason"] == reason]
+        if count > _LONGEST_LIST:
+            items.append(f"{names[0]} and {count - 1} more: {reason} (--json lists them all)")
+        else:
+            items += [f"{name}: {reason}" for name in names]
+    return _list("skipped", items, longest=None)

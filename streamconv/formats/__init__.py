@@ -1,0 +1,134 @@
+"""Input formats: one file each, with ``detect``, ``identify`` and ``read``.
+
+:func:`find_model` finds the one model that a path means, :func:`read` reads its metadata.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+from streamconv.errors import BadInputError, UsageError
+from streamconv.formats import fsdp
+from streamconv.source import Checkpoint, SourceFile
+
+_FORMATS: tuple[ModuleType, ...] = (fsdp,)
+TRACKER = "latest_checkpointed_iteration.txt"
+
+
+@dataclass(frozen=True, slots=True)
+class Location:
+    """A folder that holds one model of a known format."""
+
+    root: Path
+    module: ModuleType
+
+    @property
+    def format(self) -> str:
+        """Return the name of the format."""
+        return str(self.module.NAME)
+
+    @property
+    def side_dir(self) -> Path | None:
+        """Return the folder with config and tokenizer, where the checkpoint has one."""
+        folder: Path | None = self.module.side_dir(self.root)
+        return folder
+
+    def identify(self) -> tuple[SourceFile, ...]:
+        """Return the source files with their hashes, without reading what they hold."""
+        files: tuple[SourceFile, ...] = self.module.identify(self.root)
+        return files
+
+
+def find_model(path: Path, model: str | None = None) -> Location:
+    """Return where the model lies that ``path`` means.
+
+    ``path`` is a folder of rank files (or one of them), a folder of one training step
+    (``global_step_N``), or a run with a single step. ``model`` picks one of several (``actor``).
+    Raises :class:`UsageError` where there are several to choose from, :class:`BadInputError` where
+    there is none.
+    """
+    if not path.exists():
+        raise BadInputError("there is no such checkpoint", where=str(path))
+    if path.is_file():
+        path = path.parent
+    here = _detect(path)
+    if here and model is None:
+        return here
+    found = {p.name: loc for p in sorted(path.iterdir()) if p.is_dir() and (loc := _detect(p))}
+    if model is not None:
+        if model in found:
+            return found[model]
+        raise UsageError(
+            f"there is no model {model!r} in this checkpoint",
+            where=str(path),
+            found=", ".join(found) or "no model in a folder of its own",
+        )
+    if len(found) == 1:
+        return next(iter(found.values()))
+    if found:
+        raise UsageError(
+            f"{len(found)} models to choose from",
+            where=str(path),
+            found=", ".join(found),
+            hint=f"say which: --model {next(iter(found))}",
+        )
+    return _in_run(path)
+
+
+def _in_run(path: Path) -> Location:
+    steps = [p for p in path.iterdir() if p.is_dir() and p.name.startswith("global_step_")]
+    steps.sort(key=lambda p: (len(p.name), p.name))
+    if len(steps) == 1:
+        return find_model(steps[0])
+    if steps:
+        names = [p.name for p in steps]
+        raise UsageError(
+            f"this is a run with {len(steps)} training steps, not one checkpoint",
+            where=str(path),
+            found=", ".join(names[:8]) + (f", … {names[-1]}" if len(names) > 8 else ""),
+            hint=f"name one of them: {steps[-1]}",
+        )
+    raise BadInputError(
+        "no checkpoint of a known format",
+        where=str(path),
+        expected="model_world_size_N_rank_R.pt files, here or in a folder such as actor/",
+        found=_what_is_here(path),
+    )
+
+
+def _detect(path: Path) -> Location | None:
+    for module in _FORMATS:
+        if module.detect(path):
+            return Location(path, module)
+    return None
+
+
+def _what_is_here(path: Path) -> str:
+    names = sorted(p.name for p in path.iterdir())
+    if not names:
+        return "an empty folder"
+    signs = (
+        (".metadata", "a torch DCP or Megatron torch_dist folder, which is not supported yet"),
+        ("metadata.json", "a Megatron torch_dist folder, which is not supported yet"),
+        ("dist_ckpt", "a Megatron checkpoint of verl, which is not supported yet"),
+        ("zero_to_fp32.py", "a DeepSpeed ZeRO checkpoint, which is not supported yet"),
+    )
+    for sign, meaning in signs:
+        if sign in names:
+            return meaning
+    if any(n.startswith("mp_rank_") for n in names):
+        return "a Megatron checkpoint of one folder per rank, which is not supported yet"
+    if any(n.endswith(".safetensors") for n in names):
+        return "safetensors files: this is a HuggingFace model already"
+    if any(n.startswith("optim_world_size_") for n in names):
+        return "optimizer state without the model's rank files"
+    return ", ".join(names[:8]) + (" …" if len(names) > 8 else "")
+
+
+def read(path: Path, model: str | None = None) -> Checkpoint:
+    """Return the metadata of the checkpoint that ``path`` means; no weight is read."""
+    location = find_model(path, model)
+    checkpoint: Checkpoint = location.module.read(location.root)
+    return checkpoint

@@ -1,0 +1,1 @@
+"""Reading what torch.save wrote, without torch: the zip, the pickle, and what a rank file means."""

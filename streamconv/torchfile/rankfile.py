@@ -1,0 +1,454 @@
+"""One rank file: its zip and its pickle, lowered to where each local tensor lies and what it is.
+
+The pickled values are those of :mod:`streamconv.torchfile.allowlist`: a plain tensor
+(``_rebuild_tensor_v2``, maybe inside ``_rebuild_parameter`` or ``_rebuild_from_type_v2``), a DTensor
+(``_rebuild_from_type_v2(_rebuild_wrapper_subclass, DTensor, (…global size…), (None,
+{_local_tensor, _spec}))``) or a ShardedTensor (the same with a state of five). Fields are taken by
+name, every integer is checked.
+
+A checkpoint of 1024 rank files of 2000 tensors has two million of these, so what tensors have in common
+(everything but the place of the bytes) is a :class:`LocalSpec`, built and checked once for all the
+tensors and files that share it.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from streamconv.dtypes import DType
+from streamconv.errors import BadInputError, StreamconvError, UnsafeInputError
+from streamconv.placements import Placement, ShardOrder
+from streamconv.torchfile import allowlist as allowed
+from streamconv.torchfile.inert import Frozen, Inert, InertStorage
+from streamconv.torchfile.meshes import Mesh, is_ints, read_mesh
+from streamconv.torchfile.unpickle import (
+    MAX_PICKLE_NBYTES,
+    load_inert,
+    no_garbage_collection,
+)
+from streamconv.torchfile.values import (
+    MALFORMED,
+    TENSOR_CALLS,
+    bad,
+    check_dtensor,
+    check_numbers,
+    dtype_of,
+    find_state_dict,
+    fsdp1_modules,
+    name_of,
+    placement_key,
+    placement_of,
+    shard_order_entry,
+    tensor_parts,
+    why_no_tensor,
+)
+from streamconv.torchfile.window import FileWindow
+from streamconv.torchfile.zipdir import ZipDirectory, read_directory
+
+# Looked up once for each of two million tensors, hence names of the module's own.
+REBUILD_FROM_TYPE, REBUILD_WRAPPER, DTENSOR = (
+    allowed.REBUILD_FROM_TYPE,
+    allowed.REBUILD_WRAPPER,
+    allowed.DTENSOR,
+)
+
+_MAX_RANK = 64  # dimensions; torch's own limit
+_MAX_MESH_NBYTES = 1 << 23
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LocalSpec:
+    """What a local tensor is, apart from where its bytes lie; compared by identity, one per content.
+
+    ``shape``, ``strides`` and ``storage_offset`` (in elements) describe the view of its storage of
+    ``storage_numel`` elements. ``global_shape`` equals ``shape`` for a plain tensor. ``offsets`` is set
+    for a ShardedTensor's shard, ``mesh``, ``placements`` and ``shard_order`` for a DTensor. ``empty``
+    marks a rank that holds no shard. ``torch_2_4`` is the module path of torch ≤ 2.4.
+    """
+
+    index: int
+    kind: Literal["plain", "dtensor", "sharded"]
+    dtype: DType
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    storage_offset: int
+    storage_numel: int
+    global_shape: tuple[int, ...]
+    mesh: Mesh | None = None
+    placements: tuple[Placement, ...] = ()
+    shard_order: ShardOrder | None = None
+    offsets: tuple[int, ...] | None = None
+    empty: bool = False
+    torch_2_4: bool = False
+    storage_nbytes: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "storage_nbytes", self.storage_numel * self.dtype.itemsize)
+
+    @property
+    def padded(self) -> bool:
+        """Whether the storage holds more than the view shows, as FSDP2's uneven shards do."""
+        last = sum((n - 1) * s for n, s in zip(self.shape, self.strides, strict=True))
+        used = 0 if 0 in self.shape else self.storage_offset + last + 1
+        return used < self.storage_numel
+
+
+class Stored(NamedTuple):
+    """A local tensor: its spec, and the record that holds its storage (as in ``source.Record``)."""
+
+    spec: LocalSpec
+    key: int
+    start: int
+    nbytes: int
+    crc32: int
+    header_nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class RankFile:
+    """What one rank file holds; no byte of a weight has been read.
+
+    ``skipped`` are (name, reason) of values that are no tensors, ``wrapper`` the key under which the
+    state dict was found when it was not the top level. ``location`` is the device of the first tensor.
+    ``fsdp1`` is True when module names in ``_metadata`` are FSDP1's, None when there are none.
+    """
+
+    path: Path
+    nbytes: int
+    mtime_ns: int
+    prefix: str
+    directory_hash: str
+    tensors: dict[str, Stored]
+    skipped: tuple[tuple[str, str], ...]
+    wrapper: str | None
+    location: str
+    fsdp1: bool | None
+
+
+class RankReader:
+    """Reads the rank files of one checkpoint, sharing specs and meshes between them."""
+
+    def __init__(self) -> None:
+        self.specs: list[LocalSpec] = []
+        self.specs_by_key: dict[object, LocalSpec] = {}
+        self._meshes: dict[Mesh, int] = {}
+        self._mesh_list: list[Mesh] = []
+        self._ranks: dict[tuple[int, ...], tuple[int, ...]] = {}
+
+    def read(
+        self, path: Path, rank: int, *, max_pickle_nbytes: int = MAX_PICKLE_NBYTES
+    ) -> RankFile:
+        """Read the file that global rank ``rank`` wrote.
+
+        Raises :class:`BadInputError` and :class:`UnsafeInputError`, with the file and the FQN.
+        """
+        where = str(path)
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise BadInputError(f"cannot open the file: {error.strerror}", where=where) from None
+        try:
+            status = os.fstat(fd)
+            try:
+                directory = read_directory(FileWindow(fd, where, 0, status.st_size))
+                _check_byteorder(directory)
+                data = directory.read_entry("data.pkl", max_nbytes=max_pickle_nbytes)
+                with no_garbage_collection():
+                    root = load_inert(data, where, max_nbytes=max_pickle_nbytes)
+                    state_dict, wrapper = find_state_dict(root, where)
+                    contents = _Contents(self, directory, rank)
+                    for name, value in state_dict.items():
+                        contents.add(name, value)
+            except OSError as error:
+                raise BadInputError(
+                    f"cannot read the file: {error.strerror}", where=where
+                ) from None
+        finally:
+            os.close(fd)
+        return RankFile(
+            path,
+            status.st_size,
+            status.st_mtime_ns,
+            directory.prefix,
+            directory.directory_hash,
+            contents.tensors,
+            tuple(contents.skipped),
+            wrapper,
+            contents.location,
+            fsdp1_modules(state_dict),
+        )
+
+    def add_spec(self, key: object, spec: LocalSpec) -> LocalSpec:
+        """Check, number and keep ``spec``; ``key`` finds it again."""
+        _check_view(spec)
+        spec = replace(spec, index=len(self.specs))
+        self.specs.append(spec)
+        self.specs_by_key[key] = spec
+        return spec
+
+    def add_mesh(self, mesh: Mesh) -> int:
+        """Return the number of ``mesh``; equal meshes have one."""
+        number = self._meshes.get(mesh)
+        if number is None:
+            # 1024 ranks see the same 1024 numbers: keep them once
+            ranks = self._ranks.setdefault(mesh.ranks, mesh.ranks)
+            mesh = replace(mesh, ranks=ranks)
+            number = self._meshes[mesh] = len(self._mesh_list)
+            self._mesh_list.append(mesh)
+        return number
+
+    def mesh(self, number: int) -> Mesh:
+        """Return the mesh that :meth:`add_mesh` numbered."""
+        return self._mesh_list[number]
+
+
+def read_rank_file(path: Path, rank: int) -> RankFile:
+    """Read a single rank file; see :meth:`RankReader.read`."""
+    return RankReader().read(path, rank)
+
+
+class _Contents:
+    """Collects the values of one file."""
+
+    def __init__(self, reader: RankReader, directory: ZipDirectory, rank: int) -> None:
+        self.tensors: dict[str, Stored] = {}
+        self.skipped: list[tuple[str, str]] = []
+        self.location = ""
+        self._reader = reader
+        self._specs = reader.specs_by_key
+        self._directory = directory
+        self._entries = directory.entries
+        self._where = directory.window.name
+        self._rank = rank
+        self._mesh_numbers: dict[int, int] = {}
+
+    def add(self, name: object, value: Any) -> None:
+        if type(name) is not str:
+            raise UnsafeInputError(
+                "a key of the state dict is no name", where=self._where, found=type(name).__name__
+            )
+        if not isinstance(value, Inert):
+            self.skipped.append((name, why_no_tensor(value)))
+            return
+        try:
+            if type(value) is REBUILD_FROM_TYPE and value.args[0] is REBUILD_WRAPPER:
+                _, kind, outer, state = value.args
+                if kind is DTENSOR or kind is allowed.DTENSOR_2_4:
+                    stored = self._dtensor(outer, state, kind is allowed.DTENSOR_2_4)
+                elif kind is allowed.SHARDED_TENSOR:
+                    stored = self._sharded(outer, state)
+                else:
+                    raise bad(f"a tensor subclass that is not known: {name_of(kind)}")
+            elif type(value) in TENSOR_CALLS:
+                stored = self._plain(value)
+            else:
+                self.skipped.append((name, f"a {value.path}, not a tensor"))
+                return
+        except StreamconvError as error:
+            error.where = f"{self._where}, {name}"
+            raise
+        except MALFORMED:
+            raise BadInputError(
+                "a tensor is pickled in a way that no known torch release does",
+                where=f"{self._where}, {name[:200]}",
+            ) from None
+        self.tensors[name] = stored
+
+    def _store(self, spec: LocalSpec, storage: InertStorage) -> Stored:
+        entry = self._entries.get("data/" + storage.key)
+        if entry is None:
+            raise bad(f"the record data/{storage.key[:40]} is missing from the file")
+        start, nbytes, crc, header_nbytes = entry
+        if spec.storage_nbytes != nbytes:
+            raise bad(
+                "a storage and its record differ in size",
+                expected=f"{spec.storage_numel} × {spec.dtype} = {spec.storage_nbytes} bytes",
+                found=f"{nbytes} bytes",
+            )
+        key = int(storage.key)
+        if str(key) != storage.key or key >> 32:
+            raise UnsafeInputError("a storage key is no number", found=storage.key[:40])
+        if not self.location:
+            self.location = storage.location
+        return Stored(spec, key, start, nbytes, crc, header_nbytes)
+
+    def _plain(self, value: Inert) -> Stored:
+        dtype, storage, numel, offset, shape, strides = tensor_parts(value)
+        check_numbers((*shape, *strides, offset))
+        key = ("plain", dtype.name, shape, strides, offset, numel)
+        spec = self._specs.get(key)
+        if spec is None:
+            spec = self._reader.add_spec(
+                key, LocalSpec(0, "plain", dtype, shape, strides, offset, numel, shape)
+            )
+        return self._store(spec, storage)
+
+    def _dtensor(self, outer: Any, state: Any, torch_2_4: bool) -> Stored:
+        """The hot path: what one tensor has in common with others is looked up, not built."""
+        _, outer_dtype, global_shape, *_ = outer
+        attributes, fields = state
+        spec_record = fields["_spec"]
+        spec_fields = spec_record.state
+        dtype, storage, numel, offset, shape, strides = tensor_parts(fields["_local_tensor"])
+        mesh_record = spec_fields["mesh"]
+        mesh = self._mesh_numbers.get(id(mesh_record))
+        if mesh is None:
+            mesh = self._mesh_numbers[id(mesh_record)] = self._read_mesh(mesh_record)
+        meta_shape, _, meta_dtype = spec_fields["tensor_meta"].args
+        placements = tuple([placement_key(p) for p in spec_fields["placements"]])
+        order = spec_fields.get("shard_order")
+        if order is not None:
+            order = tuple([shard_order_entry(e) for e in order])
+        meta_shape, global_shape = tuple(meta_shape), tuple(global_shape)
+        check_numbers((*shape, *strides, offset, *global_shape, *meta_shape))
+        if type(outer_dtype) is not Frozen or type(meta_dtype) is not Frozen:
+            raise bad("a DTensor without a dtype")
+        key = (
+            dtype.name,
+            shape,
+            strides,
+            offset,
+            numel,
+            global_shape,
+            mesh,
+            placements,
+            order,
+            meta_shape,
+            outer_dtype,
+            meta_dtype,
+            torch_2_4,
+        )
+        spec = self._specs.get(key)
+        if spec is None:
+            check_dtensor(attributes, fields, spec_record)
+            if global_shape != meta_shape or not (
+                allowed.DTYPES.get(outer_dtype) == allowed.DTYPES.get(meta_dtype) == dtype.torch
+            ):
+                raise bad(
+                    "a DTensor and its local tensor or its spec disagree",
+                    expected=f"{dtype} {list(global_shape)}",
+                    found=f"{name_of(outer_dtype)}, {name_of(meta_dtype)} {list(meta_shape)}",
+                )
+            spec = self._reader.add_spec(
+                key,
+                LocalSpec(
+                    0,
+                    "dtensor",
+                    dtype,
+                    shape,
+                    strides,
+                    offset,
+                    numel,
+                    global_shape,
+                    mesh=self._reader.mesh(mesh),
+                    placements=tuple(placement_of(*p) for p in placements),
+                    shard_order=order,
+                    torch_2_4=torch_2_4,
+                ),
+            )
+        return self._store(spec, storage)
+
+    def _sharded(self, outer: Any, state: Any) -> Stored:
+        global_shape = tuple(outer[2])
+        dtype = dtype_of(outer[1])
+        shards, metadata, *_ = state
+        size = tuple(metadata.state["size"])
+        if not is_ints(global_shape) or not is_ints(size) or global_shape != size:
+            raise bad("a ShardedTensor whose sizes disagree")
+        if type(shards) is not list or len(shards) > 1:
+            raise bad(
+                "a ShardedTensor with several local shards on one rank; FSDP writes at most one"
+            )
+        if not shards:
+            key: object = ("empty", dtype.name, global_shape)
+            spec = self._specs.get(key)
+            if spec is None:
+                shape = (0,) * len(global_shape)
+                view = LocalSpec(0, "sharded", dtype, shape, shape, 0, 0, global_shape, empty=True)
+                spec = self._reader.add_spec(key, view)
+            return Stored(spec, 0, 0, 0, 0, 0)
+        (shard,) = shards
+        attributes, fields = shard.state
+        _, place = fields["metadata"].state
+        offsets, sizes = tuple(place["shard_offsets"]), tuple(place["shard_sizes"])
+        local_dtype, storage, numel, offset, shape, strides = tensor_parts(fields["tensor"])
+        if attributes is not None or not all(
+            is_ints(t) for t in (offsets, sizes, shape, strides, (offset,))
+        ):
+            raise bad("a ShardedTensor's shard is malformed")
+        if (
+            sizes != shape
+            or local_dtype is not dtype
+            or not len(offsets) == len(sizes) == len(global_shape)
+        ):
+            raise bad(
+                "a ShardedTensor and its local shard disagree",
+                expected=f"{dtype} {list(sizes)} of {list(global_shape)}",
+                found=f"{local_dtype} {list(shape)}",
+            )
+        key = ("sharded", dtype.name, shape, strides, offset, numel, global_shape, offsets)
+        spec = self._specs.get(key)
+        if spec is None:
+            view = LocalSpec(
+                0,
+                "sharded",
+                dtype,
+                shape,
+                strides,
+                offset,
+                numel,
+                global_shape,
+                offsets=offsets,
+            )
+            spec = self._reader.add_spec(key, view)
+        return self._store(spec, storage)
+
+    def _read_mesh(self, record: object) -> int:
+        return self._reader.add_mesh(
+            read_mesh(record, self._rank, self._where, self._read_small_storage)
+        )
+
+    def _read_small_storage(self, storage: InertStorage, first: int, nbytes: int) -> bytes:
+        """Return bytes of a mesh's rank tensor, its local header and CRC checked."""
+        data = self._directory.read_entry(f"data/{storage.key}", max_nbytes=_MAX_MESH_NBYTES)
+        if first + nbytes > len(data):
+            raise bad("a device mesh whose rank tensor reaches past its record")
+        return data[first : first + nbytes]
+
+
+def _check_view(spec: LocalSpec) -> None:
+    """A view must lie inside its storage; exact integers, as no torch checks it when saving."""
+    shape, strides, offset, numel = (
+        spec.shape,
+        spec.strides,
+        spec.storage_offset,
+        spec.storage_numel,
+    )
+    if not all(is_ints(t) for t in (shape, strides, spec.global_shape, (offset, numel))):
+        raise UnsafeInputError("a size, stride or offset that is no number, or negative")
+    if len(shape) != len(strides) or len(shape) > _MAX_RANK or len(spec.global_shape) != len(shape):
+        raise bad("a shape and its strides differ in rank")
+    if 0 in shape:
+        return
+    last = offset + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
+    if last >= numel:
+        raise UnsafeInputError(
+            "a tensor reaches outside its storage",
+            expected=f"at most element {numel - 1}",
+            found=f"element {last} (shape {list(shape)}, strides {list(strides)}, offset {offset})",
+        )
+
+
+def _check_byteorder(directory: ZipDirectory) -> None:
+    if "byteorder" in directory.entries:
+        found = directory.read_entry("byteorder", max_nbytes=16)
+        if found != b"little":
+            raise BadInputError(
+                "the file holds big-endian numbers",
+                where=directory.window.name,
+                expected="little",
+                found=repr(found),
+            )

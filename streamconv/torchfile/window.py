@@ -1,0 +1,81 @@
+"""A range of bytes that can be read at random: a file, a part of a file, or a buffer.
+
+A torch.save zip is a whole file for verl and one item among many inside a DCP ``.distcp``; both are a
+window. Reads are ``pread`` into owned bytes: a map would count as resident memory, and would turn a
+file that shrinks meanwhile into a SIGBUS.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Protocol
+
+from streamconv.errors import BadInputError, SourceChangedError
+
+
+class Window(Protocol):
+    """``nbytes`` readable bytes that begin at byte ``base`` of the file that messages call ``name``."""
+
+    name: str
+    base: int
+    nbytes: int
+
+    def read(self, offset: int, nbytes: int) -> bytes:
+        """Return exactly ``nbytes`` bytes from ``offset``, counted from the window's start."""
+        ...
+
+
+class FileWindow:
+    """A window over an open file descriptor, which stays the caller's to close."""
+
+    __slots__ = ("_fd", "base", "name", "nbytes")
+
+    def __init__(self, fd: int, name: str, base: int, nbytes: int) -> None:
+        self._fd = fd
+        self.name = name
+        self.base = base
+        self.nbytes = nbytes
+
+    def read(self, offset: int, nbytes: int) -> bytes:
+        """Return exactly ``nbytes`` bytes; raises when they lie outside or the file has shrunk."""
+        check_inside(self, offset, nbytes)
+        pieces: list[bytes] = []
+        position, missing = self.base + offset, nbytes
+        while missing:  # one pread returns at most 2 GiB, and may return less
+            piece = os.pread(self._fd, missing, position)
+            if not piece:
+                raise SourceChangedError(
+                    "the file became shorter while it was read", where=self.name
+                )
+            pieces.append(piece)
+            position += len(piece)
+            missing -= len(piece)
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+
+class BufferWindow:
+    """A window over bytes in memory."""
+
+    __slots__ = ("_buffer", "base", "name", "nbytes")
+
+    def __init__(self, buffer: bytes | memoryview, name: str, base: int = 0) -> None:
+        self._buffer = memoryview(buffer)
+        self.name = name
+        self.base = base
+        self.nbytes = len(self._buffer)
+
+    def read(self, offset: int, nbytes: int) -> bytes:
+        """Return exactly ``nbytes`` bytes; raises when they lie outside."""
+        check_inside(self, offset, nbytes)
+        return bytes(self._buffer[offset : offset + nbytes])
+
+
+def check_inside(window: Window, offset: int, nbytes: int) -> None:
+    """Raise :class:`BadInputError` unless the range lies inside ``window``."""
+    if offset < 0 or nbytes < 0 or offset + nbytes > window.nbytes:
+        raise BadInputError(
+            "the file points outside itself: it is damaged or truncated",
+            where=window.name,
+            expected=f"at most {window.nbytes} bytes",
+            found=f"bytes {offset} to {offset + nbytes}",
+        )

@@ -1,0 +1,284 @@
+"""What a HuggingFace model should consist of, and how a checkpoint's tensors become its tensors.
+
+Everything is computed from the parsed config.json and the names and shapes of the checkpoint. The
+rule that matters: transformers' reverse conversion is not idempotent, so it is decided for each
+group of tensors whether the checkpoint holds it as transformers has it in memory (convert it) or as
+the Hub has it (hand it on). Names decide; where both have the same names, shapes do.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+from streamconv.boxes import Shape
+from streamconv.dtypes import BF16, DType
+from streamconv.errors import BadInputError
+from streamconv.recipe import Recipe, SourceRef, View
+from streamconv.tracing import hf_build, hf_convert
+from streamconv.tracing.hf_convert import Group
+from streamconv.tracing.hf_layout import Layout, decide
+from streamconv.tracing.hf_names import read_names
+
+
+def build_meta(config: Mapping[str, Any], names: Collection[str] = ()) -> MetaModel | None:
+    """Return the model that a parsed config.json describes, or None where transformers has none.
+
+    ``names`` are the checkpoint's: verl keeps the base model's config for a critic, whose score
+    head only its names betray. None means an unknown model type or custom code: such a checkpoint
+    is converted by names alone. Raises :class:`BadInputError` where transformers refuses the
+    config.
+    """
+    resolved = hf_build.resolve(config, names)
+    if resolved is None:
+        return None
+    architecture, known = resolved
+    if not (architecture or known):
+        return None
+    version = config.get("transformers_version")
+    with hf_build.refusing(architecture or known[0]):
+        model = hf_build.build(config, architecture or known[0])
+        return MetaModel(model, certain=bool(architecture), version=version)
+
+
+class MetaModel:
+    """A transformers model without weights.
+
+    ``architecture`` is the class it was built as. ``certain`` is False where config.json names a
+    class that transformers does not have, so that another one of its model type stands in: then
+    what is missing proves nothing.
+    """
+
+    def __init__(self, model: Any, *, certain: bool, version: object) -> None:
+        self._model = model
+        self._version = version
+        self.architecture: str = type(model).__name__
+        self.certain = certain
+        self.state_shapes: dict[str, Shape] = {
+            name: tuple(tensor.shape)
+            for name, tensor in model.state_dict().items()
+            if hasattr(tensor, "shape")
+        }
+        hf_convert.attach_conversions(model)
+        # The dtype does not matter here, as every conversion keeps it.
+        self._recipes = hf_convert.revert(
+            model, {name: (shape, BF16) for name, shape in self.state_shapes.items()}
+        )
+        self._groups = hf_convert.groups(self._recipes, self.state_shapes)
+
+        self.hub_shapes: dict[str, Shape] = {
+            name: recipe.view.shape for name, recipe in self._recipes.items()
+        }
+        self._group_of = {n: k for k, g in enumerate(self._groups) for n in (*g.memory, *g.hub)}
+        self.tied: tuple[tuple[str, str], ...] = tuple(self._tied())
+
+    # --- what may be missing, superfluous or must not be cast -------------------------------------
+
+    @cached_property
+    def optional(self) -> frozenset[str]:
+        """Return the Hub names that a complete model may lack.
+
+        Tied aliases, and what transformers neither saves nor misses.
+        """
+        model = self._model
+        missing = _any_of(model._keys_to_ignore_on_load_missing)
+        unsaved = set(model._keys_to_ignore_on_save or ())
+        return frozenset(alias for alias, _ in self.tied) | {
+            name
+            for name in self.hub_shapes
+            if all(n in unsaved or missing(n) for n in self._memory_names(name))
+        }
+
+    def is_optional_unexpected(self, name: str) -> bool:
+        """Whether transformers ignores a tensor of this name that the model does not have."""
+        return self._ignored(name)
+
+    @cached_property
+    def _ignored(self) -> Callable[[str], bool]:
+        patterns = set(self._model._keys_to_ignore_on_load_unexpected or ())
+        buffers = [name for name, _ in self._model.named_buffers()]
+        # Weights of older releases, computed today: ignored where the model still has them.
+        if any(name.endswith("rotary_emb.inv_freq") for name in buffers):
+            patterns.add(r"rotary_emb\.inv_freq")
+        if any(name.endswith("position_ids") for name in buffers):
+            patterns.add(r"(^|\.)position_ids$")
+        return _any_of(patterns)
+
+    def keep_fp32(self, name: str, target: DType) -> bool:
+        """Whether transformers keeps the Hub tensor ``name`` in float32 when loading as ``target``.
+
+        The lists name in-memory modules; some count for float16 only.
+        """
+        if target.name not in ("F16", "BF16"):
+            return False
+        return any(map(self._kept[target.name], self._memory_names(name) or (name,)))
+
+    @cached_property
+    def _kept(self) -> dict[str, Callable[[str], bool]]:
+        strict = set(self._model._keep_in_fp32_modules_strict or ())
+        lenient = set(self._model._keep_in_fp32_modules or ())
+        # A star stands for anything, as in transformers' own lists.
+        patterns = {
+            "BF16": {p.replace("*", ".*") for p in strict},
+            "F16": {p.replace("*", ".*") for p in strict | lenient},
+        }
+        return {dtype: _any_of(found) for dtype, found in patterns.items()}
+
+    def _memory_names(self, hub_name: str) -> tuple[str, ...]:
+        recipe = self._recipes.get(hub_name)
+        return tuple(dict.fromkeys(hf_convert.sources(recipe.view))) if recipe else ()
+
+    def _tied(self) -> Iterable[tuple[str, str]]:
+        """Yield (alias, kept) in Hub names; transformers knows some only where the config ties."""
+        hub = {g.memory[0]: g.hub[0] for g in self._groups if len(g.memory) == len(g.hub) == 1}
+        for alias, kept in self._model.all_tied_weights_keys.items():
+            if alias in hub and kept in hub:
+                yield hub[alias], hub[kept]
+
+    # --- recipes ------------------------------------------------------------------------------
+
+    def recipes(
+        self, tensors: Mapping[str, tuple[Shape, DType]], layout: Layout = "hub"
+    ) -> tuple[tuple[Recipe, ...], tuple[str, ...]]:
+        """Return how the output tensors are made of ``tensors``, and what is worth telling.
+
+        The outputs stand where their sources stand, the experts of a fused tensor in expert order.
+        Tensors that the model does not know are handed on by name. Nothing is reported as missing
+        here: compare the outputs with :attr:`hub_shapes`. Raises :class:`BadInputError` where two
+        sources would make one output.
+        """
+        names = read_names(tensors, self._group_of.__contains__, self._rename)
+        notices = list(names.notices)
+        given = {names.canonical[name]: tensors[name] for name in tensors}
+        original = {names.canonical[name]: name for name in tensors}
+        if layout == "memory":
+            made = [hf_convert.identity(n, n, *given[n]) for n in given]
+        else:
+            made = self._hub_recipes(given, notices)
+        made = [Recipe(r.name, r.dtype, hf_convert.rebase(r.view, original)) for r in made]
+        _refuse_duplicates(made)
+        return _in_source_order(made, list(tensors)), tuple(notices)
+
+    def _hub_recipes(
+        self, given: Mapping[str, tuple[Shape, DType]], notices: list[str]
+    ) -> list[Recipe]:
+        unknown = [name for name in given if name not in self._group_of]
+        if unknown:
+            notices.append(
+                f"{len(unknown)} tensors are not the model's and keep their names"
+                f" (such as {unknown[0]})"
+            )
+        made = [hf_convert.identity(name, name, *given[name]) for name in unknown]
+        touched = [
+            self._groups[k]
+            for k in dict.fromkeys(self._group_of[n] for n in given if n in self._group_of)
+        ]
+        shapes = {name: shape for name, (shape, _) in given.items()}
+        layouts, told = decide(touched, shapes, self.state_shapes, self.hub_shapes, self._version)
+        notices.extend(told)
+        fused: list[Group] = []
+        for group, layout in zip(touched, layouts, strict=True):
+            if layout == "hub":
+                names = [n for n in group.hub if n in given]
+                made.extend(hf_convert.identity(n, n, *given[n]) for n in names)
+            elif not group.converted:
+                # Handed on whatever its shape: a resized vocabulary is no matter of conversion.
+                name = group.memory[0]
+                made.append(hf_convert.identity(group.hub[0], name, *given[name]))
+            else:
+                fused.append(group)
+        made.extend(self._converted(fused, given))
+        return made
+
+    def _converted(
+        self, groups: list[Group], given: Mapping[str, tuple[Shape, DType]]
+    ) -> Iterator[Recipe]:
+        """Yield the Hub tensors of groups that are held as in memory and have to be converted.
+
+        A tensor that is absent is traced with the shape it should have, and what would be made of
+        it is left out: so a checkpoint with a hole converts as far as it goes.
+        """
+        wanted = [n for g in groups for n in g.memory]
+        recipes = self._recipes
+        if not all(self._as_expected(group, given) for group in groups):
+            dtype = next((given[n][1] for n in wanted if n in given), BF16)
+            expected = {n: (shape, dtype) for n, shape in self.state_shapes.items()}
+            found = {n: given[n] for n in wanted if n in given}
+            recipes = hf_convert.revert(self._model, expected | found)
+        usable = {n for n in wanted if n in given}
+        for recipe in recipes.values():
+            used = set(hf_convert.sources(recipe.view))
+            if used <= usable:
+                dtype = recipe.dtype if recipes is not self._recipes else given[min(used)][1]
+                yield Recipe(recipe.name, dtype, recipe.view)
+
+    def _as_expected(self, group: Group, given: Mapping[str, tuple[Shape, DType]]) -> bool:
+        """Whether the trace made of config.json alone holds for this group of the checkpoint."""
+        present = [n for n in group.memory if n in given]
+        return (
+            all(given[n][0] == self.state_shapes[n] for n in present)
+            and len({given[n][1] for n in present}) == 1
+            and not any(hf_convert.has_cast(self._recipes[n].view) for n in group.hub)
+        )
+
+    def _rename(self, name: str) -> str:
+        """Return what transformers would load a tensor called ``name`` as, or ``name`` itself."""
+        from transformers.core_model_loading import rename_source_key
+
+        forward, backward = self._renamings
+        prefix = self._model.base_model_prefix
+        found, _ = rename_source_key(name, forward, [], prefix, self.state_shapes)
+        if found in self._group_of:
+            return str(found)
+        # Per-expert names exist on the Hub only: rename into today's namespace and back out of it.
+        for candidate in (str(found), f"{prefix}.{found}"):
+            for renaming in backward:
+                candidate, _ = renaming.rename_source_key(candidate)
+            if candidate in self._group_of:
+                return candidate
+        return name
+
+    @cached_property
+    def _renamings(self) -> tuple[list[Any], list[Any]]:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightRenaming
+
+        forward = get_model_conversion_mapping(self._model)
+        backward = [c.reverse_transform() for c in reversed(self._model._weight_conversions)]
+        return (
+            [c for c in forward if isinstance(c, WeightRenaming)],
+            [c for c in backward if isinstance(c, WeightRenaming)],
+        )
+
+
+def _any_of(patterns: Iterable[str] | None) -> Callable[[str], bool]:
+    """Return whether a name matches any of transformers' own patterns, which it searches for."""
+    found = sorted(patterns or ())
+    if not found:
+        return lambda _: False
+    compiled = re.compile("|".join(f"(?:{p})" for p in found))
+    return lambda name: compiled.search(name) is not None
+
+
+def _refuse_duplicates(recipes: Iterable[Recipe]) -> None:
+    first: dict[str, Recipe] = {}
+    for recipe in recipes:
+        other = first.setdefault(recipe.name, recipe)
+        if other is not recipe:
+            raise BadInputError(
+                f"two tensors of the checkpoint would both be written as {recipe.name}",
+                found=" and ".join(next(hf_convert.sources(r.view)) for r in (other, recipe)),
+            )
+
+
+def _in_source_order(recipes: Iterable[Recipe], names: Sequence[str]) -> tuple[Recipe, ...]:
+    position = {name: k for k, name in enumerate(names)}
+
+    def start(view: View) -> tuple[int, int]:
+        if isinstance(view.base, SourceRef):
+            return position[view.base.fqn], view.offset
+        return min(((start(p.view)) for p in view.base.parts), default=(len(position), 0))
+
+    return tuple(sorted(recipes, key=lambda recipe: start(recipe.view)))

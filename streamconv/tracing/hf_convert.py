@@ -1,0 +1,190 @@
+"""Turn a model's in-memory names into Hub names, by tracing transformers' own reverse conversion.
+
+transformers v5 fuses weights while it loads them (all experts of a layer become one tensor) and
+unfuses them while it saves. ``revert_weight_conversion`` is that second half: here it runs on
+traced meta tensors. It is not idempotent, so it is only ever given in-memory tensors.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from streamconv.boxes import Shape, contiguous_strides
+from streamconv.dtypes import DType
+from streamconv.errors import BadInputError
+from streamconv.recipe import Cast, Gather, Recipe, SourceRef, View
+from streamconv.tracing.tracer import trace
+
+MAX_TENSORS = 2_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Tensors that are converted together: in-memory names, and the Hub names made of them.
+
+    ``converted`` is False for a tensor that keeps its elements in place, whatever its name.
+    """
+
+    memory: tuple[str, ...]
+    hub: tuple[str, ...]
+    converted: bool
+
+
+def attach_conversions(model: Any) -> None:
+    """Give ``model`` the conversions that a model loaded from the Hub would have.
+
+    Two corrections of what ``save_pretrained`` does with a model built from scratch:
+
+    * It drops every ``PrefixChange``, since it cannot know whether the files it came from had the
+      prefix. Those of a submodel are brought back: the Hub's Gemma3 files say
+      ``vision_tower.vision_model.``. Those of the root are not: they lead out of the namespace of
+      the very class that config.json names (a text-only Qwen3.5 into the multimodal one).
+    * ``Transpose(check_dims=True)`` (Qwen3-VL-MoE experts) transposes while loading but not while
+      saving, and so writes a layout that vLLM and SGLang cannot read. Here it is undone.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    conversions = get_model_conversion_mapping(model, add_legacy=False)
+    model._weight_conversions = [
+        _without_check(conversion)
+        for conversion in conversions
+        if not hasattr(conversion, "prefix_to_remove") or _is_nested(conversion, model)
+    ]
+
+
+def _is_nested(prefix_change: Any, model: Any) -> bool:
+    """Whether a PrefixChange belongs to a submodel and not to ``model`` itself."""
+    if hasattr(prefix_change, "scope_prefix"):
+        return prefix_change.scope_prefix is not None
+    # Releases without scopes (5.8) write the submodel's path into the prefix.
+    return prefix_change.model_prefix not in ("", model.base_model_prefix)
+
+
+def _without_check(conversion: Any) -> Any:
+    operations: list[Any] = getattr(conversion, "operations", [])
+    for position, operation in enumerate(operations):
+        if getattr(operation, "check_dims", False):
+            always = copy.copy(operation)
+            always.check_dims = False
+            operations[position] = always
+    return conversion
+
+
+def revert(model: Any, tensors: Mapping[str, tuple[Shape, DType]]) -> dict[str, Recipe]:
+    """Return the Hub tensors that transformers makes of these in-memory tensors.
+
+    Raises :class:`BadInputError` where the conversion refuses them, or would make more tensors than
+    any model has.
+    """
+    from transformers.core_model_loading import revert_weight_conversion
+
+    _check_amount(model, tensors)
+
+    def body(given: dict[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+        made: Mapping[str, torch.Tensor] = revert_weight_conversion(model, given)
+        return made
+
+    try:
+        return trace(tensors, body)
+    except BadInputError:
+        raise
+    except Exception as error:
+        raise BadInputError(
+            "transformers cannot turn these tensors into Hub tensors",
+            found=f"{type(error).__name__}: {error}",
+            hint="compare the shapes with config.json",
+        ) from error
+
+
+def _check_amount(model: Any, tensors: Mapping[str, tuple[Shape, DType]]) -> None:
+    """Bound the number of tensors before they are made: a list of experts is as long as it says."""
+    amount = len(tensors)
+    reverse = [c.reverse_transform() for c in model._weight_conversions if hasattr(c, "operations")]
+    lists = [c for c in reverse if any("*" in target for target in c.target_patterns)]
+    for name, (shape, _) in tensors.items():
+        for conversion in lists:
+            if shape and conversion.compiled_sources.search(name):
+                amount += shape[0] * len(conversion.target_patterns)
+    if amount > MAX_TENSORS:
+        raise BadInputError(
+            "config.json describes a model of more tensors than any has",
+            expected=f"at most {MAX_TENSORS}",
+            found=f"about {amount}",
+        )
+
+
+def groups(recipes: Mapping[str, Recipe], memory: Iterable[str]) -> tuple[Group, ...]:
+    """Return the smallest sets of tensors that are converted together, ordered as ``memory``."""
+    parent = {name: name for name in memory}
+
+    def root(name: str) -> str:
+        while parent[name] != name:
+            parent[name] = parent[parent[name]]
+            name = parent[name]
+        return name
+
+    first: dict[str, str] = {}
+    for name, recipe in recipes.items():
+        used = list(dict.fromkeys(sources(recipe.view)))
+        first[name] = used[0]
+        for other in used[1:]:
+            parent[root(other)] = root(used[0])
+    members: dict[str, tuple[list[str], list[str]]] = {}
+    for name in parent:
+        members.setdefault(root(name), ([], []))[0].append(name)
+    for name, source in first.items():
+        members[root(source)][1].append(name)
+    return tuple(
+        Group(tuple(m), tuple(h), not (len(m) == len(h) == 1 and is_identity(recipes[h[0]])))
+        for m, h in members.values()
+    )
+
+
+def sources(view: View) -> Iterator[str]:
+    """Yield the FQN of every global tensor that ``view`` takes elements of."""
+    if isinstance(view.base, SourceRef):
+        yield view.base.fqn
+    else:
+        for part in view.base.parts:
+            yield from sources(part.view)
+
+
+def is_identity(recipe: Recipe) -> bool:
+    """Whether the recipe hands a global tensor on unchanged (its name may differ)."""
+    view = recipe.view
+    return (
+        isinstance(view.base, SourceRef)
+        and not view.ops
+        and view.shape == view.base.shape
+        and view.strides == contiguous_strides(view.shape)
+    )
+
+
+def identity(name: str, source: str, shape: Shape, dtype: DType) -> Recipe:
+    """Return the recipe that hands the global tensor ``source`` on under ``name``."""
+    return Recipe(name, dtype, View(SourceRef(source, shape), shape, contiguous_strides(shape)))
+
+
+def has_cast(view: View) -> bool:
+    """Whether a cast takes part anywhere in ``view``."""
+    if any(isinstance(op, Cast) for op in view.ops):
+        return True
+    return isinstance(view.base, Gather) and any(has_cast(p.view) for p in view.base.parts)
+
+
+def rebase(view: View, names: Mapping[str, str]) -> View:
+    """Return ``view`` with the FQNs of its global tensors replaced by ``names``."""
+    base = view.base
+    if isinstance(base, SourceRef):
+        if base.fqn == names[base.fqn]:
+            return view
+        moved: SourceRef | Gather = SourceRef(names[base.fqn], base.shape)
+    else:
+        parts = tuple(type(p)(p.box, rebase(p.view, names)) for p in base.parts)
+        moved = Gather(base.shape, parts)
+    return View(moved, view.shape, view.strides, view.offset, view.ops)

@@ -1,0 +1,118 @@
+"""Match the names of a checkpoint against those a model may have, and say how they differ.
+
+Names are compared by their dotted components, never by substrings. Three things stand between a
+checkpoint's names and the model's: markers that wrappers leave inside a name, prefixes that they
+leave in front, and names that another release of transformers uses in memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import cache
+
+# torch.compile, FSDP1 and activation checkpointing each insert a component of their own.
+_MARKERS = frozenset({"_fsdp_wrapped_module", "_orig_mod", "_checkpoint_wrapped_module"})
+# What DDP, a trainer's own module or TRL's value-head model put in front, possibly several times.
+_WRAPPERS = ("module", "model", "pretrained_model", "actor", "base_model")
+_MOST_WRAPPERS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Names:
+    """How the checkpoint's names are read: ``canonical[name]`` is what the model would call it."""
+
+    canonical: Mapping[str, str]
+    notices: tuple[str, ...]
+
+
+def read_names(
+    names: Iterable[str], known: Callable[[str], bool], rename: Callable[[str], str]
+) -> Names:
+    """Return the canonical name of each of ``names``.
+
+    ``known`` tells whether the model has a name; ``rename`` returns what transformers calls a name
+    of another release or of a part of the model. A rewriting that would give two tensors one name
+    is not made.
+    """
+    renamed = cache(rename)
+    notices: list[str] = []
+    canonical = {name: name for name in names}
+    canonical = _apply(canonical, _without_markers, "markers of wrapper modules", notices)
+    prefix = _wrapper_prefix(canonical.values(), lambda n: known(n) or known(renamed(n)))
+    if prefix:
+        canonical = _apply(
+            canonical, lambda n: n.removeprefix(prefix), f"the wrapper prefix {prefix!r}", notices
+        )
+    canonical = _renamed(canonical, known, renamed, notices)
+    return Names(canonical, tuple(notices))
+
+
+def _without_markers(name: str) -> str:
+    return ".".join(part for part in name.split(".") if part not in _MARKERS)
+
+
+def _apply(
+    canonical: dict[str, str], change: Callable[[str], str], what: str, notices: list[str]
+) -> dict[str, str]:
+    changed = {name: change(current) for name, current in canonical.items()}
+    amount = sum(changed[name] != current for name, current in canonical.items())
+    if amount == 0:
+        return canonical
+    if len(set(changed.values())) != len(changed):
+        notices.append(f"{what} kept in {amount} names: without it two tensors have one name")
+        return canonical
+    notices.append(f"{what} removed from {amount} names")
+    return changed
+
+
+def _wrapper_prefix(names: Iterable[str], resolves: Callable[[str], bool]) -> str:
+    """Return the prefix whose removal makes more names resolve than any other does, or nothing."""
+    # Layers and experts resolve alike: one name stands for all that differ in numbers only.
+    alike: dict[tuple[str, ...], list[str]] = {}
+    for name in names:
+        pattern = tuple("" if part.isdigit() else part for part in name.split("."))
+        alike.setdefault(pattern, []).append(name)
+    samples = [(found[0], len(found)) for found in alike.values()]
+
+    def resolved(prefix: str) -> int:
+        return sum(amount for name, amount in samples if resolves(name.removeprefix(prefix)))
+
+    best, most = "", resolved("")
+    total = sum(amount for _, amount in samples)
+    tried = [""]
+    while tried and most < total:
+        prefix = tried.pop(0)
+        for wrapper in _WRAPPERS:
+            longer = f"{prefix}{wrapper}."
+            if not any(name.startswith(longer) for name, _ in samples):
+                continue
+            if resolved(longer) > most:
+                best, most = longer, resolved(longer)
+            if longer.count(".") < _MOST_WRAPPERS:
+                tried.append(longer)
+    return best
+
+
+def _renamed(
+    canonical: dict[str, str],
+    known: Callable[[str], bool],
+    rename: Callable[[str], str],
+    notices: list[str],
+) -> dict[str, str]:
+    taken = set(canonical.values())
+    changed: dict[str, str] = {}
+    for name, current in canonical.items():
+        if known(current):
+            continue
+        target = rename(current)
+        if target not in taken and known(target):
+            changed[name] = target
+            taken.add(target)
+    if changed:
+        example = next(iter(changed))
+        notices.append(
+            f"{len(changed)} tensors are named as another release of transformers or a part of "
+            f"the model has them (such as {example}, here {changed[example]})"
+        )
+    return canonical | changed

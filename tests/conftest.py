@@ -1,0 +1,45 @@
+"""Fixtures that every test may ask for."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+from filelock import FileLock
+
+if TYPE_CHECKING:
+    from tests.makers.fsdp import Made
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Made]:
+    """Every recipe's checkpoint, made once a session and shared by all xdist workers.
+
+    The folders are shared: a test that changes one works on a copy.
+    """
+    from tests.makers import fsdp  # imports torch: seconds that only these tests should pay
+
+    base = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        base = base.parent  # each worker has a folder of its own below the session's
+    root, complete = base / "checkpoints", base / "checkpoints.complete"
+    with FileLock(base / "checkpoints.lock"):
+        if not complete.exists():
+            shutil.rmtree(root, ignore_errors=True)  # another worker failed half-way
+            fsdp.make_all(root)
+            complete.touch()
+    return fsdp.collect(root)
+
+
+@pytest.fixture(scope="session")
+def shared_checkpoints() -> Path:
+    """Checkpoints of older torch releases and of verl itself, kept beside the repository."""
+    path = REPOSITORY.parent / "shared" / "checkpoints"
+    if not path.is_dir():
+        pytest.skip("no ../shared/checkpoints beside the repository")
+    return path

@@ -1,0 +1,1 @@
+"""Makers of real checkpoints. They never import streamconv: they are the independent oracle."""

@@ -1,0 +1,355 @@
+"""The command line: what it costs, how it guesses, what it prints and how it exits."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import typer.main
+
+import streamconv
+from streamconv import __main__ as entry
+from streamconv import errors
+from streamconv.cli import progress
+from streamconv.cli.app import app
+from streamconv.cli.default import COMMANDS, VALUE_OPTIONS, with_command
+from streamconv.options import Event, Result, RunOptions
+
+HEAVY = {"torch", "transformers", "numpy", "safetensors", "ml_dtypes", "rich"}
+
+
+def run(*args: str, **kwargs) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "streamconv", *args],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        **kwargs,
+    )
+
+
+def loaded_by(code: str) -> set[str]:
+    """Return which heavy packages a fresh interpreter has loaded after ``code``."""
+    code = f"import contextlib, io, sys\nwith contextlib.redirect_stdout(io.StringIO()):\n {code}\n"
+    code += "print(*{m.split('.')[0] for m in sys.modules})"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
+    )
+    return HEAVY & set(done.stdout.split())
+
+
+@pytest.mark.parametrize("command", ["", *sorted(COMMANDS)])
+def test_help_works_and_loads_nothing_heavy(command):
+    done = run(*command.split(), "--help")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "Usage: streamconv" in done.stdout
+    argv = [*command.split(), "--help"]
+    assert not loaded_by(f"from streamconv.__main__ import _run; _run({argv!r})")
+
+
+def test_version_works_and_loads_nothing_heavy():
+    done = run("--version")
+    assert (done.returncode, done.stdout) == (0, f"streamconv {streamconv.__version__}\n")
+    assert not loaded_by("from streamconv.__main__ import _run; _run(['--version'])")
+
+
+def test_importing_the_package_loads_nothing_heavy():
+    assert not loaded_by("import streamconv; streamconv.convert, streamconv.JobOptions")
+
+
+def test_plan_stays_a_function_whatever_is_imported():
+    code = (
+        "import streamconv; import streamconv.plan; from streamconv.plan import Plan; "
+        "assert callable(streamconv.plan) and streamconv.plan.__name__ == 'plan', streamconv.plan"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_every_public_name_is_there():
+    for name in streamconv.__all__:
+        assert getattr(streamconv, name) is not None
+    assert set(dir(streamconv)) == set(streamconv.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        streamconv.nonsense  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("SRC DST", "convert SRC DST"),
+        ("convert SRC DST", "convert SRC DST"),
+        ("--max-mem 32GB SRC DST", "convert --max-mem 32GB SRC DST"),
+        ("--max-mem=32GB SRC DST", "convert --max-mem=32GB SRC DST"),
+        ("--json plan SRC", "plan --json SRC"),
+        ("--max-mem 4GB plan SRC DST", "plan --max-mem 4GB SRC DST"),
+        ("--model plan SRC DST", "convert --model plan SRC DST"),
+        ("./plan DST", "convert ./plan DST"),
+        ("-- plan DST", "convert -- plan DST"),
+        ("-o PLAN plan SRC", "plan -o PLAN SRC"),
+        ("SRC plan", "convert SRC plan"),
+        ("--overwrite", "convert --overwrite"),
+        ("--help", "--help"),
+        ("--version", "--version"),
+        ("plan --help", "plan --help"),
+        ("", ""),
+    ],
+)
+def test_no_command_means_convert(typed, meant):
+    assert with_command(typed.split()) == meant.split()
+
+
+def test_the_options_with_values_are_those_that_the_commands_declare():
+    commands = typer.main.get_command(app).commands
+    assert set(commands) == COMMANDS
+    declared = {
+        name
+        for command in commands.values()
+        for option in command.params
+        if option.param_type_name == "option" and not option.is_flag
+        for name in option.opts
+    }
+    assert declared == VALUE_OPTIONS
+
+
+def test_a_missing_source_is_bad_input(tmp_path):
+    done = run(str(tmp_path / "nothing"), str(tmp_path / "out"))
+    assert done.returncode == 5
+    assert done.stderr.startswith("error: ")
+    assert str(tmp_path / "nothing") in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["SRC", "DST", "--max-mem", "lots"],
+        ["SRC", "DST", "--max-shard-size", "80%"],
+        ["SRC", "DST", "--dtype", "int3"],
+        ["SRC", "DST", "--layout", "nice"],
+        ["SRC", "DST", "--checksum", "md5"],
+        ["SRC", "DST", "--io-threads", "0"],
+        ["SRC", "DST", "--io-threads", "x"],
+        ["SRC", "DST", "--nonsense"],
+        ["SRC"],
+    ],
+)
+def test_a_wrong_option_is_a_usage_error(args, tmp_path):
+    done = run(*args, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_error_is_json_too_where_json_was_asked_for(tmp_path):
+    done = run("--json", str(tmp_path / "nothing"), str(tmp_path / "out"))
+    told = json.loads(done.stdout.splitlines()[-1])
+    assert (done.returncode, told["event"], told["exit_code"]) == (5, "error", 5)
+    assert told["kind"] == "bad-input"
+
+
+@pytest.fixture
+def failing(monkeypatch):
+    """Make every conversion raise what is asked for."""
+
+    def use(error: BaseException) -> None:
+        def convert(*args, **kwargs):
+            raise error
+
+        monkeypatch.setattr("streamconv.api.convert", convert)
+
+    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    yield use
+    for signum, handler in handlers.items():
+        signal.signal(signum, handler)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        errors.StreamconvError("x"),
+        errors.UsageError("x"),
+        errors.BudgetError("x"),
+        errors.BadInputError("x"),
+        errors.UnsafeInputError("x"),
+        errors.NoSpaceError("x"),
+        errors.OutputExistsError("x"),
+        errors.LockedError("x"),
+    ],
+    ids=lambda e: e.kind,
+)
+def test_each_error_exits_with_its_code(error, failing, capsys):
+    failing(error)
+    assert entry._run(["SRC", "DST"]) == error.exit_code
+    assert capsys.readouterr().err == "error: x\n"
+
+
+def test_an_unexpected_error_is_one_line_and_a_hint(failing, capsys):
+    failing(RuntimeError("boom"))
+    assert entry._run(["SRC", "DST"]) == 1
+    err = capsys.readouterr().err
+    assert err.startswith("error: internal: RuntimeError: boom\n")
+    assert "--debug" in err
+
+
+def test_debug_shows_the_traceback(failing):
+    failing(RuntimeError("boom"))
+    with pytest.raises(RuntimeError, match="boom"):
+        entry._run(["SRC", "DST", "--debug"])
+
+
+def test_a_keyboard_interrupt_exits_with_130(failing):
+    failing(KeyboardInterrupt())
+    assert entry._run(["SRC", "DST"]) == 130
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_runs_the_cleanup_and_exits_with_its_number(signum, tmp_path):
+    code = (
+        "import sys, time, streamconv.api\n"
+        "def convert(*a, **k):\n"
+        "    try:\n"
+        "        open(sys.argv[2], 'w').close(); time.sleep(60)\n"
+        "    finally:\n"
+        "        open(sys.argv[2] + '.clean', 'w').close()\n"
+        "streamconv.api.convert = convert\n"
+        "from streamconv.__main__ import main\n"
+        "main()\n"
+    )
+    started = tmp_path / "started"
+    process = subprocess.Popen([sys.executable, "-c", code, "SRC", str(started)])
+    deadline = time.monotonic() + 30
+    while not started.exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signum)
+    assert process.wait(timeout=30) == 128 + signum
+    assert Path(f"{started}.clean").exists()
+
+
+def test_a_reader_that_has_gone_is_no_news(tmp_path):
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w") as closed:
+        done = subprocess.run(
+            [sys.executable, "-m", "streamconv", "doctor"],
+            stdout=closed,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=60,
+        )
+    assert (done.returncode, done.stderr) == (1, "")
+
+
+def test_doctor_tells_versions_and_memory():
+    done = run("doctor", "--json")
+    found = json.loads(done.stdout)
+    assert found["streamconv"] == streamconv.__version__
+    assert found["versions"]["torch"]
+    assert found["default_budget_bytes"] > 0
+    assert (done.returncode, found["problems"]) == (0, [])
+
+
+def test_doctor_says_why_a_source_cannot_be_read(tmp_path):
+    done = run("doctor", str(tmp_path / "nothing"))
+    assert done.returncode == 5
+    assert "not readable here" in done.stdout
+
+
+PROGRESS = {
+    "done_bytes": 1_000_000_000,
+    "total_bytes": 4_000_000_000,
+    "seconds": 2.0,
+    "memory_bytes": 200_000_000,
+    "budget_bytes": 512_000_000,
+    "file": "model.safetensors",
+}
+
+
+def test_plain_progress_comes_every_few_seconds_at_most():
+    now, told = 0.0, []
+    lines = progress.PlainLines(told.append, lambda: now)
+    lines(Event("phase", "write"))
+    for now in (1.0, 4.9, 5.0, 6.0, 9.9, 10.1):  # noqa: B007 - the clock reads it
+        lines(Event("progress", facts=PROGRESS))
+    line = "1.00 GB of 4.00 GB (25%), 0.50 GB/s, 6 s left, memory 200 MB / 512 MB"
+    assert told == ["writing", line, line]
+
+
+def test_json_progress_is_one_object_a_line(capsys):
+    with progress.listen(json=True, quiet=False) as listener:
+        listener(Event("phase", "write"))
+        listener(Event("progress", facts=PROGRESS))
+    first, second = map(json.loads, capsys.readouterr().out.splitlines())
+    assert first == {"event": "phase", "text": "write"}
+    assert second == {"event": "progress", **PROGRESS}
+
+
+def test_the_bar_shows_bytes_speed_time_and_memory(monkeypatch, capsys):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "160")
+    with progress.listen(json=False, quiet=False) as listener:
+        listener(Event("phase", "write"))
+        listener(Event("notice", "watch out"))
+        listener(Event("progress", facts=PROGRESS))
+    err = capsys.readouterr().err
+    assert "1.00 GB of 4.00 GB, 0.50 GB/s, 6 s left, memory 200 MB / 512 MB" in err
+    assert "notice: watch out" in err
+
+
+def test_quiet_says_nothing(capsys):
+    with progress.listen(json=False, quiet=True) as listener:
+        listener(Event("phase", "write"))
+    progress.summarize(Result("done", Path("out")), json=False, quiet=True)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_the_summary_names_bytes_seconds_and_peak_against_budget():
+    result = Result(
+        "done",
+        Path("out"),
+        seconds=4.0,
+        read_bytes=4_000_000_000,
+        write_bytes=4_000_100_000,
+        reused_bytes=1_000_000_000,
+        peak_bytes=480_000_000,
+        budget_bytes=512_000_000,
+        files=7,
+        tensors=290,
+        unverifiable_bytes=1000,
+        notices=("a notice",),
+    )
+    assert progress.render_result(result).splitlines() == [
+        "notice: a notice",
+        "unverifiable: 1.00 kB of the source carry no checksum",
+        "done: out (290 tensors, 7 files, 4.00 GB)",
+        "reused 1.00 GB of an earlier run",
+        "read 4.00 GB in 4.0 s (1.00 GB/s); peak memory 480 MB of 512 MB",
+    ]
+
+
+def test_nothing_to_do_is_said():
+    text = progress.render_result(Result("nothing-to-do", Path("out")))
+    assert text == "nothing to do: out is already the complete output of this job"
+
+
+def test_max_mem_may_be_a_share(monkeypatch):
+    seen: list[RunOptions] = []
+
+    def convert(src, dst, job, run):
+        seen.append(run)
+        return Result("done", dst)
+
+    monkeypatch.setattr("streamconv.convert_job.convert", convert)
+    monkeypatch.setattr("streamconv.budget.available_bytes", lambda: (1000, "test"))
+    streamconv.convert("SRC", "DST", max_mem="80%", checksum="sha256")
+    assert (seen[0].max_mem_bytes, seen[0].sha256) == (800, True)

@@ -1,0 +1,71 @@
+"""Errors: each class owns an exit code, says its parts in a fixed order and survives JSON."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from streamconv import errors
+from streamconv.errors import StreamconvError
+
+CODES = {
+    "StreamconvError": 1,
+    "UsageError": 2,
+    "BudgetError": 4,
+    "BadInputError": 5,
+    "SourceChangedError": 5,
+    "VerificationError": 5,
+    "UnsafeInputError": 6,
+    "NoSpaceError": 7,
+    "OutputExistsError": 8,
+    "LockedError": 11,
+}
+CLASSES = {
+    name: value
+    for name, value in vars(errors).items()
+    if isinstance(value, type) and issubclass(value, StreamconvError)
+}
+
+
+def test_every_class_has_the_exit_code_that_is_documented():
+    assert {name: cls.exit_code for name, cls in CLASSES.items()} == CODES
+
+
+def test_kinds_are_unique():
+    assert len({cls.kind for cls in CLASSES.values()}) == len(CLASSES)
+
+
+def test_parts_come_one_to_a_line_in_a_fixed_order():
+    error = errors.BadInputError(
+        "a rank file is missing",
+        hint="copy it here",
+        found="7 files",
+        expected="8 files",
+        where="/run/actor",
+    )
+    assert str(error) == (
+        "a rank file is missing\n"
+        "  where: /run/actor\n"
+        "  expected: 8 files\n"
+        "  found: 7 files\n"
+        "  next: copy it here"
+    )
+
+
+def test_parts_that_are_missing_take_no_line():
+    assert str(StreamconvError("planning failed", found="no answer")) == (
+        "planning failed\n  found: no answer"
+    )
+
+
+@pytest.mark.parametrize("cls", CLASSES.values(), ids=CLASSES)
+def test_an_error_survives_the_way_from_a_child_process(cls):
+    error = cls("what", where="where", expected="expected", found=None, hint="hint")
+    again = StreamconvError.from_json(json.loads(json.dumps(error.to_json())))
+    assert type(again) is cls
+    assert str(again) == str(error)
+
+
+def test_an_unknown_kind_becomes_the_base_class():
+    assert type(StreamconvError.from_json({"kind": "from the future"})) is StreamconvError

@@ -1,0 +1,474 @@
+"""verl FSDP folders become the whole tensors: against the unsharded model's own state dict.
+
+The bytes are read here with a few lines of numpy from what the checkpoint says of boxes, strides
+and records, so that nothing of the executor can hide a mistake of the reader.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+
+from streamconv import formats
+from streamconv.errors import BadInputError, UnsafeInputError, UsageError
+from streamconv.source import Checkpoint, GlobalTensor
+from tests.makers.fsdp import RECIPES, Made
+
+_RAW = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64, 16: np.complex128}
+
+
+def gather(checkpoint: Checkpoint, tensor: GlobalTensor) -> np.ndarray:
+    """Return the tensor's elements as raw integers; every element must be written once."""
+    raw = np.dtype(_RAW[tensor.dtype.itemsize])
+    out = np.zeros(tensor.shape, raw)
+    written = np.zeros(tensor.shape, np.uint8)
+    layout = tensor.layout
+    for box, strides, offset, record in zip(
+        layout.boxes, layout.strides, layout.storage_offsets, tensor.shards, strict=True
+    ):
+        path = checkpoint.root / checkpoint.files[record.file].path
+        storage = np.fromfile(path, raw, record.nbytes // raw.itemsize, offset=record.start)
+        piece = np.lib.stride_tricks.as_strided(
+            storage[offset:], box.sizes, [s * raw.itemsize for s in strides]
+        )
+        where = tuple(slice(o, e) for o, e in zip(box.offsets, box.ends, strict=True))
+        out[where] = piece
+        written[where] += 1
+    assert (written == 1).all()
+    return out
+
+
+def raw_of(tensor: torch.Tensor) -> np.ndarray:
+    kind = {1: torch.uint8, 2: torch.uint16, 4: torch.uint32, 8: torch.uint64, 16: None}
+    view = kind[tensor.element_size()]
+    flat = tensor.contiguous().reshape(-1)
+    return (flat if view is None else flat.view(view)).reshape(tensor.shape).numpy()
+
+
+def truth_of(path: Path | None) -> dict[str, torch.Tensor]:
+    assert path is not None
+    with safe_open(path, "pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
+def check_equal(checkpoint: Checkpoint, truth: dict[str, torch.Tensor]) -> None:
+    assert not checkpoint.undecided
+    for name, expected in truth.items():
+        tensor = checkpoint.tensors[name]
+        assert tensor.dtype.torch == str(expected.dtype).removeprefix("torch.")
+        assert np.array_equal(gather(checkpoint, tensor), raw_of(expected)), name
+
+
+# --- every recipe, every old release -------------------------------------------------------------
+
+SHARED = ("t24-fsdp1", "t26-fsdp1", "t28-fsdp2", "t28-fsdp2-tp", "t29-fsdp2", "t210-fsdp2")
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_older_torch(name: str, shared_checkpoints: Path) -> None:
+    folder = shared_checkpoints / "fsdp" / name
+    check_equal(formats.read(folder), truth_of(folder / "truth" / "state.safetensors"))
+
+
+@pytest.mark.parametrize("name", ["verl-native-fsdp1", "verl-native-fsdp2"])
+def test_verl_itself(name: str, shared_checkpoints: Path) -> None:
+    checkpoint = formats.read(shared_checkpoints / "fsdp" / name)
+    assert checkpoint.side_dir is not None
+    assert {s.reason for s in checkpoint.skipped} == {"optimizer or trainer state"}
+    assert checkpoint.facts["world_size"] == 4
+
+
+def test_written_by(shared_checkpoints: Path) -> None:
+    facts = {n: formats.read(shared_checkpoints / "fsdp" / n).facts for n in SHARED}
+    assert [facts[n]["torch"] for n in SHARED] == [
+        "up to 2.4",
+        *["2.2 to 2.9"] * 4,
+        "2.10 to 2.12",
+    ]
+    assert [facts[n]["strategy"] for n in SHARED] == [
+        "FSDP1",
+        "FSDP1",
+        "FSDP2",
+        "FSDP2 + tp",
+        "FSDP2",
+        "FSDP2",
+    ]
+
+
+@pytest.mark.parametrize("name", [n for n, r in RECIPES.items() if not n.startswith("plain-")])
+def test_recipe(name: str, checkpoints: dict[str, Made]) -> None:
+    made = checkpoints[name]
+    checkpoint = formats.read(made.source)
+    assert checkpoint.tensors.keys() == made.oracle.keys()
+    if made.truth_state is None:  # complex128, which no safetensors file can hold
+        names = {str(t.dtype) for t in checkpoint.tensors.values()}
+        assert "complex128" in names
+        for tensor in checkpoint.tensors.values():
+            gather(checkpoint, tensor)
+    else:
+        check_equal(checkpoint, truth_of(made.truth_state))
+    facts = checkpoint.facts
+    assert facts["world_size"] == made.recipe.world
+    if any(dim == "ddp" for dim, _ in made.recipe.mesh or ()):
+        assert facts["replicas_dropped"]
+    elif len(made.recipe.mesh or ()) < 2 and all(
+        entry["kind"] != "Tensor" for entry in made.oracle.values()
+    ):
+        assert not facts["replicas_dropped"]
+    json.dumps(dict(facts))
+
+
+@pytest.mark.parametrize("name", ["plain-whole", "plain-parameters", "plain-pieces"])
+def test_plain_tensors_stay_undecided(name: str, checkpoints: dict[str, Made]) -> None:
+    made = checkpoints[name]
+    checkpoint = formats.read(made.source)
+    truth = truth_of(made.truth_state)
+    assert checkpoint.tensors.keys() | checkpoint.undecided.keys() == truth.keys()
+    for fqn, expected in truth.items():
+        pair = checkpoint.undecided.get(fqn)
+        readings = pair or (checkpoint.tensors[fqn],)
+        (right,) = {t.layout: t for t in readings if t.shape == tuple(expected.shape)}.values()
+        assert np.array_equal(gather(checkpoint, right), raw_of(expected))
+
+
+# --- missing, extra, mixed -----------------------------------------------------------------------
+
+
+@pytest.fixture
+def copy(checkpoints: dict[str, Made], tmp_path: Path) -> Callable[[str], Path]:
+    def copy_of(name: str) -> Path:
+        target = tmp_path / name
+        shutil.copytree(checkpoints[name].source, target)
+        return target
+
+    return copy_of
+
+
+def test_missing_rank_is_named(copy: Callable[[str], Path]) -> None:
+    folder = copy("fsdp2")
+    (folder / "model_world_size_4_rank_2.pt").unlink()
+    with pytest.raises(BadInputError) as caught:
+        formats.read(folder)
+    assert "model_world_size_4_rank_2.pt" in str(caught.value)
+    assert "have holes" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["fsdp2-hsdp", "fsdp1-hsdp", "fsdp2-hsdp-w8"])
+def test_replicas_step_in(
+    name: str, copy: Callable[[str], Path], checkpoints: dict[str, Made]
+) -> None:
+    folder = copy(name)
+    world = checkpoints[name].recipe.world
+    (folder / f"model_world_size_{world}_rank_0.pt").unlink()
+    checkpoint = formats.read(folder)
+    check_equal(checkpoint, truth_of(checkpoints[name].truth_state))
+    assert any("missing" in n for n in checkpoint.notices)
+
+
+def test_both_replicas_missing(copy: Callable[[str], Path]) -> None:
+    folder = copy("fsdp2-hsdp")
+    for rank in (1, 3):
+        (folder / f"model_world_size_4_rank_{rank}.pt").unlink()
+    with pytest.raises(BadInputError, match="2 of 4 rank files are missing"):
+        formats.read(folder)
+
+
+@pytest.mark.parametrize("name", ["plain-whole", "plain-pieces"])
+def test_missing_rank_of_plain_tensors(
+    name: str, copy: Callable[[str], Path], checkpoints: dict[str, Made]
+) -> None:
+    folder = copy(name)
+    (folder / f"model_world_size_{checkpoints[name].recipe.world}_rank_1.pt").unlink()
+    with pytest.raises(BadInputError, match="rank files are missing"):
+        formats.read(folder)
+
+
+def test_two_world_sizes(copy: Callable[[str], Path]) -> None:
+    folder = copy("fsdp2")
+    file = folder / "model_world_size_4_rank_0.pt"
+    shutil.copy(file, folder / "model_world_size_8_rank_0.pt")
+    with pytest.raises(BadInputError, match="several world sizes"):
+        formats.read(folder)
+
+
+def test_rank_beyond_the_world(copy: Callable[[str], Path]) -> None:
+    folder = copy("fsdp2")
+    file = folder / "model_world_size_4_rank_0.pt"
+    shutil.copy(file, folder / "model_world_size_4_rank_4.pt")
+    with pytest.raises(BadInputError, match="a world of 4"):
+        formats.read(folder)
+
+
+def test_file_under_another_rank(copy: Callable[[str], Path]) -> None:
+    folder = copy("fsdp2")
+    shutil.copy(folder / "model_world_size_4_rank_0.pt", folder / "model_world_size_4_rank_1.pt")
+    with pytest.raises(BadInputError, match="another rank than its name says") as caught:
+        formats.read(folder)
+    assert "model_world_size_4_rank_1.pt" in str(caught.value)
+
+
+def test_config_of_another_world(copy: Callable[[str], Path]) -> None:
+    folder = copy("fsdp2")
+    (folder / "fsdp_config.json").write_text('{"FSDP_version": 2, "world_size": 8}')
+    with pytest.raises(BadInputError, match="disagree about the world size"):
+        formats.read(folder)
+
+
+def test_broken_config_is_only_a_notice(copy: Callable[[str], Path]) -> None:
+    folder = copy("fsdp2")
+    (folder / "fsdp_config.json").write_text("{" * 100_000)
+    assert any("fsdp_config.json" in n for n in formats.read(folder).notices)
+
+
+def test_files_of_two_runs(copy: Callable[[str], Path], tmp_path: Path) -> None:
+    folder, other = copy("fsdp2"), copy("fsdp2-critic")
+    name = "model_world_size_4_rank_3.pt"
+    shutil.copy(other / name, folder / name)
+    with pytest.raises(BadInputError, match=r"rank \d has no tensor|disagree"):
+        formats.read(folder)
+
+
+def test_truncated_file(copy: Callable[[str], Path]) -> None:
+    folder = copy("fsdp2")
+    file = folder / "model_world_size_4_rank_1.pt"
+    file.write_bytes(file.read_bytes()[:-5000])
+    with pytest.raises(BadInputError, match="truncated") as caught:
+        formats.read(folder)
+    assert file.name in str(caught.value)
+
+
+# --- which model ---------------------------------------------------------------------------------
+
+
+def test_a_rank_file_means_its_folder(copy: Callable[[str], Path]) -> None:
+    folder = copy("fsdp2")
+    assert formats.find_model(folder / "model_world_size_4_rank_0.pt").root == folder
+
+
+def test_step_with_one_model(copy: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = copy("fsdp2")
+    step = tmp_path / "global_step_7"
+    step.mkdir()
+    folder.rename(step / "actor")
+    assert formats.find_model(step).root == step / "actor"
+
+
+def test_actor_and_critic(copy: Callable[[str], Path], tmp_path: Path) -> None:
+    step = tmp_path / "global_step_7"
+    step.mkdir()
+    copy("fsdp2").rename(step / "actor")
+    copy("fsdp2-critic").rename(step / "critic")
+    with pytest.raises(UsageError) as caught:
+        formats.find_model(step)
+    assert "actor, critic" in str(caught.value)
+    assert formats.find_model(step, "critic").root == step / "critic"
+    with pytest.raises(UsageError, match="no model 'ref'"):
+        formats.find_model(step, "ref")
+
+
+def test_run_names_its_steps(copy: Callable[[str], Path], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    (run / "global_step_9").mkdir(parents=True)
+    copy("fsdp2").rename(run / "global_step_9" / "actor")
+    (run / "latest_checkpointed_iteration.txt").write_text("10")
+    assert formats.find_model(run).root == run / "global_step_9" / "actor"
+    shutil.copytree(run / "global_step_9", run / "global_step_10")
+    with pytest.raises(UsageError) as caught:
+        formats.find_model(run)
+    assert "global_step_9, global_step_10" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("files", "meaning"),
+    [
+        ([], "an empty folder"),
+        (["model.safetensors", "config.json"], "a HuggingFace model already"),
+        ([".metadata", "__0_0.distcp"], "not supported yet"),
+        (["optim_world_size_2_rank_0.pt"], "optimizer state without"),
+        (["notes.txt"], "notes.txt"),
+    ],
+)
+def test_no_checkpoint(files: list[str], meaning: str, tmp_path: Path) -> None:
+    for name in files:
+        (tmp_path / name).touch()
+    with pytest.raises(BadInputError) as caught:
+        formats.find_model(tmp_path)
+    assert meaning in str(caught.value)
+    assert "model_world_size" in str(caught.value)
+
+
+def test_no_such_folder(tmp_path: Path) -> None:
+    with pytest.raises(BadInputError, match="no such checkpoint"):
+        formats.find_model(tmp_path / "nothing")
+
+
+# --- state dicts made for one thing --------------------------------------------------------------
+
+
+def save(folder: Path, *states: object) -> Path:
+    for rank, state in enumerate(states):
+        torch.save(state, folder / f"model_world_size_{len(states)}_rank_{rank}.pt")
+    return folder
+
+
+def test_views_and_scalars(tmp_path: Path) -> None:
+    base = torch.arange(60).reshape(6, 10)
+    state = {
+        "view": base[2:5, 1:9:2],
+        "transposed": base.t(),
+        "expanded": torch.tensor([[1], [2]]).expand(2, 3),
+        "scalar": torch.tensor(2.5),
+        "empty": torch.zeros(0, 4),
+        "shared": base[1],
+    }
+    checkpoint = formats.read(save(tmp_path, state))
+    check_equal(checkpoint, state)
+    assert checkpoint.tensors["view"].layout.storage_offsets == (21,)
+
+
+def test_wrapped_state_dict(tmp_path: Path) -> None:
+    state = {"model": {"w": torch.ones(2)}, "step": 7}
+    checkpoint = formats.read(save(tmp_path, state))
+    assert list(checkpoint.tensors) == ["w"]
+    assert any("'model'" in n for n in checkpoint.notices)
+
+
+def test_two_wrapped_state_dicts(tmp_path: Path) -> None:
+    save(tmp_path, {"model": {"w": torch.ones(2)}, "ema": {"w": torch.ones(2)}})
+    with pytest.raises(BadInputError, match="which is the model"):
+        formats.read(tmp_path)
+
+
+def test_other_values_are_skipped(tmp_path: Path) -> None:
+    state = {"w": torch.ones(2), "step": 3, "nothing": None, "inner": {"x": 1}, "name": "a"}
+    checkpoint = formats.read(save(tmp_path, state))
+    assert {s.name: s.reason for s in checkpoint.skipped} == {
+        "step": "a value of type int, not a tensor",
+        "nothing": "None, not a tensor",
+        "inner": "a nested dict, not a tensor",
+        "name": "a value of type str, not a tensor",
+    }
+
+
+def test_lazy_conjugate_is_refused(tmp_path: Path) -> None:
+    save(tmp_path, {"w": torch.tensor([1 + 2j]).conj()})
+    with pytest.raises(BadInputError, match="lazy view"):
+        formats.read(tmp_path)
+
+
+def test_meta_tensor_is_refused(tmp_path: Path) -> None:
+    save(tmp_path, {"w": torch.empty(3, device="meta")})
+    with pytest.raises(BadInputError, match="meta tensor"):
+        formats.read(tmp_path)
+
+
+def test_unknown_global_is_named(tmp_path: Path) -> None:
+    save(tmp_path, {"w": torch.ones(2), "path": Path("x")})
+    with pytest.raises(UnsafeInputError, match=r"pathlib\."):
+        formats.read(tmp_path)
+
+
+def test_plain_pieces_of_different_sizes(tmp_path: Path) -> None:
+    whole = torch.arange(10.0).reshape(5, 2)
+    save(tmp_path, {"w": whole[:3].clone()}, {"w": whole[3:].clone()})
+    check_equal(formats.read(tmp_path), {"w": whole})
+
+
+def test_plain_scalars_that_differ(tmp_path: Path) -> None:
+    save(tmp_path, {"w": torch.tensor(1.0)}, {"w": torch.tensor(2.0)})
+    with pytest.raises(BadInputError, match="cannot be put together"):
+        formats.read(tmp_path)
+
+
+def test_no_tensors(tmp_path: Path) -> None:
+    save(tmp_path, {"step": 1})
+    with pytest.raises(BadInputError, match="no tensors"):
+        formats.read(tmp_path)
+
+
+def test_no_state_dict(tmp_path: Path) -> None:
+    save(tmp_path, [torch.ones(1)])
+    with pytest.raises(BadInputError, match="no state dict"):
+        formats.read(tmp_path)
+
+
+def test_replicas_that_differ(copy: Callable[[str], Path]) -> None:
+    """One byte of one replica is changed, and its CRC with it: a mixed-step checkpoint."""
+    folder = copy("fsdp2-hsdp")
+    file = folder / "model_world_size_4_rank_3.pt"
+    state = torch.load(file, weights_only=True, map_location="cpu")
+    name = next(n for n, t in state.items() if t._local_tensor.numel())
+    with torch.no_grad():
+        state[name]._local_tensor.view(-1)[0] += 1
+    torch.save(state, file)
+    with pytest.raises(BadInputError, match="replicas of a tensor differ") as caught:
+        formats.read(folder)
+    assert name in str(caught.value)
+    assert "rank 1" in str(caught.value)
+    assert "rank 3" in str(caught.value)
+
+
+def test_buffers_that_differ(copy: Callable[[str], Path]) -> None:
+    folder = copy("fsdp2-buffers")
+    file = folder / "model_world_size_4_rank_2.pt"
+    state = torch.load(file, weights_only=True, map_location="cpu")
+    name = next(n for n, t in state.items() if type(t) is torch.Tensor and t.dtype == torch.int64)
+    state[name] = state[name] + 1
+    torch.save(state, file)
+    with pytest.raises(BadInputError, match="replicas of a tensor differ") as caught:
+        formats.read(folder)
+    assert name in str(caught.value)
+
+
+def test_no_crcs_are_told(checkpoints: dict[str, Made]) -> None:
+    checkpoint = formats.read(checkpoints["fsdp2-no-crc"].source)
+    assert any("cannot be verified" in n for n in checkpoint.notices)
+    assert checkpoint.facts["records_without_crc"]
+
+
+def test_padding_is_told(checkpoints: dict[str, Made]) -> None:
+    assert formats.read(checkpoints["fsdp2-w3"].source).facts["padded_storages"] is True
+    assert formats.read(checkpoints["fsdp1"].source).facts["padded_storages"] is False
+
+
+# --- the trap of torch 2.4 -----------------------------------------------------------------------
+
+
+def as_torch_2_4(folder: Path, placements_of: str) -> None:
+    """Rewrite rank files as torch 2.4 would have named them: its module path, plain Shards."""
+    import io
+    import zipfile
+
+    for file in folder.glob("model_*.pt"):
+        out = io.BytesIO()
+        with zipfile.ZipFile(file) as old, zipfile.ZipFile(out, "w") as new:
+            for info in old.infolist():
+                data = old.read(info)
+                if info.filename.endswith("/data.pkl"):
+                    data = data.replace(
+                        b"ctorch.distributed.tensor\nDTensor\n",
+                        b"ctorch.distributed._tensor.api\nDTensor\n",
+                    )
+                    data = data.replace(placements_of.encode(), b"Shard\n")
+                new.writestr(info.filename, data)
+        file.write_bytes(out.getvalue())
+
+
+def test_torch_2_4_fsdp2_tp(shared_checkpoints: Path, tmp_path: Path) -> None:
+    """A 2.8 file holds _StridedShard; under 2.4's names the order must be found out again."""
+    source = shared_checkpoints / "fsdp" / "t28-fsdp2-tp"
+    folder = tmp_path / "a"
+    shutil.copytree(source, folder)
+    as_torch_2_4(folder, "_StridedShard\n")
+    check_equal(
+        formats.read(folder), truth_of(source / "truth" / "state.safetensors")
+    )  # FSDP2 by its module names
+    (folder / "fsdp_config.json").write_text('{"FSDP_version": 2}')
+    check_equal(formats.read(folder), truth_of(source / "truth" / "state.safetensors"))
