@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import IO, Any
 
@@ -33,6 +34,7 @@ def build_plan(checkpoint: Checkpoint, job: JobOptions, stream: IO[str]) -> None
             "(--hf-config DIR names a folder that has it)"
         )
     names = [*checkpoint.tensors, *checkpoint.undecided]
+    _refuse_lora(names)
     model = _model(config, names, notices)
     tensors = planner.decide_plain(checkpoint, model)
     tensors = {n: tensors[n] for n in names}
@@ -79,6 +81,22 @@ def build_plan(checkpoint: Checkpoint, job: JobOptions, stream: IO[str]) -> None
     )
     planner.write_sections(writer, placed, tensors)
     writer.end()
+
+
+# How PEFT names what it adds to a model (peft/tuners/lora/layer.py).
+_LORA = re.compile(r"\.lora_(A|B|embedding_A|embedding_B|magnitude_vector)\.")
+
+
+def _refuse_lora(names: list[str]) -> None:
+    adapters = [n for n in names if _LORA.search(n)]
+    if adapters:
+        raise BadInputError(
+            "this is a LoRA checkpoint, and merging LoRA weights is not supported yet",
+            where=adapters[0],
+            found=f"{len(adapters)} adapter tensors among {len(names)}",
+            hint="merge it with PEFT before saving; converting the base weights alone would give "
+            "the model as it was before training",
+        )
 
 
 def side_files(

@@ -492,7 +492,7 @@ def test_right_header() -> None:
         ({"local_name": "archive/data/0x"}, "name"),
         ({"local_name": "ARCHIVE/data/0"}, "name"),
         ({"local_name": ""}, "name"),
-        ({"local_method": 8}, "method"),
+        ({"local_method": 8}, "compression method"),
         ({"local_flags": 0x809}, "flags"),
         ({"local_flags": 0xFFFF}, "flags"),
         ({"shift": 4}, "data position"),

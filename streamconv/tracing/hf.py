@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
+from itertools import starmap
 from typing import Any
 
 from streamconv.boxes import Shape
@@ -21,6 +22,8 @@ from streamconv.tracing import hf_build, hf_convert
 from streamconv.tracing.hf_convert import Group
 from streamconv.tracing.hf_layout import Layout, decide
 from streamconv.tracing.hf_names import read_names
+
+Headers = Mapping[str, tuple[Shape, DType]]
 
 
 def build_meta(config: Mapping[str, Any], names: Collection[str] = ()) -> MetaModel | None:
@@ -71,7 +74,8 @@ class MetaModel:
         self.hub_shapes: dict[str, Shape] = {
             name: recipe.view.shape for name, recipe in self._recipes.items()
         }
-        self._group_of = {n: k for k, g in enumerate(self._groups) for n in (*g.memory, *g.hub)}
+        self._by_memory = {n: k for k, g in enumerate(self._groups) for n in g.memory}
+        self._by_hub = {n: k for k, g in enumerate(self._groups) for n in g.hub}
         self.tied: tuple[tuple[str, str], ...] = tuple(self._tied())
 
     # --- what may be missing, superfluous or must not be cast -------------------------------------
@@ -140,7 +144,7 @@ class MetaModel:
     # --- recipes ------------------------------------------------------------------------------
 
     def recipes(
-        self, tensors: Mapping[str, tuple[Shape, DType]], layout: Layout = "hub"
+        self, tensors: Headers, layout: Layout = "hub"
     ) -> tuple[tuple[Recipe, ...], tuple[str, ...]]:
         """Return how the output tensors are made of ``tensors``, and what is worth telling.
 
@@ -149,7 +153,7 @@ class MetaModel:
         here: compare the outputs with :attr:`hub_shapes`. Raises :class:`BadInputError` where two
         sources would make one output.
         """
-        names = read_names(tensors, self._group_of.__contains__, self._rename)
+        names = read_names(tensors, self._knows, self._rename)
         notices = list(names.notices)
         given = {names.canonical[name]: tensors[name] for name in tensors}
         original = {names.canonical[name]: name for name in tensors}
@@ -161,65 +165,74 @@ class MetaModel:
         _refuse_duplicates(made)
         return _in_source_order(made, list(tensors)), tuple(notices)
 
-    def _hub_recipes(
-        self, given: Mapping[str, tuple[Shape, DType]], notices: list[str]
-    ) -> list[Recipe]:
-        unknown = [name for name in given if name not in self._group_of]
+    def _hub_recipes(self, given: Headers, notices: list[str]) -> list[Recipe]:
+        group_of = self._group_of(given)
+        unknown = [name for name in given if name not in group_of]
         if unknown:
             notices.append(
                 f"{len(unknown)} tensors are not the model's and keep their names"
                 f" (such as {unknown[0]})"
             )
         made = [hf_convert.identity(name, name, *given[name]) for name in unknown]
-        touched = [
-            self._groups[k]
-            for k in dict.fromkeys(self._group_of[n] for n in given if n in self._group_of)
-        ]
-        shapes = {name: shape for name, (shape, _) in given.items()}
-        layouts, told = decide(touched, shapes, self.state_shapes, self.hub_shapes, self._version)
+        held: dict[int, dict[str, tuple[Shape, DType]]] = {}
+        for name, header in given.items():
+            if name in group_of:
+                held.setdefault(group_of[name], {})[name] = header
+        groups = [self._groups[k] for k in held]
+        shapes = [{n: shape for n, (shape, _) in found.items()} for found in held.values()]
+        layouts, told = decide(groups, shapes, self.state_shapes, self.hub_shapes, self._version)
         notices.extend(told)
-        fused: list[Group] = []
-        for group, layout in zip(touched, layouts, strict=True):
+        fused: list[tuple[Group, Headers]] = []
+        for group, found, layout in zip(groups, held.values(), layouts, strict=True):
             if layout == "hub":
-                names = [n for n in group.hub if n in given]
-                made.extend(hf_convert.identity(n, n, *given[n]) for n in names)
+                made.extend(hf_convert.identity(n, n, *header) for n, header in found.items())
             elif not group.converted:
                 # Handed on whatever its shape: a resized vocabulary is no matter of conversion.
                 name = group.memory[0]
-                made.append(hf_convert.identity(group.hub[0], name, *given[name]))
+                made.append(hf_convert.identity(group.hub[0], name, *found[name]))
             else:
-                fused.append(group)
-        made.extend(self._converted(fused, given))
+                fused.append((group, found))
+        made.extend(self._converted(fused))
         return made
 
-    def _converted(
-        self, groups: list[Group], given: Mapping[str, tuple[Shape, DType]]
-    ) -> Iterator[Recipe]:
+    def _group_of(self, names: Collection[str]) -> Mapping[str, int]:
+        """Return the group of each name, read as in memory if all can be, else as on the Hub.
+
+        One name may mean one tensor in memory and another on the Hub.
+        """
+        known = [name for name in names if self._knows(name)]
+        for table in (self._by_memory, self._by_hub):
+            if all(name in table for name in known):
+                return table
+        return self._by_hub | self._by_memory
+
+    def _knows(self, name: str) -> bool:
+        return name in self._by_memory or name in self._by_hub
+
+    def _converted(self, fused: Sequence[tuple[Group, Headers]]) -> Iterator[Recipe]:
         """Yield the Hub tensors of groups that are held as in memory and have to be converted.
 
         A tensor that is absent is traced with the shape it should have, and what would be made of
         it is left out: so a checkpoint with a hole converts as far as it goes.
         """
-        wanted = [n for g in groups for n in g.memory]
+        found = {name: header for _, headers in fused for name, header in headers.items()}
         recipes = self._recipes
-        if not all(self._as_expected(group, given) for group in groups):
-            dtype = next((given[n][1] for n in wanted if n in given), BF16)
+        retraced = not all(starmap(self._as_expected, fused))
+        if retraced:
+            dtype = next(iter(found.values()))[1]
             expected = {n: (shape, dtype) for n, shape in self.state_shapes.items()}
-            found = {n: given[n] for n in wanted if n in given}
             recipes = hf_convert.revert(self._model, expected | found)
-        usable = {n for n in wanted if n in given}
         for recipe in recipes.values():
             used = set(hf_convert.sources(recipe.view))
-            if used <= usable:
-                dtype = recipe.dtype if recipes is not self._recipes else given[min(used)][1]
+            if used <= found.keys():
+                dtype = recipe.dtype if retraced else found[min(used)][1]
                 yield Recipe(recipe.name, dtype, recipe.view)
 
-    def _as_expected(self, group: Group, given: Mapping[str, tuple[Shape, DType]]) -> bool:
+    def _as_expected(self, group: Group, found: Headers) -> bool:
         """Whether the trace made of config.json alone holds for this group of the checkpoint."""
-        present = [n for n in group.memory if n in given]
         return (
-            all(given[n][0] == self.state_shapes[n] for n in present)
-            and len({given[n][1] for n in present}) == 1
+            all(shape == self.state_shapes[n] for n, (shape, _) in found.items())
+            and len({dtype for _, dtype in found.values()}) == 1
             and not any(hf_convert.has_cast(self._recipes[n].view) for n in group.hub)
         )
 
@@ -230,13 +243,13 @@ class MetaModel:
         forward, backward = self._renamings
         prefix = self._model.base_model_prefix
         found, _ = rename_source_key(name, forward, [], prefix, self.state_shapes)
-        if found in self._group_of:
+        if self._knows(found):
             return str(found)
         # Per-expert names exist on the Hub only: rename into today's namespace and back out of it.
         for candidate in (str(found), f"{prefix}.{found}"):
             for renaming in backward:
                 candidate, _ = renaming.rename_source_key(candidate)
-            if candidate in self._group_of:
+            if self._knows(candidate):
                 return candidate
         return name
 

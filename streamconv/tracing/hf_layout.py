@@ -20,16 +20,20 @@ Layout = Literal["hub", "memory"]
 
 def decide(
     groups: Sequence[Group],
-    given: Mapping[str, Shape],
+    held: Sequence[Mapping[str, Shape]],
     memory_shapes: Mapping[str, Shape],
     hub_shapes: Mapping[str, Shape],
     version: object,
 ) -> tuple[list[Layout], tuple[str, ...]]:
-    """Return the layout of each of ``groups``, which all have a tensor in ``given``; and notices.
+    """Return the layout of each of ``groups``, and what is worth telling.
 
+    ``held`` are the tensors of each group that the checkpoint has, at least one.
     Raises :class:`BadInputError` where a checkpoint holds a group in both layouts.
     """
-    votes = [_vote(group, given, memory_shapes, hub_shapes) for group in groups]
+    votes = [
+        _vote(group, given, memory_shapes, hub_shapes)
+        for group, given in zip(groups, held, strict=True)
+    ]
     counted = Counter(vote for vote in votes if vote is not None)
     undecided = [g for g, vote in zip(groups, votes, strict=True) if vote is None and g.converted]
     fallback: Layout = "hub" if counted["hub"] > counted["memory"] else "memory"
