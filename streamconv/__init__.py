@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from streamconv._version import __version__
 
 if TYPE_CHECKING:
-    from streamconv.api import convert, inspect, open, plan  # noqa: A004 - meant to be qualified
+    from streamconv.api import convert, inspect, open, plan, verify  # noqa: A004 - meant to be qualified
     from streamconv.errors import (
         BadInputError,
         BudgetError,
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from streamconv.options import Event, JobOptions, Result, RunOptions
 
 _HOME = {
-    **dict.fromkeys(("convert", "inspect", "open", "plan"), "streamconv.api"),
+    **dict.fromkeys(("convert", "inspect", "open", "plan", "verify"), "streamconv.api"),
     **dict.fromkeys(("Event", "JobOptions", "Result", "RunOptions"), "streamconv.options"),
     **dict.fromkeys(
         (
@@ -69,6 +69,7 @@ __all__ = [
     "inspect",
     "open",
     "plan",
+    "verify",
 ]
 
 

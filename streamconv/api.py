@@ -29,6 +29,7 @@ from streamconv.sizes import format_size, parse_size
 if TYPE_CHECKING:
     from streamconv.lazy import LazyCheckpoint
     from streamconv.plan import Plan
+    from streamconv.verification import Report
 
 StrPath = str | PathLike[str]
 
@@ -124,6 +125,33 @@ def open(  # noqa: A001 - meant to be called as streamconv.open
 
     job = job_options(layout, dtype, keep_dtype, "5GB", strict, hf_config, model)
     return open_checkpoint(Path(src), job)
+
+
+def verify(
+    folder: StrPath,
+    *,
+    source: StrPath | None = None,
+    reference: StrPath | None = None,
+    atol: float = 0.0,
+    rtol: float = 0.0,
+    max_mem: int | str | None = None,
+) -> Report:
+    """Check an output folder; the report says what was checked and lists every problem.
+
+    Against its manifest, unless only ``reference`` (another model folder, which may differ by
+    ``atol + rtol * |reference|``) is asked for; ``source`` compares every tensor with the checkpoint.
+    """
+    from streamconv import verification as checks
+
+    report = checks.Report()
+    if reference is None or source is not None:
+        report.extend(checks.verify_output(Path(folder)))
+    if source is not None and report.passed:
+        budget = memory_bytes(max_mem)
+        report.extend(checks.verify_source(Path(folder), Path(source), max_mem_bytes=budget))
+    if reference is not None:
+        report.extend(checks.verify_reference(Path(folder), Path(reference), atol=atol, rtol=rtol))
+    return report
 
 
 def inspect(src: StrPath, *, model: str | None = None) -> dict[str, Any]:

@@ -135,11 +135,8 @@ def write_output(
     """
     digests: dict[str, str] = {}
     digest = xxhash.xxh3_128()
-    with (
-        ShardWriter(path, output, sync=sync, sha256=sha256) as writer,
-        _Pipeline(tensors, filler, checks) as pipeline,
-    ):
-        for window, buffer in pipeline:
+    with ShardWriter(path, output, sync=sync, sha256=sha256) as writer:
+        for window, buffer in filled_windows(tensors, filler, checks):
             for segment in window.segments:
                 piece = buffer[segment.at : segment.at + segment.nbytes]
                 for at in range(0, len(piece), _HASH_BYTES):
@@ -153,6 +150,14 @@ def write_output(
             on_bytes(window.nbytes if window.segments[0].tensor.same_as is None else 0)
         writer.finish()
         return FinishedFile(output.name, output.nbytes, writer.xxh3, writer.sha256, digests)
+
+
+def filled_windows(
+    tensors: Iterable[PlannedTensor], filler: WindowFiller, checks: RecordChecks
+) -> Iterator[tuple[Window, memoryview]]:
+    """Yield the windows of ``tensors`` with their bytes; a buffer is good until the next one."""
+    with _Pipeline(tensors, filler, checks) as pipeline:
+        yield from pipeline
 
 
 def _tensor_done(tensor: PlannedTensor, digest: str, digests: dict[str, str]) -> None:

@@ -61,14 +61,9 @@ def _base(base: SourceRef | Gather, sources: Mapping[str, Array]) -> Array:
         return sources[base.fqn]
     assert check_tiling(base.shape, [p.box for p in base.parts]) is None
     pieces = [(p, _view(p.view, sources)) for p in base.parts]
-    # An empty gather has no parts to tell its dtype; nothing reads it either.
-    made = np.empty(base.shape, dtype=pieces[0][1].dtype if pieces else _any_dtype(sources))
+    made = np.empty(base.shape, dtype=pieces[0][1].dtype)
     for part, piece in pieces:
         assert piece.shape == part.box.sizes
         spans = zip(part.box.offsets, part.box.ends, strict=True)
         made[tuple(slice(a, b) for a, b in spans)] = piece
     return made
-
-
-def _any_dtype(sources: Mapping[str, Array]) -> np.dtype:
-    return next(iter(sources.values())).dtype

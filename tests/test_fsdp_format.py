@@ -6,6 +6,7 @@ and records, so that nothing of the executor can hide a mistake of the reader.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from collections.abc import Callable
@@ -472,3 +473,71 @@ def test_torch_2_4_fsdp2_tp(shared_checkpoints: Path, tmp_path: Path) -> None:
     )  # FSDP2 by its module names
     (folder / "fsdp_config.json").write_text('{"FSDP_version": 2}')
     check_equal(formats.read(folder), truth_of(source / "truth" / "state.safetensors"))
+
+
+# --- mutants -------------------------------------------------------------------------------------
+
+
+def places(checkpoint: Checkpoint) -> dict[str, tuple[object, ...]]:
+    """What decides which bytes end up where: everything but the CRCs, which the executor checks."""
+    return {
+        name: (t.dtype, t.layout, [(r.start, r.nbytes, r.header_nbytes) for r in t.shards])
+        for name, t in checkpoint.tensors.items()
+    }
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_flipped_bits_are_refused_or_change_nothing(
+    seed: int, shared_checkpoints: Path, tmp_path: Path
+) -> None:
+    """No flipped byte of the metadata leads to other bytes being taken for a tensor."""
+    folder = tmp_path / "a"
+    shutil.copytree(shared_checkpoints / "fsdp" / "t28-fsdp2-tp", folder)
+    file = folder / "model_world_size_4_rank_1.pt"
+    original = file.read_bytes()
+    expected = places(formats.read(folder))
+    draw = np.random.default_rng(seed)
+    refused = 0
+    for _ in range(120):
+        broken = bytearray(original)
+        at = int(draw.integers(len(original) - 4000, len(original)))  # directory and end records
+        if draw.random() < 0.5:
+            at = int(draw.integers(0, 6000))  # the pickle and its local header
+        broken[at] ^= 1 << int(draw.integers(8))
+        file.write_bytes(broken)
+        try:
+            found = places(formats.read(folder))
+        except (BadInputError, UnsafeInputError):
+            refused += 1
+        else:
+            assert found == expected, at
+    assert refused > 60
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_mutated_pickles_end_in_our_errors(seed: int, tmp_path: Path) -> None:
+    """With the CRC made right again, a changed pickle is read or refused, never a traceback."""
+    import pickletools
+    import zipfile
+
+    state = torch.nn.Linear(3, 4).state_dict()
+    source = save(tmp_path, state) / "model_world_size_1_rank_0.pt"
+    with zipfile.ZipFile(source) as old:
+        records = {i.filename: old.read(i) for i in old.infolist()}
+    (name,) = (n for n in records if n.endswith("/data.pkl"))
+    draw = np.random.default_rng(seed)
+    for _ in range(200):
+        data = bytearray(records[name])
+        for at in draw.integers(2, len(data), size=int(draw.integers(1, 4))):
+            data[at] = int(draw.integers(256))
+        try:
+            opcodes = list(pickletools.genops(bytes(data)))
+        except Exception:  # noqa: BLE001 - pickletools fails in many ways
+            opcodes = []
+        if any(o.name == "LONG_BINPUT" for o, _, _ in opcodes) or not opcodes:
+            continue  # may ask for gigabytes: see the bombs in test_unpickle.py
+        with zipfile.ZipFile(source, "w") as new:
+            for record, content in records.items():
+                new.writestr(record, bytes(data) if record == name else content)
+        with contextlib.suppress(BadInputError, UnsafeInputError):
+            formats.read(tmp_path)

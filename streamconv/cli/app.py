@@ -241,6 +241,38 @@ def run(
 
 
 @app.command()
+def verify(
+    folder: Annotated[Path, typer.Argument(metavar="DST", help="What streamconv wrote.")],
+    source: Annotated[
+        Path | None,
+        typer.Option("--source", metavar="SRC", help="Compare every tensor with the checkpoint."),
+    ] = None,
+    reference: Annotated[
+        Path | None,
+        typer.Option("--reference", metavar="DIR", help="Compare with another model folder."),
+    ] = None,
+    atol: Annotated[float, typer.Option("--atol", help="Tolerated absolute difference.")] = 0.0,
+    rtol: Annotated[float, typer.Option("--rtol", help="Tolerated relative difference.")] = 0.0,
+    max_mem: MaxMem = None,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Check DST against its manifest, and against its source or another model where one is named."""
+    from streamconv import api
+    from streamconv.cli.report import render_verification
+
+    report = api.verify(
+        folder, source=source, reference=reference, atol=atol, rtol=rtol, max_mem=max_mem
+    )
+    if json:
+        say_json(report.to_json(), indent=2)
+    else:
+        say(render_verification(report))
+    if not report.passed:
+        raise typer.Exit(5)
+
+
+@app.command()
 def inspect(src: Source, model: Model = None, json: Json = False, debug: Debug = False) -> None:
     """Show what is in SRC: format, who wrote it, mesh, placements, tensors."""
     from streamconv import api

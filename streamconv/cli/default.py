@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-COMMANDS = frozenset({"convert", "plan", "run", "inspect", "doctor"})
+COMMANDS = frozenset({"convert", "plan", "run", "verify", "inspect", "doctor"})
 # Options followed by a value: what must not be mistaken for the command. A test holds this against
 # what the commands declare.
 VALUE_OPTIONS = frozenset(
@@ -19,6 +19,10 @@ VALUE_OPTIONS = frozenset(
         "--checksum",
         "--io-threads",
         "--output",
+        "--source",
+        "--reference",
+        "--atol",
+        "--rtol",
         "-o",
     }
 )

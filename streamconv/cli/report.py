@@ -1,4 +1,4 @@
-"""What ``plan`` and ``inspect`` print: plain data first, text from it second."""
+"""What ``plan``, ``inspect`` and ``verify`` print: plain data first, text from it second."""
 
 from __future__ import annotations
 
@@ -7,11 +7,14 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from streamconv.cli.output import columns
 from streamconv.plan import Plan
 from streamconv.sizes import format_size
+
+if TYPE_CHECKING:
+    from streamconv.verification import Report
 
 _LONGEST_LIST = 20
 
@@ -142,3 +145,24 @@ def _skipped(skipped: Iterable[Mapping[str, str]]) -> str:
         else:
             items += [f"{name}: {reason}" for name in names]
     return _list("skipped", items, longest=None)
+
+
+_LISTED_PROBLEMS = 50
+
+
+def render_verification(report: Report) -> str:
+    """Return what a verification found, worst tensors first."""
+    lines = [f"checked  {c}" for c in report.checked]
+    if report.rows:
+        lines += ["", f"{'max |difference|':>16}  tensor"]
+        lines += [f"{r['max_abs']:>16.6g}  {r['name']}  {r['what']}" for r in report.rows[:20]]
+        lines.append("")
+    compared = {f"{r['name']}: {r['what']}" for r in report.rows}
+    others = [p for p in report.problems if p not in compared]
+    lines += [f"problem  {p}" for p in others[:_LISTED_PROBLEMS]]
+    if len(others) > _LISTED_PROBLEMS:
+        lines.append(f"problem  … and {len(others) - _LISTED_PROBLEMS} more")
+    lines.append(
+        "verified: all of it agrees" if report.passed else f"{len(report.problems)} problems"
+    )
+    return "\n".join(lines)

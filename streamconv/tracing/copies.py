@@ -87,7 +87,16 @@ def _joined(
             offsets = tuple(start if d == axis else 0 for d in range(result.dim()))
             parts.append(Part(Box(offsets, view.shape), _cast(view, old, new)))
             start += view.shape[axis]
+    if not parts:
+        return rec.keep(result, _empty(result, *rec.look(tensors[0], what)), new, what)
     return rec.keep(result, Gather(tuple(result.shape), tuple(parts)), new, what)
+
+
+def _empty(result: torch.Tensor, view: View, old: DType) -> Gather:
+    """Return the gather of no elements, which still says what tensor they would be of."""
+    shape = tuple(result.shape)
+    nothing = View(view.base, shape, contiguous_strides(shape), 0, view.ops)
+    return _gather(_cast(nothing, old, _dtype_of(result)))
 
 
 def _repeat(rec: Recorder, func: _Op, args: _Args, kwargs: _Kwargs) -> torch.Tensor:
@@ -95,17 +104,15 @@ def _repeat(rec: Recorder, func: _Op, args: _Args, kwargs: _Kwargs) -> torch.Ten
     result = func(*args, **kwargs)
     added = result.dim() - len(view.shape)
     sizes, steps = (1,) * added + view.shape, (0,) * added + view.strides
-    parts: list[Part] = []
-    copies = tuple(n // size if size else 0 for n, size in zip(result.shape, sizes, strict=True))
+    if 0 in result.shape:
+        return rec.keep(result, _empty(result, view, dtype), dtype, str(func))
     # One more dimension before each, walked with stride 0; the flat order is that of the result.
+    copies = [n // size for n, size in zip(result.shape, sizes, strict=True)]
     shape = tuple(n for pair in zip(copies, sizes, strict=True) for n in pair)
     strides = tuple(s for step in steps for s in (0, step))
-    if 0 not in shape:
-        spread = View(view.base, shape, strides, view.offset, view.ops)
-        inner = Gather(shape, (Part(Box.whole(shape), spread),))
-        flat = tuple(result.shape)
-        parts.append(Part(Box.whole(flat), View(inner, flat, contiguous_strides(flat))))
-    return rec.keep(result, Gather(tuple(result.shape), tuple(parts)), dtype, str(func))
+    spread = _gather(View(view.base, shape, strides, view.offset, view.ops))
+    flat = tuple(result.shape)
+    return rec.keep(result, _gather(View(spread, flat, contiguous_strides(flat))), dtype, str(func))
 
 
 def _add(rec: Recorder, func: _Op, args: _Args, kwargs: _Kwargs) -> torch.Tensor:
@@ -131,12 +138,13 @@ def _add(rec: Recorder, func: _Op, args: _Args, kwargs: _Kwargs) -> torch.Tensor
 
 
 def _exact(value: float, dtype: DType) -> bool:
-    return dtype.castable and float(dtype.to_numpy().type(value)) == value
+    if not dtype.castable:
+        return False
+    stored = torch.tensor(value, dtype=getattr(torch, dtype.torch), device="cpu")
+    return bool(stored.item() == value)
 
 
 def _gather(view: View) -> Gather:
-    if 0 in view.shape:
-        return Gather(view.shape, ())
     return Gather(view.shape, (Part(Box.whole(view.shape), view),))
 
 

@@ -79,7 +79,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         shape = tuple(tensor.shape)
         strides = canonical_strides(shape, tuple(tensor.stride()))
         if 0 in shape:
-            return View(stored.base, shape, strides), stored.dtype
+            return simplify(View(stored.base, shape, strides)), stored.dtype
         offset = int(tensor.storage_offset())
         last = offset + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
         if last >= math.prod(stored.base.shape):

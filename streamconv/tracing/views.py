@@ -63,7 +63,8 @@ def simplify(view: View) -> View:
 
 def _through(view: View, gather: Gather) -> View | None:
     if 0 in view.shape:
-        return None
+        found = gather.parts[0].view
+        return View(found.base, view.shape, view.strides, 0, found.ops + view.ops)
     if len(gather.parts) == 1:
         return _through_part(view, gather.shape, gather.parts[0])
     start = _unravel(view.offset, gather.shape)
