@@ -105,16 +105,18 @@ def find_hole(shape: Shape, boxes: Sequence[Box]) -> Box | None:
 
 
 def _uncovered(space: Box, boxes: Sequence[Box]) -> Iterator[Box]:
-    if space.numel == 0:
-        return
-    for k, box in enumerate(boxes):
-        shared = space.intersect(box)
-        if shared is not None:
-            rest = boxes[k + 1 :]
-            for piece in _subtract(space, shared):
-                yield from _uncovered(piece, rest)
-            return
-    yield space
+    # A stack of our own: with 1024 ranks the recursion would be as deep.
+    stack = [(space, 0)] if space.numel else []
+    while stack:
+        space, k = stack.pop()
+        while k < len(boxes):
+            shared = space.intersect(boxes[k])
+            k += 1
+            if shared is not None:
+                stack += [(piece, k) for piece in reversed(list(_subtract(space, shared)))]
+                break
+        else:
+            yield space
 
 
 def _subtract(space: Box, hole: Box) -> Iterator[Box]:

@@ -51,7 +51,10 @@ def build_plan(checkpoint: Checkpoint, job: JobOptions, stream: IO[str]) -> None
     texts = []
     if config is not None:
         text, changes = corrected_config(
-            config, dtype=planner.main_float_dtype(recipes), untie=bool(ties.kept)
+            config,
+            dtype=planner.main_float_dtype(recipes),
+            untie=bool(ties.kept),
+            architecture=model.architecture if model is not None and model.certain else None,
         )
         notices += changes
         if text:

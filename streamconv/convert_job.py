@@ -281,6 +281,7 @@ class _Conversion:
         progress: _Progress,
     ) -> None:
         partial = self.staging.root / f"{output.name}.part"
+        before = progress.done
         finished = write_output(
             output,
             tensors,
@@ -291,6 +292,7 @@ class _Conversion:
             sha256=self.run.sha256,
             on_bytes=lambda n: progress.add(n, output.name),
         )
+        progress.add(output.nbytes - (progress.done - before), output.name)  # the header
         partial.replace(self.staging.files / output.name)
         self.staging.record(finished, checks.journal())
 
@@ -328,21 +330,21 @@ class _Progress:
     def __init__(self, job: _Conversion, total: int, done: int, started: float) -> None:
         self._job = job
         self._total = total
-        self._done = done
+        self.done = done
         self._started = started
         self._told = 0.0
 
     def add(self, nbytes: int, file: str) -> None:
-        self._done += nbytes
+        self.done += nbytes
         now = time.monotonic()
-        if now - self._told < self._EVERY_SECONDS and self._done < self._total:
+        if now - self._told < self._EVERY_SECONDS and self.done < self._total:
             return
         self._told = now
         self._job.run.on_event(
             Event(
                 "progress",
                 facts={
-                    "done_bytes": min(self._done, self._total),
+                    "done_bytes": min(self.done, self._total),
                     "total_bytes": self._total,
                     "seconds": now - self._started,
                     "memory_bytes": self._job.meter.now_bytes,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -48,6 +48,7 @@ class SourceReader:
         self._drop_cache = drop_cache
         self._strict_mtime = strict_mtime
         self._open: OrderedDict[int, int] = OrderedDict()
+        self._in_use: Counter[int] = Counter()
         self._read_since_drop: dict[int, int] = {}
         self._lock = threading.Lock()
         self.read_bytes = 0
@@ -65,8 +66,7 @@ class SourceReader:
         """
         with self._lock:
             fd = self._descriptor(file)
-            # A duplicate keeps the file open for this read should another thread push it out.
-            fd = os.dup(fd)
+            self._in_use[file] += 1
         try:
             at = offset
             pending = [b for b in buffers if len(b)]
@@ -89,15 +89,18 @@ class SourceReader:
             if self._drop_cache:
                 self._drop_behind(file, fd, offset, at)
         finally:
-            os.close(fd)
+            with self._lock:
+                self._in_use[file] -= 1
 
     def _descriptor(self, file: int) -> int:
         fd = self._open.get(file)
         if fd is not None:
             self._open.move_to_end(file)
             return fd
-        while len(self._open) >= self._max_open:
-            os.close(self._open.popitem(last=False)[1])
+        if len(self._open) >= self._max_open:
+            idle = next((f for f in self._open if not self._in_use[f]), None)
+            if idle is not None:  # every one in use: more threads than descriptors
+                os.close(self._open.pop(idle))
         try:
             fd = os.open(self.path(file), os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError as error:

@@ -92,15 +92,26 @@ def declared_dtype(config: Mapping[str, Any]) -> DType | None:
 
 
 def corrected_config(
-    config: Mapping[str, Any], *, dtype: DType | None, untie: bool
+    config: Mapping[str, Any],
+    *,
+    dtype: DType | None,
+    untie: bool,
+    architecture: str | None = None,
 ) -> tuple[TextFile | None, list[str]]:
     """Return config.json as it must be for these weights, and what was changed.
 
     None where it is right as it stands and can be copied byte for byte. ``dtype`` is the weights'
-    floating dtype; ``untie`` says that both of two tied weights are there because they differ.
+    floating dtype; ``untie`` says that both of two tied weights are there because they differ;
+    ``architecture`` is the class whose weights these are, where it is certain: verl keeps the base
+    model's config for a critic.
     """
     changed = json.loads(json.dumps(config))
     notices = []
+    if architecture is not None and changed.get("architectures") != [architecture]:
+        notices.append(
+            f"config.json: architectures {changed.get('architectures')} became [{architecture!r}]"
+        )
+        changed["architectures"] = [architecture]
     parts = [("", changed)]
     parts += [
         (f"{key}.", changed[key])

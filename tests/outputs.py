@@ -100,8 +100,10 @@ _NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
 def cast(tensor: Stored, dtype: torch.dtype) -> Stored:
     """Return the tensor as torch casts it; what is no ordinary float stays as it is."""
-    if tensor.dtype not in TORCH_DTYPES or not tensor.numel:
+    if tensor.dtype not in TORCH_DTYPES:
         return tensor
+    if not tensor.numel:  # torch makes no tensor of an empty buffer
+        return Stored(_NAMES[dtype], tensor.shape, b"")
     source = torch.frombuffer(bytearray(tensor.data), dtype=TORCH_DTYPES[tensor.dtype])
     raw = source.to(dtype).view(torch.uint8).numpy().tobytes()
     return Stored(_NAMES[dtype], tensor.shape, raw)

@@ -20,6 +20,7 @@ from safetensors import safe_open
 from streamconv import formats
 from streamconv.errors import BadInputError, UnsafeInputError, UsageError
 from streamconv.source import Checkpoint, GlobalTensor
+from streamconv.torchfile.zipdir import check_local_header
 from tests.makers.fsdp import RECIPES, Made
 
 _RAW = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64, 16: np.complex128}
@@ -442,7 +443,7 @@ def test_padding_is_told(checkpoints: dict[str, Made]) -> None:
 # --- the trap of torch 2.4 -----------------------------------------------------------------------
 
 
-def as_torch_2_4(folder: Path, placements_of: str) -> None:
+def as_torch_2_4(folder: Path, placements_of: str, *more: tuple[str, str]) -> None:
     """Rewrite rank files as torch 2.4 would have named them: its module path, plain Shards."""
     import io
     import zipfile
@@ -458,6 +459,8 @@ def as_torch_2_4(folder: Path, placements_of: str) -> None:
                         b"ctorch.distributed._tensor.api\nDTensor\n",
                     )
                     data = data.replace(placements_of.encode(), b"Shard\n")
+                    for before, after in more:
+                        data = data.replace(before.encode(), after.encode())
                 new.writestr(info.filename, data)
         file.write_bytes(out.getvalue())
 
@@ -475,6 +478,59 @@ def test_torch_2_4_fsdp2_tp(shared_checkpoints: Path, tmp_path: Path) -> None:
     check_equal(formats.read(folder), truth_of(source / "truth" / "state.safetensors"))
 
 
+def test_torch_2_4_undecidable(shared_checkpoints: Path, tmp_path: Path) -> None:
+    """Without module names and fsdp_config.json nothing tells FSDP2 from FSDP1: refused."""
+    source = shared_checkpoints / "fsdp" / "t28-fsdp2-tp"
+    folder = tmp_path / "a"
+    shutil.copytree(source, folder)
+    as_torch_2_4(folder, "_StridedShard\n", ("_metadata", "_metadatX"))
+    with pytest.raises(BadInputError, match="cannot be told") as caught:
+        formats.read(folder)
+    assert '{"FSDP_version": 2}' in str(caught.value)
+    truth = truth_of(source / "truth" / "state.safetensors")
+    (folder / "fsdp_config.json").write_text('{"FSDP_version": 2}')
+    check_equal(formats.read(folder), truth)
+    (folder / "fsdp_config.json").write_text('{"FSDP_version": 1}')
+    left_to_right = formats.read(folder)
+    name = "model.layers.0.self_attn.q_proj.weight"
+    rows = gather(left_to_right, left_to_right.tensors[name]).reshape(4, 4, 16)
+    assert np.array_equal(rows[[0, 2, 1, 3]].reshape(16, 16), raw_of(truth[name]))
+
+
+def test_torch_2_4_that_contradicts_itself(shared_checkpoints: Path, tmp_path: Path) -> None:
+    """FSDP1's module names beside a config of FSDP2: one of them is wrong, and it matters."""
+    folder = tmp_path / "a"
+    shutil.copytree(shared_checkpoints / "fsdp" / "t28-fsdp2-tp", folder)
+    as_torch_2_4(
+        folder, "_StridedShard\n", ("model.layers.1.mlp.gate_proj", "_fsdp_wrapped_module.x.y.zzz")
+    )
+    check = (folder / "model_world_size_4_rank_0.pt").read_bytes()
+    assert b"_fsdp_wrapped_module" in check
+    (folder / "fsdp_config.json").write_text('{"FSDP_version": 2}')
+    with pytest.raises(BadInputError, match="module names in the rank files are FSDP1's"):
+        formats.read(folder)
+
+
+def test_padding_of_replicas_may_differ(
+    copy: Callable[[str], Path], checkpoints: dict[str, Made]
+) -> None:
+    """A CRC covers FSDP2's padding too; only the bytes that are shown must agree."""
+    folder = copy("fsdp2-hsdp")
+    file = folder / "model_world_size_4_rank_3.pt"
+    state = torch.load(file, weights_only=True, map_location="cpu")
+    padded = [
+        t._local_tensor
+        for t in state.values()
+        if t._local_tensor.untyped_storage().nbytes() > t._local_tensor.nbytes > 0
+    ]
+    assert padded
+    for local in padded:
+        storage = local.untyped_storage()
+        storage[storage.nbytes() - 1] ^= 1
+    torch.save(state, file)
+    check_equal(formats.read(folder), truth_of(checkpoints["fsdp2-hsdp"].truth_state))
+
+
 # --- mutants -------------------------------------------------------------------------------------
 
 
@@ -484,6 +540,17 @@ def places(checkpoint: Checkpoint) -> dict[str, tuple[object, ...]]:
         name: (t.dtype, t.layout, [(r.start, r.nbytes, r.header_nbytes) for r in t.shards])
         for name, t in checkpoint.tensors.items()
     }
+
+
+def check_headers(checkpoint: Checkpoint) -> None:
+    """Check every record's local header, as the executor does when it reads the record."""
+    for tensor in checkpoint.tensors.values():
+        for record in tensor.shards:
+            source = checkpoint.files[record.file]
+            with (checkpoint.root / source.path).open("rb") as file:
+                file.seek(record.start - record.header_nbytes)
+                header = file.read(record.header_nbytes)
+            check_local_header(header, f"{source.entry_prefix}/data/{record.key}", source.path)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -506,11 +573,12 @@ def test_flipped_bits_are_refused_or_change_nothing(
         broken[at] ^= 1 << int(draw.integers(8))
         file.write_bytes(broken)
         try:
-            found = places(formats.read(folder))
+            checkpoint = formats.read(folder)
+            check_headers(checkpoint)
         except (BadInputError, UnsafeInputError):
             refused += 1
         else:
-            assert found == expected, at
+            assert places(checkpoint) == expected, at
     assert refused > 60
 
 

@@ -5,12 +5,13 @@ Byte layout: each file is a torch.save zip (see :mod:`streamconv.torchfile`). Be
 that are no weights (``optim_…``, ``extra_state_…``). FSDP1, FSDP2, hybrid sharding, tensor
 parallelism and no sharding at all look alike here: placements on a device mesh decide.
 
-**Trap: torch 2.4 and two Shards of one dimension.** FSDP2 with tensor parallelism on torch ≤ 2.4 writes
-(Shard(0), Shard(0)) for data cut tp first; FSDP1 with tensor parallelism writes the same for data
-cut from left to right. Later torch tells them apart (``_StridedShard``). For files of 2.4 (module
-path ``torch.distributed._tensor``) the FSDP version decides: ``fsdp_config.json``, or FSDP1's
-wrapper in the module names of the state dict's ``_metadata``. Where neither says, the checkpoint
-is refused.
+**Trap: torch 2.4 and two Shards of one dimension.** FSDP2 with tensor parallelism on torch ≤ 2.4
+writes (Shard(0), Shard(0)) for data cut tp first (``_fsdp_param.py``: the placements of fsdp and tp
+side by side). FSDP1 writes the same for data cut from left to right: it redistributes the tensor
+(``_dtensor_extensions``), and 2.4's ``_gen_transform_infos`` replicates a nested Shard before it cuts
+again. Later torch tells them apart (``_StridedShard``). So for files of 2.4 (module path
+``torch.distributed._tensor``) the FSDP version decides: ``fsdp_config.json``, or FSDP1's wrapper in
+the module names of the state dict's ``_metadata``. Where neither says, the checkpoint is refused.
 """
 
 from __future__ import annotations
@@ -57,29 +58,28 @@ def side_dir(path: Path) -> Path | None:
 
 def identify(path: Path) -> tuple[SourceFile, ...]:
     """Return the rank files with size, time and directory hash, their pickles unread."""
-    files = []
-    for _, file in _open_folder(path).files:
-        try:
-            fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as error:
-            raise SourceChangedError(
-                f"a rank file cannot be opened: {error.strerror}", where=str(file)
-            ) from None
+    return tuple(_identify(file) for _, file in _open_folder(path).files)
+
+
+def _identify(file: Path) -> SourceFile:
+    try:
+        fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
         try:
             status = os.fstat(fd)
             directory = read_directory(FileWindow(fd, str(file), 0, status.st_size))
         finally:
             os.close(fd)
-        files.append(
-            SourceFile(
-                file.name,
-                status.st_size,
-                status.st_mtime_ns,
-                directory.directory_hash,
-                directory.prefix,
-            )
-        )
-    return tuple(files)
+    except OSError as error:
+        raise SourceChangedError(
+            f"a rank file cannot be read: {error.strerror}", where=str(file)
+        ) from None
+    return SourceFile(
+        file.name,
+        status.st_size,
+        status.st_mtime_ns,
+        directory.directory_hash,
+        directory.prefix,
+    )
 
 
 def read(path: Path) -> Checkpoint:

@@ -191,6 +191,8 @@ def _axes(layout: Any, where: str) -> tuple[list[_Axis], str]:
         generation = "2.13"
     else:
         shape, stride = state.get("shape"), state.get("stride")
+        if type(shape) is int and type(stride) is int:
+            shape, stride = (shape,), (stride,)
         if type(shape) is not tuple or type(stride) is not tuple or len(shape) != len(stride):
             raise _bad("a device mesh with a malformed layout", where)
         pairs = list(zip(shape, stride, strict=True))

@@ -39,6 +39,7 @@ _DAMAGE = (
     RecursionError,
     NotImplementedError,
     ImportError,  # copyreg's extension registry
+    Warning,  # odd escapes in a textual string, where warnings are errors
 )
 
 

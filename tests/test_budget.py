@@ -1,0 +1,263 @@
+"""The memory budget: where it comes from, when it is refused, and that it holds, seen from outside."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+
+from streamconv import budget
+from streamconv.errors import BudgetError
+from tests.makers.fsdp import Made
+from tests.makers.large import LargeMade
+from tests.outputs import (
+    differences,
+    large_checkpoint,
+    large_differences,
+    read_model,
+    read_truth,
+)
+
+GB = 10**9
+
+# --- where the default comes from ------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def a_machine_with_64_gb(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(budget, "_meminfo_available", lambda: 64 * GB)
+
+
+def write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
+def test_without_limits_it_is_available_memory_less_15_percent(tmp_path: Path) -> None:
+    assert budget.available_bytes(tmp_path, "0::/\n") == (int(64 * GB * 0.85), "available memory")
+
+
+def test_meminfo_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    nbytes, source = budget.available_bytes(Path("/nonexistent"), "0::/\n")
+    assert source == "available memory"
+    assert 0.5 < nbytes / psutil.virtual_memory().available < 1
+
+
+@pytest.mark.parametrize(
+    "limited", ["user/job/memory.max", "user/memory.max", "memory.max"], ids=["own", "above", "root"]
+)
+def test_cgroup_v2(limited: str, tmp_path: Path) -> None:
+    """The tightest limit counts, whether it is the process's own cgroup's or an ancestor's."""
+    for folder in ("user/job", "user", "."):
+        write(tmp_path / folder / "memory.max", "max\n")
+    write(tmp_path / limited, f"{8 * GB}\n")
+    found = budget.available_bytes(tmp_path, "0::/user/job\n")
+    assert found == (int(8 * GB * 0.85), "cgroup v2 limit")
+
+
+def test_cgroup_v2_subtracts_what_is_used_but_not_the_page_cache(tmp_path: Path) -> None:
+    write(tmp_path / "job/memory.max", f"{8 * GB}\n")
+    write(tmp_path / "job/memory.stat", f"anon {3 * GB}\nfile {4 * GB}\nanon_thp 7\n")
+    assert budget.available_bytes(tmp_path, "0::/job\n")[0] == int(5 * GB * 0.85)
+
+
+def test_cgroup_v1(tmp_path: Path) -> None:
+    memory = tmp_path / "memory"
+    write(memory / "memory.limit_in_bytes", "9223372036854771712\n")  # its way to say unlimited
+    write(memory / "docker/abc/memory.limit_in_bytes", f"{4 * GB}\n")
+    write(memory / "docker/abc/memory.stat", f"cache {2 * GB}\ntotal_rss {GB}\n")
+    own = "12:cpu,cpuacct:/docker/abc\n5:memory:/docker/abc\n1:name=systemd:/docker/abc\n"
+    found = budget.available_bytes(tmp_path, own)
+    assert found == (int(3 * GB * 0.85), "cgroup v1 limit")
+
+
+def test_cgroup_v1_without_a_limit(tmp_path: Path) -> None:
+    write(tmp_path / "memory/memory.limit_in_bytes", "9223372036854771712\n")
+    assert budget.available_bytes(tmp_path, "5:memory:/\n")[1] == "available memory"
+
+
+def test_inside_a_container_the_limit_is_at_the_root(tmp_path: Path) -> None:
+    """The path is the host's and does not exist here."""
+    write(tmp_path / "memory.max", f"{2 * GB}\n")
+    found = budget.available_bytes(tmp_path, "0::/kubepods/pod1/abc\n")
+    assert found == (int(2 * GB * 0.85), "cgroup v2 limit")
+    write(tmp_path / "v1/memory/memory.limit_in_bytes", f"{GB}\n")
+    found = budget.available_bytes(tmp_path / "v1", "5:memory:/docker/abc\n")
+    assert found == (int(GB * 0.85), "cgroup v1 limit")
+
+
+def test_a_cgroup_that_is_full_leaves_nothing(tmp_path: Path) -> None:
+    write(tmp_path / "job/memory.max", f"{GB}\n")
+    write(tmp_path / "job/memory.stat", f"anon {2 * GB}\n")
+    assert budget.available_bytes(tmp_path, "0::/job\n") == (0, "cgroup v2 limit")
+
+
+def test_a_cgroup_path_cannot_leave_the_tree(tmp_path: Path) -> None:
+    write(tmp_path / "memory.max", "1\n")
+    found = budget.available_bytes(tmp_path / "root", "0::/../../x\n")
+    assert found[1] == "available memory"
+
+
+# --- too small -------------------------------------------------------------------------------
+
+
+def test_no_window_fits() -> None:
+    resident = budget.resident_bytes()
+    with pytest.raises(BudgetError, match="too small to move tensors"):
+        budget.window_bytes(resident + (1 << 20))
+    smallest = budget.smallest_run_bytes()
+    assert budget.window_bytes(smallest + (1 << 20)) >= 1 << 20
+    assert budget.window_bytes(1 << 40) == 256 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Ran:
+    """A finished command and the memory that was seen from outside."""
+
+    code: int
+    out: str
+    err: str
+    tree_bytes: int
+    """The largest sum of resident sizes over the process and its descendants."""
+    high_water_bytes: int
+    """VmHWM of the process itself, which no sample can miss."""
+
+    @property
+    def peak_bytes(self) -> int:
+        return max(self.tree_bytes, self.high_water_bytes)
+
+
+def run(*arguments: object) -> Ran:
+    """Run the command line and watch its memory every few milliseconds."""
+    command = [sys.executable, "-m", "streamconv", *map(str, arguments)]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    root = psutil.Process(process.pid)
+    tree = high_water = 0
+    while process.poll() is None:
+        try:
+            members = [root, *root.children(recursive=True)]
+        except psutil.NoSuchProcess:
+            break
+        tree = max(tree, sum(map(_resident, members)))
+        high_water = max(high_water, _high_water(process.pid))
+        time.sleep(0.01)
+    out, err = process.communicate()
+    return Ran(process.returncode, out, err, tree, high_water)
+
+
+def _resident(process: psutil.Process) -> int:
+    try:
+        return int(process.memory_info().rss)
+    except (psutil.NoSuchProcess, psutil.AccessDenied):
+        return 0
+
+
+def _high_water(pid: int) -> int:
+    try:
+        text = Path(f"/proc/{pid}/status").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+    found = re.search(r"VmHWM:\s+(\d+) kB", text)  # gone once the process is a zombie
+    return int(found[1]) * 1024 if found else 0
+
+
+def named_smallest(error: str) -> str:
+    found = re.search(r"--max-mem (\d+MB)", error)
+    assert found, error
+    return found[1]
+
+
+def test_a_budget_too_small_to_plan_names_one_that_works(
+    checkpoints: dict[str, Made], tmp_path: Path
+) -> None:
+    made = checkpoints["fsdp2-moe"]
+    refused = run(made.source, tmp_path / "out", "--max-mem", "100MB")
+    assert refused.code == 4
+    assert "too small to plan" in refused.err
+    assert list(tmp_path.iterdir()) == []
+
+    smallest = named_smallest(refused.err)
+    done = run(made.source, tmp_path / "out", "--max-mem", smallest)
+    assert done.code == 0, done.err
+    assert differences(read_model(tmp_path / "out"), read_truth(made.truth_hf)) == []
+    assert done.peak_bytes <= int(smallest.removesuffix("MB")) * 10**6
+
+
+def test_a_budget_too_small_to_run_names_one_that_works(
+    checkpoints: dict[str, Made], tmp_path: Path
+) -> None:
+    made, plan = checkpoints["fsdp2-moe"], tmp_path / "plan.jsonl"
+    assert run("plan", made.source, "-o", plan).code == 0
+    refused = run("run", plan, tmp_path / "out", "--max-mem", "20MB")
+    assert refused.code == 4
+    assert "too small to move tensors" in refused.err
+    assert not (tmp_path / "out").exists()
+
+    smallest = named_smallest(refused.err)
+    done = run("run", plan, tmp_path / "out", "--max-mem", smallest)
+    assert done.code == 0, done.err
+    assert differences(read_model(tmp_path / "out"), read_truth(made.truth_hf)) == []
+    assert done.peak_bytes <= int(smallest.removesuffix("MB")) * 10**6
+
+
+# --- kept ------------------------------------------------------------------------------------
+
+LARGE_BYTES = 1_200_000_000
+
+
+@pytest.fixture(scope="session")
+def large(tmp_path_factory: pytest.TempPathFactory) -> LargeMade:
+    base = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        base = base.parent
+    made = large_checkpoint(base, LARGE_BYTES, 8)
+    files = list(made.source.glob("*.pt"))
+    assert len(files) == 8
+    assert sum(f.stat().st_size for f in files) > 0.9 * LARGE_BYTES
+    return made
+
+
+@pytest.mark.slow
+@pytest.mark.memory
+@pytest.mark.parametrize("options", [[], ["--io-threads", "4", "--dtype", "bfloat16"]])
+def test_a_model_nine_times_the_budget(
+    options: list[str], large: LargeMade, tmp_path: Path
+) -> None:
+    limit = 128 * 10**6
+    planning = [o for o in options if o in ("--dtype", "bfloat16")]
+    plan, out = tmp_path / "plan.jsonl", tmp_path / "out"
+    planned = run("plan", large.source, "-o", plan, *planning)
+    assert planned.code == 0, planned.err
+
+    running = [o for o in options if o not in planning]
+    done = run("run", plan, out, "--max-mem", "128MB", "--no-sync", "--json", *running)
+    assert done.code == 0, done.err
+    assert done.peak_bytes <= limit
+    # What streamconv says of itself is what was seen.
+    told = json.loads((out / "streamconv.json").read_text())["run"]
+    assert told["budget_bytes"] == limit
+    assert abs(told["peak_bytes"] - done.peak_bytes) < 0.15 * done.peak_bytes
+    if not planning:
+        assert large_differences(out, large) == []
+
+
+@pytest.mark.slow
+@pytest.mark.memory
+def test_the_whole_conversion_in_512_mb(large: LargeMade, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    done = run(large.source, out, "--max-mem", "512MB", "--max-shard-size", "500MB", "--no-sync")
+    assert done.code == 0, done.err
+    assert done.peak_bytes <= 512 * 10**6
+    assert len(list(out.glob("*.safetensors"))) == 3
+    assert large_differences(out, large) == []

@@ -1,0 +1,546 @@
+"""The output folder appears whole or not at all, whatever happens on the way."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import time
+import zipfile
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+import streamconv
+from streamconv import convert_job, planning
+from streamconv.budget import smallest_run_bytes
+from streamconv.errors import (
+    BadInputError,
+    LockedError,
+    NoSpaceError,
+    OutputExistsError,
+    SourceChangedError,
+)
+from streamconv.options import Event, RunOptions
+from streamconv.staging import locked
+from tests.makers.fsdp import Made
+from tests.makers.large import LargeMade
+from tests.outputs import (
+    INDEX,
+    MANIFEST,
+    contents,
+    differences,
+    large_checkpoint,
+    large_differences,
+    read_model,
+    read_truth,
+)
+
+LARGE_BYTES = 80_000_000
+
+
+@pytest.fixture
+def planned_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run the planning child's task in this process, without its limit on memory."""
+    monkeypatch.setattr(planning, "_ask", lambda request: planning._TASKS[request["task"]](request))
+    monkeypatch.setattr(planning, "_limited_memory", contextlib.nullcontext)
+
+
+@pytest.fixture(scope="session")
+def large(tmp_path_factory: pytest.TempPathFactory) -> LargeMade:
+    base = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        base = base.parent
+    return large_checkpoint(base, LARGE_BYTES, 4)
+
+
+def convert(src: Path, dst: Path, **options) -> streamconv.Result:
+    return streamconv.convert(src, dst, **({"sync": False, "max_shard_size": "64KB"} | options))
+
+
+def copied(made: Made, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(made.source, tmp_path / "copy"))
+
+
+def hidden(folder: Path) -> list[str]:
+    return sorted(p.name for p in folder.iterdir() if p.name.startswith("."))
+
+
+def assert_whole(out: Path, made: Made) -> None:
+    assert differences(read_model(out), read_truth(made.truth_hf)) == []
+    assert (out / MANIFEST).is_file()
+    assert hidden(out.parent) == []
+    assert hidden(out) == []
+
+
+# --- a target that exists --------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("planned_here")
+def test_the_same_job_again_has_nothing_to_do(checkpoints, tmp_path, monkeypatch):
+    source, out = checkpoints["fsdp2"].source, tmp_path / "out"
+    first = convert(source, out)
+    before = {p: (p.stat().st_ino, p.stat().st_mtime_ns) for p in out.iterdir()}
+
+    def no_planning(*_: object, **__: object) -> None:
+        raise AssertionError("planned again")
+
+    monkeypatch.setattr(convert_job, "make_plan", no_planning)
+    again = convert(source, out)
+    assert (first.status, again.status) == ("done", "nothing-to-do")
+    assert (again.files, again.tensors) == (first.files, first.tensors)
+    assert again.write_bytes == first.write_bytes
+    assert {p: (p.stat().st_ino, p.stat().st_mtime_ns) for p in out.iterdir()} == before
+    assert hidden(tmp_path) == []
+
+
+@pytest.mark.usefixtures("planned_here")
+def test_another_jobs_output_is_refused_and_swapped_with_overwrite(checkpoints, tmp_path):
+    made, out = checkpoints["fsdp2"], tmp_path / "out"
+    convert(made.source, out, dtype="bfloat16")
+    before = contents(out)
+    with pytest.raises(OutputExistsError, match="another job's") as caught:
+        convert(made.source, out)
+    assert caught.value.exit_code == 8
+    assert contents(out) == before
+    assert hidden(tmp_path) == []
+
+    assert convert(made.source, out, overwrite=True).status == "done"
+    assert_whole(out, made)
+
+
+@pytest.mark.usefixtures("planned_here")
+def test_overwrite_keeps_the_old_output_until_the_new_one_is_whole(checkpoints, tmp_path):
+    made, out = checkpoints["fsdp2"], tmp_path / "out"
+    convert(made.source, out, dtype="bfloat16")
+    before = contents(out)
+    seen = []
+
+    def look(event: Event) -> None:
+        if event.kind == "phase":
+            seen.append((event.text, contents(out) == before))
+
+    convert(made.source, out, overwrite=True, on_event=look)
+    assert seen == [("plan", True), ("write", True), ("publish", True)]
+    assert_whole(out, made)
+
+
+@pytest.mark.usefixtures("planned_here")
+def test_an_output_that_lost_a_file_is_refused_and_repaired_with_overwrite(checkpoints, tmp_path):
+    made, out = checkpoints["fsdp2"], tmp_path / "out"
+    convert(made.source, out)
+    next(out.glob("model-00002-*")).unlink()
+    with pytest.raises(OutputExistsError, match="incomplete"):
+        convert(made.source, out)
+    convert(made.source, out, overwrite=True)
+    assert_whole(out, made)
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.usefixtures("planned_here")
+def test_a_folder_that_holds_no_model_is_never_replaced(overwrite, checkpoints, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "thesis.tex").write_text("three years")
+    with pytest.raises(OutputExistsError):
+        convert(checkpoints["fsdp2"].source, out, overwrite=overwrite)
+    assert [p.name for p in out.iterdir()] == ["thesis.tex"]
+    assert hidden(tmp_path) == []
+
+
+@pytest.mark.parametrize(("size", "last"), [("64KB", INDEX), ("5GB", "model.safetensors")])
+@pytest.mark.usefixtures("planned_here")
+def test_an_empty_folder_is_filled_in_place(size, last, checkpoints, tmp_path, monkeypatch):
+    """It may be a mount point. The file without which no loader starts comes last."""
+    made, out = checkpoints["fsdp2"], tmp_path / "out"
+    out.mkdir()
+    inode = out.stat().st_ino
+    arrived = []
+    replace = Path.replace
+
+    def spy(self: Path, target: Path) -> Path:
+        if Path(target).parent == out:
+            arrived.append(Path(target).name)
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", spy)
+    convert(made.source, out, max_shard_size=size)
+    assert out.stat().st_ino == inode
+    assert arrived[-1] == last
+    assert set(arrived) == {p.name for p in out.iterdir()}
+    assert_whole(out, made)
+
+
+@pytest.mark.usefixtures("planned_here")
+def test_a_run_that_stopped_while_filling_a_folder_goes_on(checkpoints, tmp_path, monkeypatch):
+    made, out = checkpoints["fsdp2"], tmp_path / "out"
+    out.mkdir()
+    replace, moved = Path.replace, []
+
+    def stop_after_three(self: Path, target: Path) -> Path:
+        if Path(target).parent == out:
+            moved.append(target)
+            if len(moved) > 3:
+                raise KeyboardInterrupt
+        return replace(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", stop_after_three)
+        with pytest.raises(KeyboardInterrupt):
+            convert(made.source, out)
+    assert not (out / INDEX).exists()
+    convert(made.source, out)
+    assert_whole(out, made)
+
+
+# --- disk ------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("planned_here")
+def test_too_little_disk_is_refused_before_anything_is_written(checkpoints, tmp_path, monkeypatch):
+    free = SimpleNamespace(total=1 << 40, used=0, free=300_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: free)
+    writes = []
+    monkeypatch.setattr(convert_job, "write_output", lambda *a, **k: writes.append(a))
+    with pytest.raises(NoSpaceError, match="not enough disk space") as caught:
+        convert(checkpoints["fsdp2"].source, tmp_path / "out")
+    assert caught.value.exit_code == 7
+    assert "300 kB free" in caught.value.found
+    assert writes == []
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- stopped and resumed ---------------------------------------------------------------------
+
+
+def stop_after(count: int, monkeypatch: pytest.MonkeyPatch, run: Callable[[], object]) -> None:
+    """Do ``run`` and raise after ``count`` output files."""
+    write, done = convert_job.write_output, []
+
+    def stopping(output, *args, **kwargs):
+        if len(done) == count:
+            raise KeyboardInterrupt
+        done.append(output.name)
+        return write(output, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(convert_job, "write_output", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            run()
+
+
+@pytest.mark.parametrize("name", ["fsdp2", "fsdp2-tied", "fsdp2-moe", "fsdp1-sharded-tensor"])
+@pytest.mark.usefixtures("planned_here")
+def test_a_stopped_run_resumes_to_the_same_bytes(name, checkpoints, tmp_path, monkeypatch):
+    made, out = checkpoints[name], tmp_path / "out"
+    convert(made.source, tmp_path / "clean")
+    for count in (1, 2):
+        stop_after(count, monkeypatch, lambda: convert(made.source, out))
+        assert not out.exists()
+        assert hidden(tmp_path) == [".out.streamconv"]
+        assert [*tmp_path.rglob("*.safetensors.part")] == []
+    result = convert(made.source, out)
+    staged = sum(p.stat().st_size for p in sorted(out.glob("*.safetensors"))[:3])
+    assert result.reused_bytes == staged
+    assert contents(out) == contents(tmp_path / "clean")
+    assert hidden(tmp_path) == []
+
+
+@pytest.mark.usefixtures("planned_here")
+def test_a_staged_file_that_was_damaged_is_made_again(checkpoints, tmp_path, monkeypatch):
+    made, out = checkpoints["fsdp2"], tmp_path / "out"
+    stop_after(2, monkeypatch, lambda: convert(made.source, out))
+    staged = sorted((tmp_path / ".out.streamconv" / "files").iterdir())
+    flip(staged[0], staged[0].stat().st_size - 1)
+    assert convert(made.source, out).reused_bytes == 0
+    assert_whole(out, made)
+
+
+@pytest.mark.usefixtures("planned_here")
+def test_a_journal_line_that_was_cut_off_counts_for_nothing(checkpoints, tmp_path, monkeypatch):
+    made, out = checkpoints["fsdp2"], tmp_path / "out"
+    stop_after(2, monkeypatch, lambda: convert(made.source, out))
+    journal = tmp_path / ".out.streamconv" / "journal.jsonl"
+    journal.write_bytes(journal.read_bytes()[:-20])
+    assert convert(made.source, out).reused_bytes > 0
+    assert_whole(out, made)
+
+
+@pytest.mark.usefixtures("planned_here")
+def test_damage_is_found_in_a_resumed_run_too(checkpoints, tmp_path, monkeypatch):
+    """The record was half read before; the rest is checked against the same checksum."""
+    made, out = checkpoints["fsdp2-moe"], tmp_path / "out"
+    source = copied(made, tmp_path)
+    options = {"max_shard_size": "8KB"}
+    stop_after(6, monkeypatch, lambda: convert(source, out, **options))
+    record = record_of(source / "model_world_size_4_rank_0.pt", largest=False)
+    flip(source / "model_world_size_4_rank_0.pt", record[1] + record[2] - 1)
+    with pytest.raises(BadInputError, match="damaged"):
+        convert(source, out, **options)
+    assert not out.exists()
+
+
+@pytest.mark.usefixtures("planned_here")
+def test_an_unfinished_run_of_another_job_is_refused(checkpoints, tmp_path, monkeypatch):
+    made, out = checkpoints["fsdp2"], tmp_path / "out"
+    stop_after(1, monkeypatch, lambda: convert(made.source, out, dtype="bfloat16"))
+    with pytest.raises(OutputExistsError, match="unfinished run of another job"):
+        convert(made.source, out)
+    assert convert(made.source, out, overwrite=True).reused_bytes == 0
+    assert_whole(out, made)
+
+
+def start(source: Path, out: Path, *options: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "streamconv", "convert", source, out, *options],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.mark.slow
+def test_a_killed_process_leaves_no_output_and_resumes(large, tmp_path):
+    out = tmp_path / "out"
+    journal = tmp_path / ".out.streamconv" / "journal.jsonl"
+    process = start(large.source, out, "--max-shard-size", "4MB", "--no-sync")
+    try:
+        deadline = time.monotonic() + 120
+        while not journal.exists() or journal.read_bytes().count(b"\n") < 3:
+            assert process.poll() is None, process.communicate()
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert not out.exists()
+
+    result = streamconv.convert(large.source, out, sync=False, max_shard_size="4MB")
+    assert 8_000_000 < result.reused_bytes < LARGE_BYTES
+    assert large_differences(out, large) == []
+    assert hidden(tmp_path) == []
+
+
+@pytest.mark.slow
+def test_a_terminated_process_says_so_and_resumes(large, tmp_path):
+    out = tmp_path / "out"
+    journal = tmp_path / ".out.streamconv" / "journal.jsonl"
+    process = start(large.source, out, "--max-shard-size", "4MB", "--no-sync")
+    while process.poll() is None and not journal.exists():
+        time.sleep(0.005)
+    process.terminate()
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 143, err
+    assert not out.exists()
+    result = streamconv.convert(large.source, out, sync=False, max_shard_size="4MB")
+    assert result.reused_bytes > 0
+    assert large_differences(out, large) == []
+
+
+# --- two at once -----------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_of_two_runs_one_wins_and_the_other_exits_11(checkpoints, tmp_path):
+    made, out = checkpoints["fsdp2"], tmp_path / "out"
+    racers = [start(made.source, out, "--no-sync", "--json") for _ in range(2)]
+    answers = [r.communicate(timeout=120) for r in racers]
+    assert sorted(r.returncode for r in racers) == [0, 11], answers
+    assert_whole(out, made)
+
+
+@pytest.mark.usefixtures("planned_here")
+def test_a_locked_output_is_left_alone(checkpoints, tmp_path):
+    out = tmp_path / "out"
+    with locked(out):
+        with pytest.raises(LockedError, match="another process") as caught:
+            convert(checkpoints["fsdp2"].source, out)
+        assert caught.value.exit_code == 11
+        assert not out.exists()
+    convert(checkpoints["fsdp2"].source, out)
+    assert_whole(out, checkpoints["fsdp2"])
+
+
+# --- sources that change or are damaged ------------------------------------------------------
+
+
+def record_of(path: Path, *, largest: bool = True) -> tuple[str, int, int]:
+    """Return name, first byte and size of a storage in a rank file, as zipfile reads it."""
+    with zipfile.ZipFile(path) as archive:
+        storages = [i for i in archive.infolist() if "/data/" in i.filename and i.file_size]
+        info = max(storages, key=lambda i: i.file_size) if largest else storages[-1]
+    with path.open("rb") as stream:
+        stream.seek(info.header_offset + 26)
+        name, extra = struct.unpack("<HH", stream.read(4))
+    return info.filename, info.header_offset + 30 + name + extra, info.file_size
+
+
+def flip(path: Path, offset: int, mask: int = 1) -> None:
+    """Flip bits of one byte without touching the file's times."""
+    stat = path.stat()
+    with path.open("r+b") as stream:
+        stream.seek(offset)
+        byte = stream.read(1)[0]
+        stream.seek(offset)
+        stream.write(bytes([byte ^ mask]))
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+
+@pytest.mark.parametrize("where", ["first", "last"])
+@pytest.mark.usefixtures("planned_here")
+def test_a_flipped_bit_is_named(where, checkpoints, tmp_path):
+    source = copied(checkpoints["fsdp2"], tmp_path)
+    file = source / "model_world_size_4_rank_2.pt"
+    record, start_byte, nbytes = record_of(file)
+    flip(file, start_byte if where == "first" else start_byte + nbytes - 1)
+    with pytest.raises(BadInputError, match="damaged") as caught:
+        convert(source, tmp_path / "out")
+    error = caught.value
+    assert error.exit_code == 5
+    # The largest record is a piece of the embedding or of the head, which are equally large.
+    assert str(file) in error.where
+    assert "model.embed_tokens.weight" in error.where or "lm_head.weight" in error.where
+    assert record in error.where
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.usefixtures("planned_here")
+def test_a_flipped_bit_in_the_padding_is_found_too(checkpoints, tmp_path):
+    """Rank 3 holds fewer rows than its storage has room for; no output wants the rest."""
+    made = checkpoints["fsdp2"]
+    assert made.oracle["model.embed_tokens.weight"]["padding_bytes"][3] > 0
+    source = copied(made, tmp_path)
+    file = source / "model_world_size_4_rank_3.pt"
+    _, start_byte, nbytes = record_of(file)
+    flip(file, start_byte + nbytes - 1)
+    with pytest.raises(BadInputError, match="damaged"):
+        convert(source, tmp_path / "out")
+
+
+@pytest.mark.usefixtures("planned_here")
+def test_no_source_crc_converts_damage_as_it_is(checkpoints, tmp_path):
+    made = checkpoints["fsdp2"]
+    source = copied(made, tmp_path)
+    file = source / "model_world_size_4_rank_2.pt"
+    _, start_byte, _ = record_of(file)
+    flip(file, start_byte)
+    convert(source, tmp_path / "out", source_crc=False)
+    (wrong,) = differences(read_model(tmp_path / "out"), read_truth(made.truth_hf))
+    assert wrong.endswith("other bytes")
+
+
+def cut(file: Path) -> None:
+    os.truncate(file, file.stat().st_size - 4096)
+
+
+def replace_tensor(file: Path) -> None:
+    """Put other values and their right checksum into the file, as a trainer would that saves again."""
+    with zipfile.ZipFile(file) as archive:
+        info = max(archive.infolist(), key=lambda i: i.file_size)
+        data = bytearray(archive.read(info))
+    _, start_byte, _ = record_of(file)
+    data[0] ^= 1
+    old, new = struct.pack("<I", info.CRC), struct.pack("<I", zlib.crc32(data))
+    raw = bytearray(file.read_bytes())
+    raw[start_byte : start_byte + len(data)] = data
+    file.write_bytes(bytes(raw).replace(old, new))
+    with zipfile.ZipFile(file) as archive:
+        assert archive.testzip() is None
+
+
+@pytest.mark.parametrize("phase", ["write", "progress"])
+@pytest.mark.parametrize("change", [cut, Path.unlink, replace_tensor])
+@pytest.mark.usefixtures("planned_here")
+def test_a_rank_file_that_changes_meanwhile_publishes_nothing(change, phase, checkpoints, tmp_path):
+    """While it is read, or after the last byte was."""
+    source = copied(checkpoints["fsdp2"], tmp_path)
+    file = source / "model_world_size_4_rank_1.pt"
+
+    def listen(event: Event) -> None:
+        if phase in (event.text, event.kind) and not done:
+            facts = event.facts
+            if event.kind == "phase" or facts["done_bytes"] == facts["total_bytes"]:
+                done.append(event)
+                change(file)
+
+    done: list[Event] = []
+    with pytest.raises(BadInputError) as caught:
+        convert(source, tmp_path / "out", on_event=listen)
+    assert done, "the last progress event says that everything is done"
+    if not (phase == "write" and change is replace_tensor):  # there the record itself is wrong
+        assert isinstance(caught.value, SourceChangedError)
+    assert caught.value.exit_code == 5
+    assert file.name in caught.value.where
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.usefixtures("planned_here")
+def test_a_file_without_checksums_may_not_even_be_touched(checkpoints, tmp_path):
+    source = copied(checkpoints["fsdp2-no-crc"], tmp_path)
+    file = source / "model_world_size_4_rank_1.pt"
+
+    def listen(event: Event) -> None:
+        if event.text == "write":
+            os.utime(file, ns=(0, 0))
+
+    with pytest.raises(SourceChangedError, match="not the one that was planned"):
+        convert(source, tmp_path / "out", on_event=listen)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("change", [Path.unlink, lambda p: p.write_text("{}")])
+@pytest.mark.usefixtures("planned_here")
+def test_a_side_file_that_changes_meanwhile_publishes_nothing(change, checkpoints, tmp_path):
+    source = copied(checkpoints["fsdp2"], tmp_path)
+    file = source / "huggingface" / "tokenizer.json"
+
+    def listen(event: Event) -> None:
+        if event.text == "write":
+            change(file)
+
+    with pytest.raises(SourceChangedError, match="a side file") as caught:
+        convert(source, tmp_path / "out", on_event=listen)
+    assert "tokenizer.json" in caught.value.where
+    assert not (tmp_path / "out").exists()
+
+
+# --- the same bytes whatever the machine -----------------------------------------------------
+
+
+@pytest.mark.slow
+def test_budget_and_threads_do_not_change_a_byte(large, tmp_path):
+    plan_path = tmp_path / "plan.jsonl"
+    plan = streamconv.plan(large.source, max_shard_size="30MB", output=plan_path)
+    assert plan.head.totals.tensors == len(large.shapes)
+    digests = []
+    for k, (small, threads) in enumerate([(False, 1), (True, 1), (False, 4), (True, 3)]):
+        out = tmp_path / f"out{k}"
+        # Windows of a MiB or two, or of many; what this process holds besides changes by the run.
+        budget = smallest_run_bytes() + 2_000_000 if small else None
+        run = RunOptions(max_mem_bytes=budget, io_threads=threads, sync=False)
+        convert_job.run_plan(plan_path, out, run)
+        files = contents(out)
+        digests.append({name: hashlib.sha256(files[name]).digest() for name in files})
+    assert large_differences(tmp_path / "out0", large) == []
+    assert digests[1:] == digests[:1] * 3
+
+
+@pytest.mark.parametrize("name", ["fsdp2-moe", "fsdp2-tp-2x3"])
+@pytest.mark.usefixtures("planned_here")
+def test_two_runs_give_the_same_folder(name, checkpoints, tmp_path):
+    source = checkpoints[name].source
+    convert(source, tmp_path / "one", io_threads=4)
+    convert(source, tmp_path / "two")
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+    manifest = json.loads((tmp_path / "one" / MANIFEST).read_text())
+    assert manifest["run"]["source"] == str(source)
