@@ -32,7 +32,7 @@ def _run(arguments: list[str]) -> int:
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, _end)
     debug = "--debug" in arguments
-    from streamconv.cli.output import render_error, say_json, tell
+    from streamconv.cli.output import tell
 
     try:
         from streamconv.cli.app import app
@@ -44,16 +44,20 @@ def _run(arguments: list[str]) -> int:
     except StreamconvError as error:
         if debug:
             raise
-        if "--json" in arguments:
-            say_json({"event": "error", **error.to_json()})
-        tell(render_error(error))
-        return error.exit_code
+        return _report(error, arguments)
     except BrokenPipeError:
         # Whoever read our output has gone; the flush at exit must not complain about it either.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except KeyboardInterrupt:
         return 130
+    except OSError as error:
+        # A read-only disk, a folder of somebody else: the user's to mend, no fault of ours.
+        if debug:
+            raise
+        what = f"the system refused: {error.strerror or error}"
+        where = None if error.filename is None else str(error.filename)
+        return _report(StreamconvError(what, where=where), arguments)
     except Exception as error:
         if debug:
             raise
@@ -62,6 +66,15 @@ def _run(arguments: list[str]) -> int:
         tell("  next: run the same command with --debug and report what it prints")
         return 1
     return 0
+
+
+def _report(error: StreamconvError, arguments: list[str]) -> int:
+    from streamconv.cli.output import render_error, say_json, tell
+
+    if "--json" in arguments:
+        say_json({"event": "error", **error.to_json()})
+    tell(render_error(error))
+    return error.exit_code
 
 
 def _exit_code(end: SystemExit) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import math
 import re
 from pathlib import Path
@@ -14,7 +15,13 @@ from streamconv.lowering import sources_of
 from streamconv.options import JobOptions
 from streamconv.plan import PlanHead, PlanWriter, SideFile, TextFile, Totals
 from streamconv.recipe import Recipe
-from streamconv.sidefiles import corrected_config, declared_dtype, list_side_files, read_config
+from streamconv.sidefiles import (
+    corrected_config,
+    declared_dtype,
+    left_out,
+    list_side_files,
+    read_config,
+)
 from streamconv.source import Checkpoint, GlobalTensor, Skipped
 
 _INDEX = "model.safetensors.index.json"
@@ -42,6 +49,11 @@ def build_plan(checkpoint: Checkpoint, job: JobOptions, stream: IO[str]) -> None
     declared = declared_dtype(config) if config else None
     recipes = planner.with_dtypes(recipes, job, model, declared)
     ties = planner.decide_ties(recipes, model, tensors)
+    notices += [
+        f"--keep-dtype {pattern} matches no tensor"
+        for pattern in job.keep_dtype
+        if not any(fnmatch.fnmatchcase(r.name, pattern) for r in recipes)
+    ]
     for alias, kept in ties.kept.items():
         notices.append(
             f"{alias} is tied to {kept} by the config but not known to equal it: both kept"
@@ -65,6 +77,7 @@ def build_plan(checkpoint: Checkpoint, job: JobOptions, stream: IO[str]) -> None
 
     skipped = [
         *checkpoint.skipped,
+        *(left_out(folder) if folder else ()),
         *(Skipped(a, f"the same storage as {k}") for a, k in ties.dropped.items()),
         *(Skipped(a, f"tied: the same bytes as {k}") for a, k in ties.compared.items()),
         *planner.unused(tensors, recipes),

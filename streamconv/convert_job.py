@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 from streamconv import budget as budgets
 from streamconv.build_plan import side_files
 from streamconv.errors import (
+    BadInputError,
     BudgetError,
     NoSpaceError,
     OutputExistsError,
@@ -52,11 +54,11 @@ def convert(src: Path, dst: Path, job: JobOptions, run: RunOptions) -> Result:
     from streamconv import formats
 
     location = formats.find_model(src, job.model)
-    _, side = side_files(location.root, location.side_dir, job)
+    side_dir, side = side_files(location.root, location.side_dir, job)
     identity = job_identity(location.format, location.identify(), side, job)
     budget, _ = _budget(run)
-    dst = _target(dst, location.root)
-    with locked(dst), budgets.PeakMeter() as meter:
+    dst = _target(dst, location.root, side_dir)
+    with _full_disk_told(dst), locked(dst), budgets.PeakMeter() as meter:
         done = _preflight(dst, identity["digest"], run)
         if done:
             return done
@@ -86,15 +88,19 @@ def run_plan(plan_path: Path, dst: Path, run: RunOptions) -> Result:
     """Execute a plan that was made before; nothing but the byte path is loaded."""
     plan = Plan(plan_path)
     budget, _ = _budget(run)
-    dst = _target(dst, Path(plan.head.root))
-    with locked(dst), budgets.PeakMeter() as meter:
+    first = next(iter(plan.head.side), None)
+    side_dir = Path(first.path.removesuffix(first.name)) if first else None
+    dst = _target(dst, Path(plan.head.root), side_dir)
+    with _full_disk_told(dst), locked(dst), budgets.PeakMeter() as meter:
         done = _preflight(dst, plan.head.job["digest"], run)
         if done:
             return done
         staging = Staging(dst, sync=run.sync)
         if _staged_plan(staging, plan.head.job["digest"], run) is None:
             staging.begin()
-            _copy(plan_path, staging.plan_path)
+            partial = staging.plan_path.with_name(staging.plan_path.name + ".part")
+            _copy(plan_path, partial)
+            partial.replace(staging.plan_path)
         return _Conversion(plan, dst, run, budget, staging, meter).execute()
 
 
@@ -104,9 +110,18 @@ def _budget(run: RunOptions) -> tuple[int, str]:
     return budgets.available_bytes()
 
 
-def _target(dst: Path, source: Path) -> Path:
+@contextmanager
+def _full_disk_told(dst: Path) -> Iterator[None]:
+    """Turn a full disk into its error wherever it strikes: lock, plan, journal, manifest."""
+    try:
+        yield
+    except OSError as error:
+        raise no_space(error, dst) or error from error
+
+
+def _target(dst: Path, source: Path, side_dir: Path | None = None) -> Path:
     dst = Path(os.path.abspath(dst))  # noqa: PTH100 - keeps a link to the output's disk a link
-    check_target(dst, source)
+    check_target(dst, source, side_dir)
     return dst
 
 
@@ -116,6 +131,7 @@ def _preflight(dst: Path, digest: str, run: RunOptions) -> Result | None:
     if manifest is not None and not (dst / ".streamconv").exists():
         same = manifest.get("job", {}).get("digest") == digest
         if same and _complete(dst, manifest):
+            _discard_leftover(dst, digest)
             files = manifest["files"]
             return Result(
                 "nothing-to-do",
@@ -147,6 +163,18 @@ def _preflight(dst: Path, digest: str, run: RunOptions) -> Result | None:
     return None
 
 
+def _discard_leftover(dst: Path, digest: str) -> None:
+    """Remove what a run that was killed right after publishing left beside its output."""
+    staging = Staging(dst, sync=False)
+    if staging.plan_path.exists():
+        try:
+            if Plan(staging.plan_path).head.job["digest"] != digest:
+                return  # another job's, begun with --overwrite: its own command finishes it
+        except BadInputError:
+            pass  # nobody can go on with it
+    staging.discard()
+
+
 def _complete(dst: Path, manifest: dict[str, Any]) -> bool:
     return all(
         (dst / f["name"]).is_file() and (dst / f["name"]).stat().st_size == f["nbytes"]
@@ -159,7 +187,12 @@ def _staged_plan(staging: Staging, digest: str, run: RunOptions) -> Plan | None:
     if not staging.plan_path.exists():
         staging.discard()
         return None
-    plan = Plan(staging.plan_path)
+    try:
+        plan = Plan(staging.plan_path)
+    except BadInputError:
+        # Cut off by a crash, or of another release: nobody can go on with it.
+        staging.discard()
+        return None
     if plan.head.job["digest"] == digest:
         return plan
     if not run.overwrite:
@@ -267,7 +300,7 @@ class _Conversion:
                 self.staging.discard()
             raise NoSpaceError(
                 "not enough disk space for the output",
-                where=str(self.dst.parent),
+                where=str(self.staging.root.parent),
                 expected=format_size(missing + _DISK_MARGIN_BYTES),
                 found=f"{format_size(free)} free",
             )

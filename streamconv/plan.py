@@ -289,6 +289,13 @@ class Plan:
         try:
             self.digest = self._check_digest()
             self.head = self._read_head()
+        except (FileNotFoundError, IsADirectoryError) as error:
+            raise BadInputError(
+                "there is no such plan",
+                where=str(path),
+                found="a folder" if path.is_dir() else None,
+                hint="make one with `streamconv plan SRC -o PLAN`",
+            ) from error
         except (ValueError, KeyError, TypeError, IndexError) as error:
             raise BadInputError(
                 "this is no streamconv plan, or a damaged one",

@@ -24,9 +24,10 @@ from streamconv.budget import check_planning
 from streamconv.errors import BadInputError, StreamconvError
 from streamconv.options import JobOptions
 from streamconv.plan import Plan
+from streamconv.writer import no_space
 
 # Enough for the metadata of any checkpoint, too little for a pickle that asks for the moon.
-_PARSE_BYTES = 4 << 30
+_PARSE_BYTES = 1 << 30
 _PR_SET_PDEATHSIG = 1
 
 
@@ -116,7 +117,10 @@ def _child() -> int:
             ).to_json()
         }
     except OSError as error:
-        answer = {"error": StreamconvError("a file cannot be read", found=str(error)).to_json()}
+        # The plan is written here too, so that a full disk shows first in this process.
+        full = no_space(error, Path(request.get("plan_path", request["src"])))
+        other = StreamconvError("a file cannot be read or written", found=str(error))
+        answer = {"error": (full or other).to_json()}
     answers.write(json.dumps(answer) + "\n")
     answers.flush()
     return 0

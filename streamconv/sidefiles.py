@@ -14,6 +14,7 @@ from typing import Any
 from streamconv.dtypes import BY_TORCH, DType
 from streamconv.errors import BadInputError, UnsafeInputError
 from streamconv.plan import SideFile, TextFile
+from streamconv.source import Skipped
 from streamconv.writer import hash_file
 
 _WEIGHT_SUFFIXES = {
@@ -29,6 +30,7 @@ _WEIGHT_SUFFIXES = {
     ".onnx",
 }
 _MAX_CONFIG_BYTES = 16 << 20
+_MANIFEST = "streamconv.json"
 # transformers 5 writes ``dtype``, 4 wrote ``torch_dtype``; both read both.
 _DTYPE_KEYS = ("dtype", "torch_dtype")
 
@@ -71,7 +73,19 @@ def list_side_files(folder: Path, *, root: Path | None) -> Iterator[SideFile]:
             )
         if not path.is_file() or _is_weights(path.name):
             continue
-        yield SideFile(name.as_posix(), str(path), path.stat().st_size, hash_file(path))
+        if name.as_posix() == _MANIFEST:
+            continue  # of the output that this folder is; ours will have that name
+        # Absolute: a plan may be run from another working directory.
+        where = str(path.absolute())
+        yield SideFile(name.as_posix(), where, path.stat().st_size, hash_file(path))
+
+
+def left_out(folder: Path) -> Iterator[Skipped]:
+    """Yield the weight files of ``folder``, which are not copied: the rank files are newer."""
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and _is_weights(path.name):
+            name = f"{folder.name}/{path.relative_to(folder).as_posix()}"
+            yield Skipped(name, "weights beside the config; the output's come from the rank files")
 
 
 def _is_weights(name: str) -> bool:

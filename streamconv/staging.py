@@ -51,14 +51,39 @@ def _is_ours_to_fill(target: Path) -> bool:
     )
 
 
-def check_target(target: Path, source: Path) -> None:
-    """Refuse a target that would swallow its own source, or that is no folder."""
+def check_target(target: Path, source: Path, side_dir: Path | None = None) -> None:
+    """Refuse a target that would swallow its own source, or that is no folder.
+
+    ``side_dir`` is where the side files come from: publishing into it would change the source.
+    """
+    if target.is_symlink() and not target.exists():
+        raise UsageError(
+            "the output is a link that leads nowhere",
+            where=str(target),
+            found=str(target.readlink()),
+            hint="make the folder it leads to, or choose another",
+        )
     if target.exists() and not target.is_dir():
         raise UsageError("the output is an existing file, not a folder", where=str(target))
-    real_target, real_source = target.resolve(), source.resolve()
-    if real_source.is_relative_to(real_target):
+    parent = next(p for p in target.parents if p.exists())
+    if not parent.is_dir():
+        raise UsageError(
+            "the output cannot lie in a file", where=str(target), found=f"{parent} is a file"
+        )
+    real_target = target.resolve()
+    if source.resolve().is_relative_to(real_target):
         raise UsageError(
             "the output folder contains the source", where=str(target), hint="choose another folder"
+        )
+    if side_dir is None:
+        return
+    real_side = side_dir.resolve()
+    if real_side.is_relative_to(real_target) or real_target.is_relative_to(real_side):
+        raise UsageError(
+            "the output folder overlaps the one with config and tokenizer",
+            where=str(target),
+            found=str(side_dir),
+            hint="choose another folder",
         )
 
 
@@ -211,6 +236,7 @@ def read_manifest(target: Path) -> dict[str, Any] | None:
 def may_be_replaced(target: Path) -> bool:
     """Whether ``--overwrite`` may remove an existing folder: only one that holds a model."""
     names = [p.name for p in target.iterdir()]
+    # Many a project has a config.json; only together with weights is it a model.
     return MANIFEST in names or (
-        "config.json" in names or any(n.endswith(".safetensors") for n in names)
+        "config.json" in names and any(n.endswith(".safetensors") for n in names)
     )

@@ -53,7 +53,9 @@ def test_meminfo_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    "limited", ["user/job/memory.max", "user/memory.max", "memory.max"], ids=["own", "above", "root"]
+    "limited",
+    ["user/job/memory.max", "user/memory.max", "memory.max"],
+    ids=["own", "above", "root"],
 )
 def test_cgroup_v2(limited: str, tmp_path: Path) -> None:
     """The tightest limit counts, whether it is the process's own cgroup's or an ancestor's."""
@@ -139,9 +141,7 @@ class Ran:
 def run(*arguments: object) -> Ran:
     """Run the command line and watch its memory every few milliseconds."""
     command = [sys.executable, "-m", "streamconv", *map(str, arguments)]
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     root = psutil.Process(process.pid)
     tree = high_water = 0
     while process.poll() is None:
