@@ -66,6 +66,7 @@ def build_plan(checkpoint: Checkpoint, job: JobOptions, stream: IO[str]) -> None
             config,
             dtype=planner.main_float_dtype(recipes),
             untie=bool(ties.kept),
+            known=model is not None,
             architecture=model.architecture if model is not None and model.certain else None,
         )
         notices += changes

@@ -120,9 +120,10 @@ def _full_disk_told(dst: Path) -> Iterator[None]:
 
 
 def _target(dst: Path, source: Path, side_dir: Path | None = None) -> Path:
-    dst = Path(os.path.abspath(dst))  # noqa: PTH100 - keeps a link to the output's disk a link
+    dst = dst.absolute()
     check_target(dst, source, side_dir)
-    return dst
+    # A link to a folder on another disk stays one: what it leads to is made and replaced.
+    return dst.resolve()
 
 
 def _preflight(dst: Path, digest: str, run: RunOptions) -> Result | None:
@@ -218,6 +219,14 @@ class _Conversion:
 
     def execute(self) -> Result:
         """Stream every output file, then publish."""
+        try:
+            return self._execute()
+        except SourceChangedError:
+            # Nobody can go on with this plan: what it speaks of is gone.
+            self.staging.discard()
+            raise
+
+    def _execute(self) -> Result:
         run, head = self.run, self.plan.head
         started = time.monotonic()
         max_window = budgets.window_bytes(self.budget)

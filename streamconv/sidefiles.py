@@ -54,6 +54,12 @@ def read_config(folder: Path) -> dict[str, Any] | None:
         ) from error
     if not isinstance(config, dict):
         raise BadInputError("config.json holds no JSON object", where=str(path))
+    if not isinstance(config.get("model_type", ""), str):
+        raise BadInputError(
+            "the model_type in config.json is no string",
+            where=str(path),
+            found=repr(config["model_type"])[:80],
+        )
     return config
 
 
@@ -111,13 +117,14 @@ def corrected_config(
     dtype: DType | None,
     untie: bool,
     architecture: str | None = None,
+    known: bool = False,
 ) -> tuple[TextFile | None, list[str]]:
     """Return config.json as it must be for these weights, and what was changed.
 
     None where it is right as it stands and can be copied byte for byte. ``dtype`` is the weights'
     floating dtype; ``untie`` says that both of two tied weights are there because they differ;
     ``architecture`` is the class whose weights these are, where it is certain: verl keeps the base
-    model's config for a critic.
+    model's config for a critic; ``known`` says that transformers knows the model type.
     """
     changed = json.loads(json.dumps(config))
     notices = []
@@ -126,6 +133,8 @@ def corrected_config(
             f"config.json: architectures {changed.get('architectures')} became [{architecture!r}]"
         )
         changed["architectures"] = [architecture]
+    if known:
+        notices += _add_version_4_keys(changed)
     parts = [("", changed)]
     parts += [
         (f"{key}.", changed[key])
@@ -143,6 +152,24 @@ def corrected_config(
     return TextFile(
         "config.json", json.dumps(changed, indent=2, ensure_ascii=False) + "\n"
     ), notices
+
+
+def _add_version_4_keys(config: dict[str, Any]) -> list[str]:
+    """Say again under transformers 4's names what version 5 renamed; both then read one config.
+
+    Without them 4.57 takes its defaults in silence: 128 experts, and a rope_theta of 10000.
+    """
+    added = {}
+    if "num_local_experts" in config and "num_experts" not in config:
+        added["num_experts"] = config["num_local_experts"]
+    rope = config.get("rope_parameters")
+    if isinstance(rope, dict) and "rope_theta" in rope:
+        if "rope_theta" not in config:
+            added["rope_theta"] = rope["rope_theta"]
+        if "rope_scaling" not in config and rope.get("rope_type", "default") != "default":
+            added["rope_scaling"] = {k: v for k, v in rope.items() if k != "rope_theta"}
+    config |= added
+    return [f"config.json: {', '.join(added)} added for transformers 4"] if added else []
 
 
 def _correct_dtype(part: dict[str, Any], where: str, dtype: str) -> list[str]:

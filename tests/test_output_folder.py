@@ -29,6 +29,7 @@ from streamconv.errors import (
     NoSpaceError,
     OutputExistsError,
     SourceChangedError,
+    UsageError,
 )
 from streamconv.options import Event, RunOptions
 from streamconv.staging import locked
@@ -544,3 +545,85 @@ def test_two_runs_give_the_same_folder(name, checkpoints, tmp_path):
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
     manifest = json.loads((tmp_path / "one" / MANIFEST).read_text())
     assert manifest["run"]["source"] == str(source)
+
+
+# --- what a folder must not cost -----------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("planned_here")
+def test_overwrite_spares_a_project_that_has_a_config_but_no_weights(checkpoints, tmp_path):
+    project = tmp_path / "project"
+    project.mkdir()
+    (project / "config.json").write_text("{}")
+    (project / "precious").write_text("x")
+    with pytest.raises(OutputExistsError, match="holds no model"):
+        convert(checkpoints["fsdp2"].source, project, overwrite=True)
+    assert (project / "precious").read_text() == "x"
+
+
+@pytest.mark.parametrize("inside", ["huggingface", "huggingface/new", "."])
+@pytest.mark.usefixtures("planned_here")
+def test_the_output_never_overlaps_what_it_is_made_of(inside, checkpoints, tmp_path):
+    def everything() -> dict[str, bytes]:
+        return {str(p): p.read_bytes() for p in sorted(source.rglob("*")) if p.is_file()}
+
+    source = copied(checkpoints["fsdp2"], tmp_path)
+    before = everything()
+    with pytest.raises(UsageError):
+        convert(source, source / inside, overwrite=True)
+    assert everything() == before
+
+
+def test_a_link_to_nowhere_is_refused_before_any_work(checkpoints, tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    with pytest.raises(UsageError, match="leads nowhere"):
+        convert(checkpoints["fsdp2"].source, tmp_path / "link")
+
+
+@pytest.mark.usefixtures("planned_here")
+def test_a_link_to_another_disk_stays_a_link(checkpoints, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    (tmp_path / "link").symlink_to(disk)
+    convert(checkpoints["fsdp2"].source, tmp_path / "link")
+    convert(checkpoints["fsdp2"].source, tmp_path / "link", dtype="bfloat16", overwrite=True)
+    assert (tmp_path / "link").is_symlink()
+    assert json.loads((disk / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+@pytest.mark.usefixtures("planned_here")
+def test_an_earlier_output_may_lend_its_side_files(checkpoints, tmp_path):
+    made = checkpoints["fsdp2"]
+    convert(made.source, tmp_path / "first")
+    convert(made.source, tmp_path / "second", hf_config=tmp_path / "first")
+    assert convert(made.source, tmp_path / "second", hf_config=tmp_path / "first").status == (
+        "nothing-to-do"
+    )
+    plan = streamconv.plan(made.source, hf_config=tmp_path / "first")
+    left_out = {s.name for s in plan.head.skipped}
+    assert any(n.endswith(".safetensors") for n in left_out), "weights are left out aloud"
+
+
+def test_a_fifo_among_the_rank_files_is_refused(checkpoints, tmp_path):
+    source = copied(checkpoints["fsdp2"], tmp_path)
+    victim = source / "model_world_size_4_rank_2.pt"
+    victim.unlink()
+    os.mkfifo(victim)
+    with pytest.raises(BadInputError, match="no regular file"):
+        convert(source, tmp_path / "out")
+
+
+@pytest.mark.usefixtures("planned_here")
+def test_after_a_changed_source_the_same_command_starts_afresh(checkpoints, tmp_path, monkeypatch):
+    source = copied(checkpoints["fsdp2"], tmp_path)
+    tokenizer = source / "huggingface" / "tokenizer_config.json"
+
+    def change(event: Event) -> None:
+        if event.kind == "progress" and not tokenizer.read_text().endswith("\n\n"):
+            tokenizer.write_text(tokenizer.read_text() + "\n\n")
+
+    with pytest.raises(SourceChangedError):
+        convert(source, tmp_path / "out", on_event=change)
+    assert not (tmp_path / "out").exists()
+    convert(source, tmp_path / "out")
+    assert (tmp_path / "out" / "tokenizer_config.json").read_text().endswith("\n\n")

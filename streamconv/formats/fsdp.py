@@ -148,7 +148,12 @@ def _rank_files(path: Path) -> list[tuple[int, int, Path]]:
     if not path.is_dir():
         return []
     matches = ((_RANK_FILE.fullmatch(f.name), f) for f in path.iterdir())
-    return sorted((int(m[1]), int(m[2]), f) for m, f in matches if m)
+    found = sorted((int(m[1]), int(m[2]), f) for m, f in matches if m)
+    for _, _, file in found:
+        # Opening a FIFO would wait for a writer for ever.
+        if file.exists() and not file.is_file():
+            raise BadInputError("a rank file that is no regular file", where=str(file))
+    return found
 
 
 def _open_folder(path: Path) -> _Folder:
