@@ -527,7 +527,10 @@ def test_bombs_in_a_limited_process(name: str, tmp_path: Path) -> None:
     assert done.stdout.strip() in (
         {"read"} if name in harmless else {"BadInputError", "UnsafeInputError"}
     )
-    assert done.stderr == ""
+    # CPython 3.11 looks at a field that it has not set yet when a bytearray cannot be allocated, and
+    # says so or not as the memory happens to be. Nobody sees it: the planner drops this stream.
+    told = "SystemError: deallocated bytearray object has exported buffers\n"
+    assert done.stderr == "" or (name == "bytearray" and done.stderr == told)
 
 
 def test_odd_escapes_are_no_warning() -> None:
