@@ -33,9 +33,6 @@ if TYPE_CHECKING:
 
 StrPath = str | PathLike[str]
 
-# What a conversion leaves free beyond its output: journal, plan, directories.
-_DISK_MARGIN_BYTES = 4 << 20
-
 
 def convert(
     src: StrPath,
@@ -220,16 +217,6 @@ def memory_bytes(max_mem: int | str | None) -> int | None:
     return parse_size(max_mem)
 
 
-def disk_needed_bytes(plan: Plan) -> int:
-    """Return the disk that the output of ``plan`` takes, in bytes."""
-    return (
-        sum(o.nbytes for o in plan.outputs())
-        + sum(s.nbytes for s in plan.head.side)
-        + sum(len(t.content.encode()) for t in plan.head.texts)
-        + _DISK_MARGIN_BYTES
-    )
-
-
 def disk_free_bytes(dst: Path) -> int:
     """Return what is free on the disk that would hold ``dst``, which need not exist yet."""
     here = dst.absolute()
@@ -240,7 +227,7 @@ def disk_free_bytes(dst: Path) -> int:
 
 def check_disk(plan: Plan, dst: Path) -> None:
     """Raise :class:`NoSpaceError` where the output of ``plan`` would not fit at ``dst``."""
-    needed, free = disk_needed_bytes(plan), disk_free_bytes(dst)
+    needed, free = plan.disk_bytes(), disk_free_bytes(dst)
     if free < needed:
         raise NoSpaceError(
             "not enough disk space for the output",

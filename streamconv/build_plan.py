@@ -13,7 +13,7 @@ from streamconv.errors import BadInputError, UsageError
 from streamconv.identity import job_identity
 from streamconv.lowering import sources_of
 from streamconv.options import JobOptions
-from streamconv.plan import PlanHead, PlanWriter, SideFile, TextFile, Totals
+from streamconv.plan import INDEX, PlanHead, PlanWriter, SideFile, TextFile, Totals
 from streamconv.recipe import Recipe
 from streamconv.sidefiles import (
     corrected_config,
@@ -23,8 +23,6 @@ from streamconv.sidefiles import (
     read_config,
 )
 from streamconv.source import Checkpoint, GlobalTensor, Skipped
-
-_INDEX = "model.safetensors.index.json"
 
 
 def build_plan(checkpoint: Checkpoint, job: JobOptions, stream: IO[str]) -> None:
@@ -73,7 +71,7 @@ def build_plan(checkpoint: Checkpoint, job: JobOptions, stream: IO[str]) -> None
         if text:
             texts.append(text)
     if len(placed) > 1:
-        texts.append(TextFile(_INDEX, planner.index_json(placed)))
+        texts.append(TextFile(INDEX, planner.index_json(placed)))
     written = {t.name for t in texts}
 
     skipped = [
@@ -83,12 +81,17 @@ def build_plan(checkpoint: Checkpoint, job: JobOptions, stream: IO[str]) -> None
         *(Skipped(a, f"tied: the same bytes as {k}") for a, k in ties.compared.items()),
         *planner.unused(tensors, recipes),
     ]
+    totals = _totals(tensors, placed)
+    if totals.unverifiable_bytes:
+        notices.append(
+            "the source files carry no checksums for some records: damage in them cannot be seen"
+        )
     writer = PlanWriter(stream)
     writer.head(
         PlanHead(
             root=str(checkpoint.root.absolute()),
             job=job_identity(checkpoint.format, checkpoint.files, side, job),
-            totals=_totals(tensors, placed, notices),
+            totals=totals,
             notices=tuple(notices),
             skipped=tuple(skipped),
             files=checkpoint.files,
@@ -164,7 +167,6 @@ def _recipes(
 def _totals(
     tensors: dict[str, GlobalTensor],
     placed: list[tuple[Any, list[planner.Placed]]],
-    notices: list[str],
 ) -> Totals:
     used = {f for _, group in placed for p in group for f in sources_of(p.recipe.view)}
     written = [p for _, group in placed for p in group if p.same_as is None]
@@ -174,10 +176,6 @@ def _totals(
         for nbytes, crc in zip(tensors[f].shards.nbytes, tensors[f].shards.crcs, strict=True)
         if not crc
     )
-    if unverifiable:
-        notices.append(
-            "the source files carry no checksums for some records: damage in them cannot be seen"
-        )
     return Totals(
         tensors=len(written),
         parameters=sum(math.prod(p.recipe.view.shape) for p in written),

@@ -24,13 +24,12 @@ from streamconv.executor import WindowFiller, write_output
 from streamconv.identity import job_identity
 from streamconv.manifest import write_manifest
 from streamconv.options import Event, JobOptions, Result, RunOptions
-from streamconv.plan import OutputFile, Plan, PlannedTensor
+from streamconv.plan import MANIFEST, OutputFile, Plan, PlannedTensor
 from streamconv.planning import make_plan
 from streamconv.reader import SourceReader
 from streamconv.records import RecordChecks
 from streamconv.sizes import format_size
 from streamconv.staging import (
-    MANIFEST,
     Staging,
     check_target,
     locked,
@@ -41,8 +40,6 @@ from streamconv.staging import (
 from streamconv.writer import hash_file, no_space, write_file
 
 _COPY_BYTES = 1 << 20
-# Kept free beyond what the output needs: side files' metadata, the journal, the directory itself.
-_DISK_MARGIN_BYTES = 4 << 20
 
 
 def convert(src: Path, dst: Path, job: JobOptions, run: RunOptions) -> Result:
@@ -56,7 +53,7 @@ def convert(src: Path, dst: Path, job: JobOptions, run: RunOptions) -> Result:
     location = formats.find_model(src, job.model)
     side_dir, side = side_files(location.root, location.side_dir, job)
     identity = job_identity(location.format, location.identify(), side, job)
-    budget, _ = _budget(run)
+    budget = _budget_bytes(run)
     dst = _target(dst, location.root, side_dir)
     with _full_disk_told(dst), locked(dst), budgets.PeakMeter() as meter:
         done = _preflight(dst, identity["digest"], run)
@@ -87,7 +84,7 @@ def convert(src: Path, dst: Path, job: JobOptions, run: RunOptions) -> Result:
 def run_plan(plan_path: Path, dst: Path, run: RunOptions) -> Result:
     """Execute a plan that was made before; nothing but the byte path is loaded."""
     plan = Plan(plan_path)
-    budget, _ = _budget(run)
+    budget = _budget_bytes(run)
     first = next(iter(plan.head.side), None)
     side_dir = Path(first.path.removesuffix(first.name)) if first else None
     dst = _target(dst, Path(plan.head.root), side_dir)
@@ -99,15 +96,13 @@ def run_plan(plan_path: Path, dst: Path, run: RunOptions) -> Result:
         if _staged_plan(staging, plan.head.job["digest"], run) is None:
             staging.begin()
             partial = staging.plan_path.with_name(staging.plan_path.name + ".part")
-            _copy(plan_path, partial)
+            _copy(plan_path, partial, sync=run.sync)
             partial.replace(staging.plan_path)
         return _Conversion(plan, dst, run, budget, staging, meter).execute()
 
 
-def _budget(run: RunOptions) -> tuple[int, str]:
-    if run.max_mem_bytes is not None:
-        return run.max_mem_bytes, "--max-mem"
-    return budgets.available_bytes()
+def _budget_bytes(run: RunOptions) -> int:
+    return budgets.available_bytes()[0] if run.max_mem_bytes is None else run.max_mem_bytes
 
 
 @contextmanager
@@ -164,16 +159,24 @@ def _preflight(dst: Path, digest: str, run: RunOptions) -> Result | None:
     return None
 
 
+def _readable_plan(staging: Staging) -> Plan | None:
+    """Return the staged plan; None where there is none, or one that nobody can go on with.
+
+    A crash may have cut it off, or another release have written it.
+    """
+    try:
+        return Plan(staging.plan_path)
+    except BadInputError:
+        return None
+
+
 def _discard_leftover(dst: Path, digest: str) -> None:
     """Remove what a run that was killed right after publishing left beside its output."""
     staging = Staging(dst, sync=False)
-    if staging.plan_path.exists():
-        try:
-            if Plan(staging.plan_path).head.job["digest"] != digest:
-                return  # another job's, begun with --overwrite: its own command finishes it
-        except BadInputError:
-            pass  # nobody can go on with it
-    staging.discard()
+    plan = _readable_plan(staging)
+    if plan is None or plan.head.job["digest"] == digest:
+        staging.discard()
+    # Otherwise it is another job's, begun with --overwrite: its own command finishes it.
 
 
 def _complete(dst: Path, manifest: dict[str, Any]) -> bool:
@@ -185,13 +188,8 @@ def _complete(dst: Path, manifest: dict[str, Any]) -> bool:
 
 def _staged_plan(staging: Staging, digest: str, run: RunOptions) -> Plan | None:
     """Return the plan of an interrupted run of this job; refuse or discard another job's."""
-    if not staging.plan_path.exists():
-        staging.discard()
-        return None
-    try:
-        plan = Plan(staging.plan_path)
-    except BadInputError:
-        # Cut off by a crash, or of another release: nobody can go on with it.
+    plan = _readable_plan(staging)
+    if plan is None:
         staging.discard()
         return None
     if plan.head.job["digest"] == digest:
@@ -233,7 +231,7 @@ class _Conversion:
         self.staging.begin()
         outputs = self.plan.outputs()
         reused = self._check_finished(outputs)
-        self._check_disk(outputs)
+        self._check_disk()
         verifiable = run.source_crc and not head.totals.unverifiable_bytes
         with SourceReader(
             Path(head.root), head.files, drop_cache=run.sync, strict_mtime=not verifiable
@@ -300,17 +298,16 @@ class _Conversion:
                 self.staging.forget(output.name)
         return good
 
-    def _check_disk(self, outputs: list[OutputFile]) -> None:
-        missing = sum(o.nbytes for o in outputs if o.name not in self.staging.finished)
-        missing += sum(s.nbytes for s in self.plan.head.side)
+    def _check_disk(self) -> None:
+        needed = self.plan.disk_bytes(done=self.staging.finished)
         free = shutil.disk_usage(self.staging.root).free
-        if free < missing + _DISK_MARGIN_BYTES:
+        if free < needed:
             if not self.staging.finished:
                 self.staging.discard()
             raise NoSpaceError(
                 "not enough disk space for the output",
                 where=str(self.staging.root.parent),
-                expected=format_size(missing + _DISK_MARGIN_BYTES),
+                expected=format_size(needed),
                 found=f"{format_size(free)} free",
             )
 
@@ -344,11 +341,9 @@ class _Conversion:
             target = self.staging.files / side.name
             target.parent.mkdir(parents=True, exist_ok=True)
             try:
-                _copy(Path(side.path), target)
+                _copy(Path(side.path), target, sync=self.run.sync)
             except FileNotFoundError as error:
                 raise SourceChangedError("a side file vanished", where=side.path) from error
-            except OSError as error:
-                raise no_space(error, target) or error from error
             if hash_file(target) != side.xxh3:
                 raise SourceChangedError("a side file changed meanwhile", where=side.path)
             yield side.name, side.nbytes, side.xxh3
@@ -397,9 +392,10 @@ class _Progress:
         )
 
 
-def _copy(source: Path, target: Path) -> None:
+def _copy(source: Path, target: Path, *, sync: bool) -> None:
     """Copy a file in small steps: a tokenizer of a gigabyte must not need one."""
     with source.open("rb") as read, target.open("wb") as write:
         shutil.copyfileobj(read, write, _COPY_BYTES)
         write.flush()
-        os.fsync(write.fileno())
+        if sync:
+            os.fsync(write.fileno())

@@ -20,12 +20,13 @@ import xxhash
 from streamconv.errors import VerificationError
 from streamconv.kernels import run as run_kernel
 from streamconv.plan import OutputFile, PlannedTensor
-from streamconv.reader import SourceReader, read_in_steps
+from streamconv.reader import SourceReader
 from streamconv.records import RecordChecks
 from streamconv.windows import SMALL_WINDOW_BYTES, Fill, Run, Window, runs, windows
 from streamconv.writer import ShardWriter
 
-_HASH_BYTES = 1 << 20
+# Bytes are summed, hashed and written in steps that are still in the CPU's cache from the one before.
+_STEP_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,9 +80,9 @@ class WindowFiller:
             self._copy(fill, read.lo, data, buffer)
 
     def _read_checked(self, read: Run, target: memoryview) -> None:
-        for at in range(0, len(target), _HASH_BYTES):
-            piece = target[at : at + _HASH_BYTES]
-            read_in_steps(self._reader, read.file, read.lo + at, piece)
+        for at in range(0, len(target), _STEP_BYTES):
+            piece = target[at : at + _STEP_BYTES]
+            self._reader.read(read.file, read.lo + at, piece)
             lo, hi = read.lo + at, read.lo + at + len(piece)
             seen: set[int] = set()
             for fill in read.fills:
@@ -92,13 +93,10 @@ class WindowFiller:
 
     @staticmethod
     def _copy(fill: Fill, data_lo: int, data: memoryview, buffer: memoryview) -> None:
-        # Both offsets are turned into views that begin at element 0, as neither needs alignment.
         run_kernel(
             buffer[fill.dst_at :],
-            0,
             fill.tensor.dtype,
-            data[fill.src_at - data_lo :],
-            0,
+            data[fill.lo - data_lo :],
             fill.source.dtype,
             fill.dims,
             fill.move.ops,
@@ -139,8 +137,8 @@ def write_output(
         for window, buffer in filled_windows(tensors, filler, checks):
             for segment in window.segments:
                 piece = buffer[segment.at : segment.at + segment.nbytes]
-                for at in range(0, len(piece), _HASH_BYTES):
-                    part = piece[at : at + _HASH_BYTES]
+                for at in range(0, len(piece), _STEP_BYTES):
+                    part = piece[at : at + _STEP_BYTES]
                     digest.update(part)
                     if segment.tensor.same_as is None:
                         writer.write(part)

@@ -23,21 +23,17 @@ Array = np.ndarray[Any, np.dtype[Any]]
 _CAST_ELEMENTS = 1 << 18
 
 
-def _strided(
-    buffer: memoryview, dtype: np.dtype[Any], offset: int, dims: Sequence[Dim], side: str
-) -> Array:
+def _strided(buffer: memoryview, dtype: np.dtype[Any], dims: Sequence[Dim], side: str) -> Array:
     steps = [getattr(d, side) * dtype.itemsize for d in dims]
-    flat = np.frombuffer(buffer, dtype=np.uint8)[offset * dtype.itemsize :]
-    usable = len(flat) // dtype.itemsize * dtype.itemsize
-    return as_strided(flat[:usable].view(dtype), [d.size for d in dims], steps)
+    usable = len(buffer) // dtype.itemsize * dtype.itemsize
+    flat = np.frombuffer(buffer, dtype=np.uint8)[:usable].view(dtype)
+    return as_strided(flat, [d.size for d in dims], steps)
 
 
 def run(
     out: memoryview,
-    out_offset: int,
     out_dtype: DType,
     data: memoryview,
-    data_offset: int,
     data_dtype: DType,
     dims: Sequence[Dim],
     ops: Sequence[Op],
@@ -46,20 +42,20 @@ def run(
 ) -> None:
     """Copy the walk ``dims`` from ``data`` into ``out``, applying ``ops`` to each element.
 
-    Offsets count elements of the respective dtype from the buffer's first byte; the data need not
-    be aligned. Raises :class:`BadInputError`, naming ``what``, where a cast would turn a finite
-    value into an infinite one.
+    Both walks begin at the first byte of their buffer; neither need be aligned. Raises
+    :class:`BadInputError`, naming ``what``, where a cast would turn a finite value into an infinite
+    one.
     """
     if not ops:
         # Bytes are moved, not numbers: an integer view keeps signalling NaNs and odd bools intact.
         raw = np.dtype(f"u{out_dtype.itemsize}")
         np.copyto(
-            _strided(out, raw, out_offset, dims, "dst"),
-            _strided(data, raw, data_offset, dims, "src"),
+            _strided(out, raw, dims, "dst"),
+            _strided(data, raw, dims, "src"),
         )
         return
-    source = _strided(data, data_dtype.to_numpy(), data_offset, dims, "src")
-    target = _strided(out, out_dtype.to_numpy(), out_offset, dims, "dst")
+    source = _strided(data, data_dtype.to_numpy(), dims, "src")
+    target = _strided(out, out_dtype.to_numpy(), dims, "dst")
     if not dims:
         source, target = source.reshape(1), target.reshape(1)
     for part in _slices(source.shape):

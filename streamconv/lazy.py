@@ -72,7 +72,7 @@ class LazyTensor:
         numel = int(np.prod(sizes, dtype=np.int64))
         part = PlannedTensor(t.name, t.dtype, sizes, 0, numel * t.dtype.itemsize, t.sources, moves)
         buffer = memoryview(bytearray(part.nbytes))
-        self._filler.fill(Window(0, part.nbytes, (Segment(part, 0, numel, 0),)), buffer)
+        self._filler.fill(Window(part.nbytes, (Segment(part, 0, numel, 0),)), buffer)
         array: Array = np.frombuffer(buffer, dtype=t.dtype.to_numpy()).reshape(sizes)
         result: Array = array[rest]
         return result

@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import json
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -40,6 +40,11 @@ from streamconv.recipe import AddScalar, Cast, Op
 from streamconv.source import ShardTable, Skipped, SourceFile
 
 SCHEMA = 1
+# Names that an output folder gives to what is no tensor and no side file.
+INDEX = "model.safetensors.index.json"
+MANIFEST = "streamconv.json"
+# Left free beyond what an output needs: the journal, the manifest, the directories themselves.
+_DISK_MARGIN_BYTES = 4 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +119,7 @@ class OutputFile:
 
 @dataclass(frozen=True, slots=True)
 class Totals:
-    """What a plan amounts to. ``peak_floor_bytes`` is what planning itself took."""
+    """What a plan amounts to; sizes in bytes, dtypes as bytes per torch name."""
 
     tensors: int
     parameters: int
@@ -144,7 +149,7 @@ def _op_to_json(op: Op) -> list[Any]:
 
 
 def _op_from_json(data: Sequence[Any]) -> Op:
-    return Cast(BY_NAME[data[0 + 1]]) if data[0] == "cast" else AddScalar(float(data[1]))
+    return Cast(BY_NAME[data[1]]) if data[0] == "cast" else AddScalar(float(data[1]))
 
 
 def _column(values: array[int]) -> list[int] | int:
@@ -354,6 +359,15 @@ class Plan:
             for line in self._lines()
             if line.startswith('{"output"') and (output := _output_from_json(json.loads(line)))
         ]
+
+    def disk_bytes(self, done: Container[str] = ()) -> int:
+        """Return the disk that the output takes beyond the output files named in ``done``."""
+        return (
+            sum(o.nbytes for o in self.outputs() if o.name not in done)
+            + sum(s.nbytes for s in self.head.side)
+            + sum(len(t.content.encode()) for t in self.head.texts)
+            + _DISK_MARGIN_BYTES
+        )
 
     def _lines(self) -> Iterator[str]:
         with self.path.open(encoding="utf-8") as stream:

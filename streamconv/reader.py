@@ -183,9 +183,3 @@ class SourceReader:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
-
-
-def read_in_steps(reader: SourceReader, file: int, offset: int, buffer: memoryview) -> None:
-    """Fill ``buffer`` by reads of at most 1 MiB."""
-    for at in range(0, len(buffer), _READ_BYTES):
-        reader.read(file, offset + at, buffer[at : at + _READ_BYTES])

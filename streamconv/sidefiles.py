@@ -13,7 +13,7 @@ from typing import Any
 
 from streamconv.dtypes import BY_TORCH, DType
 from streamconv.errors import BadInputError, UnsafeInputError
-from streamconv.plan import SideFile, TextFile
+from streamconv.plan import MANIFEST, SideFile, TextFile
 from streamconv.source import Skipped
 from streamconv.writer import hash_file
 
@@ -30,7 +30,6 @@ _WEIGHT_SUFFIXES = {
     ".onnx",
 }
 _MAX_CONFIG_BYTES = 16 << 20
-_MANIFEST = "streamconv.json"
 # transformers 5 writes ``dtype``, 4 wrote ``torch_dtype``; both read both.
 _DTYPE_KEYS = ("dtype", "torch_dtype")
 
@@ -79,7 +78,7 @@ def list_side_files(folder: Path, *, root: Path | None) -> Iterator[SideFile]:
             )
         if not path.is_file() or _is_weights(path.name):
             continue
-        if name.as_posix() == _MANIFEST:
+        if name.as_posix() == MANIFEST:
             continue  # of the output that this folder is; ours will have that name
         # Absolute: a plan may be run from another working directory.
         where = str(path.absolute())

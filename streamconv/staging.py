@@ -30,9 +30,9 @@ import filelock
 
 from streamconv.errors import BadInputError, LockedError, OutputExistsError, UsageError
 from streamconv.executor import FinishedFile
+from streamconv.plan import MANIFEST
 from streamconv.writer import fsync_directory
 
-MANIFEST = "streamconv.json"
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 

@@ -21,15 +21,15 @@ from streamconv import budget as budgets
 from streamconv.errors import BadInputError
 from streamconv.executor import WindowFiller, filled_windows
 from streamconv.options import JobOptions
+from streamconv.plan import INDEX, MANIFEST
 from streamconv.planning import make_plan
 from streamconv.reader import SourceReader
 from streamconv.records import RecordChecks
 from streamconv.safefile import FileTensor, read_folder
-from streamconv.staging import MANIFEST, read_manifest
+from streamconv.staging import read_manifest
 from streamconv.writer import hash_file
 
 _STEP_BYTES = 1 << 20
-_INDEX = "model.safetensors.index.json"
 
 
 @dataclass
@@ -124,27 +124,27 @@ def _compare_headers(
 
 
 def _check_index(folder: Path, tensors: dict[str, FileTensor], report: Report) -> None:
-    path = folder / _INDEX
+    path = folder / INDEX
     files = {t.path.name for t in tensors.values()}
     if not path.is_file():
         if len(files) > 1:
-            report.problems.append(f"{_INDEX}: missing, with {len(files)} weight files")
+            report.problems.append(f"{INDEX}: missing, with {len(files)} weight files")
         return
     try:
         index = json.loads(path.read_text(encoding="utf-8"))
         weight_map = dict(index["weight_map"])
         total = index["metadata"]["total_size"]
     except (ValueError, KeyError, TypeError) as error:
-        report.problems.append(f"{_INDEX}: cannot be read ({error})")
+        report.problems.append(f"{INDEX}: cannot be read ({error})")
         return
     wrong = [
         n
         for n in weight_map.keys() | tensors.keys()
         if n not in tensors or weight_map.get(n) != tensors[n].path.name
     ]
-    report.problems += [f"{_INDEX}: {n} is not where it says" for n in sorted(wrong)]
+    report.problems += [f"{INDEX}: {n} is not where it says" for n in sorted(wrong)]
     if total != sum(t.end - t.begin for t in tensors.values()):
-        report.problems.append(f"{_INDEX}: total_size {total} is not the sum of the tensors")
+        report.problems.append(f"{INDEX}: total_size {total} is not the sum of the tensors")
     report.checked.append("the index against the files")
 
 

@@ -43,27 +43,28 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """Consecutive segments, starting at byte ``begin`` of the output file's data.
+    """Consecutive segments of the output file's data.
 
     The segments of a tied tensor (``same_as``) are no part of the file; a window holds either
     segments of the file or segments of one tied tensor.
     """
 
-    begin: int
     nbytes: int
     segments: tuple[Segment, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Fill:
-    """One strided copy into a window, out of bytes ``[lo, hi)`` of a source file."""
+    """One strided copy into a window, out of bytes ``[lo, hi)`` of a source file.
+
+    Input element 0 of ``dims`` lies at byte ``lo``.
+    """
 
     source: PlannedSource
     record: Record
     lo: int
     hi: int
     dst_at: int  # byte of the window where output element 0 of ``dims`` goes
-    src_at: int  # byte of the file where input element 0 of ``dims`` lies
     dims: tuple[Dim, ...]
     move: Move
     tensor: PlannedTensor
@@ -95,11 +96,11 @@ def windows(tensors: Iterable[PlannedTensor], max_bytes: int) -> Iterator[Window
     small = min(SMALL_WINDOW_BYTES, max_bytes)
     segments: list[Segment] = []
     files: set[int] = set()
-    begin, size = 0, 0
+    size = 0
 
     def close() -> Window:
         nonlocal size
-        window = Window(begin, size, tuple(segments))
+        window = Window(size, tuple(segments))
         segments.clear()
         files.clear()
         size = 0
@@ -117,8 +118,6 @@ def windows(tensors: Iterable[PlannedTensor], max_bytes: int) -> Iterator[Window
             if take == 0 and numel:
                 yield close()
                 continue
-            if not segments:
-                begin = tensor.begin + at * itemsize
             segments.append(Segment(tensor, at, at + take, size))
             files.update(_files(tensor, at, at + take))
             size += take * itemsize
@@ -154,7 +153,7 @@ def _step(tensor: PlannedTensor, max_bytes: int) -> int:
         nbytes = step * itemsize
         if step == numel or nbytes * 2 > max_bytes:
             return step
-        reads = runs(Window(0, nbytes, (Segment(tensor, 0, step, 0),)), nbytes * 4)
+        reads = runs(Window(nbytes, (Segment(tensor, 0, step, 0),)), nbytes * 4)
         if nbytes >= len(reads) * _GOOD_READ_BYTES:
             return step
         step *= 2
@@ -258,4 +257,4 @@ def _split(
                     max_bytes,
                 )
             return
-    yield Fill(source, record, src_at, src_at + hull, dst_at, src_at, dims, move, tensor)
+    yield Fill(source, record, src_at, src_at + hull, dst_at, dims, move, tensor)

@@ -21,7 +21,7 @@ _LONGEST_LIST = 20
 
 def plan_report(plan: Plan, dst: Path | None) -> dict[str, Any]:
     """Return what a plan amounts to, as plain data; sizes in bytes."""
-    from streamconv.api import disk_free_bytes, disk_needed_bytes
+    from streamconv.api import disk_free_bytes
     from streamconv.budget import available_bytes, smallest_convert_bytes, smallest_run_bytes
 
     head = plan.head
@@ -39,7 +39,7 @@ def plan_report(plan: Plan, dst: Path | None) -> dict[str, Any]:
         "side_files": [{"name": s.name, "nbytes": s.nbytes} for s in head.side],
         "written_files": [t.name for t in head.texts],
         "source_files": [{"path": f.path, "nbytes": f.nbytes} for f in head.files],
-        "disk_needed_bytes": disk_needed_bytes(plan),
+        "disk_needed_bytes": plan.disk_bytes(),
         "disk_free_bytes": disk_free_bytes(dst) if dst is not None else None,
         "memory": {
             "smallest_convert_bytes": smallest_convert_bytes(),

@@ -14,7 +14,6 @@ from streamconv.formats import fsdp
 from streamconv.source import Checkpoint, SourceFile
 
 _FORMATS: tuple[ModuleType, ...] = (fsdp,)
-TRACKER = "latest_checkpointed_iteration.txt"
 
 
 @dataclass(frozen=True, slots=True)
