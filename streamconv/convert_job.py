@@ -93,7 +93,8 @@ def run_plan(plan_path: Path, dst: Path, run: RunOptions) -> Result:
         if done:
             return done
         staging = Staging(dst, sync=run.sync)
-        if _staged_plan(staging, plan.head.job["digest"], run) is None:
+        staged = _staged_plan(staging, plan.head.job["digest"], run, plan.digest)
+        if staged is None:
             staging.begin()
             partial = staging.plan_path.with_name(staging.plan_path.name + ".part")
             _copy(plan_path, partial, sync=run.sync)
@@ -186,13 +187,19 @@ def _complete(dst: Path, manifest: dict[str, Any]) -> bool:
     )
 
 
-def _staged_plan(staging: Staging, digest: str, run: RunOptions) -> Plan | None:
-    """Return the plan of an interrupted run of this job; refuse or discard another job's."""
+def _staged_plan(
+    staging: Staging, digest: str, run: RunOptions, plan_digest: str | None = None
+) -> Plan | None:
+    """Return the plan of an interrupted run of this job; refuse or discard another job's.
+
+    ``plan_digest`` asks for that very plan: one job can be planned differently by other releases,
+    and the files that the journal names are finished only for the plan they were made by.
+    """
     plan = _readable_plan(staging)
     if plan is None:
         staging.discard()
         return None
-    if plan.head.job["digest"] == digest:
+    if plan.head.job["digest"] == digest and plan_digest in (None, plan.digest):
         return plan
     if not run.overwrite:
         raise OutputExistsError(
@@ -367,6 +374,7 @@ class _Progress:
     def __init__(self, job: _Conversion, total: int, done: int, started: float) -> None:
         self._job = job
         self._total = total
+        self._reused = done
         self.done = done
         self._started = started
         self._told = 0.0
@@ -383,6 +391,7 @@ class _Progress:
                 facts={
                     "done_bytes": min(self.done, self._total),
                     "total_bytes": self._total,
+                    "reused_bytes": self._reused,
                     "seconds": now - self._started,
                     "memory_bytes": self._job.meter.now_bytes,
                     "budget_bytes": self._job.budget,

@@ -77,6 +77,7 @@ class Event:
     """Something that happened: ``phase`` (plan, resume, write, publish), ``progress`` or ``notice``.
 
     ``facts`` are JSON-able: ``progress`` has ``done_bytes``, ``total_bytes`` (of the output),
+    ``reused_bytes`` (what of the former an earlier run did),
     ``seconds``, ``memory_bytes`` (of the whole process tree now), ``budget_bytes`` and ``file``.
     """
 

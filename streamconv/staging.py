@@ -195,10 +195,12 @@ class Staging:
         self.discard()
 
     def _move_into_target(self, last: str) -> None:
-        names = sorted(p.name for p in self.files.iterdir())
+        # File by file and not folder by folder: a run stopped here may have moved some of a folder.
+        names = sorted(str(p.relative_to(self.files)) for p in self.files.rglob("*") if p.is_file())
         for name in sorted(names, key=lambda n: n == last):
             if name == last and self._sync:
                 fsync_directory(self.target)
+            (self.target / name).parent.mkdir(parents=True, exist_ok=True)
             (self.files / name).replace(self.target / name)
         if self._sync:
             fsync_directory(self.target)

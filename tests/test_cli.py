@@ -265,6 +265,7 @@ def test_doctor_says_why_a_source_cannot_be_read(tmp_path):
 
 PROGRESS = {
     "done_bytes": 1_000_000_000,
+    "reused_bytes": 0,
     "total_bytes": 4_000_000_000,
     "seconds": 2.0,
     "memory_bytes": 200_000_000,

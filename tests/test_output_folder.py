@@ -627,3 +627,68 @@ def test_after_a_changed_source_the_same_command_starts_afresh(checkpoints, tmp_
     assert not (tmp_path / "out").exists()
     convert(source, tmp_path / "out")
     assert (tmp_path / "out" / "tokenizer_config.json").read_text().endswith("\n\n")
+
+
+# --- going on after a stop -----------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("planned_here")
+def test_a_folder_of_side_files_survives_a_stop_while_filling(checkpoints, tmp_path, monkeypatch):
+    source, out = copied(checkpoints["fsdp2"], tmp_path), tmp_path / "out"
+    templates = source / "huggingface" / "additional_chat_templates"
+    templates.mkdir()
+    for name in ("a.jinja", "b.jinja"):
+        (templates / name).write_text(name)
+    out.mkdir()
+    replace = Path.replace
+
+    def stop_at_the_second(self: Path, target: Path) -> Path:
+        if self.name == "b.jinja":
+            raise KeyboardInterrupt
+        return replace(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", stop_at_the_second)
+        with pytest.raises(KeyboardInterrupt):
+            convert(source, out)
+    assert (out / templates.name / "a.jinja").is_file()
+    convert(source, out)
+    assert {p.name: p.read_text() for p in (out / templates.name).iterdir()} == {
+        "a.jinja": "a.jinja",
+        "b.jinja": "b.jinja",
+    }
+
+
+@pytest.mark.usefixtures("planned_here")
+def test_another_plan_of_the_same_job_does_not_take_over_finished_files(
+    checkpoints, tmp_path, monkeypatch
+):
+    """Two releases may plan one job differently; here the second plan has one more notice."""
+    source, out = checkpoints["fsdp2"].source, tmp_path / "out"
+    one, two = tmp_path / "one.jsonl", tmp_path / "two.jsonl"
+    streamconv.plan(source, max_shard_size="64KB", output=one)
+    with monkeypatch.context() as patch:
+        told = streamconv.build_plan.corrected_config
+        patch.setattr(
+            streamconv.build_plan,
+            "corrected_config",
+            lambda *a, **k: (told(*a, **k)[0], ["another release says more"]),
+        )
+        streamconv.plan(source, max_shard_size="64KB", output=two)
+    run = RunOptions(sync=False)
+    stop_after(1, monkeypatch, lambda: convert_job.run_plan(one, out, run))
+    with pytest.raises(OutputExistsError, match="unfinished run"):
+        convert_job.run_plan(two, out, run)
+    convert_job.run_plan(two, out, RunOptions(sync=False, overwrite=True))
+    assert_whole(out, checkpoints["fsdp2"])
+
+
+@pytest.mark.usefixtures("planned_here")
+def test_a_resumed_run_tells_what_it_did_not_do_itself(checkpoints, tmp_path, monkeypatch):
+    source, out = checkpoints["fsdp2"].source, tmp_path / "out"
+    stop_after(1, monkeypatch, lambda: convert(source, out))
+    events: list[Event] = []
+    result = convert(source, out, on_event=events.append)
+    progress = [e.facts for e in events if e.kind == "progress"]
+    assert result.reused_bytes > 0
+    assert {f["reused_bytes"] for f in progress} == {result.reused_bytes}

@@ -81,7 +81,7 @@ def _phase(event: Event) -> str:
 def _speed(event: Event) -> str:
     facts = event.facts
     # What an earlier run wrote counts as done but took none of this run's time.
-    done = facts["done_bytes"] - facts.get("reused_bytes", 0)
+    done = facts["done_bytes"] - facts["reused_bytes"]
     rate = done / facts["seconds"] if facts["seconds"] else 0.0
     left = _duration((facts["total_bytes"] - facts["done_bytes"]) / rate) if rate else "?"
     memory = f"{format_size(facts['memory_bytes'])} / {format_size(facts['budget_bytes'])}"
