@@ -48,6 +48,7 @@ def convert(
     model: str | None = None,
     overwrite: bool = False,
     sync: bool = True,
+    direct: bool = False,
     source_crc: bool = True,
     checksum: str | None = None,
     io_threads: int = 1,
@@ -61,7 +62,7 @@ def convert(
     from streamconv.convert_job import convert as run_job
 
     job = job_options(layout, dtype, keep_dtype, max_shard_size, strict, hf_config, model)
-    run = run_options(max_mem, overwrite, sync, source_crc, checksum, io_threads, on_event)
+    run = run_options(max_mem, overwrite, sync, direct, source_crc, checksum, io_threads, on_event)
     return run_job(Path(src), Path(dst), job, run)
 
 
@@ -185,6 +186,7 @@ def run_options(
     max_mem: int | str | None,
     overwrite: bool,
     sync: bool,
+    direct: bool,
     source_crc: bool,
     checksum: str | None,
     io_threads: int,
@@ -199,6 +201,7 @@ def run_options(
         max_mem_bytes=memory_bytes(max_mem),
         overwrite=overwrite,
         sync=sync,
+        direct=direct,
         source_crc=source_crc,
         sha256=checksum == "sha256",
         io_threads=io_threads,

@@ -144,9 +144,12 @@ class PeakMeter:
         self._thread.join()
 
 
-def smallest_run_bytes() -> int:
-    """Return the smallest budget with which this process could execute a plan now."""
-    need = resident_bytes() + _RESERVE_BYTES + _window_cost(MIN_WINDOW_BYTES)
+def smallest_run_bytes(buffer_bytes: int = 0) -> int:
+    """Return the smallest budget with which this process could execute a plan now.
+
+    ``buffer_bytes`` are needed beside windows and reads.
+    """
+    need = resident_bytes() + _RESERVE_BYTES + buffer_bytes + _window_cost(MIN_WINDOW_BYTES)
     return -(-need // 10**6) * 10**6
 
 
@@ -156,18 +159,20 @@ def _window_cost(window_bytes: int) -> int:
     return 2 * window_bytes + min(window_bytes, 4 << 20)
 
 
-def window_bytes(budget_bytes: int) -> int:
+def window_bytes(budget_bytes: int, buffer_bytes: int = 0) -> int:
     """Return how large a window may grow; raises :class:`BudgetError` where none fits.
 
-    The budget is a ceiling and no target: more than 256 MiB gains nothing.
+    The budget is a ceiling and no target: more than 256 MiB gains nothing. ``buffer_bytes`` are
+    needed beside windows and reads.
     """
-    free = budget_bytes - resident_bytes() - _RESERVE_BYTES
+    free = budget_bytes - resident_bytes() - _RESERVE_BYTES - buffer_bytes
     if free < _window_cost(MIN_WINDOW_BYTES):
+        smallest = smallest_run_bytes(buffer_bytes)
         raise BudgetError(
             "the memory budget is too small to move tensors",
-            expected=f"at least {format_size(smallest_run_bytes())}",
+            expected=f"at least {format_size(smallest)}",
             found=format_size(budget_bytes),
-            hint=f"--max-mem {smallest_run_bytes() // 10**6}MB is the smallest that works",
+            hint=f"--max-mem {smallest // 10**6}MB is the smallest that works",
         )
     size = (free - (4 << 20)) // 2 if free > 12 << 20 else free // 3
     return min(size // 4096 * 4096, MAX_WINDOW_BYTES)

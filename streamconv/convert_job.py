@@ -37,7 +37,7 @@ from streamconv.staging import (
     read_manifest,
     staging_path,
 )
-from streamconv.writer import hash_file, no_space, write_file
+from streamconv.writer import DIRECT_BYTES, hash_file, no_space, write_file
 
 _COPY_BYTES = 1 << 20
 
@@ -234,7 +234,7 @@ class _Conversion:
     def _execute(self) -> Result:
         run, head = self.run, self.plan.head
         started = time.monotonic()
-        max_window = budgets.window_bytes(self.budget)
+        max_window = budgets.window_bytes(self.budget, DIRECT_BYTES if run.direct else 0)
         self.staging.begin()
         outputs = self.plan.outputs()
         reused = self._check_finished(outputs)
@@ -336,6 +336,7 @@ class _Conversion:
             checks,
             sync=self.run.sync,
             sha256=self.run.sha256,
+            direct=self.run.direct,
             on_bytes=lambda n: progress.add(n, output.name),
         )
         progress.add(output.nbytes - (progress.done - before), output.name)  # the header

@@ -11,7 +11,7 @@ import mmap
 import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,6 +27,7 @@ from streamconv.writer import ShardWriter
 
 # Bytes are summed, hashed and written in steps that are still in the CPU's cache from the one before.
 _STEP_BYTES = 1 << 20
+_CAST_THREADS = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +42,11 @@ class FinishedFile:
 
 
 class WindowFiller:
-    """Fills windows from source files; ``max_bytes`` bounds a window, and its buffers are reused."""
+    """Fills windows from source files; ``max_bytes`` bounds a window, and its buffers are reused.
+
+    ``io_threads`` read at once. Casts are work for the CPU and not for the disk: two threads share
+    them whatever ``io_threads`` is.
+    """
 
     def __init__(
         self,
@@ -54,42 +59,63 @@ class WindowFiller:
         self._reader = reader
         self._checks = checks
         self.max_bytes = max_bytes
-        self._run_bytes = max(1, min(SMALL_WINDOW_BYTES, max_bytes) // io_threads)
+        self._io_threads = io_threads
+        most = max(io_threads, _CAST_THREADS)
+        self._run_bytes = max(1, min(SMALL_WINDOW_BYTES, max_bytes) // most)
         self._staging = threading.local()
-        self._pool = ThreadPoolExecutor(io_threads) if io_threads > 1 else None
+        # The calling thread is one of them.
+        self._pool = ThreadPoolExecutor(most - 1, thread_name_prefix="window-filler")
 
     def fill(self, window: Window, buffer: memoryview) -> None:
         """Bring every byte of ``window`` into ``buffer``."""
         reads = runs(window, self._run_bytes)
-        if self._pool is None:
-            for read in reads:
-                self._serve(read, buffer)
-        else:
-            for _ in self._pool.map(lambda r: self._serve(r, buffer), reads):
-                pass
+        threads = self._io_threads
+        if any(fill.move.ops for read in reads for fill in read.fills):
+            threads = max(threads, _CAST_THREADS)
+        pending = iter(reads)  # shared: next() on it is atomic
+        helpers = [
+            self._pool.submit(self._serve_all, pending, buffer)
+            for _ in range(min(threads, len(reads)) - 1)
+        ]
+        try:
+            self._serve_all(pending, buffer)
+        finally:
+            wait(helpers)  # none may write into the buffer any more
+        for helper in helpers:
+            helper.result()
+
+    def _serve_all(self, reads: Iterator[Run], buffer: memoryview) -> None:
+        for read in reads:
+            self._serve(read, buffer)
 
     def _serve(self, read: Run, buffer: memoryview) -> None:
         first = read.fills[0]
         if len(read.fills) == 1 and first.direct:
-            target = buffer[first.dst_at : first.dst_at + first.hi - first.lo]
-            self._read_checked(read, target)
+            header = memoryview(bytearray(first.lo - read.lo))
+            self._read_checked(
+                read, header, buffer[first.dst_at : first.dst_at + first.hi - first.lo]
+            )
             return
         data = self._staging_buffer(read.hi - read.lo)
-        self._read_checked(read, data)
+        self._read_checked(read, data[:0], data)
         for fill in read.fills:
             self._copy(fill, read.lo, data, buffer)
 
-    def _read_checked(self, read: Run, target: memoryview) -> None:
-        for at in range(0, len(target), _STEP_BYTES):
-            piece = target[at : at + _STEP_BYTES]
-            self._reader.read(read.file, read.lo + at, piece)
-            lo, hi = read.lo + at, read.lo + at + len(piece)
-            seen: set[int] = set()
-            for fill in read.fills:
-                start = fill.record.start
-                if start not in seen and start < hi and lo < start + fill.record.nbytes:
-                    seen.add(start)
-                    self._checks.see(fill.source, fill.record, lo, piece)
+    def _read_checked(self, read: Run, header: memoryview, data: memoryview) -> None:
+        """Read a run, its first bytes into ``header`` and the rest into ``data``, and check it."""
+        records = {f.record.start: f for f in reversed(read.fills)}
+        begin = read.lo + len(header)
+        for lo in range(begin, read.hi, _STEP_BYTES):
+            piece = data[lo - begin : lo - begin + _STEP_BYTES]
+            if lo == begin:
+                self._reader.read(read.file, read.lo, header, piece)
+            else:
+                self._reader.read(read.file, lo, piece)
+            for start, fill in records.items():
+                if start < lo + len(piece) and lo < start + fill.record.nbytes:
+                    at = start - fill.record.header_nbytes
+                    own = header or data[at - begin : start - begin] if at >= read.lo else None
+                    self._checks.see(fill.source, fill.record, lo, piece, own)
 
     @staticmethod
     def _copy(fill: Fill, data_lo: int, data: memoryview, buffer: memoryview) -> None:
@@ -111,8 +137,7 @@ class WindowFiller:
 
     def close(self) -> None:
         """Stop the readers."""
-        if self._pool:
-            self._pool.shutdown(wait=True, cancel_futures=True)
+        self._pool.shutdown(wait=True, cancel_futures=True)
 
 
 def write_output(
@@ -124,6 +149,7 @@ def write_output(
     *,
     sync: bool,
     sha256: bool,
+    direct: bool = False,
     on_bytes: Callable[[int], None],
 ) -> FinishedFile:
     """Write one output file to ``path`` and return its digests.
@@ -133,7 +159,7 @@ def write_output(
     """
     digests: dict[str, str] = {}
     digest = xxhash.xxh3_128()
-    with ShardWriter(path, output, sync=sync, sha256=sha256) as writer:
+    with ShardWriter(path, output, sync=sync, sha256=sha256, direct=direct) as writer:
         for window, buffer in filled_windows(tensors, filler, checks):
             for segment in window.segments:
                 piece = buffer[segment.at : segment.at + segment.nbytes]

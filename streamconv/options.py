@@ -95,13 +95,15 @@ class RunOptions:
     """How to run: nothing here changes a byte of the output.
 
     ``max_mem_bytes``: the budget for the whole process tree; None means what the machine can give.
-    ``sync``: make the output durable. ``source_crc``: check every source record's CRC-32.
+    ``sync``: make the output durable. ``direct``: write past the page cache (O_DIRECT) where the file
+    system can. ``source_crc``: check every source record's CRC-32.
     ``sha256``: add sha256 digests to the manifest. ``io_threads``: readers at work at once.
     """
 
     max_mem_bytes: int | None = None
     overwrite: bool = False
     sync: bool = True
+    direct: bool = False
     source_crc: bool = True
     sha256: bool = False
     io_threads: int = 1

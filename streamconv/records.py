@@ -43,11 +43,19 @@ class RecordChecks:
         self._lock = threading.Lock()
         self.unverifiable_bytes = 0
 
-    def see(self, source: PlannedSource, record: Record, lo: int, data: memoryview) -> None:
+    def see(
+        self,
+        source: PlannedSource,
+        record: Record,
+        lo: int,
+        data: memoryview,
+        header: memoryview | None = None,
+    ) -> None:
         """Take in ``data``, which lies at byte ``lo`` of the record's file.
 
-        What lies outside the record is ignored. Raises :class:`BadInputError` for a wrong header or
-        checksum, naming file, tensor and record.
+        What lies outside the record is ignored. ``header`` is the record's local header where the
+        caller has read it too; it is read here where it is needed and not given. Raises
+        :class:`BadInputError` for a wrong header or checksum, naming file, tensor and record.
         """
         key = (record.file, record.start)
         with self._lock:
@@ -56,7 +64,7 @@ class RecordChecks:
             if seen is None:
                 seen = self._seen[key] = _Seen(Coverage())
         if first:
-            self._check_header(source, record)
+            self._check_header(source, record, header)
         if not self._check_crc or seen.verified:
             return
         begin, end = max(lo, record.start), min(lo + len(data), record.start + record.nbytes)
@@ -86,11 +94,14 @@ class RecordChecks:
                         self.see(source, record, record.start + at, piece)
             self._seen.pop((record.file, record.start), None)
 
-    def _check_header(self, source: PlannedSource, record: Record) -> None:
+    def _check_header(
+        self, source: PlannedSource, record: Record, header: memoryview | None
+    ) -> None:
         if not record.header_nbytes:
             return
-        header = memoryview(bytearray(record.header_nbytes))
-        self._reader.read(record.file, record.start - record.header_nbytes, header)
+        if header is None:
+            header = memoryview(bytearray(record.header_nbytes))
+            self._reader.read(record.file, record.start - record.header_nbytes, header)
         check_local_header(header, self._name(record), self._where(source, record))
 
     def _verdict(self, source: PlannedSource, record: Record, crc: int) -> None:

@@ -70,6 +70,14 @@ class Fill:
     tensor: PlannedTensor
 
     @property
+    def begin(self) -> int:
+        """Return where a read for this copy begins: with the record's header where that is next to it.
+
+        Whoever reads the first byte of a record checks its header, and one read is cheaper than two.
+        """
+        return self.lo - self.record.header_nbytes if self.lo == self.record.start else self.lo
+
+    @property
     def direct(self) -> bool:
         """Whether the file's bytes are the window's bytes as they stand."""
         return not self.move.ops and (
@@ -171,7 +179,7 @@ def _whole_rows(shape: Shape, step: int) -> int:
 def runs(window: Window, max_run_bytes: int) -> list[Run]:
     """Return the reads that fill ``window``, by file and offset, none longer than ``max_run_bytes``.
 
-    A single element that is wider than that is still read whole.
+    Headers of records come on top, and a single element that is wider than that is still read whole.
     """
     fills: list[Fill] = []
     for segment in window.segments:
@@ -183,15 +191,15 @@ def runs(window: Window, max_run_bytes: int) -> list[Run]:
     for fill in fills:
         if group and (
             fill.record.file != group[0].record.file
-            or fill.lo > hi + _GAP_BYTES
+            or fill.begin > hi + _GAP_BYTES
             or max(hi, fill.hi) - group[0].lo > max_run_bytes
         ):
-            result.append(Run(group[0].record.file, group[0].lo, hi, tuple(group)))
+            result.append(Run(group[0].record.file, group[0].begin, hi, tuple(group)))
             group = []
         hi = max(hi, fill.hi) if group else fill.hi
         group.append(fill)
     if group:
-        result.append(Run(group[0].record.file, group[0].lo, hi, tuple(group)))
+        result.append(Run(group[0].record.file, group[0].begin, hi, tuple(group)))
     return result
 
 

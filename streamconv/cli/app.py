@@ -85,6 +85,9 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace another jo
 NoSync = Annotated[
     bool, typer.Option("--no-sync", help="Faster, but a power cut may lose the output.")
 ]
+Direct = Annotated[
+    bool, typer.Option("--direct", help="Write past the page cache where the file system can.")
+]
 NoSourceCrc = Annotated[
     bool, typer.Option("--no-source-crc", help="Do not check the checksums of the source.")
 ]
@@ -132,6 +135,7 @@ def convert(
     model: Model = None,
     overwrite: Overwrite = False,
     no_sync: NoSync = False,
+    direct: Direct = False,
     no_source_crc: NoSourceCrc = False,
     checksum: Checksum = None,
     io_threads: IoThreads = 1,
@@ -157,6 +161,7 @@ def convert(
             model=model,
             overwrite=overwrite,
             sync=not no_sync,
+            direct=direct,
             source_crc=not no_source_crc,
             checksum=checksum,
             io_threads=io_threads,
@@ -220,6 +225,7 @@ def run(
     max_mem: MaxMem = None,
     overwrite: Overwrite = False,
     no_sync: NoSync = False,
+    direct: Direct = False,
     no_source_crc: NoSourceCrc = False,
     checksum: Checksum = None,
     io_threads: IoThreads = 1,
@@ -234,7 +240,14 @@ def run(
 
     with listen(json=json, quiet=quiet) as on_event:
         options = api.run_options(
-            max_mem, overwrite, not no_sync, not no_source_crc, checksum, io_threads, on_event
+            max_mem,
+            overwrite,
+            not no_sync,
+            direct,
+            not no_source_crc,
+            checksum,
+            io_threads,
+            on_event,
         )
         result = run_plan(plan, dst, options)
     summarize(result, json=json, quiet=quiet)
