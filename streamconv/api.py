@@ -46,6 +46,7 @@ def convert(
     strict: bool = False,
     hf_config: StrPath | None = None,
     model: str | None = None,
+    family: str | None = None,
     overwrite: bool = False,
     sync: bool = True,
     direct: bool = False,
@@ -61,7 +62,7 @@ def convert(
     """
     from streamconv.convert_job import convert as run_job
 
-    job = job_options(layout, dtype, keep_dtype, max_shard_size, strict, hf_config, model)
+    job = job_options(layout, dtype, keep_dtype, max_shard_size, strict, hf_config, model, family)
     run = run_options(max_mem, overwrite, sync, direct, source_crc, checksum, io_threads, on_event)
     return run_job(Path(src), Path(dst), job, run)
 
@@ -78,6 +79,7 @@ def plan(
     strict: bool = False,
     hf_config: StrPath | None = None,
     model: str | None = None,
+    family: str | None = None,
     output: StrPath | None = None,
 ) -> Plan:
     """Return what :func:`convert` would do; no byte of a weight is read.
@@ -87,7 +89,7 @@ def plan(
     """
     from streamconv.planning import make_plan
 
-    job = job_options(layout, dtype, keep_dtype, max_shard_size, strict, hf_config, model)
+    job = job_options(layout, dtype, keep_dtype, max_shard_size, strict, hf_config, model, family)
     budget = memory_bytes(max_mem)
     if output is not None:
         made = make_plan(Path(src), job, Path(output), max_mem_bytes=budget)
@@ -113,6 +115,7 @@ def open(  # noqa: A001 - meant to be called as streamconv.open
     strict: bool = False,
     hf_config: StrPath | None = None,
     model: str | None = None,
+    family: str | None = None,
 ) -> LazyCheckpoint:
     """Return the checkpoint as a mapping of output names to lazy tensors.
 
@@ -121,7 +124,7 @@ def open(  # noqa: A001 - meant to be called as streamconv.open
     """
     from streamconv.lazy import open_checkpoint
 
-    job = job_options(layout, dtype, keep_dtype, "5GB", strict, hf_config, model)
+    job = job_options(layout, dtype, keep_dtype, "5GB", strict, hf_config, model, family)
     return open_checkpoint(Path(src), job)
 
 
@@ -167,6 +170,7 @@ def job_options(
     strict: bool,
     hf_config: StrPath | None,
     model: str | None,
+    family: str | None,
 ) -> JobOptions:
     """Return the options that decide the output; raises :class:`UsageError`."""
     if isinstance(keep_dtype, str):
@@ -179,6 +183,7 @@ def job_options(
         strict=strict,
         hf_config=Path(hf_config) if hf_config is not None else None,
         model=model,
+        family=family,
     )
 
 

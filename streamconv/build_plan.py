@@ -5,8 +5,9 @@ from __future__ import annotations
 import fnmatch
 import math
 import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from streamconv import planner
 from streamconv.errors import BadInputError, UsageError
@@ -24,6 +25,9 @@ from streamconv.sidefiles import (
 )
 from streamconv.source import Checkpoint, GlobalTensor, Skipped
 
+if TYPE_CHECKING:
+    from streamconv.families.convert import Converted
+
 
 def build_plan(checkpoint: Checkpoint, job: JobOptions, stream: IO[str]) -> None:
     """Write the plan of converting ``checkpoint`` to ``stream``.
@@ -32,18 +36,31 @@ def build_plan(checkpoint: Checkpoint, job: JobOptions, stream: IO[str]) -> None
     """
     notices = list(checkpoint.notices)
     folder, side = side_files(checkpoint.root, checkpoint.side_dir, job)
-    config = read_config(folder) if folder else None
-    if config is None:
+    config: Mapping[str, Any] | None = read_config(folder) if folder else None
+    if config is None and checkpoint.naming == "hf":
         notices.append(
             "no config.json: names and shapes could not be checked, and the output has none "
             "(--hf-config DIR names a folder that has it)"
         )
     names = [*checkpoint.tensors, *checkpoint.undecided]
     _refuse_lora(names)
-    model = _model(config, names, notices)
-    tensors = planner.decide_plain(checkpoint, model)
-    tensors = {n: tensors[n] for n in names}
-    recipes = _recipes(tensors, model, job, notices)
+    changes: tuple[str, ...] = ()
+    model: planner.Model | None
+    left: tuple[Skipped, ...] = ()
+    if checkpoint.naming == "mcore":
+        tensors = dict(checkpoint.tensors)
+        converted = _of_family(checkpoint, config, job)
+        config, model, changes = converted.config, converted.model, converted.changes
+        recipes, left = list(converted.recipes), converted.skipped
+        notices += converted.notices
+        if model is not None:
+            notices += planner.check_recipes(recipes, model, job, converted.extras)
+    else:
+        _refuse_family(job)
+        model = _model(config, names, notices)
+        tensors = planner.decide_plain(checkpoint, model)
+        tensors = {n: tensors[n] for n in names}
+        recipes = _recipes(tensors, model, job, notices)
     declared = declared_dtype(config) if config else None
     recipes = planner.with_dtypes(recipes, job, model, declared)
     ties = planner.decide_ties(recipes, model, tensors)
@@ -60,14 +77,15 @@ def build_plan(checkpoint: Checkpoint, job: JobOptions, stream: IO[str]) -> None
 
     texts = []
     if config is not None:
-        text, changes = corrected_config(
+        text, told = corrected_config(
             config,
             dtype=planner.main_float_dtype(recipes),
             untie=bool(ties.kept),
             known=model is not None,
             architecture=model.architecture if model is not None and model.certain else None,
+            changes=changes,
         )
-        notices += changes
+        notices += told
         if text:
             texts.append(text)
     if len(placed) > 1:
@@ -76,10 +94,11 @@ def build_plan(checkpoint: Checkpoint, job: JobOptions, stream: IO[str]) -> None
 
     skipped = [
         *checkpoint.skipped,
+        *left,
         *(left_out(folder) if folder else ()),
         *(Skipped(a, f"the same storage as {k}") for a, k in ties.dropped.items()),
         *(Skipped(a, f"tied: the same bytes as {k}") for a, k in ties.compared.items()),
-        *planner.unused(tensors, recipes),
+        *planner.unused(tensors, recipes, {s.name for s in left}),
     ]
     totals = _totals(tensors, placed)
     if totals.unverifiable_bytes:
@@ -119,6 +138,24 @@ def _refuse_lora(names: list[str]) -> None:
         )
 
 
+def _of_family(
+    checkpoint: Checkpoint, config: Mapping[str, Any] | None, job: JobOptions
+) -> Converted:
+    from streamconv.families.convert import convert
+
+    headers = {n: (t.shape, t.dtype) for n, t in checkpoint.tensors.items()}
+    megatron = checkpoint.facts.get("megatron")
+    return convert(headers, config, megatron if isinstance(megatron, Mapping) else {}, job)
+
+
+def _refuse_family(job: JobOptions) -> None:
+    if job.family is not None:
+        raise UsageError(
+            "--family is for Megatron checkpoints",
+            found="a checkpoint whose tensors have HuggingFace's names",
+        )
+
+
 def side_files(
     root: Path, side_dir: Path | None, job: JobOptions
 ) -> tuple[Path | None, list[SideFile]]:
@@ -133,7 +170,7 @@ def side_files(
 
 
 def _model(
-    config: dict[str, Any] | None, names: list[str], notices: list[str]
+    config: Mapping[str, Any] | None, names: list[str], notices: list[str]
 ) -> planner.Model | None:
     if config is None:
         return None

@@ -23,7 +23,8 @@ class JobOptions:
     ``dtype``: ``keep`` is lossless, ``auto`` is what config.json declares. ``keep_dtype``: glob
     patterns of output names that ``dtype`` leaves alone. ``max_shard_bytes``: the size of an output
     file; a tensor is never split. ``strict``: refuse tensors that the model does not know.
-    ``hf_config``: a folder to take config, tokenizer and the other side files from.
+    ``hf_config``: a folder to take config, tokenizer and the other side files from. ``family``: whose
+    rules turn Megatron's tensors into HuggingFace's; None means what config.json's model type says.
     """
 
     layout: Layout = "hub"
@@ -33,6 +34,7 @@ class JobOptions:
     strict: bool = False
     hf_config: Path | None = None
     model: str | None = None
+    family: str | None = None
 
     def __post_init__(self) -> None:
         for name, value, allowed in (
@@ -56,6 +58,7 @@ class JobOptions:
             "strict": self.strict,
             "hf_config": str(self.hf_config) if self.hf_config else None,
             "model": self.model,
+            "family": self.family,
         }
 
     @staticmethod
@@ -69,6 +72,7 @@ class JobOptions:
             strict=data["strict"],
             hf_config=Path(data["hf_config"]) if data["hf_config"] else None,
             model=data["model"],
+            family=data.get("family"),
         )
 
 

@@ -10,6 +10,7 @@ import dataclasses
 import fnmatch
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Protocol
@@ -89,17 +90,29 @@ def identity_recipe(name: str, tensor: GlobalTensor) -> Recipe:
     return Recipe(name, tensor.dtype, view)
 
 
-def check_recipes(recipes: Sequence[Recipe], model: Model, options: JobOptions) -> list[str]:
+def check_recipes(
+    recipes: Sequence[Recipe],
+    model: Model,
+    options: JobOptions,
+    extras: Sequence[re.Pattern[str]] = (),
+) -> list[str]:
     """Compare what will be made with what the model expects; return notices.
 
-    Raises :class:`BadInputError` that lists missing names and wrong shapes.
+    ``extras`` are patterns of names that are known although the model lacks them. Raises
+    :class:`BadInputError` that lists missing names and wrong shapes.
     """
     expected = model.hub_shapes if options.layout == "hub" else model.state_shapes
     made = {r.name: r.view.shape for r in recipes}
     aliases = {alias for alias, _ in model.tied}
     missing = [n for n in expected if n not in made and n not in model.optional | aliases]
     wrong = [n for n, shape in made.items() if n in expected and expected[n] != shape]
-    unknown = [n for n in made if n not in expected and not model.is_optional_unexpected(n)]
+    unknown = [
+        n
+        for n in made
+        if n not in expected
+        and not model.is_optional_unexpected(n)
+        and not any(p.fullmatch(n) for p in extras)
+    ]
     notices = []
     if (missing or wrong) and not model.certain:
         notices.append(
@@ -399,7 +412,13 @@ def main_float_dtype(recipes: Iterable[Recipe]) -> DType | None:
     return counts.most_common(1)[0][0] if counts else None
 
 
-def unused(tensors: Mapping[str, GlobalTensor], recipes: Iterable[Recipe]) -> list[Skipped]:
-    """Return the source tensors that no recipe draws from."""
+def unused(
+    tensors: Mapping[str, GlobalTensor], recipes: Iterable[Recipe], told: Container[str] = ()
+) -> list[Skipped]:
+    """Return the source tensors that no recipe draws from and that are not ``told`` of already."""
     used = {fqn for r in recipes for fqn in sources_of(r.view)}
-    return [Skipped(n, "no output tensor is made of it") for n in tensors if n not in used]
+    return [
+        Skipped(n, "no output tensor is made of it")
+        for n in tensors
+        if n not in used and n not in told
+    ]

@@ -13,6 +13,8 @@ from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
 
+import xxhash
+
 from streamconv.errors import BadInputError, SourceChangedError
 from streamconv.source import SourceFile
 from streamconv.torchfile.window import FileWindow
@@ -50,6 +52,7 @@ class SourceReader:
         self._open: OrderedDict[int, int] = OrderedDict()
         self._in_use: Counter[int] = Counter()
         self._read_since_drop: dict[int, int] = {}
+        self._index_hashes: dict[str, str] = {}
         self._lock = threading.Lock()
         self.read_bytes = 0
         self.reads = 0
@@ -130,6 +133,7 @@ class SourceReader:
 
     def check_unchanged(self) -> None:
         """Raise :class:`SourceChangedError` unless every file is still what was planned."""
+        self._index_hashes.clear()
         for file in range(len(self.files)):
             try:
                 stat = self.path(file).stat()
@@ -142,6 +146,9 @@ class SourceReader:
 
     def _check_directory(self, file: int) -> None:
         planned = self.files[file]
+        if planned.index:
+            self._check_index(planned)
+            return
         if not planned.entry_prefix:
             return
         fd = os.open(self.path(file), os.O_RDONLY | os.O_CLOEXEC)
@@ -157,6 +164,28 @@ class SourceReader:
                 "a source file is not the one that was planned",
                 where=str(self.path(file)),
                 expected=f"a zip directory with the hash {planned.directory_hash}",
+                found=found,
+                hint="plan again once the trainer has finished writing",
+            )
+
+    def _check_index(self, planned: SourceFile) -> None:
+        """One index stands for all files of its folder: it is read once."""
+        path = self._root / planned.index
+        found = self._index_hashes.get(planned.index)
+        if found is None:
+            try:
+                found = _hash_file(path)
+            except OSError as error:
+                raise SourceChangedError(
+                    f"the checkpoint's index cannot be read: {error.strerror}", where=str(path)
+                ) from None
+            self._index_hashes[planned.index] = found
+        expected = planned.directory_hash.partition("-")[0]
+        if found != expected:
+            raise SourceChangedError(
+                "the checkpoint is not the one that was planned",
+                where=str(path),
+                expected=f"an index with the hash {expected}",
                 found=found,
                 hint="plan again once the trainer has finished writing",
             )
@@ -183,3 +212,11 @@ class SourceReader:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+def _hash_file(path: Path) -> str:
+    digest = xxhash.xxh3_128()
+    with path.open("rb", buffering=0) as stream:
+        while piece := stream.read(_READ_BYTES):
+            digest.update(piece)
+    return digest.hexdigest()

@@ -7,7 +7,7 @@ run. Weights and weight indexes that lie among them are left out, for they are n
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -117,16 +117,18 @@ def corrected_config(
     untie: bool,
     architecture: str | None = None,
     known: bool = False,
+    changes: Sequence[str] = (),
 ) -> tuple[TextFile | None, list[str]]:
     """Return config.json as it must be for these weights, and what was changed.
 
     None where it is right as it stands and can be copied byte for byte. ``dtype`` is the weights'
     floating dtype; ``untie`` says that both of two tied weights are there because they differ;
     ``architecture`` is the class whose weights these are, where it is certain: verl keeps the base
-    model's config for a critic; ``known`` says that transformers knows the model type.
+    model's config for a critic; ``known`` says that transformers knows the model type; ``changes``
+    tell what of ``config`` is no longer as the file has it.
     """
     changed = json.loads(json.dumps(config))
-    notices = []
+    notices = list(changes)
     if architecture is not None and changed.get("architectures") != [architecture]:
         notices.append(
             f"config.json: architectures {changed.get('architectures')} became [{architecture!r}]"

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
+from typing import Literal
 
 from streamconv.boxes import Box, Shape, check_tiling
 from streamconv.dtypes import DType
@@ -30,9 +31,10 @@ class SourceFile:
     """A file that holds weights, and what identifies it.
 
     ``path`` is relative to the checkpoint's root. ``directory_hash`` is the xxh3_128 hex digest of
-    the zip central directory (which holds every record's CRC-32), or of the index that plays its
-    part. ``entry_prefix`` is what precedes ``/data/<key>`` in the zip's entry names, empty where the
-    file is no zip.
+    the zip central directory (which holds every record's CRC-32), or of the file ``index`` (relative
+    to the root) that plays its part for a folder of files that are no zip from end to end; what
+    follows the digest after a dash is the index's age, where it names no save. ``entry_prefix`` is
+    what precedes ``/data/<key>`` in the entry names, empty where records are no zip entries.
     """
 
     path: str
@@ -40,6 +42,7 @@ class SourceFile:
     mtime_ns: int
     directory_hash: str
     entry_prefix: str = ""
+    index: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,7 +191,9 @@ class Checkpoint:
 
     ``undecided`` holds tensors that can be read in two ways, (as pieces along dim 0, as replicas);
     the model's expected shapes decide. ``facts`` are for ``inspect``: JSON-able things worth telling.
-    ``side_dir`` is the folder with config.json, tokenizer and so on, or None.
+    ``side_dir`` is the folder with config.json, tokenizer and so on, or None. ``naming`` says whose
+    names the tensors have: HuggingFace's, or Megatron-Core's, which a family turns into the former
+    (:mod:`streamconv.families`).
     """
 
     root: Path
@@ -202,6 +207,7 @@ class Checkpoint:
     skipped: tuple[Skipped, ...] = ()
     notices: tuple[str, ...] = ()
     facts: Mapping[str, object] = field(default_factory=lambda: MappingProxyType({}))
+    naming: Literal["hf", "mcore"] = "hf"
 
     @cached_property
     def nbytes(self) -> int:

@@ -81,6 +81,14 @@ Model = Annotated[
     str | None,
     typer.Option("--model", metavar="NAME", help="Which model of a step folder: actor, critic."),
 ]
+FamilyOption = Annotated[
+    str | None,
+    typer.Option(
+        "--family",
+        metavar="NAME",
+        help="Whose rules turn Megatron's tensors into HuggingFace's. Default: by config.json.",
+    ),
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace another job's output.")]
 NoSync = Annotated[
     bool, typer.Option("--no-sync", help="Faster, but a power cut may lose the output.")
@@ -133,6 +141,7 @@ def convert(
     strict: Strict = False,
     hf_config: HfConfig = None,
     model: Model = None,
+    family: FamilyOption = None,
     overwrite: Overwrite = False,
     no_sync: NoSync = False,
     direct: Direct = False,
@@ -159,6 +168,7 @@ def convert(
             strict=strict,
             hf_config=hf_config,
             model=model,
+            family=family,
             overwrite=overwrite,
             sync=not no_sync,
             direct=direct,
@@ -188,6 +198,7 @@ def plan(
     strict: Strict = False,
     hf_config: HfConfig = None,
     model: Model = None,
+    family: FamilyOption = None,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -205,6 +216,7 @@ def plan(
         strict=strict,
         hf_config=hf_config,
         model=model,
+        family=family,
         output=output,
     )
     report = plan_report(made, dst)

@@ -14,6 +14,7 @@ VALUE_OPTIONS = frozenset(
         "--dtype",
         "--keep-dtype",
         "--layout",
+        "--family",
         "--hf-config",
         "--model",
         "--checksum",

@@ -5,15 +5,20 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
 from streamconv.errors import BadInputError, UsageError
-from streamconv.formats import fsdp
+from streamconv.formats import dcp, fsdp, torch_dist
 from streamconv.source import Checkpoint, SourceFile
 
-_FORMATS: tuple[ModuleType, ...] = (fsdp,)
+# A torch_dist folder is a DCP folder too: the more special format comes first.
+_FORMATS: tuple[ModuleType, ...] = (fsdp, torch_dist, dcp)
+
+_STEP = re.compile(r"global_step_\d+|iter_\d+|release|checkpoint-\d+", re.ASCII)
+_TRACKER = "latest_checkpointed_iteration.txt"
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +48,9 @@ class Location:
 def find_model(path: Path, model: str | None = None) -> Location:
     """Return where the model lies that ``path`` means.
 
-    ``path`` is a folder of rank files (or one of them), a folder of one training step
-    (``global_step_N``), or a run with a single step. ``model`` picks one of several (``actor``).
+    ``path`` is a folder of weights (or a file in it), a folder of one training step
+    (``global_step_N``, ``iter_N``), or a run with a single step. ``model`` picks one of several
+    (``actor``).
     Raises :class:`UsageError` where there are several to choose from, :class:`BadInputError` where
     there is none.
     """
@@ -55,7 +61,11 @@ def find_model(path: Path, model: str | None = None) -> Location:
     here = _detect(path)
     if here and model is None:
         return here
-    found = {p.name: loc for p in sorted(path.iterdir()) if p.is_dir() and (loc := _detect(p))}
+    found = {
+        p.name: loc
+        for p in sorted(path.iterdir())
+        if p.is_dir() and not _STEP.fullmatch(p.name) and (loc := _detect(p))
+    }
     if model is not None:
         if model in found:
             return found[model]
@@ -73,28 +83,45 @@ def find_model(path: Path, model: str | None = None) -> Location:
             found=", ".join(found),
             hint=f"say which: --model {next(iter(found))}",
         )
-    return _in_run(path)
+    return _in_run(path, model)
 
 
-def _in_run(path: Path) -> Location:
-    steps = [p for p in path.iterdir() if p.is_dir() and p.name.startswith("global_step_")]
+def _in_run(path: Path, model: str | None) -> Location:
+    steps = [p for p in path.iterdir() if p.is_dir() and _STEP.fullmatch(p.name)]
     steps.sort(key=lambda p: (len(p.name), p.name))
     if len(steps) == 1:
-        return find_model(steps[0])
+        return find_model(steps[0], model)
     if steps:
         names = [p.name for p in steps]
+        latest = _latest(path, steps)
         raise UsageError(
             f"this is a run with {len(steps)} training steps, not one checkpoint",
             where=str(path),
             found=", ".join(names[:8]) + (f", … {names[-1]}" if len(names) > 8 else ""),
-            hint=f"name one of them: {steps[-1]}",
+            hint=f"name one of them: {latest or steps[-1]}"
+            + (f" (the latest, says {_TRACKER})" if latest else ""),
         )
     raise BadInputError(
         "no checkpoint of a known format",
         where=str(path),
-        expected="model_world_size_N_rank_R.pt files, here or in a folder such as actor/",
+        expected="model_world_size_N_rank_R.pt files (verl FSDP), or .metadata beside .distcp files "
+        "(torch DCP, Megatron torch_dist), here or in a folder such as actor/",
         found=_what_is_here(path),
     )
+
+
+def _latest(path: Path, steps: list[Path]) -> Path | None:
+    """Return the step that the run's tracker file names (a number, or ``release``)."""
+    tracker = path / _TRACKER
+    try:
+        text = tracker.read_text("ascii")[:32].strip() if tracker.is_file() else ""
+    except (OSError, ValueError):
+        return None
+    for step in steps:
+        number = step.name.rpartition("_")[2]
+        if text and (step.name == text or (number.isdigit() and number.lstrip("0") == text)):
+            return step
+    return None
 
 
 def _detect(path: Path) -> Location | None:
@@ -109,9 +136,7 @@ def _what_is_here(path: Path) -> str:
     if not names:
         return "an empty folder"
     signs = (
-        (".metadata", "a torch DCP or Megatron torch_dist folder, which is not supported yet"),
-        ("metadata.json", "a Megatron torch_dist folder, which is not supported yet"),
-        ("dist_ckpt", "a Megatron checkpoint of verl, which is not supported yet"),
+        ("metadata.json", "a metadata.json, but no index (.metadata) of a checkpoint beside it"),
         ("zero_to_fp32.py", "a DeepSpeed ZeRO checkpoint, which is not supported yet"),
     )
     for sign, meaning in signs:

@@ -78,6 +78,13 @@ class MetaModel:
         self._by_hub = {n: k for k, g in enumerate(self._groups) for n in g.hub}
         self.tied: tuple[tuple[str, str], ...] = tuple(self._tied())
 
+    @cached_property
+    def settings(self) -> Mapping[str, Any]:
+        """Return the config of the (text) model with the library's defaults filled in."""
+        config = self._model.config.get_text_config()
+        aliases = {a: getattr(config, a, None) for a in config.attribute_map}
+        return {**aliases, **config.to_dict()}
+
     # --- what may be missing, superfluous or must not be cast -------------------------------------
 
     @cached_property

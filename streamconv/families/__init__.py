@@ -1,0 +1,51 @@
+"""Model families: how Megatron's tensors become HuggingFace's, one small file a family.
+
+A file lists its families in ``FAMILIES`` and stands in ``_MODULES``; that is all there is to adding one
+(CONTRIBUTING.md has a page on it).
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from streamconv.errors import BadInputError, UsageError
+from streamconv.families.rules import Family
+
+_MODULES = ("llama",)
+
+
+def families() -> Iterator[Family]:
+    """Yield every family."""
+    for name in _MODULES:
+        module = importlib.import_module(f"{__name__}.{name}")
+        yield from module.FAMILIES
+
+
+def choose(config: Mapping[str, Any], override: str | None) -> Family:
+    """Return the family of the model that a parsed config.json describes.
+
+    ``override`` is the name of a family that the user chose. Raises :class:`UsageError` for a name
+    that is none, :class:`BadInputError` where no family has the config's model type.
+    """
+    known = list(families())
+    if override is not None:
+        for family in known:
+            if family.name == override:
+                return family
+        raise UsageError(
+            f"there is no family {override!r}",
+            expected="one of " + ", ".join(sorted(f.name for f in known)),
+        )
+    model_type = config.get("model_type")
+    for family in known:
+        if model_type in family.model_types:
+            return family
+    raise BadInputError(
+        f"no family is known for Megatron checkpoints of model type {model_type!r}",
+        where="config.json",
+        expected="one of " + ", ".join(sorted(t for f in known for t in f.model_types)),
+        hint="--family NAME takes the rules of another one; CONTRIBUTING.md, 'Adding a Megatron "
+        "family', says how to add rules",
+    )

@@ -1,0 +1,149 @@
+"""Tables of rules that families share: embeddings, attention, MLPs, experts, multi-token prediction.
+
+Left are Megatron-Core's canonical names (:mod:`streamconv.formats.mcore_names`), right HuggingFace's. A
+norm has two homes: fused into the projection after it (Transformer Engine) or a module of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from streamconv.families import ops
+from streamconv.families.rules import Rule, renamed, rule
+
+D = "decoder.layers.{layer}."
+L = "model.layers.{layer}."
+
+TOP = (
+    rule("embedding.word_embeddings.weight", "model.embed_tokens.weight", ops.vocab),
+    rule("decoder.final_layernorm.weight", "model.norm.weight", ops.copy),
+    rule("output_layer.weight", "lm_head.weight", ops.vocab),
+)
+
+INPUT_NORM = (
+    rule(D + "self_attention.linear_qkv.layer_norm_weight", L + "input_layernorm.weight", ops.copy),
+    rule(D + "input_layernorm.weight", L + "input_layernorm.weight", ops.copy),
+)
+
+QKV = tuple(
+    rule(
+        f"{D}self_attention.linear_qkv.{kind}",
+        tuple(f"{L}self_attn.{p}_proj.{kind}" for p in "qkv"),
+        ops.qkv,
+    )
+    for kind in ("weight", "bias")
+)
+
+OUT = tuple(
+    rule(f"{D}self_attention.linear_proj.{kind}", f"{L}self_attn.o_proj.{kind}", ops.copy)
+    for kind in ("weight", "bias")
+)
+
+QK_NORM = tuple(
+    rule(f"{D}self_attention.{p}_layernorm.weight", f"{L}self_attn.{p}_norm.weight", ops.copy)
+    for p in "qk"
+)
+
+ATTENTION = (*INPUT_NORM, *QKV, *OUT, *QK_NORM)
+
+MLP_NORM = (
+    rule(D + "mlp.linear_fc1.layer_norm_weight", L + "post_attention_layernorm.weight", ops.copy),
+    rule(D + "pre_mlp_layernorm.weight", L + "post_attention_layernorm.weight", ops.copy),
+)
+
+MLP = (
+    *MLP_NORM,
+    *(
+        r
+        for kind in ("weight", "bias")
+        for r in (
+            rule(
+                f"{D}mlp.linear_fc1.{kind}",
+                (f"{L}mlp.gate_proj.{kind}", f"{L}mlp.up_proj.{kind}"),
+                ops.gate_up,
+            ),
+            rule(f"{D}mlp.linear_fc2.{kind}", f"{L}mlp.down_proj.{kind}", ops.copy),
+        )
+    ),
+)
+
+ROUTER = (rule(D + "mlp.router.weight", L + "mlp.gate.weight", ops.copy),)
+
+EXPERT_BIAS = (
+    rule(D + "mlp.router.expert_bias", L + "mlp.gate.e_score_correction_bias", ops.copy),
+)
+
+EXPERTS = (
+    rule(
+        D + "mlp.experts.experts.linear_fc1.weight",
+        (
+            L + "mlp.experts.{expert}.gate_proj.weight",
+            L + "mlp.experts.{expert}.up_proj.weight",
+        ),
+        ops.expert_gate_up,
+    ),
+    rule(
+        D + "mlp.experts.experts.linear_fc2.weight",
+        L + "mlp.experts.{expert}.down_proj.weight",
+        ops.experts,
+    ),
+)
+
+SHARED_EXPERTS = (
+    rule(
+        D + "mlp.shared_experts.linear_fc1.weight",
+        (L + "mlp.shared_experts.gate_proj.weight", L + "mlp.shared_experts.up_proj.weight"),
+        ops.gate_up,
+    ),
+    rule(
+        D + "mlp.shared_experts.linear_fc2.weight",
+        L + "mlp.shared_experts.down_proj.weight",
+        ops.copy,
+    ),
+)
+
+# The shared expert of Qwen: named in the singular, and with a gate.
+GATED_SHARED_EXPERT = (
+    *renamed(SHARED_EXPERTS, targets={"shared_experts": "shared_expert"}),
+    rule(D + "mlp.shared_experts.gate_weight", L + "mlp.shared_expert_gate.weight", ops.copy),
+)
+
+DENSE = (*TOP, *ATTENTION, *MLP)
+MOE = (*DENSE, *ROUTER, *EXPERTS)
+
+MLA = (
+    rule(D + "input_layernorm.weight", L + "input_layernorm.weight", ops.copy),
+    rule(D + "self_attention.linear_q_proj.weight", L + "self_attn.q_proj.weight", ops.copy),
+    rule(D + "self_attention.linear_q_down_proj.weight", L + "self_attn.q_a_proj.weight", ops.copy),
+    rule(D + "self_attention.linear_q_up_proj.weight", L + "self_attn.q_b_proj.weight", ops.copy),
+    rule(
+        D + "self_attention.linear_kv_down_proj.weight",
+        L + "self_attn.kv_a_proj_with_mqa.weight",
+        ops.copy,
+    ),
+    rule(D + "self_attention.linear_kv_up_proj.weight", L + "self_attn.kv_b_proj.weight", ops.copy),
+    rule(D + "self_attention.linear_proj.weight", L + "self_attn.o_proj.weight", ops.copy),
+    *(
+        rule(D + f"self_attention.{norm}", L + f"self_attn.{part}_a_layernorm.weight", ops.copy)
+        for part in ("q", "kv")
+        for norm in (f"linear_{part}_up_proj.layer_norm_weight", f"{part}_layernorm.weight")
+    ),
+)
+
+
+def mtp(
+    layer_rules: Iterable[Rule], *, inner: str = "model.layers.{mtp_layer}."
+) -> tuple[Rule, ...]:
+    """Return the rules of layers for multi-token prediction, whose own layer follows ``layer_rules``.
+
+    ``inner`` is HuggingFace's prefix of such a layer.
+    """
+    in_layers = (r for r in layer_rules if r.sources[0].startswith(D))
+    m = "mtp.layers.{mtp}."
+    return (
+        rule(m + "enorm.weight", inner + "enorm.weight", ops.copy),
+        rule(m + "hnorm.weight", inner + "hnorm.weight", ops.copy),
+        rule(m + "eh_proj.weight", inner + "eh_proj.weight", ops.copy),
+        rule(m + "final_layernorm.weight", inner + "shared_head.norm.weight", ops.copy),
+        *renamed(in_layers, sources={D: m + "transformer_layer."}, targets={L: inner}),
+    )

@@ -1,0 +1,149 @@
+"""A Megatron checkpoint and a config.json in, recipes of HuggingFace tensors and their model out."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from streamconv import families
+from streamconv.errors import BadInputError, UsageError
+from streamconv.families.engine import Headers, apply
+from streamconv.families.ops import copy
+from streamconv.families.rules import Dims, compiled, rule
+from streamconv.options import JobOptions
+from streamconv.recipe import Recipe
+from streamconv.source import Skipped
+from streamconv.tracing.hf import MetaModel, build_meta
+
+_LAYER = re.compile(r"(?:language_model\.)?decoder\.layers\.([0-9]+)\.")
+_OUTPUT = re.compile(r"(?:language_model\.)?output_layer\.(weight|bias)")
+_HEAD = tuple(
+    rule(f"{prefix}output_layer.{kind}", f"score.{kind}", copy)
+    for prefix in ("", "language_model.")
+    for kind in ("weight", "bias")
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Converted:
+    """The outputs of a Megatron checkpoint, in the order of their names.
+
+    ``config`` is what config.json has to say and ``changes`` how it differs from what it said;
+    ``model`` is transformers' model of it, None where the library has none; ``extras`` are patterns
+    of names that the model may have beyond that.
+    """
+
+    recipes: tuple[Recipe, ...]
+    model: MetaModel | None
+    config: Mapping[str, Any]
+    changes: tuple[str, ...]
+    extras: tuple[re.Pattern[str], ...]
+    skipped: tuple[Skipped, ...]
+    notices: tuple[str, ...]
+
+
+def convert(
+    tensors: Headers,
+    config: Mapping[str, Any] | None,
+    megatron: Mapping[str, Any],
+    job: JobOptions,
+) -> Converted:
+    """Return how the tensors of a Megatron checkpoint (canonical names) become HuggingFace's.
+
+    ``megatron`` is what the checkpoint says of its run. Raises :class:`BadInputError` where
+    config.json is missing or contradicts the tensors, or a tensor is unknown.
+    """
+    if config is None:
+        raise BadInputError(
+            "a Megatron checkpoint needs the model's config.json, and has none",
+            expected="config.json in huggingface/ beside the weights",
+            hint="--hf-config DIR names a folder that has it, and the tokenizer",
+        )
+    if job.layout == "memory":
+        raise UsageError(
+            "--layout memory is for checkpoints of transformers models",
+            hint="leave it out: Megatron's tensors become those of the Hub",
+        )
+    family = families.choose(config, job.family)
+    notices = [f"Megatron's tensors are read as the family {family.name}"]
+    config, changes = _for_these_weights(config, tensors)
+    head = [m[1] for name in tensors if (m := _OUTPUT.fullmatch(name))] if changes.head else []
+    reference = family.reference(config)
+    model = build_meta(reference, [f"score.{kind}" for kind in head])
+    if model is None:
+        settings: Mapping[str, Any] = {**reference, **(reference.get("text_config") or {})}
+        notices.append(
+            f"transformers does not know the model type {reference.get('model_type')!r}: the names "
+            "are the family's, shapes are checked as far as its rules do"
+        )
+    else:
+        settings = model.settings
+    dims = Dims(settings, megatron)
+    _check_layers(dims, tensors)
+    if head:
+        family = dataclasses.replace(family, rules=(*_HEAD, *family.rules))
+    mapped = apply(family, dims, tensors)
+    order = {name: k for k, name in enumerate(model.hub_shapes)} if model is not None else {}
+    recipes = sorted(
+        mapped.recipes, key=lambda r: (order.get(r.name, len(order)), _natural(r.name))
+    )
+    return Converted(
+        tuple(recipes),
+        model,
+        config,
+        changes.told,
+        tuple(compiled(p) for p in family.extras),
+        mapped.skipped,
+        tuple(notices),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Changes:
+    told: tuple[str, ...]
+    head: bool
+
+
+def _for_these_weights(
+    config: Mapping[str, Any], tensors: Headers
+) -> tuple[dict[str, Any], _Changes]:
+    """Return the config without what holds for other weights than Megatron's.
+
+    Released DeepSeek-V3 and gpt-oss files are quantized, a trained model is not. A value model
+    (verl's critic) has one output a token, and its config is often the actor's.
+    """
+    config, told = dict(config), []
+    if config.pop("quantization_config", None) is not None:
+        told.append("config.json: quantization_config removed, the weights are not quantized")
+    outputs = next(
+        (s[0] for n, (s, _) in tensors.items() if _OUTPUT.fullmatch(n) and n.endswith("weight")), 0
+    )
+    head = outputs == 1
+    if head and config.get("num_labels") != 1:
+        config["num_labels"] = 1
+        config.pop("id2label", None)
+        config.pop("label2id", None)
+        told.append("config.json: num_labels set to 1, this is a value model")
+    return config, _Changes(tuple(told), head)
+
+
+def _check_layers(dims: Dims, tensors: Headers) -> None:
+    found = {int(m[1]) for name in tensors if (m := _LAYER.match(name))}
+    missing = sorted(set(range(dims.layers)) - found)
+    beyond = sorted(found - set(range(dims.layers)))
+    if not missing and not beyond:
+        return
+    if beyond or missing == list(range(len(found), dims.layers)):
+        dims.expect("the number of layers", dims.layers, max(found, default=-1) + 1)
+    raise BadInputError(
+        f"{len(missing)} of {dims.layers} layers are not in the checkpoint",
+        where="decoder.layers." + ", ".join(map(str, missing[:12])),
+        hint="the checkpoint is incomplete: pipeline stages are missing",
+    )
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    return [(int(p), "") if p.isdigit() else (-1, p) for p in name.split(".")]

@@ -1,0 +1,205 @@
+"""Applies a family's rules to the tensors of a checkpoint: recipes out, and nothing left over.
+
+Layers are alike: a rule is traced once for each set of shapes it meets, and the recipe is given other
+names for every other layer.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from streamconv.boxes import Shape
+from streamconv.dtypes import DType
+from streamconv.errors import BadInputError, StreamconvError
+from streamconv.families.rules import Dims, Family, Rule, compiled
+from streamconv.recipe import Gather, Part, Recipe, SourceRef, View
+from streamconv.source import Skipped
+from streamconv.tracing.tracer import trace
+
+Headers = Mapping[str, tuple[Shape, DType]]
+
+_LISTED = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Mapped:
+    """What a family made of a checkpoint's tensors: recipes, and what it leaves out."""
+
+    recipes: tuple[Recipe, ...]
+    skipped: tuple[Skipped, ...]
+
+
+def apply(family: Family, dims: Dims, tensors: Headers) -> Mapped:
+    """Return how the HuggingFace tensors of ``family`` are made of ``tensors``.
+
+    Raises :class:`BadInputError` for tensors that no rule knows, for two that would make the same
+    output, and for sizes that contradict config.json.
+    """
+    matcher = _Matcher(family.rules)
+    tracer = _Tracer(dims)
+    ignored = [(compiled(i.pattern), i.reason) for i in family.ignored]
+    recipes: dict[str, Recipe] = {}
+    origin: dict[str, str] = {}
+    used: set[str] = set()
+    skipped: list[Skipped] = []
+    unknown: list[str] = []
+    for name in tensors:
+        match = matcher.find(name)
+        if match is None:
+            reason = next((r for p, r in ignored if p.fullmatch(name)), None)
+            if reason is None:
+                unknown.append(name)
+            else:
+                skipped.append(Skipped(name, reason))
+            continue
+        rule, position, captures = match
+        used.add(name)
+        if position:  # the rule's first source finds the match
+            first = _format(rule.sources[0], captures)
+            if first not in tensors:
+                raise _lacks(rule, captures, name, tensors)
+            continue
+        sources = [_format(s, captures) for s in rule.sources]
+        if not all(s in tensors for s in sources):
+            raise _lacks(rule, captures, name, tensors)
+        for recipe in tracer.recipes(rule, sources, captures, tensors):
+            if recipe.name in recipes:
+                raise BadInputError(
+                    f"two tensors of the checkpoint would both be written as {recipe.name}",
+                    found=f"{origin[recipe.name]} and {name}",
+                )
+            recipes[recipe.name] = recipe
+            origin[recipe.name] = name
+    if unknown:
+        raise _unknown(family, unknown)
+    return Mapped(tuple(recipes.values()), tuple(skipped))
+
+
+def _unknown(family: Family, names: Sequence[str]) -> BadInputError:
+    alike: dict[str, int] = {}
+    for name in names:
+        pattern = re.sub(r"\.\d+\.", ".{n}.", name)
+        alike[pattern] = alike.get(pattern, 0) + 1
+    shown = [f"{p} ({n} tensors)" if n > 1 else p for p, n in alike.items()]
+    more = len(shown) - _LISTED
+    return BadInputError(
+        f"the family {family.name} knows no rule for {len(names)} tensors of this checkpoint",
+        where=", ".join(shown[:_LISTED]) + (f" and {more} more" if more > 0 else ""),
+        hint="is it another family (--family NAME)? CONTRIBUTING.md, 'Adding a Megatron family', "
+        "says how to add rules",
+    )
+
+
+def _lacks(rule: Rule, captures: Mapping[str, str], name: str, tensors: Headers) -> BadInputError:
+    missing = [s for s in (_format(s, captures) for s in rule.sources) if s not in tensors]
+    return BadInputError(
+        "tensors that belong together are not all there",
+        where=name,
+        expected=", ".join(missing),
+        found="not in the checkpoint",
+    )
+
+
+def _format(pattern: str, captures: Mapping[str, str]) -> str:
+    return re.sub(r"\{(\w+)\}", lambda m: captures[m[1]], pattern)
+
+
+class _Matcher:
+    """Finds the rule of a name; names that differ in numbers only share a shape of words."""
+
+    def __init__(self, rules: Iterable[Rule]) -> None:
+        self._rows = [
+            (compiled(source), rule, position)
+            for rule in rules
+            for position, source in enumerate(rule.sources)
+        ]
+
+    def find(self, name: str) -> tuple[Rule, int, dict[str, str]] | None:
+        """Return (rule, which of its sources, captures) for the first rule that matches."""
+        for pattern, rule, position in self._rows:
+            found = pattern.fullmatch(name)
+            if found:
+                return rule, position, found.groupdict()
+        return None
+
+
+class _Tracer:
+    """Traces rules, each once for every set of shapes."""
+
+    def __init__(self, dims: Dims) -> None:
+        self._dims = dims
+        self._traced: dict[object, list[tuple[int, int | None, Recipe]]] = {}
+
+    def recipes(
+        self, rule: Rule, sources: Sequence[str], captures: Mapping[str, str], tensors: Headers
+    ) -> Iterator[Recipe]:
+        """Yield the recipes of what ``rule`` makes of ``sources``."""
+        headers = tuple(tensors[s] for s in sources)
+        key = (id(rule), headers)
+        if key not in self._traced:
+            try:
+                self._traced[key] = list(self._trace(rule, headers))
+            except StreamconvError as error:
+                error.where = error.where or sources[0]
+                raise
+            except (RuntimeError, ValueError, IndexError) as error:
+                raise BadInputError(
+                    "a tensor does not have the shape that its rule needs",
+                    where=sources[0],
+                    expected=f"what {', '.join(rule.targets)} can be made of",
+                    found=f"{list(headers[0][0])}: {str(error).splitlines()[0]}",
+                ) from error
+        captures = dict(captures)
+        if "mtp" in captures:
+            captures["mtp_layer"] = str(self._dims.layers + int(captures["mtp"]))
+        names = {str(k): s for k, s in enumerate(sources)}
+        for target, expert, recipe in self._traced[key]:
+            if expert is not None:
+                captures["expert"] = str(expert)
+            name = _format(rule.targets[target], captures)
+            yield Recipe(name, recipe.dtype, _rebased(recipe.view, names))
+
+    def _trace(
+        self, rule: Rule, headers: Sequence[tuple[Shape, DType]]
+    ) -> Iterator[tuple[int, int | None, Recipe]]:
+        per_expert = [
+            "{expert}" in t and not any("{expert}" in s for s in rule.sources) for t in rule.targets
+        ]
+        order: list[tuple[int, int | None]] = []
+
+        def body(given: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+            made = rule.how(self._dims, *given.values())
+            made = (made,) if isinstance(made, torch.Tensor) else made
+            if len(made) != len(rule.targets):
+                raise TypeError(f"{rule.how} makes {len(made)} tensors of {len(rule.targets)}")
+            result = {}
+            for k, tensor in enumerate(made):
+                if per_expert[k]:
+                    for e, one in enumerate(tensor.unbind(0)):
+                        order.append((k, e))
+                        result[f"{k}.{e}"] = one
+                else:
+                    order.append((k, None))
+                    result[str(k)] = tensor
+            return result
+
+        traced = trace({str(k): h for k, h in enumerate(headers)}, body)
+        for (k, expert), recipe in zip(order, traced.values(), strict=True):
+            yield k, expert, recipe
+
+
+def _rebased(view: View, names: Mapping[str, str]) -> View:
+    """Return ``view`` with the numbers of a rule's sources replaced by names."""
+    if isinstance(view.base, SourceRef):
+        base: SourceRef | Gather = SourceRef(names[view.base.fqn], view.base.shape)
+    else:
+        base = Gather(
+            view.base.shape,
+            tuple(Part(p.box, _rebased(p.view, names)) for p in view.base.parts),
+        )
+    return dataclasses.replace(view, base=base)

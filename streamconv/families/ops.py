@@ -1,0 +1,105 @@
+"""What rules do to tensors: a few lines of torch each, run on meta tensors while planning.
+
+Letters: H hidden size, V vocabulary, n query heads, g query groups, d head width, I width of an
+MLP, E experts. Shapes are torch's ``[out, in]``.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from streamconv.errors import BadInputError
+from streamconv.families.rules import Dims
+
+Tensor = torch.Tensor
+
+
+def copy(_: Dims, tensor: Tensor) -> Tensor:
+    """Hand the tensor on."""
+    return tensor
+
+
+def vocab(dims: Dims, tensor: Tensor) -> Tensor:
+    """``[V padded, …]`` → ``[V, …]``: the rows that only fill up are last and may hold anything."""
+    rows = tensor.shape[0]
+    if rows < dims.vocab:
+        dims.expect("the size of the vocabulary", dims.vocab, rows)
+    return tensor[: dims.vocab]
+
+
+def gate_up(_: Dims, fc1: Tensor) -> tuple[Tensor, ...]:
+    """``[2I, …]`` → gate ``[I, …]``, up ``[I, …]``."""
+    return _halves(fc1, 0)
+
+
+def expert_gate_up(dims: Dims, fc1: Tensor) -> tuple[Tensor, ...]:
+    """``[E, 2I, …]`` → gate ``[E, I, …]``, up ``[E, I, …]``."""
+    return _halves(experts(dims, fc1), 1)
+
+
+def experts(dims: Dims, tensor: Tensor) -> Tensor:
+    """``[E, …]``, handed on; a missing expert shows here."""
+    dims.expect("the number of experts", dims.experts, tensor.shape[0])
+    return tensor
+
+
+def _halves(tensor: Tensor, dim: int) -> tuple[Tensor, ...]:
+    if tensor.shape[dim] % 2:
+        raise BadInputError(
+            "a gate and an up projection of unequal size", found=str(list(tensor.shape))
+        )
+    return tensor.chunk(2, dim)
+
+
+def qkv(dims: Dims, tensor: Tensor) -> tuple[Tensor, ...]:
+    """``[g·(n/g + 2)·d, …]`` → q ``[n·d, …]``, k ``[g·d, …]``, v ``[g·d, …]``.
+
+    Megatron keeps each group together: its query heads, its key head, its value head.
+    """
+    grouped, per = _groups(dims, tensor, 1)
+    return (
+        grouped[:, :per].flatten(0, 2),
+        grouped[:, per].flatten(0, 1),
+        grouped[:, per + 1].flatten(0, 1),
+    )
+
+
+def gated_qkv(dims: Dims, tensor: Tensor) -> tuple[Tensor, ...]:
+    """The same with a gate a query head: q ``[n·2·d, …]`` has query and gate of each head in turn."""
+    grouped, per = _groups(dims, tensor, 2)
+    query, gate = grouped[:, :per], grouped[:, per : 2 * per]
+    return (
+        torch.stack((query, gate), dim=2).flatten(0, 3),
+        grouped[:, 2 * per].flatten(0, 1),
+        grouped[:, 2 * per + 1].flatten(0, 1),
+    )
+
+
+def _groups(dims: Dims, tensor: Tensor, queries: int) -> tuple[Tensor, int]:
+    """Return ``[g, queries·n/g + 2, d, …]`` and ``n/g``."""
+    if not dims.groups or dims.heads % dims.groups:
+        raise BadInputError(
+            "config.json: the query heads cannot be divided among the key and value heads",
+            where="config.json",
+            found=f"{dims.heads} and {dims.groups} heads",
+        )
+    per = dims.heads // dims.groups
+    slots = queries * per + 2
+    dims.expect(
+        f"the rows of queries, keys and values ({dims.heads} query heads and {dims.groups} groups "
+        f"of width {dims.head_dim})",
+        dims.groups * slots * dims.head_dim,
+        tensor.shape[0],
+    )
+    return tensor.reshape(dims.groups, slots, dims.head_dim, *tensor.shape[1:]), per
+
+
+def swapped_halves(_: Dims, tensor: Tensor) -> Tensor:
+    """``[H, 2H]`` with its two halves of columns in the other order."""
+    first, second = _halves(tensor, 1)
+    return torch.cat((second, first), dim=1)
+
+
+def row(_: Dims, tensor: Tensor) -> Tensor:
+    """``[E]`` → ``[1, E]``."""
+    return tensor[None]

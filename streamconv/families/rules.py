@@ -1,0 +1,207 @@
+"""What a family is made of: rules that name Megatron's tensors and HuggingFace's, and a little torch.
+
+A rule's patterns have named captures. In a source ``{rest}`` is any text and every other capture a
+number: ``decoder.layers.{layer}.mlp.linear_fc2.weight``. A target uses the captures of its source, and
+``{expert}`` where the source has none: then the made tensor's first axis counts the experts and each
+becomes a tensor of its own. ``{mtp_layer}`` is the number of ordinary layers plus ``{mtp}``: where
+several HuggingFace families keep the layers for multi-token prediction.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from streamconv.errors import BadInputError
+
+if TYPE_CHECKING:
+    import torch
+
+How = Callable[..., "torch.Tensor | tuple[torch.Tensor, ...]"]
+"""``how(dims, *sources)`` returns one tensor a target; it sees shapes and dtypes, never data."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """How the tensors that match ``sources`` become those called ``targets``.
+
+    All ``sources`` of one match are given to ``how``; the first one finds the match.
+    """
+
+    sources: tuple[str, ...]
+    targets: tuple[str, ...]
+    how: How
+
+
+@dataclass(frozen=True, slots=True)
+class Ignored:
+    """Megatron tensors that make no output, and why."""
+
+    pattern: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Family:
+    """Models that Megatron names alike and HuggingFace names alike.
+
+    ``model_types`` are those of config.json. ``extras`` are patterns (as a rule's targets) of
+    tensors that the released models have and transformers' class has not, such as layers for
+    multi-token prediction. ``reference`` turns the config into one that transformers knows, for a
+    model whose class is not part of it.
+    """
+
+    name: str
+    model_types: tuple[str, ...]
+    rules: tuple[Rule, ...]
+    ignored: tuple[Ignored, ...] = ()
+    extras: tuple[str, ...] = ()
+    reference: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict
+
+
+def rule(sources: str | tuple[str, ...], targets: str | tuple[str, ...], how: How) -> Rule:
+    """Return a rule; a single name needs no tuple."""
+    return Rule(_tuple(sources), _tuple(targets), how)
+
+
+def _tuple(names: str | tuple[str, ...]) -> tuple[str, ...]:
+    return (names,) if isinstance(names, str) else names
+
+
+def renamed(
+    rules: Iterable[Rule],
+    *,
+    sources: Mapping[str, str] | None = None,
+    targets: Mapping[str, str] | None = None,
+) -> tuple[Rule, ...]:
+    """Return ``rules`` with parts of their names replaced: another prefix, another word for a module.
+
+    Every key must occur in some rule, so that a table that changes below does not go unnoticed.
+    """
+    missed = {*(sources or {}), *(targets or {})}
+
+    def replace(name: str, table: Mapping[str, str]) -> str:
+        for old, new in table.items():
+            if old in name:
+                missed.discard(old)
+                name = name.replace(old, new)
+        return name
+
+    made = tuple(
+        dataclasses.replace(
+            r,
+            sources=tuple(replace(n, sources or {}) for n in r.sources),
+            targets=tuple(replace(n, targets or {}) for n in r.targets),
+        )
+        for r in rules
+    )
+    if missed:
+        raise ValueError(f"no rule has {', '.join(sorted(missed))} in its names")
+    return made
+
+
+def prefixed(rules: Iterable[Rule], *, sources: str = "", targets: str = "") -> tuple[Rule, ...]:
+    """Return ``rules`` with a prefix before the names of their sources and targets."""
+    return tuple(
+        dataclasses.replace(
+            r,
+            sources=tuple(sources + n for n in r.sources),
+            targets=tuple(targets + n for n in r.targets),
+        )
+        for r in rules
+    )
+
+
+def compiled(pattern: str) -> re.Pattern[str]:
+    """Return the regular expression of a pattern with named captures."""
+    text = ""
+    for k, part in enumerate(re.split(r"\{(\w+)\}", pattern)):
+        if k % 2:
+            seen = f"(?P<{part}>" in text
+            text += (
+                f"(?P={part})" if seen else f"(?P<{part}>{'.+' if part == 'rest' else '[0-9]+'})"
+            )
+        else:
+            text += re.escape(part)
+    return re.compile(text)
+
+
+class Dims:
+    """The sizes of a model, from its config.json with transformers' defaults filled in.
+
+    ``megatron`` holds what the checkpoint itself says of the run (arguments of Megatron's config).
+    """
+
+    def __init__(self, settings: Mapping[str, Any], megatron: Mapping[str, Any]) -> None:
+        self._settings = settings
+        self.megatron = megatron
+
+    def get(self, *names: str) -> Any:
+        """Return the first of the settings ``names`` that the config has, or None."""
+        return next((v for n in names if (v := self._settings.get(n)) is not None), None)
+
+    def number(self, *names: str) -> int:
+        """Return a setting that must be there and be a whole number."""
+        value = self.get(*names)
+        if type(value) is not int or value < 0:
+            raise BadInputError(
+                f"config.json gives no {names[0]}",
+                where="config.json",
+                expected="a whole number",
+                found=str(value)[:80],
+            )
+        return value
+
+    @property
+    def hidden(self) -> int:
+        """Return the width of the residual stream."""
+        return self.number("hidden_size")
+
+    @property
+    def layers(self) -> int:
+        """Return the number of layers, those for multi-token prediction not counted."""
+        return self.number("num_hidden_layers")
+
+    @property
+    def heads(self) -> int:
+        """Return the number of query heads."""
+        return self.number("num_attention_heads")
+
+    @property
+    def groups(self) -> int:
+        """Return the number of query groups: of key and value heads."""
+        return (
+            self.heads
+            if self.get("num_key_value_heads") is None
+            else self.number("num_key_value_heads")
+        )
+
+    @property
+    def head_dim(self) -> int:
+        """Return the width of a head, which need not be ``hidden / heads``."""
+        given = self.get("head_dim")
+        return self.number("head_dim") if given is not None else self.hidden // self.heads
+
+    @property
+    def vocab(self) -> int:
+        """Return the number of tokens, without padding."""
+        return self.number("vocab_size")
+
+    @property
+    def experts(self) -> int:
+        """Return the number of routed experts, 0 for a dense model."""
+        names = ("n_routed_experts", "num_experts", "num_local_experts", "moe_num_experts")
+        return 0 if self.get(*names) is None else self.number(*names)
+
+    def expect(self, what: str, expected: object, found: object) -> None:
+        """Raise :class:`BadInputError` where config.json and a tensor contradict each other."""
+        if expected != found:
+            raise BadInputError(
+                f"config.json and the checkpoint contradict each other: {what}",
+                expected=f"{expected} by config.json",
+                found=f"{found} in the checkpoint",
+                hint="name the config of the model that was trained: --hf-config DIR",
+            )

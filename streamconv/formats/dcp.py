@@ -1,0 +1,110 @@
+"""Plain torch distributed checkpoints (DCP): what ``torch.distributed.checkpoint.save`` writes.
+
+Byte layout: that of :mod:`streamconv.formats.dcp_folder`. The names are those of the state dict that
+was given to it: a model's own, mostly below a key of the trainer's (``model.``, ``module.``,
+``app.model.``), beside an optimizer. What of a prefix is no part of the model's names is decided by
+the model (:mod:`streamconv.tracing.hf_names`), not here. Accelerate keeps the weights in
+``pytorch_model_fsdp_0/``, VeOmni in ``global_step_N/``. Megatron-FSDP (``fsdp_dtensor``) writes such a
+folder with Megatron's names, and these are treated as in :mod:`streamconv.formats.torch_dist`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+
+from streamconv.errors import BadInputError
+from streamconv.formats.dcp_folder import (
+    Assembler,
+    RecordReader,
+    has_index,
+    read_index,
+    source_files,
+)
+from streamconv.formats.mcore_names import is_mcore
+from streamconv.formats.torch_dist import canonical_tensors, count_ranks, side_folder
+from streamconv.source import Checkpoint, GlobalTensor, Skipped, SourceFile
+from streamconv.torchfile.dcp import DcpIndex, DcpTensor
+
+NAME = "dcp"
+
+_OPTIMIZER_FOLDER = re.compile(r"optim(izer)?(_\d+)?", re.ASCII)
+_NO_WEIGHTS = re.compile(
+    r"(^|\.)(optim|optimizer|optimizers|optimizer_state|optimizer_state_dict|optim_state_dict|"
+    r"lr_scheduler|scheduler|dataloader|train_state|rng_state|extra_state)(\.|$)"
+)
+
+
+def detect(path: Path) -> str | None:
+    """Return why ``path`` looks like such a folder, or None."""
+    if has_index(path) and not _OPTIMIZER_FOLDER.fullmatch(path.name):
+        return "an index .metadata"
+    return None
+
+
+def side_dir(path: Path) -> Path | None:
+    """Return the folder with config and tokenizer beside or above the weights, where it is there."""
+    return side_folder(path)
+
+
+def identify(path: Path) -> tuple[SourceFile, ...]:
+    """Return the files of records with size, time and the hash of their index."""
+    return source_files(path, path)
+
+
+def read(path: Path) -> Checkpoint:
+    """Read the metadata of the checkpoint in the folder ``path``.
+
+    Raises :class:`BadInputError` for missing files, and for tensors whose pieces do not make them up.
+    """
+    if any(path.glob("*.safetensors")) and not any(path.glob("*.distcp")):
+        raise BadInputError(
+            "this checkpoint was saved in safetensors pieces by torch's HuggingFace writer",
+            where=str(path),
+            hint="torch.distributed.checkpoint.consolidate_hf_safetensors joins them",
+        )
+    files = source_files(path, path)
+    index = read_index(path)
+    weights, skipped = _split(index)
+    if not weights:
+        raise BadInputError(
+            "this checkpoint holds no weights",
+            where=str(path),
+            found=f"{len(skipped)} kinds of state",
+        )
+    stored = RecordReader(path, files).read(weights.values())
+    mcore = is_mcore(list(weights))
+    tensors: Mapping[str, GlobalTensor]
+    if mcore:
+        tensors = canonical_tensors(weights, stored)
+    else:
+        assembler = Assembler()
+        tensors = {n: assembler.tensor(n, t.dtype, t.shape, stored[n]) for n, t in weights.items()}
+    return Checkpoint(
+        root=path,
+        format=NAME,
+        files=files,
+        tensors=MappingProxyType(dict(tensors)),
+        side_dir=side_folder(path),
+        skipped=skipped,
+        facts=MappingProxyType({"ranks": count_ranks(files)}),
+        naming="mcore" if mcore else "hf",
+    )
+
+
+def _split(index: DcpIndex) -> tuple[dict[str, DcpTensor], tuple[Skipped, ...]]:
+    weights: dict[str, DcpTensor] = {}
+    optimizer = 0
+    for name in index.tensors:
+        if _NO_WEIGHTS.search(name):
+            optimizer += 1
+        else:
+            weights[name] = index.tensor(name)
+    skipped = []
+    if optimizer:
+        skipped.append(Skipped(f"{optimizer} tensors", "optimizer or trainer state"))
+    if index.objects:
+        skipped.append(Skipped(f"{len(index.objects)} objects", "no tensors"))
+    return weights, tuple(skipped)

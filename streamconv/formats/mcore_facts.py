@@ -1,0 +1,109 @@
+"""What Megatron says of a run beside the weights: parallel sizes, iteration, parts of its config.
+
+The sources are ``common.pt`` (or, since 0.19, the record ``common_state``), which holds the arguments
+of a Megatron-LM run, and verl's ``transformer_config.json``. Both are strangers' data of many classes:
+they are read inertly, only plain numbers, texts and truth values are taken, and what cannot be read
+is no reason to fail.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from streamconv.errors import StreamconvError
+from streamconv.torchfile.inert import Inert, InertDict
+from streamconv.torchfile.unpickle import load_inert
+from streamconv.torchfile.window import FileWindow
+from streamconv.torchfile.zipdir import read_directory
+
+_MAX_NBYTES = 16 << 20
+_WANTED = frozenset(
+    {
+        "num_layers",
+        "hidden_size",
+        "num_attention_heads",
+        "num_query_groups",
+        "kv_channels",
+        "ffn_hidden_size",
+        "moe_ffn_hidden_size",
+        "num_experts",
+        "num_moe_experts",
+        "padded_vocab_size",
+        "vocab_size",
+        "mtp_num_layers",
+        "attention_output_gate",
+        "layernorm_zero_centered_gamma",
+        "apply_layernorm_1p",
+        "tensor_model_parallel_size",
+        "pipeline_model_parallel_size",
+        "virtual_pipeline_model_parallel_size",
+        "expert_model_parallel_size",
+        "expert_tensor_parallel_size",
+        "iteration",
+        "moe_mlp_glu_interleave_size",
+    }
+)
+
+
+def of_file(path: Path, offset: int = 0, nbytes: int | None = None) -> dict[str, object]:
+    """Return the facts in a file that torch.save wrote, or in the record at ``offset`` of one."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return {}
+    try:
+        size = os.fstat(fd).st_size if nbytes is None else nbytes
+        directory = read_directory(FileWindow(fd, str(path), offset, size))
+        data = directory.read_entry("data.pkl", max_nbytes=_MAX_NBYTES)
+        return dict(_scalars(load_inert(data, str(path), unknown="keep"), 0))
+    except (StreamconvError, OSError):
+        return {}
+    finally:
+        os.close(fd)
+
+
+def of_json(path: Path) -> dict[str, object]:
+    """Return the facts in a JSON file: verl's transformer_config.json."""
+    try:
+        if path.stat().st_size > _MAX_NBYTES:
+            return {}
+        return dict(_scalars(json.loads(path.read_text("utf-8")), 0))
+    except (OSError, ValueError, RecursionError):
+        return {}
+
+
+def of_state(value: object) -> dict[str, object]:
+    """Return the facts in an unpickled checkpoint: a dict with ``args``, ``iteration`` and so on."""
+    return dict(_scalars(value, 0))
+
+
+def parallelism(facts: Mapping[str, object]) -> str:
+    """Return the parallel sizes that ``facts`` tell, in short: ``tp 2, pp 4``."""
+    sizes = (
+        ("tp", "tensor_model_parallel_size"),
+        ("pp", "pipeline_model_parallel_size"),
+        ("vpp", "virtual_pipeline_model_parallel_size"),
+        ("ep", "expert_model_parallel_size"),
+        ("etp", "expert_tensor_parallel_size"),
+    )
+    return (
+        ", ".join(f"{short} {facts[name]}" for short, name in sizes if name in facts) or "unknown"
+    )
+
+
+def _scalars(value: Any, depth: int) -> Iterator[tuple[str, object]]:
+    if type(value) is list and len(value) == 1:
+        value = value[0]
+    if isinstance(value, Inert):
+        value = value.state
+    if type(value) not in (dict, InertDict) or depth > 1:
+        return
+    for key, item in value.items():
+        if key == "args":
+            yield from _scalars(item, depth + 1)
+        elif key in _WANTED and type(item) in (int, float, bool, str):
+            yield str(key), item

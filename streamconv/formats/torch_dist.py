@@ -1,0 +1,267 @@
+"""Megatron-Core's distributed checkpoints (torch_dist): a DCP folder whose tensors are Megatron's.
+
+Byte layout: that of :mod:`streamconv.formats.dcp_folder`, and ``metadata.json``, written last, which
+names the layout. verl keeps it as ``dist_ckpt/`` of ``actor/`` or of ``actor/model/``, Megatron-LM,
+Megatron-Bridge and slime as ``iter_0000500/``. Tensor, pipeline and expert parallelism leave no trace
+but the boxes of the pieces.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from types import MappingProxyType
+
+from streamconv.boxes import Box, Shape
+from streamconv.dtypes import DType
+from streamconv.errors import BadInputError
+from streamconv.formats import mcore_facts
+from streamconv.formats.dcp_folder import (
+    Assembler,
+    RecordReader,
+    Stored,
+    has_index,
+    read_index,
+    source_files,
+)
+from streamconv.formats.mcore_names import Place, place, why_no_weight
+from streamconv.source import Checkpoint, GlobalTensor, Skipped, SourceFile
+from streamconv.torchfile.dcp import DcpIndex, DcpTensor
+
+NAME = "torch_dist"
+
+_SIGN = "metadata.json"
+_SUBFOLDERS = (".", "dist_ckpt", "model/dist_ckpt")
+_SIDE_FOLDERS = ("huggingface", "hf_config_and_tokenizer")
+_MAX_SIGN_NBYTES = 1 << 16
+
+
+def detect(path: Path) -> str | None:
+    """Return why ``path`` looks like such a folder, or None."""
+    folder = _data_folder(path)
+    return f"{_SIGN} of torch_dist" if folder is not None else None
+
+
+def _data_folder(path: Path) -> Path | None:
+    for name in _SUBFOLDERS:
+        folder = path / name
+        if _backend(folder) == "torch_dist":
+            return folder
+    return None
+
+
+def _backend(folder: Path) -> str | None:
+    file = folder / _SIGN
+    try:
+        if not file.is_file() or file.stat().st_size > _MAX_SIGN_NBYTES:
+            return None
+        found = json.loads(file.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    backend = found.get("sharded_backend") if isinstance(found, dict) else None
+    return backend if isinstance(backend, str) else None
+
+
+def side_dir(path: Path) -> Path | None:
+    """Return the folder with config and tokenizer that verl writes, where it is there."""
+    return side_folder(_data_folder(path) or path)
+
+
+def side_folder(folder: Path) -> Path | None:
+    """Return the folder with config and tokenizer beside or above the data in ``folder``."""
+    above = [folder, folder.parent]
+    if folder.parent.name == "model":
+        above.append(folder.parent.parent)
+    for base in above:
+        for name in _SIDE_FOLDERS:
+            if (base / name).is_dir():
+                return base / name
+    return None
+
+
+def identify(path: Path) -> tuple[SourceFile, ...]:
+    """Return the files of records with size, time and the hash of their index."""
+    return source_files(_folder(path), path)
+
+
+def _folder(path: Path) -> Path:
+    folder = _data_folder(path)
+    if folder is None:
+        raise BadInputError("no torch_dist checkpoint here", where=str(path), expected=_SIGN)
+    if not has_index(folder):
+        raise BadInputError(
+            "a torch_dist checkpoint without its index",
+            where=str(folder),
+            expected=".metadata",
+            hint="copy the whole folder, files that begin with a dot too",
+        )
+    return folder
+
+
+def read(path: Path) -> Checkpoint:
+    """Read the metadata of the checkpoint in the folder ``path``.
+
+    Raises :class:`BadInputError` for missing files, and for tensors whose pieces do not make them up.
+    """
+    folder = _folder(path)
+    files = source_files(folder, path)
+    index = read_index(folder)
+    weights, skipped = split_weights(index)
+    if not any(".layers." in name for name in weights):
+        raise _no_weights(folder, skipped)
+    tensors = canonical_tensors(weights, RecordReader(folder, files).read(weights.values()))
+    megatron = {
+        **mcore_facts.of_json(folder.parent / "transformer_config.json"),
+        **_common(folder, index),
+    }
+    return Checkpoint(
+        root=path,
+        format=NAME,
+        files=files,
+        tensors=MappingProxyType(tensors),
+        side_dir=side_folder(folder),
+        skipped=skipped,
+        facts=MappingProxyType(
+            {
+                "ranks": count_ranks(files),
+                "parallelism": mcore_facts.parallelism(megatron),
+                "megatron": megatron,
+            }
+        ),
+        naming="mcore",
+    )
+
+
+def count_ranks(files: Iterable[SourceFile]) -> int:
+    """Return how many ranks wrote ``files`` (``__<rank>_<thread>.distcp``)."""
+    return len({Path(f.path).stem.rpartition("_")[0] for f in files})
+
+
+def _common(folder: Path, index: DcpIndex) -> dict[str, object]:
+    if (folder / "common.pt").is_file():
+        return mcore_facts.of_file(folder / "common.pt")
+    for name in index.objects:
+        if name.startswith("common_state"):
+            record = index.object_record(name)
+            if record is not None:
+                return mcore_facts.of_file(folder / record.file, record.offset, record.nbytes)
+    return {}
+
+
+def split_weights(index: DcpIndex) -> tuple[dict[str, DcpTensor], tuple[Skipped, ...]]:
+    """Return the tensors of the model, and the rest counted by what it is."""
+    weights: dict[str, DcpTensor] = {}
+    others: Counter[str] = Counter()
+    for name in index.tensors:
+        reason = why_no_weight(name)
+        if reason:
+            others[reason] += 1
+        else:
+            weights[name] = index.tensor(name)
+    for name in index.objects:
+        others[why_no_weight(name) or "an object that is no tensor"] += 1
+    skipped = tuple(Skipped(f"{n} entries", reason) for reason, n in sorted(others.items()))
+    return weights, skipped
+
+
+def _no_weights(folder: Path, skipped: tuple[Skipped, ...]) -> BadInputError:
+    side = side_folder(folder)
+    found = ", ".join(f"{s.name}: {s.reason}" for s in skipped)
+    if side is not None and any(side.glob("*.safetensors")):
+        return BadInputError(
+            "this checkpoint holds no weights: the trainer wrote them as a HuggingFace model",
+            where=str(folder),
+            found=found,
+            hint=f"nothing is to be converted: the model is in {side}",
+        )
+    return BadInputError(
+        "this checkpoint holds no weights of a Megatron model", where=str(folder), found=found
+    )
+
+
+def canonical_tensors(
+    weights: Mapping[str, DcpTensor], stored: Mapping[str, list[Stored]]
+) -> dict[str, GlobalTensor]:
+    """Return the tensors under canonical names; see :mod:`streamconv.formats.mcore_names`."""
+    parts: dict[str, _Parts] = {}
+    for name, tensor in weights.items():
+        where = place(name)
+        for canonical, shape, pieces in _by_layer(tensor, where, stored[name]):
+            held = parts.get(canonical)
+            if held is None:
+                held = parts[canonical] = _Parts(tensor.dtype, shape)
+            held.add(name, where, tensor.dtype, shape, pieces)
+    assembler = Assembler()
+    return {
+        name: assembler.tensor(name, held.dtype, held.shape, held.pieces)
+        for name, held in parts.items()
+    }
+
+
+def _by_layer(
+    tensor: DcpTensor, where: Place, stored: list[Stored]
+) -> Iterator[tuple[str, Shape, list[Stored]]]:
+    """Yield (canonical name, shape, pieces) of each layer; of the whole where it is not stacked."""
+    if not where.stacked:
+        yield where.name, tensor.shape, stored
+        return
+    layers: dict[int, list[Stored]] = {n: [] for n in range(tensor.shape[0])}
+    for piece in stored:
+        first, count = piece.box.offsets[0], piece.box.sizes[0]
+        box = Box(piece.box.offsets[1:], piece.box.sizes[1:])
+        for k in range(count):
+            if first + k not in layers:
+                raise BadInputError(
+                    "a piece lies outside its tensor",
+                    where=tensor.name,
+                    expected=str(list(tensor.shape)),
+                    found=str(piece.box),
+                )
+            at = piece.storage_offset + k * piece.strides[0]
+            layers[first + k].append(Stored(box, piece.strides[1:], at, piece.record))
+    for n, pieces in layers.items():
+        yield where.canonical(n), tensor.shape[1:], pieces
+
+
+class _Parts:
+    """Collects the pieces of one canonical tensor, of one stored tensor or of several."""
+
+    def __init__(self, dtype: DType, shape: Shape) -> None:
+        self.dtype = dtype
+        self.pieces: list[Stored] = []
+        self._stored_shape = shape
+        self._experts: int | None = None
+        self._halves = 1
+
+    @property
+    def shape(self) -> Shape:
+        """Return the shape of the whole."""
+        shape = (self._halves * self._stored_shape[0], *self._stored_shape[1:])
+        return shape if self._experts is None else (self._experts, *shape)
+
+    def add(
+        self, name: str, where: Place, dtype: DType, shape: Shape, pieces: list[Stored]
+    ) -> None:
+        """Take in what is stored as ``name``."""
+        if (dtype, shape) != (self.dtype, self._stored_shape):
+            raise BadInputError(
+                "parts of one tensor differ in type or shape",
+                where=name,
+                expected=f"{self.dtype} {list(self._stored_shape)}",
+                found=f"{dtype} {list(shape)}",
+            )
+        if where.half is not None:
+            self._halves = 2
+        if where.expert is not None:
+            self._experts = max(self._experts or 0, where.expert + 1)
+        shift = shape[0] if where.half else 0
+        for piece in pieces:
+            box, strides = piece.box, piece.strides
+            if shift:
+                box = Box((box.offsets[0] + shift, *box.offsets[1:]), box.sizes)
+            if where.expert is not None:
+                box = Box((where.expert, *box.offsets), (1, *box.sizes))
+                strides = (0, *strides)
+            self.pieces.append(Stored(box, strides, piece.storage_offset, piece.record))
