@@ -51,6 +51,7 @@ def build_plan(checkpoint: Checkpoint, job: JobOptions, stream: IO[str]) -> None
         tensors = dict(checkpoint.tensors)
         converted = _of_family(checkpoint, config, job)
         config, model, changes = converted.config, converted.model, converted.changes
+        architecture = converted.architecture
         recipes, left = list(converted.recipes), converted.skipped
         notices += converted.notices
         if model is not None:
@@ -61,6 +62,7 @@ def build_plan(checkpoint: Checkpoint, job: JobOptions, stream: IO[str]) -> None
         tensors = planner.decide_plain(checkpoint, model)
         tensors = {n: tensors[n] for n in names}
         recipes = _recipes(tensors, model, job, notices)
+        architecture = model.architecture if model is not None and model.certain else None
     declared = declared_dtype(config) if config else None
     recipes = planner.with_dtypes(recipes, job, model, declared)
     ties = planner.decide_ties(recipes, model, tensors)
@@ -82,7 +84,7 @@ def build_plan(checkpoint: Checkpoint, job: JobOptions, stream: IO[str]) -> None
             dtype=planner.main_float_dtype(recipes),
             untie=bool(ties.kept),
             known=model is not None,
-            architecture=model.architecture if model is not None and model.certain else None,
+            architecture=architecture,
             changes=changes,
         )
         notices += told

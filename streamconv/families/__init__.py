@@ -13,7 +13,7 @@ from typing import Any
 from streamconv.errors import BadInputError, UsageError
 from streamconv.families.rules import Family
 
-_MODULES = ("llama",)
+_MODULES = ("llama", "moe", "deepseek", "glm", "mimo", "minimax", "ernie", "nemotron")
 
 
 def families() -> Iterator[Family]:

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from streamconv.families import ops
-from streamconv.families.rules import Rule, renamed, rule
+from streamconv.families.ops import Tensor
+from streamconv.families.rules import Dims, Rule, renamed, rule
 
 D = "decoder.layers.{layer}."
 L = "model.layers.{layer}."
@@ -131,19 +132,36 @@ MLA = (
 )
 
 
-def mtp(
-    layer_rules: Iterable[Rule], *, inner: str = "model.layers.{mtp_layer}."
-) -> tuple[Rule, ...]:
-    """Return the rules of layers for multi-token prediction, whose own layer follows ``layer_rules``.
+def mtp(layer_rules: Iterable[Rule]) -> tuple[Rule, ...]:
+    """Return the rules of layers for multi-token prediction, kept as layers after the last one.
 
-    ``inner`` is HuggingFace's prefix of such a layer.
+    Their own layer follows ``layer_rules``. The released models repeat the embedding and the output
+    layer in each of them, and what serves them reads it there; Megatron shares them.
     """
-    in_layers = (r for r in layer_rules if r.sources[0].startswith(D))
-    m = "mtp.layers.{mtp}."
+    source, target = "mtp.layers.{mtp}.", "model.layers.{mtp_layer}."
     return (
-        rule(m + "enorm.weight", inner + "enorm.weight", ops.copy),
-        rule(m + "hnorm.weight", inner + "hnorm.weight", ops.copy),
-        rule(m + "eh_proj.weight", inner + "eh_proj.weight", ops.copy),
-        rule(m + "final_layernorm.weight", inner + "shared_head.norm.weight", ops.copy),
-        *renamed(in_layers, sources={D: m + "transformer_layer."}, targets={L: inner}),
+        rule(
+            (source + "enorm.weight", "embedding.word_embeddings.weight"),
+            (target + "enorm.weight", target + "embed_tokens.weight"),
+            _with_vocab,
+        ),
+        rule(source + "hnorm.weight", target + "hnorm.weight", ops.copy),
+        rule(source + "eh_proj.weight", target + "eh_proj.weight", ops.copy),
+        rule(
+            (source + "final_layernorm.weight", "output_layer.weight"),
+            (target + "shared_head.norm.weight", target + "shared_head.head.weight"),
+            _with_vocab,
+        ),
+        *mtp_layer(layer_rules, target),
+    )
+
+
+def _with_vocab(dims: Dims, norm: Tensor, shared: Tensor) -> tuple[Tensor, ...]:
+    return norm, ops.vocab(dims, shared)
+
+
+def mtp_layer(layer_rules: Iterable[Rule], target: str) -> tuple[Rule, ...]:
+    """Return the rules of the layer within ``mtp.layers.{mtp}``, which HuggingFace calls ``target``."""
+    return renamed(
+        layer_rules, sources={D: "mtp.layers.{mtp}.transformer_layer."}, targets={L: target}
     )

@@ -32,12 +32,14 @@ class Converted:
     """The outputs of a Megatron checkpoint, in the order of their names.
 
     ``config`` is what config.json has to say and ``changes`` how it differs from what it said;
-    ``model`` is transformers' model of it, None where the library has none; ``extras`` are patterns
-    of names that the model may have beyond that.
+    ``model`` is transformers' model of it, None where the library has none, ``architecture`` its
+    class where config.json should name it; ``extras`` are patterns of names that the model may have
+    beyond that.
     """
 
     recipes: tuple[Recipe, ...]
     model: MetaModel | None
+    architecture: str | None
     config: Mapping[str, Any]
     changes: tuple[str, ...]
     extras: tuple[re.Pattern[str], ...]
@@ -93,12 +95,21 @@ def convert(
     return Converted(
         tuple(recipes),
         model,
+        _architecture(model, reference, config),
         config,
         changes.told,
         tuple(compiled(p) for p in family.extras),
         mapped.skipped,
         tuple(notices),
     )
+
+
+def _architecture(
+    model: MetaModel | None, reference: Mapping[str, Any], config: Mapping[str, Any]
+) -> str | None:
+    """A class that only stands in for the model's own must not be named in its config."""
+    stands_in = reference.get("model_type") != config.get("model_type")
+    return model.architecture if model is not None and model.certain and not stands_in else None
 
 
 @dataclass(frozen=True, slots=True)
