@@ -1,254 +1,326 @@
-"""Makes Megatron checkpoints of HuggingFace tensors: the way back of what is tested, in plain torch.
+"""Writes torch_dist checkpoint folders, as Megatron-LM and verl do, with torch's own DCP writer.
 
-:func:`canonical` renames and fuses as Megatron-Core's own loaders do (one name at a time, no table
-shared with the package). :func:`save` writes what it returns with torch's distributed checkpoint
-writer in one process, cut into the pieces that the ranks of a parallel run would write, in any of
-Megatron-Core's three flavours of naming.
+    OUT/global_step_1/actor/dist_ckpt/     .metadata, __R_T.distcp, metadata.json, common.pt
+    OUT/global_step_1/actor/huggingface/   config.json, no weights
+
+The ranks of a real run write in one process here, one plan after the other: the planner, the
+records and the metadata are torch's, only the process group is missing. Beside the weights go the
+records that a converter must leave alone: extra states, random states, an optimizer.
 """
 
 from __future__ import annotations
 
-import argparse
+import io
 import json
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
-import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import FileSystemWriter
+from torch.distributed.checkpoint.default_planner import create_default_global_save_plan
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     MetadataIndex,
     TensorProperties,
 )
-from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.planner import (
+    SavePlan,
+    SavePlanner,
+    TensorWriteData,
+    WriteItem,
+    WriteItemType,
+)
 
-State = dict[str, torch.Tensor]
+from tests.makers.megatron_inverse import Walk, invert
+from tests.makers.tiny_families import State, TinyModel
+
 Flavour = Literal["stacked", "per layer", "singleton"]
+FLAVOURS: tuple[Flavour, ...] = ("stacked", "per layer", "singleton")
 
-_NAMES = {
-    "model.embed_tokens.weight": "embedding.word_embeddings.weight",
-    "model.norm.weight": "decoder.final_layernorm.weight",
-    "model.norm.bias": "decoder.final_layernorm.bias",
-    "lm_head.weight": "output_layer.weight",
-}
-_IN_LAYER = {
-    "self_attn.o_proj": "self_attention.linear_proj",
-    "self_attn.q_norm": "self_attention.q_layernorm",
-    "self_attn.k_norm": "self_attention.k_layernorm",
-    "self_attn.q_a_proj": "self_attention.linear_q_down_proj",
-    "self_attn.q_b_proj": "self_attention.linear_q_up_proj",
-    "self_attn.kv_a_proj_with_mqa": "self_attention.linear_kv_down_proj",
-    "self_attn.kv_b_proj": "self_attention.linear_kv_up_proj",
-    "mlp.gate_up_proj": "mlp.linear_fc1",
-    "mlp.down_proj": "mlp.linear_fc2",
-    "mlp.gate": "mlp.router",
-    "block_sparse_moe.gate": "mlp.router",
-    "mlp.shared_experts.down_proj": "mlp.shared_experts.linear_fc2",
-    "mlp.shared_expert.down_proj": "mlp.shared_experts.linear_fc2",
-    "post_self_attn_layernorm": "post_self_attn_layernorm",
-    "post_mlp_layernorm": "post_mlp_layernorm",
-}
-_BIAS = {
-    "mlp.gate.e_score_correction_bias",
-    "block_sparse_moe.e_score_correction_bias",
-    "mlp.moe_statics.e_score_correction_bias",
-}
+NUMBERED = re.compile(r"^(.*?\b(?:(?:decoder|mtp)\.layers|deepstack_merger_list)\.)(\d+)\.(.*)$")
+EXPERTS = ".mlp.experts.experts."
 
 
-def canonical(hf: Mapping[str, torch.Tensor], *, heads: int, groups: int, head_dim: int) -> State:
-    """Return Megatron's tensors of a model that HuggingFace names as in ``hf``, one tensor a layer."""
-    made: State = {_NAMES[n]: t for n, t in hf.items() if n in _NAMES}
-    layers: dict[str, State] = {}
-    for name, tensor in hf.items():
-        found = re.fullmatch(r"model\.layers\.(\d+)\.(.*)", name)
-        if found:
-            layers.setdefault(f"decoder.layers.{found[1]}.", {})[found[2]] = tensor
-    for prefix, layer in layers.items():
-        made |= {prefix + n: t for n, t in _layer(layer, heads, groups, head_dim).items()}
-    return made
+class NotStackable(ValueError):
+    """The layers differ, so that Megatron itself would write them one by one."""
 
 
-def _layer(hf: State, heads: int, groups: int, head_dim: int) -> State:
-    hf, made = dict(hf), State()
-    routed = any(".gate.weight" in n for n in hf)
-    latent = any("kv_a_proj" in n for n in hf)
-    for kind in ("weight", "bias"):
-        before = "input_layernorm" if latent else f"self_attention.linear_qkv.layer_norm_{kind}"
-        after = "pre_mlp_layernorm" if routed else f"mlp.linear_fc1.layer_norm_{kind}"
-        for norm, new in (("input_layernorm", before), ("post_attention_layernorm", after)):
-            if f"{norm}.{kind}" in hf:
-                made[new if kind in new else f"{new}.{kind}"] = hf.pop(f"{norm}.{kind}")
-        if not latent and f"self_attn.q_proj.{kind}" in hf:
-            q, k, v = (hf.pop(f"self_attn.{p}_proj.{kind}") for p in "qkv")
-            made[f"self_attention.linear_qkv.{kind}"] = _fuse(q, k, v, heads, groups, head_dim)
-    if "self_attn.q_proj.weight" in hf:
-        made["self_attention.linear_q_proj.weight"] = hf.pop("self_attn.q_proj.weight")
-    for part in ("q", "kv"):
-        if f"self_attn.{part}_a_layernorm.weight" in hf:
-            norm = f"self_attention.linear_{part}_up_proj.layer_norm_weight"
-            made[norm] = hf.pop(f"self_attn.{part}_a_layernorm.weight")
-    made |= _experts(hf)
-    for base, new in (("mlp", "mlp"), ("mlp.shared_experts", "mlp.shared_experts")):
-        for old in (base, base.replace("shared_experts", "shared_expert")):
-            if f"{old}.gate_proj.weight" in hf:
-                parts = (hf.pop(f"{old}.{p}_proj.weight") for p in ("gate", "up"))
-                made[f"{new}.linear_fc1.weight"] = torch.cat(tuple(parts))
-    if "mlp.up_proj.weight" in hf:
-        made["mlp.linear_fc1.weight"] = hf.pop("mlp.up_proj.weight")
-    if "mlp.shared_expert_gate.weight" in hf:
-        made["mlp.shared_experts.gate_weight"] = hf.pop("mlp.shared_expert_gate.weight")
-    for name, tensor in hf.items():
-        if name in _BIAS:
-            made["mlp.router.expert_bias"] = tensor.flatten()
-        else:
-            stem, _, kind = name.rpartition(".")
-            made[f"{_IN_LAYER[stem]}.{kind}"] = tensor
-    return made
+# Flavours
 
 
-def _fuse(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int, groups: int, head_dim: int
-) -> torch.Tensor:
-    """Join the queries of each group with its key and its value."""
-    per = heads // groups * head_dim
-    parts = []
-    for g in range(groups):
-        parts.append(q[g * per : (g + 1) * per])
-        parts.append(k[g * head_dim : (g + 1) * head_dim])
-        parts.append(v[g * head_dim : (g + 1) * head_dim])
-    return torch.cat(parts)
+def flavoured(walk: Walk, flavour: Flavour) -> State:
+    """Return the tensors under the keys of a flavour; ``walk.made`` is the per-layer one."""
+    if flavour == "stacked":
+        return stacked(walk.made)
+    if flavour == "singleton":
+        return dict(singleton(walk))
+    return dict(walk.made)
 
 
-def _experts(hf: State) -> State:
-    """Take the experts out of ``hf`` and return them stacked."""
-    found: dict[int, State] = {}
-    for name in list(hf):
-        match = re.fullmatch(r"(?:mlp|block_sparse_moe)\.experts\.(\d+)\.(\w+)\.weight", name)
-        if match:
-            found.setdefault(int(match[1]), {})[match[2]] = hf.pop(name)
-    if not found:
-        return {}
-    gate, up, down = (
-        ("w1", "w3", "w2") if "w1" in found[0] else ("gate_proj", "up_proj", "down_proj")
+def stacked(per_layer: State) -> State:
+    """Stack the layers of each block on a new first axis.
+
+    A block whose layers differ stays as it is, as in megatron-core; NotStackable if all do.
+    """
+    blocks: dict[str, dict[str, dict[int, torch.Tensor]]] = {}
+    for key, tensor in per_layer.items():
+        if match := NUMBERED.match(key):
+            block, index, rest = match.groups()
+            blocks.setdefault(block, {}).setdefault(rest, {})[int(index)] = tensor
+    alike = {block for block, keys in blocks.items() if _alike(list(keys.values()))}
+    if not alike:
+        raise NotStackable(f"the layers differ in {sorted(blocks)}")
+    result: State = {}
+    for key, tensor in per_layer.items():
+        match = NUMBERED.match(key)
+        if match is None or match[1] not in alike:
+            result[key] = tensor
+        elif match[1] + match[3] not in result:
+            layers = blocks[match[1]][match[3]]
+            result[match[1] + match[3]] = torch.stack([layers[i] for i in sorted(layers)])
+    return result
+
+
+def _alike(keys: list[dict[int, torch.Tensor]]) -> bool:
+    return all(
+        layers.keys() == keys[0].keys() and len({t.shape for t in layers.values()}) == 1
+        for layers in keys
     )
-    fc1 = [torch.cat((found[e][gate], found[e][up])) for e in range(len(found))]
-    return {
-        "mlp.experts.experts.linear_fc1.weight": torch.stack(fc1),
-        "mlp.experts.experts.linear_fc2.weight": torch.stack(
-            [found[e][down] for e in range(len(found))]
+
+
+def singleton(walk: Walk) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every expert under a key of its own, gate and up rows under ``_w`` and ``_v``."""
+    for key, tensor in walk.made.items():
+        pieces = {key: tensor}
+        if EXPERTS in key:
+            front, back = key.split(EXPERTS)
+            pieces = {f"{front}{EXPERTS}{e}.{back}": t for e, t in enumerate(tensor)}
+        for name, piece in pieces.items():
+            if key in walk.gated:
+                gate, up = piece.chunk(2)
+                yield name + "_w", gate
+                yield name + "_v", up
+            else:
+                yield name, piece
+
+
+# How a run of several ranks cuts the tensors
+
+COLUMN = re.compile(
+    r"(linear_qkv|linear_q_proj|linear_q_up_proj|linear_kv_up_proj|linear_fc1|in_proj"
+    r"|word_embeddings|output_layer|eh_proj)\.(weight|bias)"
+)
+ROW = re.compile(r"(linear_proj|linear_fc2|out_proj)\.weight$")
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A box of a tensor and the rank that writes it."""
+
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+    rank: int
+
+
+@dataclass(frozen=True, slots=True)
+class Parallel:
+    """Sizes of the run. Expert parallel ranks are tensor parallel ranks too."""
+
+    tensor: int = 2
+    pipeline: int = 2
+
+    @property
+    def world(self) -> int:
+        return self.tensor * self.pipeline
+
+    def cut(self, key: str, shape: tuple[int, ...], *, gated: bool) -> list[Piece]:
+        """Return the boxes of a tensor: layers and experts singly, rows or columns over ranks."""
+        numbered = bool(re.search(r"\b(layers|deepstack_merger_list)\.\d", key))
+        lead = [] if numbered or not re.search(r"\b(layers|merger_list)\.", key) else [shape[0]]
+        if EXPERTS in key and not re.search(r"experts\.experts\.\d", key):
+            lead.append(shape[len(lead)])
+        body = shape[len(lead) :]
+        axis = None
+        if COLUMN.search(key):
+            axis = 0
+        elif ROW.search(key):
+            axis = 1
+        pieces = []
+        for outer in _indices(lead):
+            for begin, size, rank in self._spans(body, axis, gated=gated):
+                offsets, sizes = [0] * len(body), list(body)
+                if axis is not None:
+                    offsets[axis], sizes[axis] = begin, size
+                pieces.append(
+                    Piece(
+                        (*outer, *offsets),
+                        (*(1 for _ in outer), *sizes),
+                        (sum(outer) % self.pipeline) * self.tensor + rank,
+                    )
+                )
+        return pieces
+
+    def _spans(
+        self, body: tuple[int, ...], axis: int | None, *, gated: bool
+    ) -> Iterator[tuple[int, int, int]]:
+        """Begin, length and rank of each stretch of the cut axis."""
+        if axis is None:
+            yield 0, 0, 0
+            return
+        halves = 2 if gated else 1
+        length = body[axis] // halves
+        ranks = self.tensor if length % self.tensor == 0 else 1
+        size = length // ranks
+        for half in range(halves):
+            for rank in range(ranks):
+                yield half * length + rank * size, size, rank
+
+
+def _indices(lead: list[int]) -> Iterator[tuple[int, ...]]:
+    if not lead:
+        yield ()
+        return
+    for first in range(lead[0]):
+        for rest in _indices(lead[1:]):
+            yield (first, *rest)
+
+
+# Writing
+
+
+def tensor_item(key: str, tensor: torch.Tensor, piece: Piece) -> WriteItem:
+    offsets, sizes = torch.Size(piece.offsets), torch.Size(piece.sizes)
+    return WriteItem(
+        index=MetadataIndex(key, offsets),
+        type=WriteItemType.SHARD,
+        tensor_data=TensorWriteData(
+            chunk=ChunkStorageMetadata(offsets=offsets, sizes=sizes),
+            properties=TensorProperties.create_from_tensor(tensor),
+            size=tensor.shape,
         ),
-    }
+    )
 
 
-# --- writing -------------------------------------------------------------------------------------
+class Resolver:
+    """The part of a SavePlanner that the writer asks for the bytes of an item."""
+
+    def __init__(self, tensors: State, objects: dict[str, Any]) -> None:
+        self.tensors = tensors
+        self.objects = objects
+
+    def resolve_data(self, item: WriteItem) -> torch.Tensor | io.BytesIO:
+        key = item.index.fqn
+        if item.tensor_data is None:
+            buffer = io.BytesIO()
+            torch.save([self.objects[key]], buffer)
+            return buffer
+        chunk = item.tensor_data.chunk
+        box = tuple(slice(o, o + s) for o, s in zip(chunk.offsets, chunk.sizes, strict=True))
+        return self.tensors[key][box].contiguous().clone()
+
+
+def write_dcp(
+    folder: Path,
+    tensors: State,
+    cuts: dict[str, list[Piece]],
+    objects: dict[str, Any],
+    *,
+    world: int,
+    threads: int = 2,
+) -> None:
+    """Write a DCP folder; ``cuts`` says the boxes of each tensor and who writes them."""
+    items: list[list[WriteItem]] = [[] for _ in range(world)]
+    for key, tensor in tensors.items():
+        for piece in cuts[key]:
+            items[piece.rank].append(tensor_item(key, tensor, piece))
+    for number, key in enumerate(objects):
+        item = WriteItem(index=MetadataIndex(key), type=WriteItemType.BYTE_IO)
+        items[number % world].append(item)
+    writer = FileSystemWriter(folder, thread_count=threads, sync_files=False)
+    plans = [writer.prepare_local_plan(SavePlan(rank_items)) for rank_items in items]
+    plans, metadata = create_default_global_save_plan(plans)
+    plans = writer.prepare_global_plan(plans)
+    resolver = cast("SavePlanner", Resolver(tensors, objects))
+    results = [writer.write_data(plan, resolver).wait() for plan in plans]
+    metadata.storage_meta = writer.storage_meta()
+    metadata.all_local_plans = plans  # type: ignore[attr-defined]  # as megatron-core has it
+    writer.finish(metadata, results)
 
 
 @dataclass
-class Pieces:
-    """A tensor that torch's writer stores as several boxes: (offsets, sizes), one record each."""
+class Options:
+    """How a checkpoint is written; tests change tensors between inverse and folder."""
 
-    whole: torch.Tensor
-    boxes: list[tuple[tuple[int, ...], tuple[int, ...]]]
-
-    def __create_write_items__(self, fqn: str, _: object) -> list[WriteItem]:
-        return [
-            WriteItem(
-                index=MetadataIndex(fqn, torch.Size(chunk.offsets), k),
-                type=WriteItemType.SHARD,
-                tensor_data=TensorWriteData(
-                    chunk=chunk,
-                    properties=TensorProperties.create_from_tensor(self.whole),
-                    size=self.whole.size(),
-                ),
-            )
-            for k, chunk in enumerate(self.__create_chunk_list__())
-        ]
-
-    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
-        return [ChunkStorageMetadata(torch.Size(o), torch.Size(s)) for o, s in self.boxes]
-
-    def __get_tensor_shard__(self, index: MetadataIndex) -> torch.Tensor:
-        for offsets, sizes in self.boxes:
-            if tuple(index.offset or ()) == offsets:
-                box = tuple(slice(o, o + s) for o, s in zip(offsets, sizes, strict=True))
-                return self.whole[box].clone()
-        raise KeyError(index)
+    flavour: Flavour = "per layer"
+    parallel: Parallel = field(default_factory=Parallel)
+    common: Literal["file", "record"] = "file"
+    """Where the state that is no tensor lies: common.pt, or from megatron-core 0.19 in the folder."""
+    noise: bool = True
 
 
 def save(
-    folder: Path,
-    state: Mapping[str, torch.Tensor],
-    *,
-    flavour: Flavour = "stacked",
-    tp: int = 1,
-    extra: Mapping[str, Any] | None = None,
-) -> None:
-    """Write ``state`` (canonical names) as a torch_dist folder; ``extra`` are further entries."""
-    made: dict[str, Any] = {}
-    for name, tensor in _flavoured(state, flavour).items():
-        made[name] = Pieces(tensor, list(_boxes(name, tuple(tensor.shape), tp)))
-    made |= extra or {}
+    root: Path, config: dict[str, Any], walk: Walk, options: Options, tensors: State | None = None
+) -> Path:
+    """Write the checkpoint in verl's layout and return ``global_step_1/actor``.
+
+    ``tensors`` are written instead of the walk's own.
+    """
+    if tensors is None:
+        tensors = flavoured(walk, options.flavour)
+    gated = walk.gated | {NUMBERED.sub(r"\1\3", key) for key in walk.gated}
+    cuts = {
+        key: options.parallel.cut(key, tuple(tensor.shape), gated=key in gated)
+        for key, tensor in tensors.items()
+    }
+    objects: dict[str, Any] = {}
+    if options.noise:
+        tensors, objects = noisy(tensors)
+        cuts |= {
+            key: [Piece((0,) * t.ndim, tuple(t.shape), 0)]
+            for key, t in tensors.items()
+            if key not in cuts
+        }
+    common = {"iteration": 1, "checkpoint_version": 3.0, "optimizer": {"param_groups": []}}
+    if options.common == "record":
+        objects["common_state/shard_0_1"] = common
+    actor = root / "global_step_1" / "actor"
+    folder = actor / "dist_ckpt"
     folder.mkdir(parents=True)
-    dcp.save(
-        made,
-        storage_writer=dcp.FileSystemWriter(folder, thread_count=2),
-        planner=dcp.DefaultSavePlanner(flatten_state_dict=False),
-        no_dist=True,
-    )
-    run = argparse.Namespace(tensor_model_parallel_size=tp, num_layers=2)
-    torch.save({"args": run, "iteration": 3, "checkpoint_version": 3.0}, folder / "common.pt")
-    sign = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
-    (folder / "metadata.json").write_text(json.dumps(sign))
+    write_dcp(folder, tensors, cuts, objects, world=options.parallel.world)
+    words: dict[str, Any] = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
+    if options.common == "file":
+        torch.save(common, folder / "common.pt")
+        words |= {"common_backend": "torch", "common_backend_version": 1}
+    (folder / "metadata.json").write_text(json.dumps(words))
+    (actor / "huggingface").mkdir()
+    (actor / "huggingface" / "config.json").write_text(json.dumps(config, indent=2))
+    (root / "latest_checkpointed_iteration.txt").write_text("1")
+    return actor
 
 
-def _flavoured(state: Mapping[str, torch.Tensor], flavour: Flavour) -> State:
-    made: State = {}
-    stacks: dict[str, dict[int, torch.Tensor]] = {}
-    for name, tensor in state.items():
-        layer = re.fullmatch(r"(decoder\.layers\.)(\d+)\.(.*)", name)
-        if flavour == "stacked" and layer:
-            stacks.setdefault(layer[1] + layer[3], {})[int(layer[2])] = tensor
-        elif flavour == "singleton" and ".linear_fc1.weight" in name:
-            for key, one in _by_expert(name, tensor):
-                made[f"{key}_w"], made[f"{key}_v"] = one.chunk(2)
-        elif flavour == "singleton":
-            made |= _by_expert(name, tensor)
-        else:
-            made[name] = tensor
-    return made | {n: torch.stack([s[k] for k in sorted(s)]) for n, s in stacks.items()}
+def noisy(tensors: State) -> tuple[State, dict[str, Any]]:
+    """Return the tensors with an optimizer's beside them, and objects that are no weights."""
+    weights = [key for key in tensors if key.endswith("weight")][:3]
+    more = {
+        f"optimizer.state.{state}.{key}": tensors[key].float() + 1
+        for key in weights
+        for state in ("fp32_param", "exp_avg")
+    }
+    bucket = "optimizer.distributed.dp_group_idx_0.gbuf_idx_0.dtype_(torch.bfloat16, torch.float32)"
+    more[f"{bucket}.bucket_idx_0.param"] = torch.zeros(12)
+    objects = {
+        "rng_state/shard_0.0_1.1": torch.zeros(4, dtype=torch.uint8),
+        "decoder.layers.self_attention.core_attention._extra_state/shard_0_2": io.BytesIO(),
+        "decoder.layers.mlp.experts.experts.linear_fc1._extra_state/shard_0.1_2.5": None,
+        "output_layer._extra_state/shard_0_1": torch.empty(0, dtype=torch.uint8),
+        "optimizer.distributed.dp_group_idx_0.per_bucket_numel/shard_0_1": [{"a": [12]}],
+    }
+    return tensors | more, objects
 
 
-def _by_expert(name: str, tensor: torch.Tensor) -> Iterable[tuple[str, torch.Tensor]]:
-    if ".experts.experts." not in name:
-        return [(name, tensor)]
-    front, back = name.split(".experts.experts.")
-    return [(f"{front}.experts.experts.{e}.{back}", one) for e, one in enumerate(tensor)]
-
-
-def _boxes(
-    name: str, shape: tuple[int, ...], tp: int
-) -> Iterable[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Yield what the ranks hold: layers and experts one by one, columns or rows by ``tp``."""
-    single = (re.search(r"decoder\.layers\.[a-z]", name) is not None) + (
-        ".experts.experts.l" in name
-    )
-    rest = shape[single:]
-    cuts = [(0,) * len(rest), rest]
-    parts: list[tuple[tuple[int, ...], tuple[int, ...]]] = [(cuts[0], cuts[1])]
-    halves = 2 if name.endswith("linear_fc1.weight") else 1
-    if re.search(r"linear_(fc1|qkv|q_up_proj|kv_up_proj)\.(weight|bias)|embeddings|output", name):
-        step = rest[0] // (halves * tp)
-        parts = [((k * step, *cuts[0][1:]), (step, *rest[1:])) for k in range(halves * tp)]
-        assert step * halves * tp == rest[0], name
-    elif re.search(r"linear_(fc2|proj)\.weight", name):
-        step = rest[1] // tp
-        parts = [((0, k * step), (rest[0], step)) for k in range(tp)]
-    lead: list[tuple[int, ...]] = [()]
-    for size in shape[:single]:
-        lead = [(*before, k) for before in lead for k in range(size)]
-    for index in lead:
-        for offsets, sizes in parts:
-            yield (*index, *offsets), ((1,) * single + sizes)
+def save_family(root: Path, model: TinyModel, options: Options, **inverse: Any) -> Path:
+    """Invert a tiny model and write it; raises NotStackable for layers that differ."""
+    return save(root, model.config, invert(model.config, model.state, **inverse), options)

@@ -1,0 +1,416 @@
+"""HuggingFace state dict → Megatron's, family by family: the oracle of the Megatron families.
+
+Written from the families' facts and from real checkpoints, not from the converter's tables, and in
+the other direction. It walks the HuggingFace tensors and takes each exactly once, so that none can
+be forgotten; what a layer has (biases, norms of queries and keys, shared experts) it sees from the
+names. The result has one key a layer and the experts on the first axis; ``megatron.py`` writes it in
+the flavours that occur on disk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from tests.makers.tiny_families import State
+
+VOCAB_DIVISOR = 16
+
+
+@dataclass
+class Walk:
+    """The HuggingFace tensors that are left, and the Megatron ones made of them."""
+
+    config: dict[str, Any]
+    """Of the language model."""
+    left: State
+    made: State = field(default_factory=dict)
+    gated: set[str] = field(default_factory=set)
+    """Keys of ``made`` that hold gate rows, then up rows."""
+
+    def has(self, name: str) -> bool:
+        return name in self.left
+
+    def take(self, name: str) -> torch.Tensor:
+        return self.left.pop(name)
+
+    def put(self, key: str, tensor: torch.Tensor, *, gated: bool = False) -> None:
+        assert key not in self.made
+        self.made[key] = tensor.contiguous()
+        if gated:
+            self.gated.add(key)
+
+    def copy(self, key: str, name: str, *, optional: bool = False) -> None:
+        if not optional or self.has(name):
+            self.put(key, self.take(name))
+
+    def copy_all(self, key_prefix: str, name_prefix: str) -> None:
+        for name in [n for n in self.left if n.startswith(name_prefix)]:
+            self.put(key_prefix + name.removeprefix(name_prefix), self.take(name))
+
+    def copy_both(self, key: str, name: str, kinds: tuple[str, ...] = ("weight", "bias")) -> None:
+        for kind in kinds:
+            separator = "" if key.endswith("layer_norm_") else "."
+            self.copy(f"{key}{separator}{kind}", f"{name}.{kind}", optional=kind == "bias")
+
+    def layers(self) -> range:
+        return range(self.config["num_hidden_layers"])
+
+
+Part = Callable[[Walk, str, str], None]
+"""Moves one part of a layer: the walk, the Megatron prefix, the HuggingFace prefix."""
+
+
+# Attention
+
+
+def attention(
+    w: Walk, mg: str, hf: str, *, fused_norm: bool = True, output_gate: bool = False
+) -> None:
+    """Queries, keys and values interleaved by group: ``[ng, per (+ per gates) + 2, hd, H]``."""
+    norm = "self_attention.linear_qkv.layer_norm_" if fused_norm else "input_layernorm"
+    w.copy_both(mg + norm, hf + "input_layernorm")
+    groups, heads = w.config["num_key_value_heads"], w.config["num_attention_heads"]
+    for kind in ("weight", "bias"):
+        if not w.has(f"{hf}self_attn.q_proj.{kind}"):
+            continue
+        q, k, v = (w.take(f"{hf}self_attn.{x}_proj.{kind}") for x in "qkv")
+        width = k.shape[0] // groups
+        rest = q.shape[1:]
+        if output_gate:
+            by_head = q.reshape(groups, heads // groups, 2, width, *rest)
+            slots = [by_head[:, :, 0], by_head[:, :, 1]]
+        else:
+            slots = [q.reshape(groups, heads // groups, width, *rest)]
+        slots += [x.reshape(groups, 1, width, *rest) for x in (k, v)]
+        w.put(f"{mg}self_attention.linear_qkv.{kind}", torch.cat(slots, 1).flatten(0, 2))
+    w.copy_both(mg + "self_attention.linear_proj", hf + "self_attn.o_proj")
+    for x in "qk":
+        name = f"{hf}self_attn.{x}_norm.weight"
+        w.copy(f"{mg}self_attention.{x}_layernorm.weight", name, optional=True)
+    sinks = mg + "self_attention.core_attention.softmax_offset"
+    w.copy(sinks, hf + "self_attn.sinks", optional=True)
+
+
+def latent_attention(w: Walk, mg: str, hf: str) -> None:
+    """DeepSeek's MLA: names change, values do not."""
+    w.copy(mg + "input_layernorm.weight", hf + "input_layernorm.weight")
+    mg, hf = mg + "self_attention.", hf + "self_attn."
+    for key, name in {
+        "linear_q_proj": "q_proj",
+        "linear_q_down_proj": "q_a_proj",
+        "linear_q_up_proj": "q_b_proj",
+        "linear_kv_down_proj": "kv_a_proj_with_mqa",
+        "linear_kv_up_proj": "kv_b_proj",
+        "linear_proj": "o_proj",
+    }.items():
+        w.copy(f"{mg}{key}.weight", f"{hf}{name}.weight", optional=name.startswith("q_"))
+    for x in ("q", "kv"):
+        key, name = f"{mg}linear_{x}_up_proj.layer_norm_weight", f"{hf}{x}_a_layernorm.weight"
+        w.copy(key, name, optional=True)
+
+
+def gated_delta_net(w: Walk, mg: str, hf: str) -> None:
+    """Linear attention: every part of the projections is a key of its own, flat."""
+    c = w.config
+    key_heads, value_heads = c["linear_num_key_heads"], c["linear_num_value_heads"]
+    keys = key_heads * c["linear_key_head_dim"]
+    vals = value_heads * c["linear_value_head_dim"]
+    mg += "self_attention."
+    w.copy(mg + "in_proj.layer_norm_weight", hf + "input_layernorm.weight")
+    hf += "linear_attn."
+    if w.has(hf + "in_proj_qkvz.weight"):  # Qwen3-Next: interleaved by key head
+        by_head = w.take(hf + "in_proj_qkvz.weight").unflatten(0, (key_heads, -1))
+        widths = [keys // key_heads] * 2 + [vals // key_heads] * 2
+        parts = [p.flatten(0, 1) for p in by_head.split(widths, 1)]
+        by_head = w.take(hf + "in_proj_ba.weight").unflatten(0, (key_heads, -1))
+        parts += [p.flatten(0, 1) for p in by_head.chunk(2, 1)]
+    else:
+        parts = [*w.take(hf + "in_proj_qkv.weight").split([keys, keys, vals])]
+        parts += [w.take(f"{hf}in_proj_{x}.weight") for x in "zba"]
+    for name, part in zip(("query", "key", "value", "z", "beta", "alpha"), parts, strict=True):
+        w.put(f"{mg}in_proj.weight.{name}", part)
+    convolution = w.take(hf + "conv1d.weight").split([keys, keys, vals])
+    for name, part in zip(("query", "key", "value"), convolution, strict=True):
+        w.put(f"{mg}conv1d.weight.{name}", part)
+    w.copy(mg + "A_log", hf + "A_log")
+    w.copy(mg + "dt_bias", hf + "dt_bias")
+    # The run's norms are zero-centred; HuggingFace's other norms are too, this one is not.
+    w.put(mg + "out_norm.weight", w.take(hf + "norm.weight") - 1)
+    w.copy(mg + "out_proj.weight", hf + "out_proj.weight")
+
+
+def hybrid_attention(w: Walk, mg: str, hf: str) -> None:
+    if w.has(hf + "linear_attn.A_log"):
+        gated_delta_net(w, mg, hf)
+    else:
+        attention(w, mg, hf, output_gate=True)
+
+
+# MLP
+
+
+def mlp(w: Walk, mg: str, hf: str, norm: str = "post_attention_layernorm") -> None:
+    """The dense one: gate rows, then up rows; without a gate the up rows alone."""
+    w.copy_both(mg + "mlp.linear_fc1.layer_norm_", hf + norm)
+    if w.has(hf + "mlp.gate_up_proj.weight"):  # GLM-4 keeps them together itself
+        w.put(mg + "mlp.linear_fc1.weight", w.take(hf + "mlp.gate_up_proj.weight"), gated=True)
+    elif w.has(hf + "mlp.gate_proj.weight"):
+        gate_up(w, mg + "mlp.linear_fc1", hf + "mlp.")
+    else:
+        w.copy_both(mg + "mlp.linear_fc1", hf + "mlp.up_proj")
+    w.copy_both(mg + "mlp.linear_fc2", hf + "mlp.down_proj")
+
+
+def gate_up(w: Walk, mg: str, hf: str) -> None:
+    for kind in ("weight", "bias"):
+        if w.has(f"{hf}gate_proj.{kind}"):
+            both = [w.take(f"{hf}{x}_proj.{kind}") for x in ("gate", "up")]
+            w.put(f"{mg}.{kind}", torch.cat(both), gated=True)
+
+
+EXPERT_BIASES = (
+    "mlp.gate.e_score_correction_bias",
+    "block_sparse_moe.e_score_correction_bias",
+    "mlp.moe_statics.e_score_correction_bias",
+)
+
+
+def moe(w: Walk, mg: str, hf: str) -> None:
+    """Router, experts one by one, shared experts."""
+    block, names = "mlp.", ("gate_proj", "up_proj", "down_proj")
+    if w.has(hf + "block_sparse_moe.gate.weight"):
+        block, names = "block_sparse_moe.", ("w1", "w3", "w2")
+    if not w.has(f"{hf}{block}gate.weight"):  # a dense layer of a mixed model
+        return mlp(w, mg, hf)
+    w.copy(mg + "pre_mlp_layernorm.weight", hf + "post_attention_layernorm.weight")
+    w.copy(mg + "mlp.router.weight", f"{hf}{block}gate.weight")
+    for name in EXPERT_BIASES:
+        if w.has(hf + name):
+            w.put(mg + "mlp.router.expert_bias", w.take(hf + name).flatten())
+    if w.has(f"{hf}{block}experts.gate_up_proj"):  # all experts in one tensor, as Megatron has them
+        first, second = (w.take(f"{hf}{block}experts.{x}") for x in ("gate_up_proj", "down_proj"))
+    else:
+        fc1, fc2 = [], []
+        while w.has(f"{hf}{block}experts.{len(fc1)}.{names[0]}.weight"):
+            expert = f"{hf}{block}experts.{len(fc1)}."
+            gate, up, down = (w.take(f"{expert}{x}.weight") for x in names)
+            fc1.append(torch.cat([gate, up]))
+            fc2.append(down)
+        first, second = torch.stack(fc1), torch.stack(fc2)
+    w.put(mg + "mlp.experts.experts.linear_fc1.weight", first, gated=True)
+    w.put(mg + "mlp.experts.experts.linear_fc2.weight", second)
+    for name in ("shared_expert", "shared_experts"):
+        shared, key = f"{hf}mlp.{name}", mg + "mlp.shared_experts."
+        if w.has(shared + ".down_proj.weight"):
+            gate_up(w, key + "linear_fc1", shared + ".")
+            w.copy(key + "linear_fc2.weight", shared + ".down_proj.weight")
+            w.copy(key + "gate_weight", shared + "_gate.weight", optional=True)
+    return None
+
+
+def moe_of_gpt_oss(w: Walk, mg: str, hf: str) -> None:
+    """Gate and up alternate in HuggingFace's tensors, whose last axis is the output."""
+    w.copy(mg + "pre_mlp_layernorm.weight", hf + "post_attention_layernorm.weight")
+    w.copy_both(mg + "mlp.router", hf + "mlp.router")
+    for kind, suffix in (("weight", ""), ("bias", "_bias")):
+        both = w.take(f"{hf}mlp.experts.gate_up_proj{suffix}")  # [E, H, 2I] or [E, 2I]
+        both = torch.cat([both[..., 0::2], both[..., 1::2]], -1)
+        down = w.take(f"{hf}mlp.experts.down_proj{suffix}")  # [E, I, H] or [E, H]
+        if kind == "weight":
+            both, down = both.transpose(1, 2), down.transpose(1, 2)
+        w.put(f"{mg}mlp.experts.experts.linear_fc1.{kind}", both, gated=True)
+        w.put(f"{mg}mlp.experts.experts.linear_fc2.{kind}", down)
+
+
+def mlp_of_gemma(w: Walk, mg: str, hf: str) -> None:
+    """Norms around both blocks; Megatron-Bridge hangs the outer ones on the projections."""
+    mlp(w, mg, hf, "pre_feedforward_layernorm")
+    after = "post_layernorm.weight"
+    w.copy(f"{mg}self_attention.linear_proj.{after}", hf + "post_attention_layernorm.weight")
+    w.copy(f"{mg}mlp.linear_fc2.{after}", hf + "post_feedforward_layernorm.weight")
+
+
+def mlp_of_glm4(w: Walk, mg: str, hf: str) -> None:
+    mlp(w, mg, hf)
+    for name in ("post_self_attn_layernorm.weight", "post_mlp_layernorm.weight"):
+        w.copy(mg + name, hf + name)
+
+
+# Whole language models
+
+
+def language_model(
+    w: Walk, attend: Part = attention, feed: Part = mlp, mg: str = "", hf: str = "model."
+) -> None:
+    w.put(mg + "embedding.word_embeddings.weight", padded(w.take(hf + "embed_tokens.weight")))
+    for name in ("lm_head.weight", "language_model.lm_head.weight"):
+        if w.has(name):
+            w.put(mg + "output_layer.weight", padded(w.take(name)))
+    w.copy_both(mg + "output_layer", "score") if w.has("score.weight") else None
+    w.copy_both(mg + "decoder.final_layernorm", hf + "norm")
+    for i in w.layers():
+        attend(w, f"{mg}decoder.layers.{i}.", f"{hf}layers.{i}.")
+        feed(w, f"{mg}decoder.layers.{i}.", f"{hf}layers.{i}.")
+
+
+def padded(rows: torch.Tensor) -> torch.Tensor:
+    """Fill up the vocabulary; the rows may hold anything."""
+    count = -len(rows) % VOCAB_DIVISOR
+    return torch.cat([rows, torch.full((count, rows.shape[1]), 7.0, dtype=rows.dtype)])
+
+
+def prediction(w: Walk, attend: Part, feed: Part, names: dict[str, str], mg: str, hf: str) -> None:
+    """Multi-token prediction: norms and a projection around one ordinary layer."""
+    for key, name in names.items():
+        w.copy(f"{mg}mtp.layers.0.{key}.weight", f"{name}.weight")
+    attend(w, mg + "mtp.layers.0.transformer_layer.", hf)
+    feed(w, mg + "mtp.layers.0.transformer_layer.", hf)
+
+
+def deepseek(w: Walk, attend: Part = latent_attention) -> None:
+    language_model(w, attend, moe)
+    hf = f"model.layers.{len(w.layers())}."
+    if w.has(hf + "enorm.weight"):
+        names = {x: hf + x for x in ("enorm", "hnorm", "eh_proj")}
+        names["final_layernorm"] = hf + "shared_head.norm"
+        prediction(w, attend, moe, names, "", hf)
+
+
+def glm4_moe(w: Walk) -> None:
+    deepseek(w, attention)
+
+
+def mimo(w: Walk) -> None:
+    language_model(w)
+    hf = "model.mtp_layers.0."
+    names = {
+        "enorm": hf + "token_layernorm",
+        "hnorm": hf + "hidden_layernorm",
+        "eh_proj": hf + "input_proj",
+        "final_layernorm": hf + "final_layernorm",
+    }
+    prediction(w, attention, mlp, names, "", hf)
+    # Megatron concatenates embedding and hidden state, MiMo hidden state and embedding.
+    key = "mtp.layers.0.eh_proj.weight"
+    hidden, embedding = w.made[key].chunk(2, 1)
+    w.made[key] = torch.cat([embedding, hidden], 1)
+
+
+def qwen_hybrid(w: Walk, mg: str = "", hf: str = "model.") -> None:
+    language_model(w, hybrid_attention, moe, mg, hf)
+    if w.has("mtp.fc.weight"):
+        names = {
+            "enorm": "mtp.pre_fc_norm_embedding",
+            "hnorm": "mtp.pre_fc_norm_hidden",
+            "eh_proj": "mtp.fc",
+            "final_layernorm": "mtp.norm",
+        }
+        prediction(w, hybrid_attention, moe, names, mg, "mtp.layers.0.")
+
+
+# Vision
+
+
+def vision_attention(w: Walk, mg: str, hf: str, heads: int) -> None:
+    for kind in ("weight", "bias"):
+        qkv = w.take(f"{hf}attn.qkv.{kind}").unflatten(0, (3, heads, -1))
+        w.put(f"{mg}self_attention.linear_qkv.{kind}", qkv.transpose(0, 1).flatten(0, 2))
+    w.copy_both(mg + "self_attention.linear_proj", hf + "attn.proj")
+    w.copy_both(mg + "self_attention.linear_qkv.layer_norm_", hf + "norm1")
+    w.copy_both(mg + "mlp.linear_fc1.layer_norm_", hf + "norm2")
+
+
+def tower_of_qwen2_5(w: Walk, vision: dict[str, Any]) -> None:
+    """The vision transformer in Megatron's own modules, as mbridge and verl have it."""
+    w.copy("vision_model.patch_embed.proj.weight", "visual.patch_embed.proj.weight")
+    for i in range(vision["depth"]):
+        mg, hf = f"vision_model.decoder.layers.{i}.", f"visual.blocks.{i}."
+        vision_attention(w, mg, hf, vision["num_heads"])
+        gate_up(w, mg + "mlp.linear_fc1", hf + "mlp.")
+        w.copy_both(mg + "mlp.linear_fc2", hf + "mlp.down_proj")
+    w.copy("vision_model.decoder.final_layernorm.weight", "visual.merger.ln_q.weight")
+    w.copy_both("vision_model.projection.encoder.linear_fc1", "visual.merger.mlp.0")
+    w.copy_both("vision_model.projection.encoder.linear_fc2", "visual.merger.mlp.2")
+
+
+def tower_of_qwen3(w: Walk, vision: dict[str, Any]) -> None:
+    mg, hf = "vision_model.", "model.visual."
+    w.copy_both(mg + "patch_embed.proj", hf + "patch_embed.proj")
+    w.copy(mg + "pos_embed.weight", hf + "pos_embed.weight")
+    mergers = {"merger.": "merger."}
+    for i in range(vision["depth"]):
+        layer, block = f"{mg}decoder.layers.{i}.", f"{hf}blocks.{i}."
+        vision_attention(w, layer, block, vision["num_heads"])
+        for x in ("linear_fc1", "linear_fc2"):
+            w.copy_both(f"{layer}mlp.{x}", f"{block}mlp.{x}")
+    for j in range(len(vision.get("deepstack_visual_indexes", []))):
+        mergers[f"decoder.deepstack_merger_list.{j}."] = f"deepstack_merger_list.{j}."
+    for key, name in mergers.items():
+        w.copy_both(f"{mg}{key}patch_norm", f"{hf}{name}norm")
+        for x in ("linear_fc1", "linear_fc2"):
+            w.copy_both(f"{mg}{key}{x}", f"{hf}{name}{x}")
+
+
+# The families
+
+
+def qwen2_5_vl(w: Walk, vision: dict[str, Any], *, megatron_tower: bool = True) -> None:
+    language_model(w, mg="language_model.")
+    if megatron_tower:
+        tower_of_qwen2_5(w, vision)
+    else:  # Megatron-Bridge keeps HuggingFace's module
+        w.copy_all("visual.", "visual.")
+
+
+def qwen3_vl(w: Walk, vision: dict[str, Any]) -> None:
+    language_model(w, feed=moe, mg="language_model.", hf="model.language_model.")
+    tower_of_qwen3(w, vision)
+
+
+def qwen3_5_vl(w: Walk, vision: dict[str, Any], *, megatron_tower: bool = True) -> None:
+    qwen_hybrid(w, "language_model.", "model.language_model.")
+    if megatron_tower:
+        tower_of_qwen3(w, vision)
+    else:  # mbridge keeps HuggingFace's module under another name
+        w.copy_all("vision_model.", "model.visual.")
+
+
+BY_TYPE: dict[str, Callable[..., None]] = {
+    "deepseek_v2": deepseek,
+    "deepseek_v3": deepseek,
+    "kimi_k2": deepseek,
+    "glm4": lambda w: language_model(w, feed=mlp_of_glm4),
+    "glm4_moe": glm4_moe,
+    "gpt_oss": lambda w: language_model(w, feed=moe_of_gpt_oss),
+    "gemma2": lambda w: language_model(w, feed=mlp_of_gemma),
+    "gemma3_text": lambda w: language_model(w, feed=mlp_of_gemma),
+    "mimo": mimo,
+    "qwen2_5_vl": qwen2_5_vl,
+    "qwen3_vl": qwen3_vl,
+    "qwen3_vl_moe": qwen3_vl,
+    "qwen3_next": qwen_hybrid,
+    "qwen3_5_text": qwen_hybrid,
+    "qwen3_5_moe_text": qwen_hybrid,
+    "qwen3_5": qwen3_5_vl,
+    "qwen3_5_moe": qwen3_5_vl,
+}
+"""Every other type is a plain language model, dense or with softmax routing."""
+
+
+def invert(config: dict[str, Any], state: State, **options: Any) -> Walk:
+    """Return the walk whose ``made`` is what Megatron keeps of ``state``.
+
+    ``options`` go to the family (``megatron_tower`` of qwen2_5_vl and qwen3_5).
+    """
+    walk = Walk(config.get("text_config", config), dict(state))
+    family = BY_TYPE.get(config["model_type"], lambda w: language_model(w, feed=moe))
+    if "vision_config" in config:
+        family(walk, config["vision_config"], **options)
+    else:
+        family(walk, **options)
+    assert not walk.left, f"not inverted: {sorted(walk.left)}"
+    return walk

@@ -1,0 +1,344 @@
+"""Tiny HuggingFace models of every family that Megatron trains, as ``save_pretrained`` writes them.
+
+``make(name)`` gives the config and the state dict under the names of the *files*: of transformers'
+own classes where it has them, by hand where it has not (kimi_k2, mimo, multi-token prediction,
+which transformers leaves out of every model). Sizes are chosen so that a mixed-up axis shows:
+six heads in two groups, heads of another width than hidden / heads, 61 words, 5 experts.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors.torch import load_file
+
+from tests.makers.models import values
+
+State = dict[str, torch.Tensor]
+
+TINY: dict[str, Any] = {
+    "hidden_size": 48,
+    "intermediate_size": 20,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "vocab_size": 61,
+    "max_position_embeddings": 64,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 2,
+    "tie_word_embeddings": False,
+}
+TIED = {"tie_word_embeddings": True}
+HEAD = {"head_dim": 12}
+MOE = {"moe_intermediate_size": 14, "num_experts": 5, "num_experts_per_tok": 2}
+LOCAL_MOE = {"num_local_experts": 5, "num_experts_per_tok": 2}
+SHARED = {"shared_expert_intermediate_size": 18}
+ROUTED = {
+    "moe_intermediate_size": 14,
+    "n_routed_experts": 4,
+    "n_shared_experts": 2,
+    "num_experts_per_tok": 2,
+    "n_group": 2,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+}
+LATENT = {
+    "num_key_value_heads": 6,
+    "q_lora_rank": 22,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 10,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 12,
+}
+LINEAR = {
+    "num_hidden_layers": 4,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 6,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 10,
+    "linear_conv_kernel_dim": 4,
+}
+IDS = {
+    "image_token_id": 57,
+    "video_token_id": 58,
+    "vision_start_token_id": 59,
+    "vision_end_token_id": 60,
+}
+VISUAL = {
+    "depth": 2,
+    "hidden_size": 32,
+    "intermediate_size": 36,
+    "num_heads": 4,
+    "patch_size": 2,
+    "out_hidden_size": 48,
+}
+DEEP = VISUAL | {"deepstack_visual_indexes": [0, 1], "num_position_embeddings": 16, "depth": 3}
+MROPE = {"rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2]}}
+
+
+def vision_language(text: dict[str, Any], vision: dict[str, Any]) -> dict[str, Any]:
+    tied = {"tie_word_embeddings": text["tie_word_embeddings"]}
+    return {"text_config": text, "vision_config": vision, **IDS, **tied}
+
+
+@dataclass(frozen=True, slots=True)
+class Tiny:
+    """A model: transformers' class and config class, the settings, and what is added by hand."""
+
+    model_class: str
+    config_class: str
+    settings: dict[str, Any]
+    by_hand: Callable[[State, dict[str, Any]], None] | None = None
+    """Changes state dict and config.json as the family's release has them."""
+    extra: tuple[str, ...] = ()
+    """Patterns of tensors that transformers itself does not load."""
+    loads: bool = True
+    """Whether transformers has the model type."""
+
+
+@dataclass(frozen=True, slots=True)
+class TinyModel:
+    """What ``make`` returns; ``state`` has the names, shapes and dtypes of the files."""
+
+    name: str
+    config: dict[str, Any]
+    state: State = field(repr=False)
+    tiny: Tiny = field(repr=False)
+
+
+def prediction_of_deepseek(state: State, config: dict[str, Any]) -> None:
+    """Turn the last layer into the multi-token prediction layer of DeepSeek's releases."""
+    last = config["num_hidden_layers"] - 1
+    hidden = config["hidden_size"]
+    prefix = f"model.layers.{last}."
+    for name, shape in {
+        "enorm.weight": (hidden,),
+        "hnorm.weight": (hidden,),
+        "eh_proj.weight": (hidden, 2 * hidden),
+        "shared_head.norm.weight": (hidden,),
+    }.items():
+        add(state, prefix + name, shape)
+    config["num_hidden_layers"] = last
+    config["num_nextn_predict_layers"] = 1
+    if "layer_types" in config:
+        config["layer_types"] = config["layer_types"][:last]
+    if "mlp_layer_types" in config:
+        config["mlp_layer_types"] = config["mlp_layer_types"][:last]
+
+
+def kimi(state: State, config: dict[str, Any]) -> None:
+    config["model_type"] = "kimi_k2"
+    config["architectures"] = ["DeepseekV3ForCausalLM"]
+
+
+def mimo(state: State, config: dict[str, Any]) -> None:
+    """Rename the last layer to MiMo's prediction layer: ``model.mtp_layers.0``."""
+    last = config["num_hidden_layers"] - 1
+    hidden = config["hidden_size"]
+    old, new = f"model.layers.{last}.", "model.mtp_layers.0."
+    for name in [n for n in state if n.startswith(old)]:
+        state[new + name.removeprefix(old)] = state.pop(name)
+    for name, shape in {
+        "token_layernorm.weight": (hidden,),
+        "hidden_layernorm.weight": (hidden,),
+        "input_proj.weight": (hidden, 2 * hidden),
+        "final_layernorm.weight": (hidden,),
+    }.items():
+        add(state, new + name, shape)
+    config["model_type"] = "mimo"
+    config["architectures"] = ["MiMoForCausalLM"]
+    config["num_hidden_layers"] = last
+    config["num_nextn_predict_layers"] = 1
+    config["layer_types"] = config["layer_types"][:last]
+
+
+def prediction_of_qwen(state: State, config: dict[str, Any]) -> None:
+    """Add Qwen3-Next's prediction layer: ``mtp.`` with a full-attention layer inside."""
+    text = config.get("text_config", config)
+    last = text["num_hidden_layers"] - 1
+    layers = next(n for n in state if f"layers.{last}.self_attn" in n).split(f"{last}.")[0]
+    for name in [n for n in state if n.startswith(f"{layers}{last}.")]:
+        inner = name.replace(f"{layers}{last}.", "mtp.layers.0.")
+        add(state, inner, tuple(state[name].shape))
+    hidden = text["hidden_size"]
+    for name in ("pre_fc_norm_embedding", "pre_fc_norm_hidden", "norm"):
+        add(state, f"mtp.{name}.weight", (hidden,))
+    add(state, "mtp.fc.weight", (hidden, 2 * hidden))
+    if config["model_type"] != "qwen3_next":
+        text["mtp_num_hidden_layers"] = 1
+
+
+def add(state: State, name: str, shape: tuple[int, ...]) -> None:
+    state[name] = values(name, torch.Size(shape), torch.bfloat16)
+
+
+def qwen35(text: str, settings: dict[str, Any]) -> dict[str, Any]:
+    return vision_language(
+        settings | {"model_type": text}, VISUAL | {"num_position_embeddings": 16}
+    )
+
+
+GPT_OSS = TINY | HEAD | LOCAL_MOE | {"max_position_embeddings": 131072}
+QWEN3_NEXT = TINY | MOE | HEAD | SHARED | LINEAR
+QWEN3_5 = TINY | HEAD | LINEAR
+QWEN3_5_MOE = QWEN3_5 | MOE | SHARED
+MTP_LAST = (r"model\.layers\.3\.",)
+
+FAMILIES: dict[str, Tiny] = {
+    "llama": Tiny("LlamaForCausalLM", "LlamaConfig", TINY),
+    "llama3_tied": Tiny("LlamaForCausalLM", "LlamaConfig", TINY | TIED | HEAD),
+    "llama_critic": Tiny("LlamaForTokenClassification", "LlamaConfig", TINY | {"num_labels": 1}),
+    "mistral": Tiny("MistralForCausalLM", "MistralConfig", TINY | HEAD),
+    "mixtral": Tiny("MixtralForCausalLM", "MixtralConfig", TINY | LOCAL_MOE),
+    "qwen2": Tiny("Qwen2ForCausalLM", "Qwen2Config", TINY),
+    "qwen2_tied": Tiny("Qwen2ForCausalLM", "Qwen2Config", TINY | TIED),
+    "qwen2_reward": Tiny("Qwen2ForSequenceClassification", "Qwen2Config", TINY | {"num_labels": 1}),
+    "qwen2_moe": Tiny("Qwen2MoeForCausalLM", "Qwen2MoeConfig", TINY | MOE | SHARED),
+    "qwen2_moe_mixed": Tiny(
+        "Qwen2MoeForCausalLM", "Qwen2MoeConfig", TINY | MOE | SHARED | {"mlp_only_layers": [1]}
+    ),
+    "qwen2_5_vl": Tiny(
+        "Qwen2_5_VLForConditionalGeneration",
+        "Qwen2_5_VLConfig",
+        vision_language(TINY | MROPE, VISUAL | {"fullatt_block_indexes": [1]}),
+    ),
+    "qwen3": Tiny("Qwen3ForCausalLM", "Qwen3Config", TINY | HEAD),
+    "qwen3_moe": Tiny("Qwen3MoeForCausalLM", "Qwen3MoeConfig", TINY | MOE | HEAD),
+    "qwen3_vl": Tiny(
+        "Qwen3VLForConditionalGeneration", "Qwen3VLConfig", vision_language(TINY | HEAD, DEEP)
+    ),
+    "qwen3_vl_moe": Tiny(
+        "Qwen3VLMoeForConditionalGeneration",
+        "Qwen3VLMoeConfig",
+        vision_language(TINY | HEAD | MOE, DEEP),
+    ),
+    "qwen3_next": Tiny("Qwen3NextForCausalLM", "Qwen3NextConfig", QWEN3_NEXT),
+    "qwen3_next_mtp": Tiny(
+        "Qwen3NextForCausalLM", "Qwen3NextConfig", QWEN3_NEXT, prediction_of_qwen, (r"mtp\.",)
+    ),
+    "qwen3_5": Tiny("Qwen3_5ForCausalLM", "Qwen3_5TextConfig", QWEN3_5),
+    "qwen3_5_moe": Tiny("Qwen3_5MoeForCausalLM", "Qwen3_5MoeTextConfig", QWEN3_5_MOE),
+    "qwen3_5_vl": Tiny(
+        "Qwen3_5ForConditionalGeneration",
+        "Qwen3_5Config",
+        qwen35("qwen3_5_text", QWEN3_5),
+        prediction_of_qwen,
+        (r"mtp\.",),
+    ),
+    "qwen3_5_moe_vl": Tiny(
+        "Qwen3_5MoeForConditionalGeneration",
+        "Qwen3_5MoeConfig",
+        qwen35("qwen3_5_moe_text", QWEN3_5_MOE),
+        prediction_of_qwen,
+        (r"mtp\.",),
+    ),
+    "olmoe": Tiny("OlmoeForCausalLM", "OlmoeConfig", TINY | {"num_experts": 5}),
+    "deepseek_v2": Tiny("DeepseekV2ForCausalLM", "DeepseekV2Config", TINY | ROUTED | LATENT),
+    "deepseek_v2_lite": Tiny(
+        "DeepseekV2ForCausalLM", "DeepseekV2Config", TINY | ROUTED | LATENT | {"q_lora_rank": None}
+    ),
+    "deepseek_v3": Tiny("DeepseekV3ForCausalLM", "DeepseekV3Config", TINY | ROUTED | LATENT),
+    "deepseek_v3_mtp": Tiny(
+        "DeepseekV3ForCausalLM",
+        "DeepseekV3Config",
+        TINY | ROUTED | LATENT | {"num_hidden_layers": 4},
+        prediction_of_deepseek,
+        MTP_LAST,
+    ),
+    "kimi_k2": Tiny(
+        "DeepseekV3ForCausalLM",
+        "DeepseekV3Config",
+        TINY | ROUTED | LATENT,
+        kimi,
+        loads=False,
+    ),
+    "glm4": Tiny("Glm4ForCausalLM", "Glm4Config", TINY | HEAD | {"attention_bias": True}),
+    "glm4_moe": Tiny(
+        "Glm4MoeForCausalLM",
+        "Glm4MoeConfig",
+        TINY
+        | ROUTED
+        | HEAD
+        | {"attention_bias": True, "use_qk_norm": True, "num_hidden_layers": 4},
+        prediction_of_deepseek,
+        MTP_LAST,
+    ),
+    "glm4_moe_air": Tiny(
+        "Glm4MoeForCausalLM", "Glm4MoeConfig", TINY | ROUTED | HEAD | {"attention_bias": True}
+    ),
+    "gpt_oss": Tiny("GptOssForCausalLM", "GptOssConfig", GPT_OSS),
+    "gpt_oss_square": Tiny(
+        "GptOssForCausalLM", "GptOssConfig", GPT_OSS | {"intermediate_size": 48}
+    ),
+    "gemma2": Tiny("Gemma2ForCausalLM", "Gemma2Config", TINY | HEAD | TIED),
+    "gemma3": Tiny("Gemma3ForCausalLM", "Gemma3TextConfig", TINY | HEAD | TIED),
+    "mimo": Tiny(
+        "Qwen2ForCausalLM",
+        "Qwen2Config",
+        TINY | {"num_hidden_layers": 4},
+        mimo,
+        loads=False,
+    ),
+    "minimax_m2": Tiny(
+        "MiniMaxM2ForCausalLM", "MiniMaxM2Config", TINY | HEAD | LOCAL_MOE | {"rotary_dim": 8}
+    ),
+    "ernie4_5": Tiny("Ernie4_5ForCausalLM", "Ernie4_5Config", TINY | HEAD | TIED),
+    "ernie4_5_moe": Tiny(
+        "Ernie4_5_MoeForCausalLM",
+        "Ernie4_5_MoeConfig",
+        TINY
+        | TIED
+        | {
+            "moe_num_experts": 5,
+            "moe_k": 2,
+            "moe_intermediate_size": 14,
+            "moe_num_shared_experts": 2,
+            "moe_layer_start_index": 1,
+        },
+    ),
+    "nemotron": Tiny("NemotronForCausalLM", "NemotronConfig", TINY | HEAD),
+}
+
+FLOAT32 = re.compile(r"e_score_correction_bias$")
+AROUND_ONE = re.compile(r"linear_attn\.norm\.weight$")
+
+
+def fill(model: torch.nn.Module) -> None:
+    """Give every tensor values of its own; the router's bias is float32, as in the releases.
+
+    The norm behind linear attention is kept where bfloat16 can take one away and add it again.
+    """
+    with torch.no_grad():
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            if FLOAT32.search(name):
+                tensor.data = values(name, tensor.shape, torch.float32)
+            elif AROUND_ONE.search(name):
+                tensor.copy_(torch.linspace(0.5, 2, tensor.numel()).reshape(tensor.shape))
+            elif isinstance(tensor, torch.nn.Parameter):
+                tensor.copy_(values(name, tensor.shape, tensor.dtype))
+
+
+def make(name: str) -> TinyModel:
+    """Return the family's tiny model; the same name gives the same values."""
+    tiny = FAMILIES[name]
+    config = getattr(transformers, tiny.config_class)(**copy.deepcopy(tiny.settings))
+    config.dtype = torch.bfloat16
+    model = getattr(transformers, tiny.model_class)(config).to(torch.bfloat16)
+    fill(model)
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        state = load_file(Path(folder) / "model.safetensors")
+        written = json.loads((Path(folder) / "config.json").read_text())
+    if tiny.by_hand is not None:
+        tiny.by_hand(state, written)
+    return TinyModel(name, written, state, tiny)
