@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 from pathlib import Path
@@ -43,3 +44,12 @@ def shared_checkpoints() -> Path:
     if not path.is_dir():
         pytest.skip("no ../shared/checkpoints beside the repository")
     return path
+
+
+@pytest.fixture
+def planned_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run the planning child's task in this process, without its limit on memory."""
+    from streamconv import planning
+
+    monkeypatch.setattr(planning, "_ask", lambda request: planning._TASKS[request["task"]](request))
+    monkeypatch.setattr(planning, "_limited_memory", contextlib.nullcontext)

@@ -6,7 +6,6 @@ torch and transformers loaded already: the planning child gets tests of its own.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import shutil
@@ -19,7 +18,6 @@ import torch
 import transformers
 
 import streamconv
-from streamconv import planning
 from streamconv.errors import BadInputError, UsageError
 from tests.makers.fsdp import RECIPES, Made
 from tests.outputs import (
@@ -35,13 +33,6 @@ from tests.outputs import (
 
 WITH_TRUTH = [n for n, r in RECIPES.items() if r.buffers != "complex128" and not r.lora]
 LORA = [n for n, r in RECIPES.items() if r.lora]
-
-
-@pytest.fixture
-def planned_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run the planning child's task in this process, without its limit on memory."""
-    monkeypatch.setattr(planning, "_ask", lambda request: planning._TASKS[request["task"]](request))
-    monkeypatch.setattr(planning, "_limited_memory", contextlib.nullcontext)
 
 
 def convert(src: Path, dst: Path, **options) -> streamconv.Result:

@@ -242,11 +242,11 @@ def write_dcp(
     writer = FileSystemWriter(folder, thread_count=threads, sync_files=False)
     plans = [writer.prepare_local_plan(SavePlan(rank_items)) for rank_items in items]
     plans, metadata = create_default_global_save_plan(plans)
+    metadata.all_local_plans = plans  # type: ignore[attr-defined]  # as megatron-core has it
     plans = writer.prepare_global_plan(plans)
     resolver = cast("SavePlanner", Resolver(tensors, objects))
     results = [writer.write_data(plan, resolver).wait() for plan in plans]
     metadata.storage_meta = writer.storage_meta()
-    metadata.all_local_plans = plans  # type: ignore[attr-defined]  # as megatron-core has it
     writer.finish(metadata, results)
 
 

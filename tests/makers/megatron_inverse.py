@@ -10,69 +10,23 @@ the flavours that occur on disk.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+from tests.makers.megatron_towers import siglip, tower_of_qwen2_5, tower_of_qwen3
+from tests.makers.megatron_walk import Part, Walk, gate_up
 from tests.makers.tiny_families import State
 
 VOCAB_DIVISOR = 16
 
 
-@dataclass
-class Walk:
-    """The HuggingFace tensors that are left, and the Megatron ones made of them."""
-
-    config: dict[str, Any]
-    """Of the language model."""
-    left: State
-    made: State = field(default_factory=dict)
-    gated: set[str] = field(default_factory=set)
-    """Keys of ``made`` that hold gate rows, then up rows."""
-
-    def has(self, name: str) -> bool:
-        return name in self.left
-
-    def take(self, name: str) -> torch.Tensor:
-        return self.left.pop(name)
-
-    def put(self, key: str, tensor: torch.Tensor, *, gated: bool = False) -> None:
-        assert key not in self.made
-        self.made[key] = tensor.contiguous()
-        if gated:
-            self.gated.add(key)
-
-    def copy(self, key: str, name: str, *, optional: bool = False) -> None:
-        if not optional or self.has(name):
-            self.put(key, self.take(name))
-
-    def copy_all(self, key_prefix: str, name_prefix: str) -> None:
-        for name in [n for n in self.left if n.startswith(name_prefix)]:
-            self.put(key_prefix + name.removeprefix(name_prefix), self.take(name))
-
-    def copy_both(self, key: str, name: str, kinds: tuple[str, ...] = ("weight", "bias")) -> None:
-        for kind in kinds:
-            separator = "" if key.endswith("layer_norm_") else "."
-            self.copy(f"{key}{separator}{kind}", f"{name}.{kind}", optional=kind == "bias")
-
-    def layers(self) -> range:
-        return range(self.config["num_hidden_layers"])
-
-
-Part = Callable[[Walk, str, str], None]
-"""Moves one part of a layer: the walk, the Megatron prefix, the HuggingFace prefix."""
-
-
 # Attention
 
 
-def attention(
-    w: Walk, mg: str, hf: str, *, fused_norm: bool = True, output_gate: bool = False
-) -> None:
+def attention(w: Walk, mg: str, hf: str, *, output_gate: bool = False) -> None:
     """Queries, keys and values interleaved by group: ``[ng, per (+ per gates) + 2, hd, H]``."""
-    norm = "self_attention.linear_qkv.layer_norm_" if fused_norm else "input_layernorm"
-    w.copy_both(mg + norm, hf + "input_layernorm")
+    w.copy_both(mg + "self_attention.linear_qkv.layer_norm_", hf + "input_layernorm")
     groups, heads = w.config["num_key_value_heads"], w.config["num_attention_heads"]
     for kind in ("weight", "bias"):
         if not w.has(f"{hf}self_attn.q_proj.{kind}"):
@@ -165,13 +119,6 @@ def mlp(w: Walk, mg: str, hf: str, norm: str = "post_attention_layernorm") -> No
     w.copy_both(mg + "mlp.linear_fc2", hf + "mlp.down_proj")
 
 
-def gate_up(w: Walk, mg: str, hf: str) -> None:
-    for kind in ("weight", "bias"):
-        if w.has(f"{hf}gate_proj.{kind}"):
-            both = [w.take(f"{hf}{x}_proj.{kind}") for x in ("gate", "up")]
-            w.put(f"{mg}.{kind}", torch.cat(both), gated=True)
-
-
 EXPERT_BIASES = (
     "mlp.gate.e_score_correction_bias",
     "block_sparse_moe.e_score_correction_bias",
@@ -191,8 +138,10 @@ def moe(w: Walk, mg: str, hf: str) -> None:
     for name in EXPERT_BIASES:
         if w.has(hf + name):
             w.put(mg + "mlp.router.expert_bias", w.take(hf + name).flatten())
-    if w.has(f"{hf}{block}experts.gate_up_proj"):  # all experts in one tensor, as Megatron has them
+    if w.has(f"{hf}{block}experts.gate_up_proj"):  # all experts in one tensor
         first, second = (w.take(f"{hf}{block}experts.{x}") for x in ("gate_up_proj", "down_proj"))
+        if first.shape[1] == w.config["hidden_size"]:  # [E, H, 2I], as Qwen3-VL's files have it
+            first, second = first.transpose(1, 2), second.transpose(1, 2)
     else:
         fc1, fc2 = [], []
         while w.has(f"{hf}{block}experts.{len(fc1)}.{names[0]}.weight"):
@@ -312,49 +261,6 @@ def qwen_hybrid(w: Walk, mg: str = "", hf: str = "model.") -> None:
         prediction(w, hybrid_attention, moe, names, mg, "mtp.layers.0.")
 
 
-# Vision
-
-
-def vision_attention(w: Walk, mg: str, hf: str, heads: int) -> None:
-    for kind in ("weight", "bias"):
-        qkv = w.take(f"{hf}attn.qkv.{kind}").unflatten(0, (3, heads, -1))
-        w.put(f"{mg}self_attention.linear_qkv.{kind}", qkv.transpose(0, 1).flatten(0, 2))
-    w.copy_both(mg + "self_attention.linear_proj", hf + "attn.proj")
-    w.copy_both(mg + "self_attention.linear_qkv.layer_norm_", hf + "norm1")
-    w.copy_both(mg + "mlp.linear_fc1.layer_norm_", hf + "norm2")
-
-
-def tower_of_qwen2_5(w: Walk, vision: dict[str, Any]) -> None:
-    """The vision transformer in Megatron's own modules, as mbridge and verl have it."""
-    w.copy("vision_model.patch_embed.proj.weight", "visual.patch_embed.proj.weight")
-    for i in range(vision["depth"]):
-        mg, hf = f"vision_model.decoder.layers.{i}.", f"visual.blocks.{i}."
-        vision_attention(w, mg, hf, vision["num_heads"])
-        gate_up(w, mg + "mlp.linear_fc1", hf + "mlp.")
-        w.copy_both(mg + "mlp.linear_fc2", hf + "mlp.down_proj")
-    w.copy("vision_model.decoder.final_layernorm.weight", "visual.merger.ln_q.weight")
-    w.copy_both("vision_model.projection.encoder.linear_fc1", "visual.merger.mlp.0")
-    w.copy_both("vision_model.projection.encoder.linear_fc2", "visual.merger.mlp.2")
-
-
-def tower_of_qwen3(w: Walk, vision: dict[str, Any]) -> None:
-    mg, hf = "vision_model.", "model.visual."
-    w.copy_both(mg + "patch_embed.proj", hf + "patch_embed.proj")
-    w.copy(mg + "pos_embed.weight", hf + "pos_embed.weight")
-    mergers = {"merger.": "merger."}
-    for i in range(vision["depth"]):
-        layer, block = f"{mg}decoder.layers.{i}.", f"{hf}blocks.{i}."
-        vision_attention(w, layer, block, vision["num_heads"])
-        for x in ("linear_fc1", "linear_fc2"):
-            w.copy_both(f"{layer}mlp.{x}", f"{block}mlp.{x}")
-    for j in range(len(vision.get("deepstack_visual_indexes", []))):
-        mergers[f"decoder.deepstack_merger_list.{j}."] = f"deepstack_merger_list.{j}."
-    for key, name in mergers.items():
-        w.copy_both(f"{mg}{key}patch_norm", f"{hf}{name}norm")
-        for x in ("linear_fc1", "linear_fc2"):
-            w.copy_both(f"{mg}{key}{x}", f"{hf}{name}{x}")
-
-
 # The families
 
 
@@ -379,6 +285,21 @@ def qwen3_5_vl(w: Walk, vision: dict[str, Any], *, megatron_tower: bool = True) 
         w.copy_all("vision_model.", "model.visual.")
 
 
+def gemma3_vl(w: Walk, vision: dict[str, Any], *, megatron_tower: bool = True) -> None:
+    language_model(w, feed=mlp_of_gemma, mg="language_model.", hf="language_model.model.")
+    projection = w.take("multi_modal_projector.mm_input_projection_weight").transpose(0, 1)
+    norm = "multi_modal_projector.mm_soft_emb_norm.weight"
+    if megatron_tower:  # mbridge
+        key = "vision_projection.mm_input_projection."
+        w.put(key + "weight", projection)
+        w.copy(key + "layer_norm_weight", norm)
+        siglip(w, vision)
+    else:  # Megatron-Bridge
+        w.put("multi_modal_projector.proj.weight", projection)
+        w.copy("multi_modal_projector.mm_soft_embed_norm.weight", norm)
+        w.copy_all("vision_tower.", "vision_tower.")
+
+
 BY_TYPE: dict[str, Callable[..., None]] = {
     "deepseek_v2": deepseek,
     "deepseek_v3": deepseek,
@@ -388,6 +309,7 @@ BY_TYPE: dict[str, Callable[..., None]] = {
     "gpt_oss": lambda w: language_model(w, feed=moe_of_gpt_oss),
     "gemma2": lambda w: language_model(w, feed=mlp_of_gemma),
     "gemma3_text": lambda w: language_model(w, feed=mlp_of_gemma),
+    "gemma3": gemma3_vl,
     "mimo": mimo,
     "qwen2_5_vl": qwen2_5_vl,
     "qwen3_vl": qwen3_vl,
@@ -404,7 +326,7 @@ BY_TYPE: dict[str, Callable[..., None]] = {
 def invert(config: dict[str, Any], state: State, **options: Any) -> Walk:
     """Return the walk whose ``made`` is what Megatron keeps of ``state``.
 
-    ``options`` go to the family (``megatron_tower`` of qwen2_5_vl and qwen3_5).
+    ``options`` go to the family (``megatron_tower`` of qwen2_5_vl, qwen3_5 and gemma3).
     """
     walk = Walk(config.get("text_config", config), dict(state))
     family = BY_TYPE.get(config["model_type"], lambda w: language_model(w, feed=moe))

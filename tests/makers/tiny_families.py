@@ -83,6 +83,16 @@ VISUAL = {
     "out_hidden_size": 48,
 }
 DEEP = VISUAL | {"deepstack_visual_indexes": [0, 1], "num_position_embeddings": 16, "depth": 3}
+SIGLIP = {
+    "model_type": "siglip_vision_model",
+    "hidden_size": 32,
+    "intermediate_size": 36,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "image_size": 8,
+    "patch_size": 2,
+    "vision_use_head": False,
+}
 MROPE = {"rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2]}}
 
 
@@ -136,6 +146,14 @@ def prediction_of_deepseek(state: State, config: dict[str, Any]) -> None:
         config["mlp_layer_types"] = config["mlp_layer_types"][:last]
 
 
+def head_alone(state: State, config: dict[str, Any]) -> None:
+    """Make it a critic of verl: a head without bias, and the config of the actor."""
+    del state["score.bias"]
+    config["architectures"] = ["Qwen3ForCausalLM"]
+    for name in ("num_labels", "id2label", "label2id"):
+        config.pop(name, None)
+
+
 def kimi(state: State, config: dict[str, Any]) -> None:
     config["model_type"] = "kimi_k2"
     config["architectures"] = ["DeepseekV3ForCausalLM"]
@@ -178,6 +196,24 @@ def prediction_of_qwen(state: State, config: dict[str, Any]) -> None:
         text["mtp_num_hidden_layers"] = 1
 
 
+def experts_of_the_hub(state: State, config: dict[str, Any]) -> None:
+    """Swap the last two axes: the released Qwen3-VL files have them so, and transformers reads both.
+
+    Transformers itself saves them unswapped; other readers (vLLM) know only the release's form.
+    """
+    del config
+    for name in [n for n in state if ".mlp.experts." in n]:
+        state[name] = state[name].transpose(1, 2).contiguous()
+
+
+def tower_of_the_hub(state: State, config: dict[str, Any]) -> None:
+    """Name the tower as the released Gemma 3 files do; a fresh model leaves out the inner name."""
+    del config
+    for name in [n for n in state if n.startswith("vision_tower.")]:
+        inner = name.removeprefix("vision_tower.").removeprefix("vision_model.")
+        state["vision_tower.vision_model." + inner] = state.pop(name)
+
+
 def add(state: State, name: str, shape: tuple[int, ...]) -> None:
     state[name] = values(name, torch.Size(shape), torch.bfloat16)
 
@@ -189,6 +225,7 @@ def qwen35(text: str, settings: dict[str, Any]) -> dict[str, Any]:
 
 
 GPT_OSS = TINY | HEAD | LOCAL_MOE | {"max_position_embeddings": 131072}
+QWEN3_CRITIC = TINY | HEAD | {"num_labels": 1}
 QWEN3_NEXT = TINY | MOE | HEAD | SHARED | LINEAR
 QWEN3_5 = TINY | HEAD | LINEAR
 QWEN3_5_MOE = QWEN3_5 | MOE | SHARED
@@ -207,6 +244,7 @@ FAMILIES: dict[str, Tiny] = {
     "qwen2_moe_mixed": Tiny(
         "Qwen2MoeForCausalLM", "Qwen2MoeConfig", TINY | MOE | SHARED | {"mlp_only_layers": [1]}
     ),
+    "qwen3_critic": Tiny("Qwen3ForTokenClassification", "Qwen3Config", QWEN3_CRITIC, head_alone),
     "qwen2_5_vl": Tiny(
         "Qwen2_5_VLForConditionalGeneration",
         "Qwen2_5_VLConfig",
@@ -221,6 +259,7 @@ FAMILIES: dict[str, Tiny] = {
         "Qwen3VLMoeForConditionalGeneration",
         "Qwen3VLMoeConfig",
         vision_language(TINY | HEAD | MOE, DEEP),
+        experts_of_the_hub,
     ),
     "qwen3_next": Tiny("Qwen3NextForCausalLM", "Qwen3NextConfig", QWEN3_NEXT),
     "qwen3_next_mtp": Tiny(
@@ -282,6 +321,18 @@ FAMILIES: dict[str, Tiny] = {
     ),
     "gemma2": Tiny("Gemma2ForCausalLM", "Gemma2Config", TINY | HEAD | TIED),
     "gemma3": Tiny("Gemma3ForCausalLM", "Gemma3TextConfig", TINY | HEAD | TIED),
+    "gemma3_vl": Tiny(
+        "Gemma3ForConditionalGeneration",
+        "Gemma3Config",
+        {
+            "text_config": TINY | HEAD | TIED | {"model_type": "gemma3_text"},
+            "vision_config": SIGLIP,
+            "mm_tokens_per_image": 4,
+            "image_token_index": 60,
+            **TIED,
+        },
+        tower_of_the_hub,
+    ),
     "mimo": Tiny(
         "Qwen2ForCausalLM",
         "Qwen2Config",
