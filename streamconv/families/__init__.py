@@ -13,7 +13,21 @@ from typing import Any
 from streamconv.errors import BadInputError, UsageError
 from streamconv.families.rules import Family
 
-_MODULES = ("llama", "moe", "deepseek", "glm", "mimo", "minimax", "ernie", "nemotron")
+_MODULES = (
+    "llama",
+    "moe",
+    "deepseek",
+    "glm",
+    "mimo",
+    "minimax",
+    "ernie",
+    "nemotron",
+    "gemma",
+    "gpt_oss",
+    "qwen2_5_vl",
+    "qwen3_vl",
+    "qwen3_next",
+)
 
 
 def families() -> Iterator[Family]:

@@ -12,6 +12,7 @@ from streamconv import families
 from streamconv.errors import BadInputError, UsageError
 from streamconv.families.engine import Headers, apply
 from streamconv.families.ops import copy
+from streamconv.families.prediction import check_prediction
 from streamconv.families.rules import Dims, compiled, rule
 from streamconv.options import JobOptions
 from streamconv.recipe import Recipe
@@ -83,8 +84,10 @@ def convert(
         )
     else:
         settings = model.settings
-    dims = Dims(settings, megatron)
+    vision = config.get("vision_config") if model is None else model.vision_settings
+    dims = Dims(settings, megatron, vision)
     _check_layers(dims, tensors)
+    check_prediction({name: shape for name, (shape, _) in tensors.items()}, dims.layers)
     if head:
         family = dataclasses.replace(family, rules=(*_HEAD, *family.rules))
     mapped = apply(family, dims, tensors)

@@ -43,6 +43,11 @@ def experts(dims: Dims, tensor: Tensor) -> Tensor:
     return tensor
 
 
+def expert_columns(dims: Dims, tensor: Tensor) -> Tensor:
+    """``[E, out, in]`` → ``[E, in, out]``."""
+    return experts(dims, tensor).transpose(1, 2)
+
+
 def _halves(tensor: Tensor, dim: int) -> tuple[Tensor, ...]:
     if tensor.shape[dim] % 2:
         raise BadInputError(

@@ -115,6 +115,11 @@ def prefixed(rules: Iterable[Rule], *, sources: str = "", targets: str = "") -> 
     )
 
 
+def replaced(rules: Iterable[Rule], how: How) -> tuple[Rule, ...]:
+    """Return ``rules`` with another body."""
+    return tuple(dataclasses.replace(r, how=how) for r in rules)
+
+
 def compiled(pattern: str) -> re.Pattern[str]:
     """Return the regular expression of a pattern with named captures."""
     text = ""
@@ -132,12 +137,24 @@ def compiled(pattern: str) -> re.Pattern[str]:
 class Dims:
     """The sizes of a model, from its config.json with transformers' defaults filled in.
 
-    ``megatron`` holds what the checkpoint itself says of the run (arguments of Megatron's config).
+    ``megatron`` holds what the checkpoint itself says of the run (arguments of Megatron's config),
+    ``vision`` are the sizes of a vision tower, without settings where there is none.
     """
 
-    def __init__(self, settings: Mapping[str, Any], megatron: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        settings: Mapping[str, Any],
+        megatron: Mapping[str, Any],
+        vision: Mapping[str, Any] | None = None,
+    ) -> None:
         self._settings = settings
+        self._vision = vision
         self.megatron = megatron
+
+    @property
+    def vision(self) -> Dims:
+        """Return the sizes of the vision tower."""
+        return Dims(self._vision or {}, self.megatron)
 
     def get(self, *names: str) -> Any:
         """Return the first of the settings ``names`` that the config has, or None."""

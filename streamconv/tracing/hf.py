@@ -85,6 +85,12 @@ class MetaModel:
         aliases = {a: getattr(config, a, None) for a in config.attribute_map}
         return {**aliases, **config.to_dict()}
 
+    @cached_property
+    def vision_settings(self) -> Mapping[str, Any]:
+        """Return the config of the vision tower likewise, empty where there is none."""
+        config = getattr(self._model.config, "vision_config", None)
+        return config.to_dict() if config is not None else {}
+
     # --- what may be missing, superfluous or must not be cast -------------------------------------
 
     @cached_property

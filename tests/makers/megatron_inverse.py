@@ -221,8 +221,12 @@ def prediction(w: Walk, attend: Part, feed: Part, names: dict[str, str], mg: str
 
 
 def deepseek(w: Walk, attend: Part = latent_attention) -> None:
-    language_model(w, attend, moe)
     hf = f"model.layers.{len(w.layers())}."
+    shared = {"embed_tokens": "model.embed_tokens", "shared_head.head": "lm_head"}
+    for name, original in shared.items():  # Megatron has them once
+        if w.has(f"{hf}{name}.weight"):
+            assert torch.equal(w.take(f"{hf}{name}.weight"), w.left[f"{original}.weight"])
+    language_model(w, attend, moe)
     if w.has(hf + "enorm.weight"):
         names = {x: hf + x for x in ("enorm", "hnorm", "eh_proj")}
         names["final_layernorm"] = hf + "shared_head.norm"

@@ -138,6 +138,9 @@ def prediction_of_deepseek(state: State, config: dict[str, Any]) -> None:
         "shared_head.norm.weight": (hidden,),
     }.items():
         add(state, prefix + name, shape)
+    # The releases repeat what the layer shares with the model.
+    state[prefix + "embed_tokens.weight"] = state["model.embed_tokens.weight"].clone()
+    state[prefix + "shared_head.head.weight"] = state["lm_head.weight"].clone()
     config["num_hidden_layers"] = last
     config["num_nextn_predict_layers"] = 1
     if "layer_types" in config:

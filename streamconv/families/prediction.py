@@ -1,0 +1,62 @@
+"""Checks the layers for multi-token prediction, of which transformers' classes know nothing.
+
+Megatron builds such a layer as it built the last ordinary one (``get_gpt_mtp_block_spec``), with two
+norms and a projection before it and a norm behind it. A checkpoint has all of it or none.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from streamconv.boxes import Shape
+from streamconv.errors import BadInputError
+
+_LAYER = re.compile(r"(.*?)mtp\.layers\.([0-9]+)\..+")
+
+
+def check_prediction(shapes: Mapping[str, Shape], layers: int) -> None:
+    """Compare every layer for multi-token prediction with the last of ``layers`` ordinary ones.
+
+    Raises :class:`BadInputError` that lists what is missing or of another shape.
+    """
+    found = {(m[1], m[2]) for name in shapes if (m := _LAYER.fullmatch(name))}
+    for prefix, number in sorted(found):
+        mtp = f"{prefix}mtp.layers.{number}."
+        expected = _expected(shapes, prefix, mtp, layers)
+        missing = [name for name in expected if name not in shapes]
+        if missing:
+            raise BadInputError(
+                f"{len(missing)} tensors of a layer for multi-token prediction are not in the "
+                "checkpoint",
+                where=", ".join(missing[:12]),
+                expected=f"all that decoder.layers.{layers - 1} has, or no such layer",
+                hint="the checkpoint is incomplete",
+            )
+        for name, shape in expected.items():
+            if shapes[name] != shape:
+                raise BadInputError(
+                    "a tensor of a layer for multi-token prediction has another shape",
+                    where=name,
+                    expected=str(list(shape)),
+                    found=str(list(shapes[name])),
+                )
+
+
+def _expected(shapes: Mapping[str, Shape], prefix: str, mtp: str, layers: int) -> dict[str, Shape]:
+    last = f"{prefix}decoder.layers.{layers - 1}."
+    inner = {
+        f"{mtp}transformer_layer.{name.removeprefix(last)}": shape
+        for name, shape in shapes.items()
+        if name.startswith(last)
+    }
+    norm = shapes.get(f"{prefix}decoder.final_layernorm.weight")
+    if norm is None:  # whose absence is another check's to tell
+        return inner
+    return {
+        f"{mtp}enorm.weight": norm,
+        f"{mtp}hnorm.weight": norm,
+        f"{mtp}eh_proj.weight": (norm[0], 2 * norm[0]),
+        f"{mtp}final_layernorm.weight": norm,
+        **inner,
+    }

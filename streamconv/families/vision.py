@@ -1,0 +1,46 @@
+"""Rules for vision towers that Megatron's own modules hold.
+
+Where a trainer keeps HuggingFace's module instead, names and values stay as they are and one rule
+with ``{rest}`` does it.
+"""
+
+from __future__ import annotations
+
+from streamconv.families import ops
+from streamconv.families.rules import Dims, How, Rule, rule
+
+B = "vision_model.decoder.layers.{layer}."
+
+
+def joined_qkv(dims: Dims, tensor: ops.Tensor) -> ops.Tensor:
+    """``[heads·3·d, …]`` → ``[3·heads·d, …]``: Megatron keeps q, k and v of a head together."""
+    heads = dims.vision.number("num_heads", "num_attention_heads")
+    per_head = tensor.reshape(heads, 3, -1, *tensor.shape[1:])
+    return per_head.transpose(0, 1).flatten(0, 2)
+
+
+def qkv(dims: Dims, tensor: ops.Tensor) -> tuple[ops.Tensor, ...]:
+    """``[heads·3·d, …]`` → q, k and v ``[heads·d, …]``."""
+    return joined_qkv(dims, tensor).chunk(3)
+
+
+def both(source: str, target: str, how: How = ops.copy) -> tuple[Rule, ...]:
+    """Return the rules of a module's weight and bias."""
+    return tuple(rule(f"{source}.{x}", f"{target}.{x}", how) for x in ("weight", "bias"))
+
+
+def norm(source: str, target: str) -> tuple[Rule, ...]:
+    """Return the rules of a norm that is fused into the projection after it."""
+    return tuple(
+        rule(f"{source}.layer_norm_{x}", f"{target}.{x}", ops.copy) for x in ("weight", "bias")
+    )
+
+
+def blocks(target: str) -> tuple[Rule, ...]:
+    """Return the rules of attention and norms; ``target`` is HuggingFace's prefix of a layer."""
+    return (
+        *norm(B + "self_attention.linear_qkv", target + "norm1"),
+        *both(B + "self_attention.linear_qkv", target + "attn.qkv", joined_qkv),
+        *both(B + "self_attention.linear_proj", target + "attn.proj"),
+        *norm(B + "mlp.linear_fc1", target + "norm2"),
+    )
