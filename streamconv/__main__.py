@@ -57,7 +57,9 @@ def _run(arguments: list[str]) -> int:
             raise
         what = f"the system refused: {error.strerror or error}"
         where = None if error.filename is None else str(error.filename)
-        return _report(StreamconvError(what, where=where), arguments)
+        told = StreamconvError(what, where=where)
+        told.__cause__ = error
+        return _report(told, arguments)
     except Exception as error:
         if debug:
             raise

@@ -42,25 +42,52 @@ from streamconv.writer import DIRECT_BYTES, hash_file, no_space, write_file
 _COPY_BYTES = 1 << 20
 
 
-def convert(src: Path, dst: Path, job: JobOptions, run: RunOptions) -> Result:
-    """Convert the checkpoint ``src`` into the folder ``dst``.
+@dataclass(frozen=True, slots=True)
+class IdentifiedJob:
+    """Which checkpoint a path means, and what makes its conversion this job and no other."""
 
-    Returns at once where the same job finished before. Raises the errors of :mod:`streamconv.errors`,
-    each with its exit code; after any of them ``dst`` is as it was before.
+    root: Path
+    side_dir: Path | None
+    digest: str
+
+
+def identify(src: Path, job: JobOptions) -> IdentifiedJob:
+    """Return the identity of converting ``src``; cheap: no pickle is read and nothing is planned.
+
+    Raises :class:`BadInputError` where there is no checkpoint, or one of its files is damaged.
     """
     from streamconv import formats
 
     location = formats.find_model(src, job.model)
     side_dir, side = side_files(location.root, location.side_dir, job)
     identity = job_identity(location.format, location.identify(), side, job)
+    return IdentifiedJob(location.root, side_dir, identity["digest"])
+
+
+def finished_output(dst: Path, digest: str) -> dict[str, Any] | None:
+    """Return the manifest of ``dst`` where it is the whole output of the job; None otherwise."""
+    manifest = read_manifest(dst) if dst.is_dir() else None
+    if manifest is None or (dst / ".streamconv").exists():
+        return None
+    same = manifest.get("job", {}).get("digest") == digest
+    return manifest if same and _complete(dst, manifest) else None
+
+
+def convert(src: Path, dst: Path, job: JobOptions, run: RunOptions) -> Result:
+    """Convert the checkpoint ``src`` into the folder ``dst``.
+
+    Returns at once where the same job finished before. Raises the errors of :mod:`streamconv.errors`,
+    each with its exit code; after any of them ``dst`` is as it was before.
+    """
+    source = identify(src, job)
     budget = _budget_bytes(run)
-    dst = _target(dst, location.root, side_dir)
+    dst = _target(dst, source.root, source.side_dir)
     with _full_disk_told(dst), locked(dst), budgets.PeakMeter() as meter:
-        done = _preflight(dst, identity["digest"], run)
+        done = _preflight(dst, source.digest, run)
         if done:
             return done
         staging = Staging(dst, sync=run.sync)
-        plan = _staged_plan(staging, identity["digest"], run)
+        plan = _staged_plan(staging, source.digest, run)
         if plan is None:
             run.on_event(Event("phase", "plan"))
             budgets.check_planning(budget)
@@ -124,19 +151,20 @@ def _target(dst: Path, source: Path, side_dir: Path | None = None) -> Path:
 
 def _preflight(dst: Path, digest: str, run: RunOptions) -> Result | None:
     """Return a result where there is nothing to do; refuse another job's folder."""
+    done = finished_output(dst, digest)
+    if done is not None:
+        _discard_leftover(dst, digest)
+        files = done["files"]
+        return Result(
+            "nothing-to-do",
+            dst,
+            write_bytes=sum(f["nbytes"] for f in files),
+            files=len(files),
+            tensors=len(done["tensors"]),
+        )
     manifest = read_manifest(dst) if dst.is_dir() else None
     if manifest is not None and not (dst / ".streamconv").exists():
         same = manifest.get("job", {}).get("digest") == digest
-        if same and _complete(dst, manifest):
-            _discard_leftover(dst, digest)
-            files = manifest["files"]
-            return Result(
-                "nothing-to-do",
-                dst,
-                write_bytes=sum(f["nbytes"] for f in files),
-                files=len(files),
-                tensors=len(manifest["tensors"]),
-            )
         if not run.overwrite:
             raise OutputExistsError(
                 "the output folder is incomplete" if same else "the output folder is another job's",

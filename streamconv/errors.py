@@ -6,7 +6,7 @@ and are printed one to a line in a fixed order, so that a script can read them t
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 
 class StreamconvError(Exception):
@@ -30,6 +30,22 @@ class StreamconvError(Exception):
         self.expected = expected
         self.found = found
         self.hint = hint
+        self._errno: int | None = None
+
+    @property
+    def errno(self) -> int | None:
+        """Return the number of the system's error that led to this one, where there was one."""
+        error: BaseException | None = self
+        seen: list[BaseException] = []  # an error may be its own cause
+        while error is not None and error not in seen:
+            seen.append(error)
+            number = error._errno if isinstance(error, StreamconvError) else None
+            if isinstance(error, OSError):
+                number = error.errno
+            if number is not None:
+                return number
+            error = error.__cause__ or error.__context__
+        return None
 
     def __str__(self) -> str:
         parts = [self.what]
@@ -53,21 +69,24 @@ class StreamconvError(Exception):
             "expected": self.expected,
             "found": self.found,
             "hint": self.hint,
+            "errno": self.errno,
         }
 
     @staticmethod
-    def from_json(data: dict[str, str | None]) -> StreamconvError:
+    def from_json(data: dict[str, Any]) -> StreamconvError:
         """Rebuild an error from :meth:`to_json`; an unknown kind becomes the base class."""
         cls = {c.kind: c for c in _all_classes(StreamconvError)}.get(
             data.get("kind") or "", StreamconvError
         )
-        return cls(
+        error = cls(
             data.get("what") or "unknown error",
             where=data.get("where"),
             expected=data.get("expected"),
             found=data.get("found"),
             hint=data.get("hint"),
         )
+        error._errno = data.get("errno")
+        return error
 
 
 def _all_classes(cls: type[StreamconvError]) -> list[type[StreamconvError]]:

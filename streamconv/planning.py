@@ -120,6 +120,7 @@ def _child() -> int:
         # The plan is written here too, so that a full disk shows first in this process.
         full = no_space(error, Path(request.get("plan_path", request["src"])))
         other = StreamconvError("a file cannot be read or written", found=str(error))
+        other.__cause__ = error
         answer = {"error": (full or other).to_json()}
     answers.write(json.dumps(answer) + "\n")
     answers.flush()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 
 import pytest
@@ -69,3 +70,22 @@ def test_an_error_survives_the_way_from_a_child_process(cls):
 
 def test_an_unknown_kind_becomes_the_base_class():
     assert type(StreamconvError.from_json({"kind": "from the future"})) is StreamconvError
+
+
+def test_the_number_of_the_system_error_behind_an_error_survives_too():
+    stale = OSError(errno.ESTALE, "Stale file handle")
+    stale.__cause__ = stale
+    try:
+        try:
+            raise stale
+        except OSError:
+            raise errors.SourceChangedError("a rank file cannot be read") from None
+    except StreamconvError as told:
+        again = StreamconvError.from_json(json.loads(json.dumps(told.to_json())))
+    assert again.errno == errno.ESTALE
+    assert StreamconvError("planning failed").errno is None
+    vague = OSError("no number")
+    vague.__cause__ = vague
+    told = StreamconvError("failed")
+    told.__cause__ = vague
+    assert told.errno is None
