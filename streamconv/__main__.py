@@ -35,7 +35,7 @@ def _run(arguments: list[str]) -> int:
     from streamconv.cli.output import tell
 
     try:
-        from streamconv.cli.app import app
+        from streamconv.cli.commands import app
         from streamconv.cli.default import with_command
 
         app(args=with_command(arguments), prog_name="streamconv")

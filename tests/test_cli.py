@@ -17,7 +17,7 @@ import streamconv
 from streamconv import __main__ as entry
 from streamconv import errors
 from streamconv.cli import progress
-from streamconv.cli.app import app
+from streamconv.cli.commands import app
 from streamconv.cli.default import COMMANDS, VALUE_OPTIONS, with_command
 from streamconv.options import Event, Result, RunOptions
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-COMMANDS = frozenset({"convert", "plan", "run", "verify", "inspect", "doctor"})
+COMMANDS = frozenset({"convert", "plan", "run", "verify", "inspect", "doctor", "batch", "status"})
 # Options followed by a value: what must not be mistaken for the command. A test holds this against
 # what the commands declare.
 VALUE_OPTIONS = frozenset(
@@ -25,6 +25,19 @@ VALUE_OPTIONS = frozenset(
         "--atol",
         "--rtol",
         "-o",
+        "--jobs",
+        "--every",
+        "--steps",
+        "--last",
+        "--name",
+        "--settle",
+        "--watch",
+        "--retries",
+        "--keep-last",
+        "--keep-every",
+        "--on-done",
+        "--on-error",
+        "--prometheus",
     }
 )
 _ALONE = frozenset({"--help", "-h", "--version"})

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from streamconv.cli.output import say, say_json, tell
+from streamconv.durations import format_duration
 from streamconv.options import Event, Result
 from streamconv.sizes import format_size
 
@@ -83,18 +84,9 @@ def _speed(event: Event) -> str:
     # What an earlier run wrote counts as done but took none of this run's time.
     done = facts["done_bytes"] - facts["reused_bytes"]
     rate = done / facts["seconds"] if facts["seconds"] else 0.0
-    left = _duration((facts["total_bytes"] - facts["done_bytes"]) / rate) if rate else "?"
+    left = format_duration((facts["total_bytes"] - facts["done_bytes"]) / rate) if rate else "?"
     memory = f"{format_size(facts['memory_bytes'])} / {format_size(facts['budget_bytes'])}"
     return f"{rate / 1e9:.2f} GB/s, {left} left, memory {memory}"
-
-
-def _duration(seconds: float) -> str:
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60}:{whole % 60:02} min"
-    return f"{whole // 3600}:{whole // 60 % 60:02} h"
 
 
 @contextlib.contextmanager

@@ -86,6 +86,11 @@ def find_model(path: Path, model: str | None = None) -> Location:
     return _in_run(path, model)
 
 
+def detect(path: Path) -> Location | None:
+    """Return the model that lies in this very folder, by the names of its files; None for none."""
+    return _detect(path)
+
+
 def _in_run(path: Path, model: str | None) -> Location:
     steps = [p for p in path.iterdir() if p.is_dir() and _STEP.fullmatch(p.name)]
     steps.sort(key=lambda p: (len(p.name), p.name))

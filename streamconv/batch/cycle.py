@@ -1,0 +1,203 @@
+"""A batch: rounds of looking, converting and tidying up, once or on a schedule."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any
+
+from streamconv import budget as budgets
+from streamconv.api import memory_bytes
+from streamconv.batch import metrics
+from streamconv.batch.hooks import Hooks
+from streamconv.batch.ledger import Ledger
+from streamconv.batch.retention import Removal, remove_output, remove_source
+from streamconv.batch.runner import Listener, Runner, What, backoff_seconds
+from streamconv.batch.schedule import Schedule
+from streamconv.batch.settings import BatchSettings, RunSettings
+from streamconv.batch.state import Record, Store
+from streamconv.batch.survey import Survey
+from streamconv.batch.tasks import Task
+from streamconv.errors import StreamconvError
+
+# Trying the same bytes again ends the same: bad input, unsafe input, another job's output.
+_FOR_GOOD = frozenset({5, 6, 8})
+
+
+@dataclass(slots=True)
+class Round:
+    """What a round came to. ``counts`` are outputs by how they ended; ``problems`` are of no output."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    removals: list[Removal] = field(default_factory=list)
+    problems: list[StreamconvError] = field(default_factory=list)
+    seconds: float = 0.0
+    peak_bytes: int = 0
+    budget_bytes: int = 0
+    tasks: list[Task] = field(default_factory=list)
+    records: list[Record] = field(default_factory=list)
+
+    @property
+    def exit_code(self) -> int:
+        """Return 0, 3 where a part failed, or the code of what kept the batch from starting."""
+        if self.problems and not self.counts:
+            return self.problems[0].exit_code
+        return 3 if self.problems or self.counts["failed"] else 0
+
+
+class Batch:
+    """Converts runs as the settings say. ``command`` is what starts a worker."""
+
+    def __init__(
+        self,
+        settings: BatchSettings,
+        listener: Listener,
+        *,
+        command: Sequence[str] | None = None,
+        backoff: Callable[[int], float] = backoff_seconds,
+    ) -> None:
+        self._settings = settings
+        self._listener = listener
+        self._command = command
+        self._backoff = backoff
+        self._hopeless: dict[str, str] = {}
+        self._stores = [Store(run.output.absolute()) for run in settings.run]
+        self._began = time.time()
+        self.budget_bytes = memory_bytes(settings.max_mem) or budgets.available_bytes()[0]
+
+    def round(self) -> Round:
+        """Look at every run once, convert what is ready, apply retention."""
+        started = time.monotonic()
+        made = Round(budget_bytes=self.budget_bytes)
+        surveys = [
+            (run, store, survey)
+            for run, store in zip(self._settings.run, self._stores, strict=True)
+            if (survey := self._look(run, store, made)) is not None
+        ]
+        made.tasks = [task for _, _, survey in surveys for task in survey.tasks]
+        try:
+            if made.tasks:
+                self._convert(made)
+            for run, store, survey in surveys:
+                made.removals += self._tidy(run, store, survey)
+        except StreamconvError as error:
+            made.problems.append(error)
+        finally:
+            made.seconds = time.monotonic() - started
+            self.publish()
+        made.records = [record for store in self._stores for record in store]
+        return made
+
+    def _look(self, run: RunSettings, store: Store, made: Round) -> Survey | None:
+        s = self._settings
+        options = {
+            "sync": not s.no_sync,
+            "source_crc": not s.no_source_crc,
+            "sha256": s.checksum == "sha256",
+            "io_threads": s.io_threads,
+        }
+        try:
+            store.begin()
+            survey = Survey(run, store, options, self._hopeless)
+            survey.look()
+        except StreamconvError as error:
+            made.problems.append(error)
+            return None
+        except OSError as error:
+            what = f"the system refused: {error.strerror or error}"
+            told = StreamconvError(what, where=str(error.filename or run.output))
+            made.problems.append(told)
+            return None
+        made.counts += survey.counts
+        return survey
+
+    def _convert(self, made: Round) -> None:
+        s = self._settings
+        own = budgets.resident_bytes()
+        ledger = Ledger(self.budget_bytes, own, budgets.PLANNING_FLOOR_BYTES, s.jobs)
+        hooks = Hooks(s.on_done, s.on_error)
+        runner = Runner(
+            ledger,
+            hooks,
+            self._remembering,
+            retries=s.retries,
+            command=self._command,
+            every=self.publish,
+            backoff=self._backoff,
+        )
+        self.publish()
+        with budgets.PeakMeter() as meter:
+            runner.run(made.tasks)
+        made.peak_bytes = meter.peak_bytes
+        renamed = {"done": "converted"}
+        made.counts += Counter({renamed.get(k, k): n for k, n in runner.outcomes.items()})
+        made.problems += [StreamconvError(text) for text in hooks.problems]
+
+    def _remembering(self, what: What, task: Task, text: str) -> None:
+        error = task.record.error
+        if what == "failed" and error is not None and error.get("exit_code") in _FOR_GOOD:
+            self._hopeless[task.record.output] = task.record.snapshot
+        self._listener(what, task, text)
+
+    def _tidy(self, run: RunSettings, store: Store, survey: Survey) -> list[Removal]:
+        apply = self._settings.apply
+        removals = []
+        if survey.rule.active:
+            finished = [r for r in store if r.state == "done"]
+            surplus = survey.rule.surplus(finished)
+            removals += [remove_output(record, store, apply=apply) for record in surplus]
+        if run.delete_sources:
+            newest: dict[tuple[str, str], int] = {}
+            for c in survey.candidates.values():
+                newest[c.run, c.model] = max(newest.get((c.run, c.model), -1), c.step or -1)
+            for name, c in survey.candidates.items():
+                record = store.get(name)
+                if record.state == "done":
+                    top = newest[c.run, c.model]
+                    removals.append(remove_source(record, c, top, apply=apply))
+        return removals
+
+    def publish(self, **more: Any) -> None:
+        """Write ``status.json`` of every output folder, and the metrics."""
+        facts = {
+            "pid": os.getpid(),
+            "host": socket.gethostname(),
+            "began_at": self._began,
+            "budget_bytes": self.budget_bytes,
+            "jobs": self._settings.jobs,
+            "watch": self._settings.watch,
+            **more,
+        }
+        for store in self._stores:
+            if store.folder.is_dir():
+                store.publish(facts)
+        if self._settings.prometheus is not None:
+            records = [record for store in self._stores for record in store]
+            metrics.write(self._settings.prometheus, records)
+
+
+def watch(
+    batch: Batch,
+    schedule: Schedule,
+    on_round: Callable[[Round, datetime], None],
+    *,
+    sleep: Callable[[float], None] = time.sleep,
+    now: Callable[[], datetime] = datetime.now,
+) -> None:
+    """Do round after round until a signal ends the process; an error ends none but its round.
+
+    ``on_round`` is told what each came to and when the next one is.
+    """
+    while True:
+        try:
+            made = batch.round()
+        except Exception as error:  # noqa: BLE001 - the next round may well succeed
+            made = Round(problems=[StreamconvError(f"{type(error).__name__}: {error}")])
+        following = schedule.next_after(now())
+        on_round(made, following)
+        sleep(max(0.0, (following - now()).total_seconds()))

@@ -1,0 +1,138 @@
+"""Which outputs are kept, and the careful removal of the others.
+
+Nothing is removed unless asked to apply; an output only where its folder holds what its manifest
+lists and nothing else; a source only after its output was verified against it, and never the newest
+step of a run, from which training goes on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import quote
+
+from streamconv.batch.discover import Candidate
+from streamconv.batch.ready import read_tracker, snapshot
+from streamconv.batch.state import Record, Store
+from streamconv.errors import LockedError, StreamconvError
+from streamconv.plan import MANIFEST
+from streamconv.staging import read_manifest
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """Keep the ``last`` steps and those that ``every`` divides; both None keeps everything."""
+
+    last: int | None = None
+    every: int | None = None
+
+    @property
+    def active(self) -> bool:
+        """Whether anything is ever removed."""
+        return self.last is not None or self.every is not None
+
+    def kept(self, steps: Iterable[int]) -> set[int]:
+        """Return the steps to keep."""
+        steps = set(steps)
+        if not self.active:
+            return steps
+        last = set(sorted(steps)[-self.last :]) if self.last else set()
+        return last | ({s for s in steps if s % self.every == 0} if self.every else set())
+
+    def surplus(self, records: Iterable[Record]) -> list[Record]:
+        """Return the records that are not kept; one without a step always is."""
+        groups: dict[tuple[str, str], list[Record]] = defaultdict(list)
+        for record in records:
+            groups[record.run, record.model].append(record)
+        surplus = []
+        for group in groups.values():
+            kept = self.kept(r.step for r in group if r.step is not None)
+            surplus += [r for r in group if r.step is not None and r.step not in kept]
+        return surplus
+
+
+@dataclass(frozen=True, slots=True)
+class Removal:
+    """A folder that was removed, or would be; ``refused`` says why it must not."""
+
+    kind: str  # "output" or "source"
+    path: Path
+    nbytes: int
+    applied: bool = False
+    refused: str = ""
+
+
+def remove_output(record: Record, store: Store, *, apply: bool) -> Removal:
+    """Remove a finished output, or say what would be removed."""
+    path = Path(record.output)
+    refused = _why_not_output(path, store.output)
+    if refused or not apply:
+        return Removal("output", path, record.write_bytes, refused=refused)
+    try:
+        with store.holding(record.name):
+            _remove(path, store.folder / "trash" / quote(record.name, safe=""))
+            for parent in path.parents:
+                if parent == store.output:
+                    break
+                with contextlib.suppress(OSError):  # not empty: another's
+                    parent.rmdir()
+            record.state, record.reason, record.evidence = "pruned", "removed by retention", []
+            store.save(record)
+    except LockedError as error:
+        return Removal("output", path, record.write_bytes, refused=error.what)
+    return Removal("output", path, record.write_bytes, applied=True)
+
+
+def _why_not_output(path: Path, root: Path) -> str:
+    if path.is_symlink() or not path.is_dir():
+        return "it is no folder"
+    if not path.resolve().is_relative_to(root.resolve()) or path.resolve() == root.resolve():
+        return "it lies outside the output folder"
+    try:
+        manifest = read_manifest(path)
+    except StreamconvError as error:
+        return error.what
+    if manifest is None or "streamconv" not in manifest or "job" not in manifest:
+        return "it has no manifest of ours"
+    listed = {MANIFEST, *(f["name"] for f in manifest.get("files", ()))}
+    there = (p.relative_to(path).as_posix() for p in path.rglob("*") if not p.is_dir())
+    strange = [name for name in there if name not in listed]
+    return f"it holds what its manifest does not list: {strange[0]}" if strange else ""
+
+
+def remove_source(record: Record, candidate: Candidate, newest: int, *, apply: bool) -> Removal:
+    """Remove the source of a verified output, or say what would be removed.
+
+    ``newest`` is the highest step of the run that is there.
+    """
+    path = candidate.path
+    try:
+        now = snapshot(path)
+    except OSError as error:
+        return Removal("source", path, 0, refused=str(error.strerror))
+    refused = ""
+    tracker = read_tracker(candidate.run_dir)
+    if candidate.step is None or candidate.relative == Path():
+        refused = "it is no step of a run"
+    elif candidate.step >= newest or (tracker is not None and candidate.step == tracker.step):
+        refused = "training goes on from it"
+    elif record.state != "done" or record.verified is not True:
+        refused = "its output has not been verified against it"
+    elif now.digest != record.snapshot:
+        refused = "it changed since it was converted"
+    if apply and not refused:
+        _remove(path, path.parent / f".{path.name}.streamconv-deleted")
+        return Removal("source", path, now.nbytes, applied=True)
+    return Removal("source", path, now.nbytes, refused=refused)
+
+
+def _remove(path: Path, aside: Path) -> None:
+    """Remove a folder whole: no reader ever sees a part of it under its name."""
+    aside.parent.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(aside, ignore_errors=True)
+    path.rename(aside)
+    shutil.rmtree(aside)

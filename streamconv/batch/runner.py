@@ -1,0 +1,368 @@
+"""Runs conversions in processes of their own, as many at once as the ledger has shares for.
+
+One loop, one thread: start what may start, read what the workers tell, settle what has ended. What
+passes (a network disk that hiccups) is tried again after a while, what will not (bad input, a full
+disk) is not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import selectors
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any, Literal
+
+import filelock
+
+from streamconv import formats
+from streamconv.batch import worker
+from streamconv.batch.hooks import Hooks
+from streamconv.batch.ledger import Ledger
+from streamconv.batch.pins import pin, unpin
+from streamconv.batch.state import is_intact
+from streamconv.batch.tasks import Task
+from streamconv.convert_job import identify
+from streamconv.errors import LockedError, StreamconvError
+
+_PASSING = frozenset({errno.EIO, errno.ESTALE, errno.ETIMEDOUT})
+_BACKOFF_SECONDS = 2.0
+_BACKOFF_FACTOR = 4.0
+_BACKOFF_MAX_SECONDS = 300.0
+_SAVE_EVERY_SECONDS = 2.0
+_LISTEN_SECONDS = 0.25
+_END_SECONDS = 4.0
+_READ_BYTES = 1 << 16
+
+What = Literal["started", "progress", "retry", "done", "failed", "gone", "elsewhere", "notice"]
+Listener = Callable[[What, Task, str], None]
+
+
+def backoff_seconds(tries: int) -> float:
+    """Return how long to wait after so many tries.
+
+    >>> [backoff_seconds(n) for n in (1, 2, 3, 9)]
+    [2.0, 8.0, 32.0, 300.0]
+    """
+    return min(_BACKOFF_SECONDS * _BACKOFF_FACTOR ** (tries - 1), _BACKOFF_MAX_SECONDS)
+
+
+@dataclass(slots=True)
+class _Running:
+    task: Task
+    process: subprocess.Popen[bytes]
+    err: IO[bytes]
+    lock: filelock.BaseFileLock
+    started: float
+    rest: bytes = b""
+    last: dict[str, Any] = field(default_factory=dict)
+    saved: float = 0.0
+
+
+class Runner:
+    """Works off tasks. ``outcomes`` counts how they ended, by the last word told of each."""
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        hooks: Hooks,
+        listener: Listener,
+        *,
+        retries: int = 3,
+        command: Sequence[str] | None = None,
+        every: Callable[[], None] = lambda: None,
+        backoff: Callable[[int], float] = backoff_seconds,
+    ) -> None:
+        self._ledger = ledger
+        self._hooks = hooks
+        self._tell = listener
+        self._retries = retries
+        self._command = list(command or worker.command())
+        self._every = every
+        self._backoff = backoff
+        self._selector = selectors.DefaultSelector()
+        self._running: dict[str, _Running] = {}
+        self._waiting: list[Task] = []
+        self.outcomes: dict[What, int] = {}
+
+    def run(self, tasks: Iterable[Task]) -> None:
+        """Convert everything; failures are recorded and told, and stop nothing else."""
+        self._waiting = list(tasks)
+        told = time.monotonic()
+        try:
+            # All at once: rotation will not wait until it is their turn.
+            for task in self._waiting:
+                if task.pin:
+                    self._pin(task)
+            while self._waiting or self._running or self._hooks.busy:
+                self._start()
+                self._listen()
+                now = time.monotonic()
+                if now - told >= _SAVE_EVERY_SECONDS:
+                    told = now
+                    self._every()
+        finally:
+            self._stop()
+
+    # Starting
+
+    def _start(self) -> None:
+        now = time.monotonic()
+        for task in list(self._waiting):
+            if len(self._running) >= self._ledger.slots:
+                return
+            if task.not_before > now:
+                continue
+            share = self._ledger.grant(task.key, alone=task.alone)
+            if share is None:
+                continue
+            self._waiting.remove(task)
+            if not self._launch(task, share):
+                self._ledger.release(task.key)
+
+    def _launch(self, task: Task, share: int) -> bool:
+        """Start a worker; False where another batch has the output, or has done it meanwhile."""
+        try:
+            lock = task.store.claim(task.record.name)
+        except LockedError as error:
+            self._end(task, "elsewhere", error.what)
+            return False
+        wanted = task.record
+        task.record = record = task.store.reload(wanted.name)
+        same = (record.snapshot, record.options) == (wanted.snapshot, wanted.options)
+        verified = record.verified is True or not task.verify
+        if record.state == "done" and same and verified and is_intact(record):
+            lock.release()
+            self._end(task, "elsewhere", "another batch has done it")
+            return False
+        task.tries += 1
+        record.state, record.reason = "running", ""
+        record.started_at, record.finished_at = time.time(), None
+        record.done_bytes = record.total_bytes = 0
+        record.budget_bytes = share
+        record.host, record.pid = socket.gethostname(), os.getpid()
+        task.store.save(record)
+        # Not a pipe: nobody reads it before the end, and a full pipe would stop the worker.
+        err = tempfile.TemporaryFile()  # noqa: SIM115 - closed when the worker has ended
+        process = subprocess.Popen(
+            self._command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=err,
+            start_new_session=True,  # Ctrl-C is ours to hand on
+        )
+        request = {
+            "parent": os.getpid(),
+            "source": str(task.pinned or task.candidate.path),
+            "output": record.output,
+            "job": task.job.to_json(),
+            "run": {**task.run_options, "max_mem_bytes": share},
+            "verify": task.verify,
+        }
+        assert process.stdin is not None  # noqa: S101 - a pipe, see above
+        assert process.stdout is not None  # noqa: S101 - a pipe, see above
+        with contextlib.suppress(BrokenPipeError):  # it died at once: its exit code will tell
+            process.stdin.write(json.dumps(request).encode())
+            process.stdin.close()
+        os.set_blocking(process.stdout.fileno(), False)
+        running = _Running(task, process, err, lock, time.monotonic())
+        self._running[task.key] = running
+        self._selector.register(process.stdout, selectors.EVENT_READ, running)
+        self._tell("started", task, "")
+        return True
+
+    def _pin(self, task: Task) -> None:
+        source = task.candidate.path
+        try:
+            wanted = identify(source, task.job).digest
+            location = formats.find_model(source)
+            below = [f.path for f in location.identify()]
+            needed = [(location.root / path).relative_to(source).as_posix() for path in below]
+            pinned = pin(source, needed, task.pin_places)
+            if identify(pinned, task.job).digest == wanted:
+                task.pinned = pinned
+                return
+            unpin(pinned)
+            why = "what belongs to it lies outside its folder"
+        except (StreamconvError, OSError) as error:
+            why = str(error).replace("\n ", ";")
+        self._tell("notice", task, f"not pinned: {why}")
+
+    def _unpin(self, task: Task) -> None:
+        if task.pinned is not None:
+            unpin(task.pinned)
+            task.pinned = None
+
+    # Listening
+
+    def _listen(self) -> None:
+        if not self._running:
+            # Only hooks, or tasks that wait out a hiccup.
+            time.sleep(_LISTEN_SECONDS)
+            return
+        for key, _ in self._selector.select(_LISTEN_SECONDS):
+            running: _Running = key.data
+            data = os.read(key.fd, _READ_BYTES)
+            if data:
+                self._take(running, data)
+            else:
+                self._selector.unregister(key.fileobj)
+                running.process.wait()
+                self._settle(running)
+        self._hooks.poll()
+
+    def _take(self, running: _Running, data: bytes) -> None:
+        *lines, running.rest = (running.rest + data).split(b"\n")
+        for line in lines:
+            try:
+                event = json.loads(line)
+            except ValueError:
+                continue  # something a library printed
+            if event.get("event") in ("finished", "error"):
+                running.last = event
+            elif event.get("event") == "progress":
+                self._progress(running, event)
+
+    def _progress(self, running: _Running, event: dict[str, Any]) -> None:
+        task, now = running.task, time.monotonic()
+        task.record.done_bytes = event["done_bytes"]
+        task.record.total_bytes = event["total_bytes"]
+        task.add_sample(now - running.started, event["done_bytes"], event["memory_bytes"])
+        self._tell("progress", task, "")
+        if now - running.saved >= _SAVE_EVERY_SECONDS:
+            running.saved = now
+            task.store.save(task.record)
+
+    # Settling
+
+    def _settle(self, running: _Running) -> None:
+        task, record, told = running.task, running.task.record, running.last
+        record.finished_at = time.time()
+        if told.get("event") == "finished":
+            self._succeed(running, told)
+        else:
+            error = self._failure(running)
+            number, kind = error.get("errno"), error.get("kind")
+            if kind == "locked":
+                record.state, record.reason = "queued", str(error["what"])
+                self._close(running)
+                self._end(task, "elsewhere", str(error["what"]))
+            elif kind == "budget" and not task.alone and self._ledger.slots > 1:
+                task.alone = True
+                self._again(running, "needs more memory than its share: tried again alone")
+            elif number in _PASSING and task.tries <= self._retries:
+                wait = self._backoff(task.tries)
+                task.not_before = time.monotonic() + wait
+                self._again(running, f"{_one_line(error)}: tried again in {wait:g} s")
+            else:
+                self._fail(running, error)
+
+    def _succeed(self, running: _Running, told: dict[str, Any]) -> None:
+        task, record = running.task, running.task.record
+        record.state, record.reason, record.error, record.attempts = "done", "", None, 0
+        record.evidence, record.verified = told["evidence"], told["verified"]
+        record.tensors, record.notices = told["tensors"], told["notices"]
+        record.write_bytes = told["write_bytes"]
+        record.done_bytes = record.total_bytes = told["write_bytes"]
+        if told["status"] == "done":
+            record.seconds = time.monotonic() - running.started
+            record.read_bytes, record.peak_bytes = told["read_bytes"], told["peak_bytes"]
+            record.bytes_per_second = (
+                told["read_bytes"] / told["seconds"] if told["seconds"] else None
+            )
+        self._close(running)
+        self._hooks.add(record)
+        self._end(task, "done", "")
+
+    def _fail(self, running: _Running, error: dict[str, Any]) -> None:
+        task, record = running.task, running.task.record
+        gone = not _still_there(task.pinned or task.candidate.path)
+        record.state = "gone" if gone else "failed"
+        record.error, record.reason = error, _one_line(error)
+        record.seconds = time.monotonic() - running.started
+        if gone:
+            record.reason = "the source went away while it was converted"
+        else:
+            record.attempts += 1
+        self._close(running)
+        self._hooks.add(record)
+        self._end(task, "gone" if gone else "failed", str(StreamconvError.from_json(error)))
+
+    def _again(self, running: _Running, why: str) -> None:
+        running.task.record.state, running.task.record.reason = "queued", why
+        self._close(running)
+        self._waiting.append(running.task)
+        self._tell("retry", running.task, why)
+
+    def _failure(self, running: _Running) -> dict[str, Any]:
+        """Return what the worker told, or what its end tells where it could not."""
+        if running.last:
+            return running.last
+        code = running.process.returncode
+        running.err.seek(0)
+        said = running.err.read().decode(errors="replace").strip().splitlines()[-1:]
+        name = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+        crash = StreamconvError(
+            "the conversion's process ended without a word",
+            where=running.task.record.source,
+            found="; ".join([name, *said]),
+            hint="SIGKILL is most often the machine out of memory" if code == -9 else None,
+        )
+        return {**crash.to_json(), "kind": "crashed"}
+
+    def _close(self, running: _Running) -> None:
+        """Save the record while its lock is still held, then give everything back."""
+        task = running.task
+        task.store.save(task.record)
+        if running.process.stdout is not None:
+            running.process.stdout.close()
+        running.err.close()
+        running.lock.release()
+        self._ledger.release(task.key)
+        del self._running[task.key]
+
+    def _end(self, task: Task, what: What, text: str) -> None:
+        self._unpin(task)
+        self.outcomes[what] = self.outcomes.get(what, 0) + 1
+        self._tell(what, task, text)
+
+    def _stop(self) -> None:
+        """End whatever still runs: after a signal, or an error of our own."""
+        for running in self._running.values():
+            running.process.terminate()
+        deadline = time.monotonic() + _END_SECONDS
+        for running in list(self._running.values()):
+            try:
+                running.process.wait(max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                running.process.kill()
+                running.process.wait()
+            running.task.record.state = "queued"
+            running.task.record.reason = "interrupted; the next batch goes on with it"
+            self._close(running)
+            self._unpin(running.task)
+        for task in self._waiting:
+            self._unpin(task)
+        self._hooks.stop()
+        self._selector.close()
+
+
+def _still_there(path: Path) -> bool:
+    try:
+        return formats.detect(path) is not None
+    except (StreamconvError, OSError):
+        return path.is_dir()
+
+
+def _one_line(error: dict[str, Any]) -> str:
+    what, where = str(error.get("what")), error.get("where")
+    return f"{what} ({where})" if where else what

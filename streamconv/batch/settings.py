@@ -1,0 +1,222 @@
+"""What a batch is told to do: one model for the command line and for ``jobs.toml``.
+
+Keys are the options of the command line without the dashes in front. Unknown ones are refused: a
+typing error must not become a conversion with other options::
+
+    max-mem = "64GB"
+    jobs = 2
+    watch = "10m"
+
+    [[run]]
+    root = "/runs/qwen-grpo"
+    output = "/models/qwen-grpo"
+    model = "actor"
+    every = 100
+"""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import pydantic
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt
+
+from streamconv.batch.schedule import Schedule, parse_schedule
+from streamconv.batch.selection import Filter, Steps, namer, parse_steps
+from streamconv.durations import parse_duration
+from streamconv.errors import BadInputError, UsageError
+from streamconv.options import DTypeChoice, JobOptions, Layout
+from streamconv.sizes import parse_size
+
+
+def _parsed_by(parse: Callable[[str], object]) -> AfterValidator:
+    """Check a text with one of our own parsers, and keep the text."""
+
+    def check(text: str) -> str:
+        try:
+            parse(text)
+        except UsageError as error:
+            raise ValueError(str(error).replace("\n ", ";")) from None
+        return text
+
+    return AfterValidator(check)
+
+
+_Size = Annotated[str, _parsed_by(parse_size)]
+_Memory = Annotated[str, _parsed_by(lambda text: parse_size(text, whole_bytes=1 << 40))]
+_Duration = Annotated[str, _parsed_by(parse_duration)]
+_When = Annotated[str, _parsed_by(parse_schedule)]
+_StepRanges = Annotated[str, _parsed_by(parse_steps)]
+_Template = Annotated[str, _parsed_by(lambda text: namer(text, None))]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        populate_by_name=True,
+        alias_generator=lambda name: name.replace("_", "-"),
+    )
+
+
+class RunSettings(_Strict):
+    """One run: where its checkpoints are, which are wanted, how they are converted and kept."""
+
+    root: Path
+    output: Path
+    name: _Template | None = None
+    model: str | None = None
+    every: PositiveInt | None = None
+    steps: _StepRanges | None = None
+    last: PositiveInt | None = None
+    settle: _Duration = "5m"
+    pin: bool = False
+    verify: bool = False
+    keep_last: PositiveInt | None = None
+    keep_every: PositiveInt | None = None
+    delete_sources: bool = False
+    layout: Layout = "hub"
+    dtype: DTypeChoice = "keep"
+    keep_dtype: tuple[str, ...] = ()
+    max_shard_size: _Size = "5GB"
+    strict: bool = False
+    hf_config: Path | None = None
+    overwrite: bool = False
+
+    @property
+    def settle_seconds(self) -> float:
+        """Return for how long a checkpoint must lie still."""
+        return parse_duration(self.settle)
+
+    @property
+    def filter(self) -> Filter:
+        """Return which checkpoints are wanted."""
+        steps: Steps | None = parse_steps(self.steps) if self.steps else None
+        return Filter(self.model, self.every, steps, self.last)
+
+    def job_options(self) -> JobOptions:
+        """Return what decides the outputs; the source of each names its model already."""
+        return JobOptions(
+            layout=self.layout,
+            dtype=self.dtype,
+            keep_dtype=self.keep_dtype,
+            max_shard_bytes=parse_size(self.max_shard_size),
+            strict=self.strict,
+            hf_config=self.hf_config,
+        )
+
+
+class BatchSettings(_Strict):
+    """A batch: the runs, and what they share, the memory budget above all."""
+
+    run: tuple[RunSettings, ...] = Field(min_length=1)
+    max_mem: _Memory | None = None
+    jobs: PositiveInt = 1
+    retries: Annotated[int, Field(ge=0)] = 3
+    watch: _When | None = None
+    apply: bool = False
+    on_done: str | None = None
+    on_error: str | None = None
+    prometheus: Path | None = None
+    report: Path | None = None
+    no_sync: bool = False
+    no_source_crc: bool = False
+    checksum: Annotated[str, Field(pattern="^sha256$")] | None = None
+    io_threads: PositiveInt = 1
+
+    @property
+    def schedule(self) -> Schedule | None:
+        """Return when rounds follow one another, None for a single one."""
+        return parse_schedule(self.watch) if self.watch else None
+
+
+def settings(data: Mapping[str, Any], *, where: str | None = None) -> BatchSettings:
+    """Return validated settings; raises :class:`UsageError` that names every bad key."""
+    try:
+        made = BatchSettings.model_validate(data)
+    except pydantic.ValidationError as error:
+        raise _told(error, where) from None
+    _refuse_overlap(made, where)
+    return made
+
+
+def load(path: Path, given: Mapping[str, Any]) -> BatchSettings:
+    """Return the settings of a job file; ``given`` are options that override its top level.
+
+    Paths are relative to the file's folder.
+    """
+    try:
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, UnicodeDecodeError) as error:
+        raise UsageError("not a TOML file", where=str(path), found=str(error)) from error
+    except OSError as error:
+        raise BadInputError(
+            f"the job file cannot be read: {error.strerror}", where=str(path)
+        ) from error
+    made = settings({**data, **given}, where=str(path))
+    base = path.absolute().parent
+    return made.model_copy(
+        update={
+            "run": tuple(_anchored(run, base, ("root", "output", "hf_config")) for run in made.run),
+            **{
+                key: base / value
+                for key in ("prometheus", "report")
+                if key not in given and (value := getattr(made, key)) is not None
+            },
+        }
+    )
+
+
+def _anchored(run: RunSettings, base: Path, keys: tuple[str, ...]) -> RunSettings:
+    paths = {k: base / v for k in keys if (v := getattr(run, k)) is not None}
+    return run.model_copy(update=paths)
+
+
+def _refuse_overlap(made: BatchSettings, where: str | None) -> None:
+    """Two runs in one output folder would mistake each other's outputs for their own."""
+    outputs: dict[Path, RunSettings] = {}
+    for run in made.run:
+        output = run.output.absolute()
+        if output in outputs:
+            raise UsageError(
+                "two runs have the same output folder",
+                where=where,
+                found=str(run.output),
+                hint="give each a folder of its own",
+            )
+        if run.output.resolve() == run.root.resolve():
+            raise UsageError("the output folder is the run itself", where=str(run.output))
+        outputs[output] = run
+
+
+def _told(error: pydantic.ValidationError, where: str | None) -> UsageError:
+    problems = [_problem(e["type"], [str(p) for p in e["loc"]], e["msg"]) for e in error.errors()]
+    what = "unknown settings" if all("unknown key" in p for p in problems) else "bad settings"
+    return UsageError(f"{what} for a batch", where=where, found="; ".join(problems))
+
+
+def _problem(kind: str, loc: list[str], message: str) -> str:
+    key, in_run = loc[-1], len(loc) > 1 and loc[0] == "run"
+    place = ".".join(loc)
+    if kind == "missing":
+        return f"{place} is missing"
+    if kind != "extra_forbidden":
+        return f"{place}: {message.removeprefix('Value error, ')}"
+    here, other = (RunSettings, BatchSettings) if in_run else (BatchSettings, RunSettings)
+    known, elsewhere = _keys(here), _keys(other)
+    wanted = key.replace("_", "-")
+    if wanted in elsewhere:
+        return f"unknown key {place} here: it belongs {'at the top' if in_run else 'into [[run]]'}"
+    near = difflib.get_close_matches(wanted, known, 1) or difflib.get_close_matches(
+        wanted, elsewhere, 1
+    )
+    nearest = near[0] if near else None
+    return f"unknown key {place}" + (f": did you mean {nearest}?" if nearest else "")
+
+
+def _keys(model: type[BaseModel]) -> list[str]:
+    return [f.alias or name for name, f in model.model_fields.items()]

@@ -1,0 +1,228 @@
+"""What a batch remembers of every checkpoint, and shows to whoever looks.
+
+In the output folder::
+
+    status.json                          everything, for people and programs: a view, written last
+    .streamconv-batch/jobs/NAME.json     one record per output, written by whoever holds its lock
+    .streamconv-batch/locks/NAME.lock    held while a batch works on that output
+    .streamconv-batch/pins/HOST-PID/…    hard links to sources that are being read
+
+One file per output, so that two batches never write the same one. Every file appears whole. A record
+that is lost costs time and nothing else: the output's manifest says what it was made of.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import quote
+
+import filelock
+
+from streamconv._version import __version__
+from streamconv.errors import LockedError
+
+STATUS = "status.json"
+FOLDER = ".streamconv-batch"
+State = Literal["waiting", "queued", "running", "done", "failed", "gone", "pruned"]
+
+
+@dataclass(slots=True)
+class Record:
+    """What is known of one output.
+
+    ``state``: ``waiting`` (its source is not whole yet), ``queued``, ``running``, ``done``,
+    ``failed``, ``gone`` (the source went before it could be converted), ``pruned`` (removed by
+    retention). ``attempts`` counts failures since the last success. ``snapshot`` is the digest of how
+    the source looked, ``seen_at`` since when it looks so; ``options`` the digest of what decides the
+    output. ``evidence`` is what a finished output looked like: see :func:`output_evidence`.
+    ``seconds`` is how long all of it took, planning included, ``bytes_per_second`` how fast bytes
+    moved. Times are seconds since the epoch.
+    """
+
+    name: str
+    output: str
+    source: str = ""
+    run: str = ""
+    step: int | None = None
+    model: str = ""
+    format: str = ""
+    state: State = "waiting"
+    reason: str = ""
+    attempts: int = 0
+    snapshot: str = ""
+    seen_at: float = 0.0
+    options: str = ""
+    evidence: list[list[Any]] = field(default_factory=list)
+    started_at: float | None = None
+    finished_at: float | None = None
+    seconds: float = 0.0
+    bytes_per_second: float | None = None
+    read_bytes: int = 0
+    write_bytes: int = 0
+    done_bytes: int = 0
+    total_bytes: int = 0
+    peak_bytes: int = 0
+    budget_bytes: int = 0
+    tensors: int = 0
+    verified: bool | None = None
+    notices: list[str] = field(default_factory=list)
+    error: dict[str, Any] | None = None
+    host: str = ""
+    pid: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the record as plain data."""
+        return asdict(self)
+
+    @staticmethod
+    def from_json(data: dict[str, Any]) -> Record:
+        """Rebuild a record; what another release put there and this one does not know is dropped."""
+        known = {f.name for f in fields(Record)}
+        return Record(**{k: v for k, v in data.items() if k in known})
+
+
+class Store:
+    """The records of one output folder."""
+
+    def __init__(self, output: Path) -> None:
+        self.output = output
+        self.folder = output / FOLDER
+        self._records: dict[str, Record] = {}
+
+    def begin(self) -> None:
+        """Make the folders and read the records that are there."""
+        for name in ("jobs", "locks"):
+            (self.folder / name).mkdir(parents=True, exist_ok=True)
+        self._records = {r.name: r for r in read_records(self.output)}
+
+    def __iter__(self) -> Iterator[Record]:
+        return iter(list(self._records.values()))
+
+    def get(self, name: str) -> Record:
+        """Return the record of an output; a fresh one where nothing is known."""
+        record = self._records.get(name)
+        if record is None:
+            record = self._records[name] = Record(name, str(self.output / name))
+        return record
+
+    def reload(self, name: str) -> Record:
+        """Return the record as another batch may have left it meanwhile."""
+        read = _read_record(self._path(name))
+        if read is not None:
+            self._records[name] = read
+        return self.get(name)
+
+    def save(self, record: Record) -> None:
+        """Make a record appear on disk, whole."""
+        self._records[record.name] = record
+        write_whole(self._path(record.name), json.dumps(record.to_json(), ensure_ascii=False))
+
+    def _path(self, name: str) -> Path:
+        return self.folder / "jobs" / f"{quote(name, safe='')}.json"
+
+    def claim(self, name: str) -> filelock.BaseFileLock:
+        """Return the held lock of an output; raises :class:`LockedError` where another has it."""
+        lock = filelock.FileLock(self.folder / "locks" / f"{quote(name, safe='')}.lock", timeout=0)
+        try:
+            lock.acquire()
+        except filelock.Timeout as error:
+            raise LockedError("another batch is at work on this output", where=name) from error
+        return lock
+
+    @contextlib.contextmanager
+    def holding(self, name: str) -> Iterator[None]:
+        """Hold the lock of an output for a moment; raises :class:`LockedError` as :meth:`claim`."""
+        lock = self.claim(name)
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def publish(self, facts: dict[str, Any]) -> None:
+        """Write ``status.json``: ``facts`` about the batch, and every record."""
+        records = sorted(self, key=order)
+        data = {
+            "streamconv": __version__,
+            "written_at": time.time(),
+            "counts": dict(Counter(r.state for r in records)),
+            "batch": facts,
+            "checkpoints": [r.to_json() for r in records],
+        }
+        write_whole(self.output / STATUS, json.dumps(data, ensure_ascii=False, indent=1))
+
+
+def order(record: Record) -> tuple[str, int, str, str]:
+    """Return what records are sorted by: run, step, model."""
+    return (record.run, -1 if record.step is None else record.step, record.model, record.name)
+
+
+def read_records(output: Path) -> list[Record]:
+    """Return the records of an output folder as they are now, by run and step.
+
+    One that says ``running`` though its process is gone is ``failed``: interrupted.
+    """
+    folder = output / FOLDER / "jobs"
+    paths = sorted(folder.glob("*.json")) if folder.is_dir() else []
+    records = [r for p in paths if (r := _read_record(p)) is not None]
+    for record in records:
+        if record.state == "running" and not _alive(record):
+            record.state, record.reason = "queued", "interrupted; the next batch goes on with it"
+    return sorted(records, key=order)
+
+
+def _read_record(path: Path) -> Record | None:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        return Record.from_json(data)
+    except (OSError, ValueError, TypeError, AttributeError):
+        return None  # a record that cannot be read is one that is lost
+
+
+def _alive(record: Record) -> bool:
+    if record.host != socket.gethostname():
+        return True  # on another machine: it must be believed
+    return record.pid == os.getpid() or Path(f"/proc/{record.pid}").exists()
+
+
+def output_evidence(output: Path, files: Iterable[str]) -> list[list[Any]]:
+    """Return (name, size, time of change) of an output's files: unchanged, it is still the output.
+
+    Raises ``OSError`` where one is missing.
+    """
+    evidence: list[list[Any]] = []
+    for name in files:
+        status = (output / name).stat()
+        evidence.append([name, status.st_size, status.st_mtime_ns])
+    return evidence
+
+
+def is_intact(record: Record) -> bool:
+    """Whether the output that ``record`` speaks of still looks as it did when it was finished."""
+    if not record.evidence:
+        return False
+    try:
+        now = output_evidence(Path(record.output), (name for name, *_ in record.evidence))
+    except OSError:
+        return False
+    return now == record.evidence
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file that others read at any moment: they see the old one or the new one."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise

@@ -1,0 +1,207 @@
+"""Looks at one run: what is done, what must wait, and the tasks that are left."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import xxhash
+
+from streamconv.batch import pins
+from streamconv.batch.discover import Candidate, discover
+from streamconv.batch.ready import Snapshot, Tracker, judge, read_tracker, snapshot
+from streamconv.batch.retention import Rule
+from streamconv.batch.selection import named, namer
+from streamconv.batch.settings import RunSettings
+from streamconv.batch.state import FOLDER, Record, Store, is_intact, output_evidence
+from streamconv.batch.tasks import Task
+from streamconv.convert_job import finished_output, identify
+from streamconv.errors import LockedError, StreamconvError, UsageError
+from streamconv.plan import MANIFEST
+
+
+class Survey:
+    """One look at one run.
+
+    ``tasks`` is what there is to do, ``counts`` how many outputs are in which state,
+    ``candidates`` all that were chosen, by output name. ``hopeless`` are outputs whose conversion
+    failed for good in this process, with the snapshot of their source: nothing is gained by trying
+    the same bytes again.
+    """
+
+    def __init__(
+        self,
+        run: RunSettings,
+        store: Store,
+        run_options: Mapping[str, Any],
+        hopeless: Mapping[str, str],
+    ) -> None:
+        self._run = run
+        self._store = store
+        self._run_options = {**run_options, "overwrite": run.overwrite}
+        self._hopeless = hopeless
+        self._job = run.job_options()
+        self._options = _options_digest(run)
+        self._trackers: dict[Path, Tracker | None] = {}
+        self.rule = Rule(run.keep_last, run.keep_every)
+        self.tasks: list[Task] = []
+        self.counts: Counter[str] = Counter()
+        self.candidates: dict[str, Candidate] = {}
+
+    def look(self) -> None:
+        """Find the checkpoints and decide about each."""
+        run = self._run
+        if run.hf_config is not None and not run.hf_config.is_dir():
+            raise UsageError("--hf-config names no folder", where=str(run.hf_config))
+        for place in (self._store.folder, run.root / FOLDER):
+            pins.remove_left_behind(place)
+        found = run.filter.choose(discover(run.root, avoid=run.output))
+        self.candidates = named(found, namer(run.name, run.model))
+        for name, candidate in self.candidates.items():
+            self._consider(name, candidate)
+        if self.rule.active:
+            self._drop_surplus()
+        self._note_vanished()
+
+    def _consider(self, name: str, c: Candidate) -> None:
+        record = self._store.get(name)
+        try:
+            seen = snapshot(c.path)
+        except OSError:
+            return  # it went this moment
+        known = (record.snapshot, record.options) == (seen.digest, self._options)
+        if known and self._is_done(record):
+            self.counts["done"] += 1
+            return
+        if known and record.state == "failed" and self._hopeless.get(record.output) == seen.digest:
+            self.counts["failed"] += 1
+            return
+        if known and record.state == "pruned":
+            self.tasks.append(self._task(record, c))  # unless retention still does not want it
+            return
+        try:
+            with self._store.holding(name):
+                self._decide(self._store.reload(name), c, seen)
+        except LockedError:
+            self.counts["elsewhere"] += 1
+
+    def _is_done(self, record: Record) -> bool:
+        verified = record.verified is True or not self._run.verify
+        return record.state == "done" and verified and is_intact(record)
+
+    def _decide(self, record: Record, c: Candidate, seen: Snapshot) -> None:
+        """Decide about one output while its lock is held, and save what was decided."""
+        now = time.time()
+        if record.snapshot != seen.digest:
+            record.snapshot, record.seen_at, record.verified = seen.digest, now, None
+        elif self._is_done(record) and record.options == self._options:
+            self.counts["done"] += 1  # by another batch, a moment ago
+            return
+        if record.options != self._options:
+            record.options, record.verified = self._options, None
+        record.source, record.run, record.step = str(c.path), c.run, c.step
+        record.model, record.format = c.model, c.format
+        digest: list[str] = []
+        verdict = judge(
+            c,
+            seen,
+            self._tracker(c.run_dir),
+            settle_seconds=self._run.settle_seconds,
+            still_seconds=now - record.seen_at,
+            now_ns=time.time_ns(),
+            check_whole=lambda: digest.append(identify(c.path, self._job).digest),
+        )
+        if not verdict.ready:
+            record.state, record.reason = "waiting", verdict.reason
+            self.counts["waiting"] += 1
+        elif digest and self._adopt(record, digest[0]):
+            self.counts["done"] += 1
+        else:
+            record.state, record.reason = "queued", verdict.reason
+            self.tasks.append(self._task(record, c))
+        self._store.save(record)
+
+    def _adopt(self, record: Record, digest: str) -> bool:
+        """Take an output for done whose record was lost, or whose source only looks different."""
+        output = Path(record.output)
+        try:
+            manifest = finished_output(output, digest)
+        except StreamconvError:
+            return False
+        if manifest is None or (self._run.verify and record.verified is not True):
+            return False
+        record.state, record.reason, record.error, record.attempts = "done", "", None, 0
+        files = manifest["files"]
+        record.evidence = output_evidence(output, [*(f["name"] for f in files), MANIFEST])
+        record.write_bytes = sum(f["nbytes"] for f in files)
+        record.tensors = len(manifest["tensors"])
+        run = manifest.get("run", {})
+        record.seconds, record.read_bytes = run.get("seconds", 0.0), run.get("read_bytes", 0)
+        record.bytes_per_second = record.read_bytes / record.seconds if record.seconds else None
+        record.peak_bytes, record.budget_bytes = (
+            run.get("peak_bytes", 0),
+            run.get("budget_bytes", 0),
+        )
+        record.finished_at = (output / MANIFEST).stat().st_mtime
+        return True
+
+    def _task(self, record: Record, c: Candidate) -> Task:
+        root = self._run.root.absolute()
+        places = [pins.folder(place) for place in (self._store.folder, root / FOLDER)]
+        return Task(
+            candidate=c,
+            record=record,
+            store=self._store,
+            job=self._job,
+            run_options=dict(self._run_options),
+            verify=self._run.verify,
+            pin=self._run.pin,
+            pin_places=tuple(p / quote(record.name, safe="") for p in places),
+        )
+
+    def _tracker(self, run_dir: Path) -> Tracker | None:
+        if run_dir not in self._trackers:
+            self._trackers[run_dir] = read_tracker(run_dir)
+        return self._trackers[run_dir]
+
+    def _drop_surplus(self) -> None:
+        """Leave out what retention would remove as soon as it is there."""
+        done = [r for r in self._store if r.state == "done"]
+        surplus = {r.name for r in self.rule.surplus([*done, *(t.record for t in self.tasks)])}
+        for task in self.tasks:
+            record = task.record
+            if record.name not in surplus:
+                continue
+            self.counts["pruned"] += 1
+            if record.state != "pruned":
+                record.state, record.reason = "pruned", "not converted: retention does not keep it"
+                with suppress(LockedError), self._store.holding(record.name):
+                    self._store.save(record)
+        self.tasks = [t for t in self.tasks if t.record.name not in surplus]
+
+    def _note_vanished(self) -> None:
+        """Say of what was to be done, but has no source any more, that it is gone."""
+        for record in self._store:
+            unfinished = record.state in ("waiting", "queued", "failed")
+            if (
+                unfinished
+                and record.name not in self.candidates
+                and not Path(record.source).exists()
+            ):
+                record.state = "gone"
+                record.reason = "the source went away before it was converted"
+                self._store.save(record)
+
+
+def _options_digest(run: RunSettings) -> str:
+    """Return the digest of all that decides an output apart from its source."""
+    options = run.job_options().to_json()
+    if run.hf_config is not None:
+        options["hf_config"] = snapshot(run.hf_config).digest if run.hf_config.is_dir() else ""
+    return xxhash.xxh3_64_hexdigest(json.dumps(options, sort_keys=True).encode())

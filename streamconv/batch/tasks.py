@@ -1,0 +1,55 @@
+"""One conversion that is to be done, and what is recorded of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from streamconv.batch.discover import Candidate
+from streamconv.batch.state import Record, Store
+from streamconv.options import JobOptions
+
+_MAX_SAMPLES = 2000
+
+
+@dataclass(slots=True)
+class Task:
+    """A checkpoint that is ready, with everything that converting it needs.
+
+    ``request`` holds the options of the run that change no byte. ``pin``: link the source first,
+    into one of ``pin_places``; ``pinned`` is where it was linked.
+    ``tries`` counts the starts of this round, ``not_before`` (monotonic seconds)
+    is when the next may be, ``alone`` says that it needs the whole budget.
+    """
+
+    candidate: Candidate
+    record: Record
+    store: Store
+    job: JobOptions
+    run_options: dict[str, Any]
+    verify: bool
+    pin: bool
+    pin_places: tuple[Path, ...] = ()
+    pinned: Path | None = None
+    tries: int = 0
+    not_before: float = 0.0
+    alone: bool = False
+    # What the worker told: (seconds since its start, bytes done, memory of its tree).
+    samples: list[tuple[float, int, int]] = field(default_factory=list)
+
+    def add_sample(self, seconds: float, done_bytes: int, memory_bytes: int) -> None:
+        """Remember how far it was; of a long conversion fewer moments are kept."""
+        if len(self.samples) >= _MAX_SAMPLES:
+            del self.samples[1::2]
+        self.samples.append((seconds, done_bytes, memory_bytes))
+
+    @property
+    def output(self) -> Path:
+        """Return the output folder."""
+        return Path(self.record.output)
+
+    @property
+    def key(self) -> str:
+        """Return what tells this task from every other of the batch."""
+        return self.record.output

@@ -1,0 +1,99 @@
+"""One conversion in a process of its own: a crash of it is no crash of the batch.
+
+Reads one JSON request on stdin and writes events as JSON lines to stdout; the last one is
+``finished`` or ``error``. Ends when the process that started it does.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import signal
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from streamconv.batch.state import output_evidence
+from streamconv.errors import StreamconvError, VerificationError
+
+_PR_SET_PDEATHSIG = 1
+
+
+def command() -> list[str]:
+    """Return the command line of a worker; -P as for the planning child."""
+    return [sys.executable, "-P", "-m", "streamconv.batch.worker"]
+
+
+def _say(data: dict[str, Any]) -> None:
+    sys.stdout.write(json.dumps(data, ensure_ascii=False) + "\n")
+    sys.stdout.flush()
+
+
+def _end(signum: int, _frame: FrameType | None) -> None:
+    signal.signal(signum, signal.SIG_IGN)
+    raise SystemExit(128 + signum)
+
+
+def main() -> int:
+    """Do what the request on stdin asks for."""
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, _end)
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    request = json.load(sys.stdin)
+    if os.getppid() != request["parent"]:
+        return 1  # it ended before the line above could matter
+    try:
+        _say({"event": "finished", **_convert(request)})
+    except StreamconvError as error:
+        _say({"event": "error", **error.to_json()})
+        return error.exit_code
+    except OSError as error:
+        told = StreamconvError(f"the system refused: {error.strerror or error}")
+        told.where = None if error.filename is None else str(error.filename)
+        told.__cause__ = error
+        _say({"event": "error", **told.to_json()})
+        return told.exit_code
+    return 0
+
+
+def _convert(request: dict[str, Any]) -> dict[str, Any]:
+    from streamconv import api
+    from streamconv.convert_job import convert
+    from streamconv.options import Event, JobOptions, RunOptions
+    from streamconv.plan import MANIFEST
+    from streamconv.staging import read_manifest
+
+    def on_event(event: Event) -> None:
+        _say({"event": event.kind, "text": event.text, **event.facts})
+
+    source, output = Path(request["source"]), Path(request["output"])
+    job = JobOptions.from_json(request["job"])
+    run = RunOptions(**request["run"], on_event=on_event)
+    result = convert(source, output, job, run)
+    verified = None
+    if request["verify"]:
+        _say({"event": "phase", "text": "verify"})
+        report = api.verify(output, source=source, max_mem=run.max_mem_bytes)
+        if not report.passed:
+            raise VerificationError(
+                "the output differs from its source",
+                where=str(output),
+                found="; ".join(report.problems[:3]),
+            )
+        verified = True
+    manifest = read_manifest(output) or {}
+    names = [f["name"] for f in manifest.get("files", ())]
+    evidence = output_evidence(output, [*names, MANIFEST])
+    return {
+        **asdict(result),
+        "output": str(output),
+        "verified": verified,
+        "evidence": evidence,
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

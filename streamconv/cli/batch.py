@@ -1,0 +1,223 @@
+"""``streamconv batch`` and ``streamconv status``: whole runs, and how they stand."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from streamconv.cli.app import (
+    Checksum,
+    Debug,
+    DTypeOption,
+    HfConfig,
+    IoThreads,
+    Json,
+    KeepDType,
+    LayoutOption,
+    MaxMem,
+    MaxShard,
+    Model,
+    NoSourceCrc,
+    NoSync,
+    Overwrite,
+    Quiet,
+    Strict,
+    app,
+)
+from streamconv.cli.output import say, say_json, tell
+from streamconv.errors import UsageError
+
+
+def _option(flag: str, text: str, metavar: str | None = None) -> Any:
+    return typer.Option(flag, metavar=metavar, help=text)
+
+
+@app.command()
+def batch(
+    root: Annotated[
+        Path, typer.Argument(metavar="ROOT|JOBS", help="A training run, or a jobs.toml.")
+    ],
+    dst: Annotated[
+        Path | None, typer.Argument(metavar="DST", help="The folder for all outputs.")
+    ] = None,
+    max_mem: MaxMem = None,
+    jobs: Annotated[
+        int | None, _option("--jobs", "Conversions at once, within one --max-mem.", "N")
+    ] = None,
+    model: Model = None,
+    every: Annotated[str | None, _option("--every", "Only steps that N divides.", "N")] = None,
+    steps: Annotated[
+        str | None, _option("--steps", "Only these steps: 100:900, 500: or 100,200.", "RANGE")
+    ] = None,
+    last: Annotated[int | None, _option("--last", "Only the N latest of these.", "N")] = None,
+    name: Annotated[
+        str | None,
+        _option(
+            "--name",
+            "What outputs are called, such as {run}/{step}; fields: run, step, step_dir, model, path, "
+            "format. Default: as below ROOT.",
+            "TEMPLATE",
+        ),
+    ] = None,
+    settle: Annotated[
+        str | None,
+        _option(
+            "--settle",
+            "Without a tracker file, a checkpoint is whole when unchanged for so long (5m).",
+            "TIME",
+        ),
+    ] = None,
+    pin: Annotated[
+        bool, _option("--pin", "Hard-link sources meanwhile, so that rotation cannot take them.")
+    ] = False,
+    watch: Annotated[
+        str | None,
+        _option("--watch", "Again and again: 10m, or a cron expression '*/10 * * * *'.", "WHEN"),
+    ] = None,
+    retries: Annotated[
+        int | None, _option("--retries", "How often a passing I/O error is tried again (3).", "N")
+    ] = None,
+    verify: Annotated[
+        bool, _option("--verify", "Compare each output with its source, tensor by tensor.")
+    ] = False,
+    keep_last: Annotated[
+        int | None, _option("--keep-last", "Keep the outputs of the N latest steps.", "N")
+    ] = None,
+    keep_every: Annotated[
+        int | None, _option("--keep-every", "Keep outputs of steps that N divides.", "N")
+    ] = None,
+    delete_sources: Annotated[
+        bool,
+        _option(
+            "--delete-sources",
+            "Delete sources whose output was verified; never a run's newest step.",
+        ),
+    ] = False,
+    apply: Annotated[
+        bool, _option("--apply", "Really delete; without it, only say what would be.")
+    ] = False,
+    on_done: Annotated[
+        str | None,
+        _option("--on-done", "Run this for each output; facts are in $STREAMCONV_….", "CMD"),
+    ] = None,
+    on_error: Annotated[
+        str | None, _option("--on-error", "Run this for each failure.", "CMD")
+    ] = None,
+    prometheus: Annotated[
+        Path | None, _option("--prometheus", "Keep metrics in this text file.", "FILE")
+    ] = None,
+    max_shard_size: MaxShard = "5GB",
+    dtype: DTypeOption = "keep",
+    keep_dtype: KeepDType = None,
+    layout: LayoutOption = "hub",
+    strict: Strict = False,
+    hf_config: HfConfig = None,
+    overwrite: Overwrite = False,
+    no_sync: NoSync = False,
+    no_source_crc: NoSourceCrc = False,
+    checksum: Checksum = None,
+    io_threads: IoThreads = 1,
+    json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Convert every checkpoint of a run that is whole and not converted yet."""
+    given = dict(locals())
+    for key in ("root", "dst", "json", "quiet", "debug"):
+        del given[key]
+    from streamconv.batch.cycle import Batch, Round
+    from streamconv.batch.cycle import watch as keep_watching
+    from streamconv.cli.batch_report import BatchLines, json_lines, render_round, round_json
+
+    settings = _settings(root, dst, given)
+    listener = json_lines if json else BatchLines(quiet=quiet)
+    work = Batch(settings, listener)
+
+    def show(made: Round, following: str | None) -> None:
+        if json:
+            say_json({"event": "round", **round_json(made), "next": following})
+            return
+        for problem in made.problems:
+            tell(f"error: {problem}")
+        if not quiet:
+            say(render_round(made, applied=settings.apply))
+            if following is not None:
+                say(f"next round: {following}")
+        sys.stdout.flush()
+
+    if settings.schedule is not None:
+        keep_watching(
+            work, settings.schedule, lambda made, at: show(made, f"{at:%Y-%m-%d %H:%M:%S}")
+        )
+    made = work.round()
+    if made.problems and not made.counts and not json:
+        raise made.problems[0]
+    show(made, None)
+    if made.exit_code:
+        raise typer.Exit(made.exit_code)
+
+
+def _settings(root: Path, dst: Path | None, options: Mapping[str, Any]) -> Any:
+    """Return the settings that a command line amounts to, or a job file with some of it on top."""
+    from streamconv.batch.settings import BatchSettings, load, settings
+
+    # What may be said beside a job file, which says the rest.
+    shared_keys = BatchSettings.model_fields.keys() - {"run"}
+    defaults = {"max_shard_size": "5GB", "dtype": "keep", "layout": "hub", "io_threads": 1}
+    given = {
+        key: value
+        for key, value in options.items()
+        if value not in (None, False) and value != defaults.get(key) and value != []
+    }
+    every = given.get("every")
+    if every is not None and not every.isdecimal():
+        raise UsageError(
+            f"--every takes a number of steps, not {every!r}",
+            hint=f"--watch {every!r} repeats the batch on a schedule",
+        )
+    if root.is_file():
+        if dst is not None:
+            raise UsageError("a job file names its outputs itself", found=str(dst))
+        wrong = sorted(f"--{k.replace('_', '-')}" for k in given if k not in shared_keys)
+        if wrong:
+            raise UsageError(
+                "options of a single run beside a job file",
+                found=", ".join(wrong),
+                hint=f"say them in a [[run]] of {root}",
+            )
+        return load(root, given)
+    if dst is None:
+        raise UsageError(
+            "where to? a run needs an output folder", hint=f"streamconv batch {root} DST"
+        )
+    shared = {k: v for k, v in given.items() if k in shared_keys}
+    run = {k: v for k, v in given.items() if k not in shared_keys}
+    return settings({**shared, "run": [{**run, "root": root, "output": dst}]})
+
+
+@app.command()
+def status(
+    dst: Annotated[Path, typer.Argument(metavar="DST", help="The output folder of a batch.")],
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Show how the conversions of a batch stand."""
+    from streamconv.batch.state import FOLDER, read_records
+    from streamconv.cli.batch_report import print_status, status_json
+    from streamconv.errors import BadInputError
+
+    if not (dst / FOLDER).is_dir():
+        raise BadInputError(
+            "no batch has worked on this folder",
+            where=str(dst),
+            hint="`streamconv batch ROOT DST` converts a run into it",
+        )
+    records = read_records(dst)
+    if json:
+        say_json(status_json(records), indent=2)
+    else:
+        print_status(records)

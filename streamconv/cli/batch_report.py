@@ -1,0 +1,185 @@
+"""What ``batch`` and ``status`` print: lines while it works, a summary of a round, a table."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+from datetime import datetime
+from typing import TYPE_CHECKING, Any
+
+from streamconv.batch.state import Record
+from streamconv.cli.output import say_json, tell
+from streamconv.durations import format_duration
+from streamconv.sizes import format_size
+
+if TYPE_CHECKING:
+    from streamconv.batch.cycle import Round
+    from streamconv.batch.runner import What
+    from streamconv.batch.tasks import Task
+
+_LINE_EVERY_SECONDS = 10.0
+_COUNTED = (
+    ("converted", "converted"),
+    ("done", "done before"),
+    ("failed", "failed"),
+    ("waiting", "not whole yet"),
+    ("elsewhere", "in other hands"),
+    ("gone", "gone"),
+    ("pruned", "left out by retention"),
+)
+
+
+def _rate(record: Record) -> str:
+    rate = record.bytes_per_second
+    return f"{rate / 1e9:.2f} GB/s" if rate else ""
+
+
+class BatchLines:
+    """Tells on stderr what happens to each output."""
+
+    def __init__(self, *, quiet: bool) -> None:
+        self._quiet = quiet
+        self._last: dict[str, float] = {}
+
+    def __call__(self, what: What, task: Task, text: str) -> None:
+        """Tell a line, or keep silent."""
+        record, name = task.record, task.record.name
+        if what == "failed":
+            tell(f"error: {name}: {text}")
+        elif self._quiet:
+            return
+        elif what == "started":
+            self._last[name] = time.monotonic()
+            tell(f"{name}: converting within {format_size(record.budget_bytes)}")
+        elif what == "progress":
+            self._progress(name, record)
+        elif what == "done":
+            speed = f" in {format_duration(record.seconds)}" if record.seconds else ""
+            verified = ", verified" if record.verified else ""
+            tell(f"{name}: done, {format_size(record.write_bytes)}{speed}{verified}")
+        else:
+            tell(f"{name}: {what if what != 'elsewhere' else 'left to another'}: {text}")
+
+    def _progress(self, name: str, record: Record) -> None:
+        now = time.monotonic()
+        if now - self._last.get(name, now) >= _LINE_EVERY_SECONDS and record.total_bytes:
+            self._last[name] = now
+            done, total = record.done_bytes, record.total_bytes
+            tell(f"{name}: {format_size(done)} of {format_size(total)} ({100 * done // total}%)")
+
+
+def json_lines(what: What, task: Task, text: str) -> None:
+    """Tell what happens to an output as a JSON line on stdout."""
+    record = task.record
+    facts: dict[str, Any] = {"event": what, "name": record.name, "source": record.source}
+    if what == "progress":
+        facts |= {"done_bytes": record.done_bytes, "total_bytes": record.total_bytes}
+    elif what in ("done", "failed", "gone"):
+        facts |= _record_json(record)
+    if text:
+        facts["text"] = text
+    say_json(facts)
+
+
+def round_json(made: Round) -> dict[str, Any]:
+    """Return what a round came to as plain data."""
+    return {
+        "counts": dict(made.counts),
+        "seconds": round(made.seconds, 3),
+        "peak_bytes": made.peak_bytes,
+        "budget_bytes": made.budget_bytes,
+        "removals": [
+            {
+                "kind": r.kind,
+                "path": str(r.path),
+                "nbytes": r.nbytes,
+                "applied": r.applied,
+                "refused": r.refused,
+            }
+            for r in made.removals
+        ],
+        "problems": [p.to_json() for p in made.problems],
+        "exit_code": made.exit_code,
+    }
+
+
+def render_round(made: Round, *, applied: bool) -> str:
+    """Return what a round came to as text."""
+    counts = [f"{made.counts[key]} {word}" for key, word in _COUNTED if made.counts[key]]
+    lines = []
+    for r in made.removals:
+        if r.refused:
+            lines.append(f"kept {r.kind} {r.path}: {r.refused}")
+        elif r.applied:
+            lines.append(f"removed {r.kind} {r.path} ({format_size(r.nbytes)})")
+        else:
+            lines.append(f"would remove {r.kind} {r.path} ({format_size(r.nbytes)})")
+    if not applied and any(not r.refused for r in made.removals):
+        lines.append("nothing was removed: --apply does it")
+    text = ", ".join(counts) or "no checkpoint found"
+    if made.peak_bytes:
+        text += (
+            f"; {format_duration(made.seconds)}, peak memory {format_size(made.peak_bytes)} "
+            f"of {format_size(made.budget_bytes)}"
+        )
+    return "\n".join([*lines, text])
+
+
+def _record_json(record: Record) -> dict[str, Any]:
+    data = record.to_json()
+    for key in ("evidence", "snapshot", "options", "seen_at"):
+        del data[key]  # how we recognise it: of no use to anybody else
+    return data
+
+
+def status_json(records: Sequence[Record]) -> dict[str, Any]:
+    """Return how a batch stands as plain data."""
+    return {
+        "counts": dict(Counter(r.state for r in records)),
+        "checkpoints": [_record_json(r) for r in records],
+    }
+
+
+_COLOURS = {"done": "green", "failed": "red", "running": "cyan", "gone": "yellow"}
+
+
+def print_status(records: Sequence[Record]) -> None:
+    """Print the table of all outputs, and what is wrong with those that have something to say."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for title in ("output", "step", "state", "size", "time", "speed", "peak", "verified", "when"):
+        right = title in ("step", "size", "time", "speed", "peak")
+        table.add_column(title, justify="right" if right else "left", overflow="fold")
+    for r in records:
+        state = r.state
+        if state == "running" and r.total_bytes:
+            state = f"running {100 * r.done_bytes // r.total_bytes}%"  # type: ignore[assignment]
+        elif state == "failed" and r.attempts > 1:
+            state = f"failed ×{r.attempts}"  # type: ignore[assignment]
+        finished = r.state == "done"
+        table.add_row(
+            Text(r.name),
+            "" if r.step is None else str(r.step),
+            Text(state, style=_COLOURS.get(r.state, "")),
+            format_size(r.write_bytes) if finished else "",
+            format_duration(r.seconds) if finished and r.seconds else "",
+            _rate(r) if finished else "",
+            format_size(r.peak_bytes) if finished and r.peak_bytes else "",
+            {None: "", True: "yes", False: "no"}[r.verified],
+            f"{datetime.fromtimestamp(r.finished_at):%Y-%m-%d %H:%M}" if r.finished_at else "",  # noqa: DTZ006 - local time, for people
+        )
+    console.print(table)
+    reasons = [(r.name, r.reason) for r in records if r.reason and r.state != "done"]
+    if reasons:
+        console.print()
+    for name, reason in reasons:
+        console.print(Text(f"{name}: {reason}"))
+    counts = Counter(r.state for r in records)
+    console.print()
+    console.print(Text(", ".join(f"{n} {state}" for state, n in sorted(counts.items()))))

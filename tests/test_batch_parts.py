@@ -1,0 +1,479 @@
+"""The pure parts of batch: schedules, selection, names, readiness, the ledger, retention, settings."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from datetime import datetime
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from streamconv.batch import metrics
+from streamconv.batch.discover import Candidate, discover
+from streamconv.batch.ledger import Ledger
+from streamconv.batch.ready import Snapshot, Tracker, judge, read_tracker, snapshot
+from streamconv.batch.retention import Rule
+from streamconv.batch.schedule import Cron, Every, parse_schedule
+from streamconv.batch.selection import Filter, named, namer, parse_steps
+from streamconv.batch.settings import load, settings
+from streamconv.batch.state import Record
+from streamconv.durations import format_duration, parse_duration
+from streamconv.errors import BadInputError, BudgetError, UsageError
+
+RANKS = "model_world_size_1_rank_0.pt"
+
+
+def candidate(relative: str, run: str = "run") -> Candidate:
+    """A checkpoint at ROOT/relative, with the step that its path names."""
+    parts = Path(relative).parts
+    step = next(p for p in parts if p.startswith("global_step_"))
+    root = Path("/root-of-runs")
+    at = parts.index(step)
+    return Candidate(
+        path=root / relative,
+        relative=Path(relative),
+        run="/".join(parts[:at]) or run,
+        step=int(step.rsplit("_", 1)[1]),
+        step_dir=root.joinpath(*parts[: at + 1]),
+        model="/".join(parts[at + 1 :]),
+        format="fsdp",
+    )
+
+
+# Times
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("90s", 90), ("10m", 600), ("2h", 7200), ("1d", 86400), ("1h30m", 5400)]
+)
+def test_durations(text, seconds):
+    assert parse_duration(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "10", "m", "10 minutes", "-5m", "5m3"])
+def test_what_is_no_duration_is_refused(text):
+    with pytest.raises(UsageError):
+        parse_duration(text)
+
+
+def test_durations_are_said_as_people_do():
+    assert [format_duration(s) for s in (8, 65, 3700)] == ["8 s", "1:05 min", "1:01 h"]
+
+
+@pytest.mark.parametrize(
+    ("cron", "now", "following"),
+    [
+        ("*/10 * * * *", "2026-03-01 12:00:30", "2026-03-01 12:10"),
+        ("*/10 * * * *", "2026-03-01 12:59:59", "2026-03-01 13:00"),
+        ("30 4 * * *", "2026-03-01 04:30:00", "2026-03-02 04:30"),
+        ("0 0 1 1 *", "2026-03-01 00:00:00", "2027-01-01 00:00"),
+        ("0 0 29 2 *", "2026-03-01 00:00:00", "2028-02-29 00:00"),
+        ("0 12 * * mon-fri", "2026-03-06 13:00:00", "2026-03-09 12:00"),  # a Friday
+        ("0 12 * * 7", "2026-03-06 13:00:00", "2026-03-08 12:00"),
+        ("0 0 13 * 5", "2026-03-01 00:00:00", "2026-03-06 00:00"),  # the 13th or a Friday
+        ("5,35 9-17/4 * jun *", "2026-03-01 00:00:00", "2026-06-01 09:05"),
+        ("@daily", "2026-12-31 23:59:00", "2027-01-01 00:00"),
+    ],
+)
+def test_cron(cron, now, following):
+    schedule = parse_schedule(cron)
+    assert isinstance(schedule, Cron)
+    assert schedule.next_after(datetime.fromisoformat(now)) == datetime.fromisoformat(following)
+
+
+@given(
+    st.datetimes(datetime.fromisoformat("2020-01-01"), datetime.fromisoformat("2030-01-01")),
+    st.sampled_from(["*/7 * * * *", "0 3 * * 1", "15 */6 1,15 * *"]),
+)
+def test_the_next_time_is_later_and_the_first(now, cron):
+    schedule = parse_schedule(cron)
+    following = schedule.next_after(now)
+    assert following > now
+    assert schedule.next_after(now.replace(second=0, microsecond=0)) == following
+    assert schedule.next_after(following) > following
+
+
+def test_a_duration_is_a_schedule_too():
+    assert parse_schedule("10m") == Every(600)
+
+
+@pytest.mark.parametrize(
+    "text", ["soon", "0s", "* * *", "60 * * * *", "*/0 * * * *", "5-1 * * * *", "x * * * *"]
+)
+def test_what_is_no_schedule_is_refused(text):
+    with pytest.raises(UsageError):
+        parse_schedule(text)
+
+
+def test_a_day_that_never_comes_is_refused():
+    with pytest.raises(UsageError, match="never"):
+        parse_schedule("0 0 31 2 *").next_after(datetime.fromisoformat("2026-01-01"))
+
+
+# Discovery
+
+
+def tree(root: Path, *files: str) -> None:
+    for file in files:
+        (root / file).parent.mkdir(parents=True, exist_ok=True)
+        (root / file).touch()
+
+
+def found(root: Path, **kwargs) -> list[tuple[str, str, int | None, str]]:
+    return [(c.relative.as_posix(), c.run, c.step, c.model) for c in discover(root, **kwargs)]
+
+
+def test_a_run_of_verl(tmp_path):
+    run = tmp_path / "qwen"
+    tree(
+        run,
+        f"global_step_20/critic/{RANKS}",
+        f"global_step_20/actor/{RANKS}",
+        f"global_step_100/actor/{RANKS}",
+        f"global_step_100/actor/huggingface/{RANKS}",  # inside a checkpoint: not one
+        "global_step_30/data.pt",  # hollow: rotation has been here
+        f".hidden/global_step_5/{RANKS}",
+    )
+    assert found(run) == [
+        ("global_step_20/actor", "qwen", 20, "actor"),
+        ("global_step_20/critic", "qwen", 20, "critic"),
+        ("global_step_100/actor", "qwen", 100, "actor"),
+    ]
+
+
+def test_runs_below_one_root_and_steps_without_a_model_folder(tmp_path):
+    tree(tmp_path, f"a/x/global_step_1/{RANKS}", f"b/checkpoint-7/{RANKS}", f"plain/{RANKS}")
+    assert found(tmp_path) == [
+        ("a/x/global_step_1", "a/x", 1, ""),
+        ("b/checkpoint-7", "b", 7, ""),
+        ("plain", tmp_path.name, None, ""),
+    ]
+
+
+def test_a_step_given_as_the_root(tmp_path):
+    step = tmp_path / "global_step_9"
+    tree(step, f"actor/{RANKS}")
+    assert found(step) == [("actor", "global_step_9", 9, "actor")]
+    assert found(step / "actor") == [(".", "actor", None, "")]
+
+
+def test_outputs_and_links_are_not_looked_into(tmp_path):
+    tree(tmp_path, f"global_step_1/{RANKS}", f"out/global_step_1/{RANKS}")
+    (tmp_path / "latest").symlink_to("global_step_1")
+    assert [f[0] for f in found(tmp_path, avoid=tmp_path / "out")] == ["global_step_1"]
+
+
+def test_a_root_that_is_not_there(tmp_path):
+    with pytest.raises(BadInputError, match="no such folder"):
+        discover(tmp_path / "nowhere")
+
+
+# Selection and names
+
+STEPS = [
+    candidate(f"global_step_{n}/{m}") for n in (50, 100, 150, 200) for m in ("actor", "critic")
+]
+
+
+@pytest.mark.parametrize(
+    ("chosen", "steps"),
+    [
+        (Filter(), [50, 100, 150, 200]),
+        (Filter(every=100), [100, 200]),
+        (Filter(last=2), [150, 200]),
+        (Filter(steps=parse_steps("100:150")), [100, 150]),
+        (Filter(steps=parse_steps(":50,200:")), [50, 200]),
+        (Filter(every=100, last=1), [200]),
+    ],
+)
+def test_filters_of_steps(chosen, steps):
+    both = [c for c in STEPS if c.step in steps]
+    assert chosen.choose(STEPS) == both
+    only = dataclasses.replace(chosen, model="actor")
+    assert only.choose(STEPS) == [c for c in both if c.model == "actor"]
+
+
+def test_the_last_ones_are_counted_by_run_and_model():
+    mixed = [
+        candidate("a/global_step_1"),
+        candidate("a/global_step_2"),
+        candidate("b/global_step_1"),
+    ]
+    assert Filter(last=1).choose(mixed) == mixed[1:]
+
+
+@pytest.mark.parametrize("text", ["", "a", ":", "1-5", "5:x"])
+def test_what_is_no_range_of_steps_is_refused(text):
+    with pytest.raises(UsageError):
+        parse_steps(text)
+
+
+@pytest.mark.parametrize(
+    ("template", "model", "name"),
+    [
+        (None, None, "a/global_step_100/actor"),
+        (None, "actor", "a/global_step_100"),
+        ("{run}/{step}", None, "a/100"),
+        ("{model}-{step:06d}-{format}", None, "actor-000100-fsdp"),
+        ("{step_dir}", None, "global_step_100"),
+    ],
+)
+def test_names_of_outputs(template, model, name):
+    assert namer(template, model)(candidate("a/global_step_100/actor")) == name
+
+
+@pytest.mark.parametrize("template", ["{stepp}", "{step.__class__}", "{0}", "{", "{run!r:x}}"])
+def test_templates_that_will_not_do(template):
+    with pytest.raises(UsageError):
+        namer(template, None)
+
+
+@pytest.mark.parametrize("template", ["/abs/{step}", "../{step}", ".{step}", ""])
+def test_names_that_lead_astray(template):
+    with pytest.raises(UsageError, match="will not do"):
+        namer(template, None)(candidate("a/global_step_100/actor"))
+
+
+def test_two_checkpoints_of_one_name_are_refused():
+    several = [candidate("global_step_1/actor"), candidate("global_step_1/critic")]
+    assert list(named(several, namer("{step}/{model}", None))) == ["1/actor", "1/critic"]
+    with pytest.raises(UsageError, match="one output: 1\n"):
+        named(several, namer("{step}", None))
+
+
+def test_an_output_inside_another_is_refused():
+    several = [candidate("global_step_1/actor"), candidate("global_step_1")]
+    with pytest.raises(UsageError, match="one output: 1\n"):
+        named(several, lambda c: f"1/{c.model}" if c.model else "1")
+
+
+# Readiness
+
+NOW = 10**18
+SECOND = 10**9
+
+
+def verdict(*, age: float, still: float = 0.0, tracker: Tracker | None = None, whole: bool = True):
+    def check() -> None:
+        if not whole:
+            raise BadInputError("rank 3 has no directory")
+
+    return judge(
+        candidate("global_step_100/actor"),
+        Snapshot("digest", NOW - int(age * SECOND), 10),
+        tracker,
+        settle_seconds=300,
+        still_seconds=still,
+        now_ns=NOW,
+        check_whole=check,
+    )
+
+
+def test_a_checkpoint_that_lies_still_is_ready():
+    assert verdict(age=301).ready
+    assert not verdict(age=299).ready
+
+
+def test_a_checkpoint_of_a_clock_that_is_ahead_is_ready_once_we_saw_it_lie_still():
+    assert not verdict(age=-1000, still=299).ready
+    assert verdict(age=-1000, still=301).ready
+
+
+def test_the_tracker_makes_it_ready_at_once():
+    assert verdict(age=5, tracker=Tracker(100, NOW)).ready
+    assert verdict(age=5, tracker=Tracker(200, NOW)).ready
+
+
+def test_a_tracker_that_is_behind_does_not():
+    told = verdict(age=5, tracker=Tracker(50, NOW))
+    assert not told.ready
+    assert "tracker is not there yet" in told.reason
+
+
+def test_a_tracker_that_is_older_than_the_files_does_not():
+    """A run that went back to step 80 writes 100 again while the tracker still says 200."""
+    assert not verdict(age=5, tracker=Tracker(200, NOW - 10 * SECOND)).ready
+
+
+def test_what_is_not_whole_waits_until_it_will_not_become_so():
+    waiting = verdict(age=5, tracker=Tracker(100, NOW), whole=False)
+    assert (waiting.ready, waiting.reason) == (False, "not whole yet: rank 3 has no directory")
+    assert verdict(age=301, whole=False).ready  # converting it says what is wrong
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "step"),
+    [
+        ("latest_checkpointed_iteration.txt", "120\n", 120),
+        ("latest", "global_step70", 70),
+        ("latest_checkpointed_iteration.txt", "release", None),
+        ("latest_checkpointed_iteration.txt", "", None),
+        ("other", "5", None),
+    ],
+)
+def test_trackers(tmp_path, name, text, step):
+    (tmp_path / name).write_text(text)
+    tracker = read_tracker(tmp_path)
+    assert (tracker.step if tracker else None) == step
+
+
+def test_a_snapshot_sees_every_change(tmp_path):
+    tree(tmp_path, "a", "below/b")
+    seen = [snapshot(tmp_path).digest]
+    (tmp_path / "a").write_text("x")
+    seen.append(snapshot(tmp_path).digest)
+    os.utime(tmp_path / "below/b", ns=(1, 1))
+    seen.append(snapshot(tmp_path).digest)
+    (tmp_path / "below/b").rename(tmp_path / "below/c")
+    seen.append(snapshot(tmp_path).digest)
+    assert len(set(seen)) == 4
+    assert snapshot(tmp_path).digest == seen[-1]
+
+
+# The ledger
+
+
+@given(
+    total=st.integers(1, 64 * 10**9),
+    own=st.integers(0, 10**9),
+    jobs=st.integers(1, 40),
+    steps=st.lists(st.tuples(st.integers(0, 12), st.booleans()), max_size=40),
+)
+def test_the_shares_never_exceed_the_budget(total, own, jobs, steps):
+    floor = 430 * 10**6
+    if total < own + floor + 40 * 10**6:
+        total += own + floor + 40 * 10**6
+    ledger = Ledger(total, own, floor, jobs)
+    out = {}
+    for job, alone in steps:
+        name = str(job)
+        if name in out:
+            ledger.release(name)
+            del out[name]
+        elif (share := ledger.grant(name, alone=alone)) is not None:
+            assert share >= floor
+            out[name] = share
+        assert own + sum(out.values()) <= total
+        assert ledger.granted_bytes == sum(out.values())
+        assert len(out) <= jobs
+
+
+def test_the_smallest_budget_that_is_named_works():
+    with pytest.raises(BudgetError) as told:
+        Ledger(100 * 10**6, 50 * 10**6, 430 * 10**6, 4)
+    words = str(told.value).split()
+    named_bytes = int(words[words.index("--max-mem") + 1].removesuffix("MB")) * 10**6
+    assert Ledger(named_bytes, 50 * 10**6, 430 * 10**6, 4).slots == 1
+
+
+def test_a_job_that_needs_everything_waits_until_it_is_alone():
+    ledger = Ledger(2 * 10**9, 0, 10**8, 2)
+    share = ledger.grant("a")
+    assert ledger.grant("big", alone=True) is None
+    ledger.release("a")
+    assert ledger.grant("big", alone=True) == ledger.whole_bytes >= 2 * share - 1
+    assert ledger.grant("b") is None
+
+
+# Retention
+
+
+@given(
+    steps=st.sets(st.integers(0, 1000)),
+    last=st.none() | st.integers(1, 5),
+    every=st.none() | st.integers(1, 100),
+)
+def test_what_is_kept(steps, last, every):
+    kept = Rule(last, every).kept(steps)
+    assert kept <= steps
+    if last is None and every is None:
+        assert kept == steps
+    if steps and last is not None:
+        assert set(sorted(steps)[-last:]) <= kept
+    for step in steps - kept:
+        assert every is None or step % every
+        assert last is None or len([s for s in steps if s > step]) >= last
+
+
+def test_retention_counts_by_run_and_model_and_leaves_what_has_no_step():
+    records = [
+        Record(f"{run}{model}{step}", "", run=run, model=model, step=step)
+        for run in "ab"
+        for model in "xy"
+        for step in (1, 2)
+    ]
+    records.append(Record("none", "", run="a", model="x", step=None))
+    assert [r.name for r in Rule(last=1).surplus(records)] == ["ax1", "ay1", "bx1", "by1"]
+
+
+# Settings
+
+RUN = {"root": "/r", "output": "/o"}
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        ({"run": [{**RUN, "evry": 10}]}, "did you mean every?"),
+        ({"maxmem": "1GB", "run": [RUN]}, "did you mean max-mem?"),
+        ({"dtype": "bfloat16", "run": [RUN]}, "belongs into [[run]]"),
+        ({"run": [{**RUN, "jobs": 3}]}, "belongs at the top"),
+        ({"run": [{"root": "/r"}]}, "run.0.output is missing"),
+        ({"run": []}, "run: "),
+        ({"run": [{**RUN, "steps": "a-b"}]}, "not a range of steps"),
+        ({"run": [{**RUN, "name": "{nope}"}]}, "unknown field"),
+        ({"run": [{**RUN, "dtype": "int4"}]}, "run.0.dtype"),
+        ({"run": [RUN], "watch": "sometimes"}, "not a schedule"),
+        ({"run": [RUN], "jobs": 0}, "jobs: "),
+        ({"run": [RUN, RUN]}, "same output folder"),
+        ({"run": [{"root": "/r", "output": "/r"}]}, "the run itself"),
+    ],
+)
+def test_bad_settings_are_refused_with_a_word_of_help(data, words):
+    with pytest.raises(UsageError) as told:
+        settings(data)
+    assert words in str(told.value)
+
+
+def test_a_job_file(tmp_path):
+    file = tmp_path / "jobs.toml"
+    file.write_text(
+        'max-mem = "8GB"\njobs = 2\n'
+        '[[run]]\nroot = "runs/a"\noutput = "/models/a"\nevery = 100\nkeep-dtype = ["*.gate.*"]\n'
+        '[[run]]\nroot = "runs/b"\noutput = "b"\nmax-shard-size = "2GB"\n'
+    )
+    made = load(file, {"jobs": 3})
+    assert (made.max_mem, made.jobs) == ("8GB", 3)
+    assert [r.root for r in made.run] == [tmp_path / "runs/a", tmp_path / "runs/b"]
+    assert [r.output for r in made.run] == [Path("/models/a"), tmp_path / "b"]
+    assert made.run[0].job_options().keep_dtype == ("*.gate.*",)
+    assert made.run[1].job_options().max_shard_bytes == 2 * 10**9
+
+
+@pytest.mark.parametrize("text", ["max-mem =", "\xff"])
+def test_a_job_file_that_is_no_toml(tmp_path, text):
+    file = tmp_path / "jobs.toml"
+    file.write_bytes(text.encode("latin-1"))
+    with pytest.raises(UsageError, match="TOML"):
+        load(file, {})
+
+
+# Metrics
+
+
+def test_metrics_say_everything_and_escape_names():
+    text = metrics.render(
+        [
+            Record('a"b', "", run='a"b', step=3, state="done", finished_at=5.5, write_bytes=7),
+            Record("c", "", run='a"b', step=9, state="failed", attempts=2),
+        ]
+    )
+    lines = text.splitlines()
+    assert 'streamconv_checkpoints{run="a\\"b",state="done"} 1' in lines
+    assert 'streamconv_checkpoints{run="a\\"b",state="failed"} 1' in lines
+    assert 'streamconv_last_step{run="a\\"b"} 3' in lines
+    assert 'streamconv_last_success_timestamp_seconds{run="a\\"b"} 5.5' in lines
+    assert 'streamconv_failed_attempts{run="a\\"b"} 2' in lines
