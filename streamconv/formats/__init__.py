@@ -58,13 +58,13 @@ def find_model(path: Path, model: str | None = None) -> Location:
         raise BadInputError("there is no such checkpoint", where=str(path))
     if path.is_file():
         path = path.parent
-    here = _detect(path)
+    here = detect(path)
     if here and model is None:
         return here
     found = {
         p.name: loc
         for p in sorted(path.iterdir())
-        if p.is_dir() and not _STEP.fullmatch(p.name) and (loc := _detect(p))
+        if p.is_dir() and not _STEP.fullmatch(p.name) and (loc := detect(p))
     }
     if model is not None:
         if model in found:
@@ -84,11 +84,6 @@ def find_model(path: Path, model: str | None = None) -> Location:
             hint=f"say which: --model {next(iter(found))}",
         )
     return _in_run(path, model)
-
-
-def detect(path: Path) -> Location | None:
-    """Return the model that lies in this very folder, by the names of its files; None for none."""
-    return _detect(path)
 
 
 def _in_run(path: Path, model: str | None) -> Location:
@@ -129,7 +124,8 @@ def _latest(path: Path, steps: list[Path]) -> Path | None:
     return None
 
 
-def _detect(path: Path) -> Location | None:
+def detect(path: Path) -> Location | None:
+    """Return the model that lies in this very folder, by the names of its files; None for none."""
     for module in _FORMATS:
         if module.detect(path):
             return Location(path, module)
