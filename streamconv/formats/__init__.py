@@ -11,11 +11,11 @@ from pathlib import Path
 from types import ModuleType
 
 from streamconv.errors import BadInputError, UsageError
-from streamconv.formats import dcp, fsdp, torch_dist
+from streamconv.formats import dcp, fsdp, mcore_ranks, torch_dist
 from streamconv.source import Checkpoint, SourceFile
 
 # A torch_dist folder is a DCP folder too: the more special format comes first.
-_FORMATS: tuple[ModuleType, ...] = (fsdp, torch_dist, dcp)
+_FORMATS: tuple[ModuleType, ...] = (fsdp, torch_dist, dcp, mcore_ranks)
 
 _STEP = re.compile(r"global_step_\d+|iter_\d+|release|checkpoint-\d+", re.ASCII)
 _TRACKER = "latest_checkpointed_iteration.txt"
@@ -57,6 +57,8 @@ def find_model(path: Path, model: str | None = None) -> Location:
     if not path.exists():
         raise BadInputError("there is no such checkpoint", where=str(path))
     if path.is_file():
+        path = path.parent
+    if mcore_ranks.is_rank_folder(path):
         path = path.parent
     here = detect(path)
     if here and model is None:
@@ -104,8 +106,9 @@ def _in_run(path: Path, model: str | None) -> Location:
     raise BadInputError(
         "no checkpoint of a known format",
         where=str(path),
-        expected="model_world_size_N_rank_R.pt files (verl FSDP), or .metadata beside .distcp files "
-        "(torch DCP, Megatron torch_dist), here or in a folder such as actor/",
+        expected="model_world_size_N_rank_R.pt files (verl FSDP), .metadata beside .distcp files "
+        "(torch DCP, Megatron torch_dist) or mp_rank_* folders (Megatron), here or in a folder such as "
+        "actor/",
         found=_what_is_here(path),
     )
 
@@ -144,7 +147,7 @@ def _what_is_here(path: Path) -> str:
         if sign in names:
             return meaning
     if any(n.startswith("mp_rank_") for n in names):
-        return "a Megatron checkpoint of one folder per rank, which is not supported yet"
+        return "rank folders of Megatron (or files of DeepSpeed) without model.pt or model_optim_rng.pt"
     if any(n.endswith(".safetensors") for n in names):
         return "safetensors files: this is a HuggingFace model already"
     if any(n.startswith("optim_world_size_") for n in names):

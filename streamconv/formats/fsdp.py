@@ -17,7 +17,6 @@ the module names of the state dict's ``_metadata``. Where neither says, the chec
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -25,14 +24,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
-from streamconv.errors import BadInputError, SourceChangedError
+from streamconv.errors import BadInputError
+from streamconv.formats.identity import identify_file
 from streamconv.formats.merge import Cut, Merger, Pending
 from streamconv.source import Checkpoint, GlobalTensor, Skipped, SourceFile
 from streamconv.torchfile.meshes import Mesh
 from streamconv.torchfile.rankfile import LocalSpec, RankFile, RankReader
 from streamconv.torchfile.unpickle import no_garbage_collection
-from streamconv.torchfile.window import FileWindow
-from streamconv.torchfile.zipdir import read_directory
 
 NAME = "fsdp"
 
@@ -58,28 +56,7 @@ def side_dir(path: Path) -> Path | None:
 
 def identify(path: Path) -> tuple[SourceFile, ...]:
     """Return the rank files with size, time and directory hash, their pickles unread."""
-    return tuple(_identify(file) for _, file in _open_folder(path).files)
-
-
-def _identify(file: Path) -> SourceFile:
-    try:
-        fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            status = os.fstat(fd)
-            directory = read_directory(FileWindow(fd, str(file), 0, status.st_size))
-        finally:
-            os.close(fd)
-    except OSError as error:
-        raise SourceChangedError(
-            f"a rank file cannot be read: {error.strerror}", where=str(file)
-        ) from None
-    return SourceFile(
-        file.name,
-        status.st_size,
-        status.st_mtime_ns,
-        directory.directory_hash,
-        directory.prefix,
-    )
+    return tuple(identify_file(file, path) for _, file in _open_folder(path).files)
 
 
 def read(path: Path) -> Checkpoint:

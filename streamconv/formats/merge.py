@@ -8,7 +8,6 @@ rank.
 
 from __future__ import annotations
 
-import os
 from array import array
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -17,11 +16,10 @@ from pathlib import Path
 
 from streamconv.boxes import Box, Shape, check_tiling, find_hole
 from streamconv.errors import BadInputError
+from streamconv.formats.replicas import same_span
 from streamconv.placements import Kind, Piece, Placement, ShardOrder, local_pieces
 from streamconv.source import GlobalTensor, ShardLayout, ShardTable
 from streamconv.torchfile.rankfile import LocalSpec, Stored
-
-_COMPARE_NBYTES = 1 << 20
 
 
 class Pending:
@@ -236,23 +234,14 @@ class Merger:
     def _compare_bytes(
         self, pending: Pending, a: int, b: int, first: LocalSpec, second: LocalSpec
     ) -> bool:
-        """Compare what two padded storages show, a MiB at a time."""
+        """Compare what two padded storages show."""
         table = pending.table
         spans = []
         for row, spec in ((a, first), (b, second)):
             last = sum((n - 1) * s for n, s in zip(spec.shape, spec.strides, strict=True))
             start = table.starts[row] + spec.storage_offset * spec.dtype.itemsize
             spans.append((self._paths[table.files[row]], start, (last + 1) * spec.dtype.itemsize))
-        if first.strides != second.strides or spans[0][2] != spans[1][2]:
-            return False
-        with Path(spans[0][0]).open("rb") as one, Path(spans[1][0]).open("rb") as two:
-            for done in range(0, spans[0][2], _COMPARE_NBYTES):
-                count = min(_COMPARE_NBYTES, spans[0][2] - done)
-                if os.pread(one.fileno(), count, spans[0][1] + done) != os.pread(
-                    two.fileno(), count, spans[1][1] + done
-                ):
-                    return False
-        return True
+        return first.strides == second.strides and same_span(*spans)
 
 
 def _pieces(spec: LocalSpec, tp_first: Callable[[], bool]) -> tuple[Piece, ...]:

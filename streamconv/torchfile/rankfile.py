@@ -14,6 +14,8 @@ tensors and files that share it.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -145,29 +147,14 @@ class RankReader:
 
         Raises :class:`BadInputError` and :class:`UnsafeInputError`, with the file and the FQN.
         """
-        where = str(path)
-        try:
-            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as error:
-            raise BadInputError(f"cannot open the file: {error.strerror}", where=where) from None
-        try:
-            status = os.fstat(fd)
-            try:
-                directory = read_directory(FileWindow(fd, where, 0, status.st_size))
-                _check_byteorder(directory)
-                data = directory.read_entry("data.pkl", max_nbytes=max_pickle_nbytes)
-                with no_garbage_collection():
-                    root = load_inert(data, where, max_nbytes=max_pickle_nbytes)
-                    state_dict, wrapper = find_state_dict(root, where)
-                    contents = _Contents(self, directory, rank)
-                    for name, value in state_dict.items():
-                        contents.add(name, value)
-            except OSError as error:
-                raise BadInputError(
-                    f"cannot read the file: {error.strerror}", where=where
-                ) from None
-        finally:
-            os.close(fd)
+        with open_archive(path) as (status, directory):
+            data = directory.read_entry("data.pkl", max_nbytes=max_pickle_nbytes)
+            with no_garbage_collection():
+                root = load_inert(data, str(path), max_nbytes=max_pickle_nbytes)
+                state_dict, wrapper = find_state_dict(root, str(path))
+                contents = Contents(self, directory, rank)
+                for name, value in state_dict.items():
+                    contents.add(name, value)
         return RankFile(
             path,
             status.st_size,
@@ -210,8 +197,27 @@ def read_rank_file(path: Path, rank: int) -> RankFile:
     return RankReader().read(path, rank)
 
 
-class _Contents:
-    """Collects the values of one file."""
+@contextmanager
+def open_archive(path: Path) -> Iterator[tuple[os.stat_result, ZipDirectory]]:
+    """Open the torch.save zip ``path`` and yield its status and directory; it closes at the end."""
+    where = str(path)
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise BadInputError(f"cannot open the file: {error.strerror}", where=where) from None
+    try:
+        status = os.fstat(fd)
+        directory = read_directory(FileWindow(fd, where, 0, status.st_size))
+        _check_byteorder(directory)
+        yield status, directory
+    except OSError as error:
+        raise BadInputError(f"cannot read the file: {error.strerror}", where=where) from None
+    finally:
+        os.close(fd)
+
+
+class Contents:
+    """Collects the values of one state dict; see :class:`RankFile`."""
 
     def __init__(self, reader: RankReader, directory: ZipDirectory, rank: int) -> None:
         self.tensors: dict[str, Stored] = {}
@@ -226,6 +232,7 @@ class _Contents:
         self._mesh_numbers: dict[int, int] = {}
 
     def add(self, name: object, value: Any) -> None:
+        """Take in one entry of the state dict."""
         if type(name) is not str:
             raise UnsafeInputError(
                 "a key of the state dict is no name", where=self._where, found=type(name).__name__

@@ -1,0 +1,553 @@
+"""Megatron's per-rank folders: every parameter of every rank finds its place, or is refused by name."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import streamconv
+from streamconv import formats
+from streamconv.errors import BadInputError, StreamconvError
+from streamconv.source import Checkpoint
+from tests.makers.mcore_ranks import (
+    HEAD,
+    HIDDEN,
+    VOCAB,
+    Sizes,
+    State,
+    delta_layer,
+    latent_layer,
+    mamba_layer,
+    moe_layer,
+    mtp_layer,
+    rand,
+    whole_model,
+    write_ranks,
+)
+from tests.outputs import read_model
+
+MOE = partial(moe_layer, experts=4)
+
+
+def assembled(checkpoint: Checkpoint) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
+    """Return (dtype, shape, bytes) of every tensor, put together with numpy from boxes and strides."""
+    result = {}
+    for name, tensor in checkpoint.tensors.items():
+        dtype = tensor.dtype.to_numpy()
+        whole = np.zeros(tensor.shape, dtype)
+        layout = tensor.layout
+        for j, (box, strides) in enumerate(zip(layout.boxes, layout.strides, strict=True)):
+            record = tensor.shards[j]
+            file = checkpoint.root / checkpoint.files[record.file].path
+            raw = np.fromfile(file, np.uint8, record.nbytes, offset=record.start).view(dtype)
+            piece = np.lib.stride_tricks.as_strided(
+                raw[layout.storage_offsets[j] :],
+                box.sizes,
+                [s * dtype.itemsize for s in strides],
+            )
+            whole[tuple(map(slice, box.offsets, box.ends))] = piece
+        result[name] = (tensor.dtype.torch, tensor.shape, whole.tobytes())
+    return result
+
+
+def expected(model: dict[str, torch.Tensor]) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
+    return {
+        name: (
+            str(t.dtype).removeprefix("torch."),
+            tuple(t.shape),
+            t.contiguous().view(torch.uint8).numpy().tobytes(),
+        )
+        for name, t in model.items()
+    }
+
+
+def check(folder: Path, model: dict[str, torch.Tensor]) -> Checkpoint:
+    """Read ``folder`` and hold it against the model it was cut from."""
+    checkpoint = formats.read(folder)
+    found, truth = assembled(checkpoint), expected(model)
+    assert sorted(found) == sorted(truth)
+    assert [n for n in truth if found[n] != truth[n]] == []
+    return checkpoint
+
+
+@pytest.mark.parametrize("writer", ["verl", "megatron"])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        Sizes(),
+        Sizes(tp=2),
+        Sizes(tp=4, pp=2),  # more ranks than query groups: the weight is cut through a group
+        Sizes(pp=2, vpp=2),
+        Sizes(tp=2, pp=2, stages=(1, 3)),
+        Sizes(pp=3, stages=(0, 4, 0)),  # stages of their own for the embedding and the output
+    ],
+    ids=str,
+)
+def test_dense(sizes: Sizes, writer: str, tmp_path: Path) -> None:
+    model = whole_model()
+    checkpoint = check(write_ranks(tmp_path, model, sizes, writer=writer, num_layers=4), model)
+    assert checkpoint.facts["layers"] == 4
+    assert checkpoint.facts["ranks"] == sizes.tp * sizes.pp
+
+
+@pytest.mark.parametrize("writer", ["verl", "megatron"])
+@pytest.mark.parametrize("kind", ["grouped", "sequential", "legacy"])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        Sizes(ep=2),  # mp_rank_00_001 is expert-parallel here, pipeline-parallel above
+        Sizes(tp=2, ep=2),  # only mp_rank_00_000 and mp_rank_01_001 exist
+        Sizes(tp=2, etp=2),
+        Sizes(tp=4, pp=2, ep=2, etp=2),
+    ],
+    ids=str,
+)
+def test_experts(sizes: Sizes, kind: str, writer: str, tmp_path: Path) -> None:
+    model = whole_model(MOE, layers=2)
+    checkpoint = check(write_ranks(tmp_path, model, sizes, writer=writer, kind=kind), model)
+    parallelism = f"tp {sizes.tp}, pp {sizes.pp}, ep {sizes.ep}, etp {sizes.etp}"
+    assert checkpoint.facts["parallelism"] == parallelism
+
+
+@pytest.mark.parametrize("layer", [delta_layer, mamba_layer, latent_layer])
+@pytest.mark.parametrize("tp", [1, 2])
+def test_other_layers(layer, tp: int, tmp_path: Path) -> None:
+    model = whole_model(layer)
+    check(write_ranks(tmp_path, model, Sizes(tp=tp, pp=2)), model)
+
+
+def test_latent_attention_of_older_and_newer_releases(tmp_path: Path) -> None:
+    """Up to 0.12 the down projections are cut by rows; 0.19 can join them, with the norm before."""
+    model = whole_model(latent_layer)
+
+    def cut_down(state: State, rank: tuple[int, ...]) -> None:
+        for name in state:
+            if "_down_proj.weight" in name:
+                state[name] = state[name].chunk(2)[rank[0]].clone()
+
+    def fuse(state: State, rank: tuple[int, ...]) -> None:
+        for name in [n for n in state if "linear_q_down_proj.weight" in n]:
+            module = name.removesuffix("linear_q_down_proj.weight")
+            parts = state.pop(name), state.pop(f"{module}linear_kv_down_proj.weight")
+            state[f"{module}linear_qkv_down_proj.weight"] = torch.cat(parts)
+            norm = module.removesuffix("self_attention.") + "input_layernorm.weight"
+            state[f"{module}linear_qkv_down_proj.layer_norm_weight"] = state.pop(norm)
+
+    def both(state: State, rank: tuple[int, ...]) -> None:
+        cut_down(state, rank)
+        fuse(state, rank)
+
+    for change in (cut_down, fuse, both):
+        check(write_ranks(tmp_path, model, Sizes(tp=2), change=change), model)
+
+
+def test_names_of_megatrons_own_modules(tmp_path: Path) -> None:
+    """Without Transformer Engine the norms are modules of their own, and wrappers may be left on."""
+    model = whole_model()
+
+    def rename(state: State, _: tuple[int, ...]) -> None:
+        for name in list(state):
+            new = name.replace("self_attention.linear_qkv.layer_norm_", "input_layernorm.")
+            new = new.replace("mlp.linear_fc1.layer_norm_", "pre_mlp_layernorm.")
+            state["module." + new] = state.pop(name)
+
+    check(write_ranks(tmp_path, model, Sizes(tp=2, pp=2), change=rename), model)
+
+
+def test_multi_token_prediction(tmp_path: Path) -> None:
+    model = whole_model() | mtp_layer()
+    embedding = "embedding.word_embeddings.weight"
+
+    def change(state: State, rank: tuple[int, ...]) -> None:
+        for name in [n for n in state if ".transformer_layer." in n]:  # as 0.19 calls it
+            state[name.replace("transformer_layer", "mtp_model_layer")] = state.pop(name)
+        if rank[1] == 1:
+            state[embedding] = model[embedding].chunk(2)[rank[0]].clone()
+
+    folder = write_ranks(tmp_path, model, Sizes(tp=2, pp=2), change=change)
+    checkpoint = check(folder, model)
+    assert embedding in {s.name for s in checkpoint.skipped}
+
+
+def tie(copy: torch.Tensor, state: State, rank: tuple[int, ...]) -> None:
+    if "output_layer.weight" in state:
+        state["output_layer.weight"] = copy.chunk(2)[rank[0]].clone()
+
+
+def test_a_tied_embeddings_copy_is_left_out(tmp_path: Path) -> None:
+    model = whole_model()
+    copy = model["embedding.word_embeddings.weight"]
+    folder = write_ranks(tmp_path, model, Sizes(tp=2, pp=2), change=partial(tie, copy))
+    side = folder / "huggingface"
+    side.mkdir()
+    del model["output_layer.weight"]
+    for config in ('{"tie_word_embeddings": true}', "{}", '{"tie_word_embeddings": 7}'):
+        (side / "config.json").write_text(config)
+        checkpoint = check(folder, model)
+        reasons = {s.name: s.reason for s in checkpoint.skipped}
+        assert reasons["output_layer.weight"] == "a copy of the embedding, with equal bytes"
+    (side / "config.json").write_text('{"tie_word_embeddings": false}')
+    check(folder, model | {"output_layer.weight": copy})
+
+
+def test_a_tied_embedding_whose_copies_differ(tmp_path: Path) -> None:
+    model = whole_model()
+    folder = write_ranks(tmp_path, model, Sizes(tp=2, pp=2))
+    (folder / "hf_config_and_tokenizer").mkdir()
+    (folder / "hf_config_and_tokenizer/config.json").write_text('{"tie_word_embeddings": true}')
+    with pytest.raises(BadInputError, match="two copies of one tensor differ") as caught:
+        formats.read(folder)
+    assert "mp_rank_00_001/model.pt, output_layer.weight" in str(caught.value)
+    assert "mp_rank_00_000/model.pt" in str(caught.value)
+
+
+def test_a_value_model_has_one_row_on_every_rank(tmp_path: Path) -> None:
+    model = whole_model()
+    head = rand(1, HIDDEN)
+
+    def replace(state: State, _: tuple[int, ...]) -> None:
+        if "output_layer.weight" in state:
+            state["output_layer.weight"] = head.clone()
+
+    for sizes in (Sizes(tp=2), Sizes(tp=2, pp=2)):
+        folder = write_ranks(tmp_path, model, sizes, change=replace)
+        check(folder, model | {"output_layer.weight": head})
+
+
+def test_norms_of_the_whole_width_are_cut(tmp_path: Path) -> None:
+    model = whole_model()
+    for n in range(4):
+        model[f"decoder.layers.{n}.self_attention.q_layernorm.weight"] = rand(4 * HEAD)
+        model[f"decoder.layers.{n}.self_attention.k_layernorm.weight"] = rand(2 * HEAD)
+
+    def cut_norms(state: State, rank: tuple[int, ...]) -> None:
+        for name in state:
+            if re.search(r"[qk]_layernorm", name):
+                state[name] = state[name].chunk(2)[rank[0]].clone()
+
+    check(write_ranks(tmp_path, model, Sizes(tp=2), change=cut_norms), model)
+
+
+def test_an_mlp_without_a_gate(tmp_path: Path) -> None:
+    model = whole_model()
+    for n in range(4):
+        model[f"decoder.layers.{n}.mlp.linear_fc1.weight"] = rand(16, HIDDEN)
+
+    def rows(state: State, rank: tuple[int, ...]) -> None:
+        for name in state:
+            if name.endswith("linear_fc1.weight"):
+                n = int(name.split(".")[2])
+                state[name] = model[f"decoder.layers.{n}.mlp.linear_fc1.weight"].chunk(2)[rank[0]]
+                state[name] = state[name].clone()
+
+    check(write_ranks(tmp_path, model, Sizes(tp=2), change=rows), model)
+
+
+def test_parameters_that_share_one_storage(tmp_path: Path) -> None:
+    """With the distributed optimizer all parameters are views of one buffer, saved once."""
+    model = whole_model(MOE, layers=2)
+    for name in [n for n in model if n.endswith("expert_bias")]:
+        model[name] = model[name].to(torch.bfloat16)
+
+    def one_buffer(state: State, _: tuple[int, ...]) -> None:
+        names = [n for n, t in state.items() if t is not None and t.numel()]
+        buffer = torch.cat([state[n].flatten() for n in names])
+        for name, flat in zip(names, buffer.split([state[n].numel() for n in names]), strict=True):
+            state[name] = flat.view(state[name].shape)
+
+    for kind in ("grouped", "legacy"):
+        folder = write_ranks(tmp_path, model, Sizes(tp=2, ep=2), kind=kind, change=one_buffer)
+        check(folder, model)
+
+
+def test_parameters_without_checksums(tmp_path: Path) -> None:
+    torch.serialization.set_crc32_options(False)
+    try:
+        model = whole_model()
+        check(write_ranks(tmp_path, model, Sizes(tp=2, pp=2)), model)
+
+        def other(state: State, rank: tuple[int, ...]) -> None:
+            if rank[0] and "decoder.final_layernorm.weight" in state:
+                state["decoder.final_layernorm.weight"] += 1
+
+        folder = write_ranks(tmp_path, model, Sizes(tp=2), change=other)
+        with pytest.raises(BadInputError, match="replicas of a parameter differ"):
+            formats.read(folder)
+    finally:
+        torch.serialization.set_crc32_options(True)
+
+
+def test_what_is_no_weight_is_counted(tmp_path: Path) -> None:
+    folder = write_ranks(tmp_path, whole_model(), Sizes(tp=2), writer="megatron")
+    (folder / "mp_rank_00/distrib_optim.pt").write_bytes(b"not looked at")
+    skipped = {s.reason: s.name for s in formats.read(folder).skipped}
+    assert skipped == {
+        "state of Transformer Engine (fp8)": "4 entries",
+        "optimizer state": "2 entries",
+        "random number generators": "2 entries",
+        "arguments and counters of the run": "6 entries",
+    }
+
+
+def refused(folder: Path, what: str) -> str:
+    with pytest.raises(BadInputError, match=what) as caught:
+        formats.read(folder)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("writer", ["verl", "megatron"])
+def test_missing_ranks(writer: str, tmp_path: Path) -> None:
+    folder = write_ranks(tmp_path, whole_model(), Sizes(tp=2, pp=2), writer=writer)
+    data = folder / "model" if writer == "verl" else folder
+    lost = data / "mp_rank_00_001"
+    lost.rename(tmp_path / "kept")
+    text = refused(folder, "the files of 1 of 4 ranks are missing")
+    assert "expected: mp_rank_00_001" in text
+    (data / "mp_rank_01_001").rename(tmp_path / "kept too")
+    refused(folder, "contradict" if writer == "megatron" else "last pipeline stage is missing")
+    lost.mkdir()
+    assert str(lost) in refused(folder, "a rank folder without its weights")
+
+
+def test_missing_tensor_parallel_ranks_show_in_the_vocabulary(tmp_path: Path) -> None:
+    import shutil
+
+    folder = write_ranks(tmp_path, whole_model(), Sizes(tp=2))
+    shutil.rmtree(folder / "model/mp_rank_01")
+    (folder / "huggingface").mkdir()
+    (folder / "huggingface/config.json").write_text(f'{{"vocab_size": {VOCAB}}}')
+    text = refused(folder, "files of tensor-parallel ranks are missing")
+    assert f"found: {VOCAB // 2} rows in 1 ranks" in text
+
+
+def test_missing_experts(tmp_path: Path) -> None:
+    """verl 0.3 and 0.4 saved only data-parallel rank 0, and with it only its experts."""
+    import shutil
+
+    model = whole_model(MOE, layers=2)
+    folder = write_ranks(tmp_path, model, Sizes(ep=4))
+    for lost in ("mp_rank_00_001", "mp_rank_00_002", "mp_rank_00_003"):
+        shutil.rmtree(folder / "model" / lost)
+    text = refused(folder, "3 of 4 experts are not in the checkpoint")
+    assert "found: 1 of them" in text
+    folder = write_ranks(tmp_path, model, Sizes(tp=2, ep=2, etp=2))
+    shutil.rmtree(folder / "model/mp_rank_01_001")
+    assert "in 2 parts each" in refused(folder, "2 of 4 experts are not in the checkpoint")
+
+    def drop(state: State, _: tuple[int, ...]) -> None:
+        state.pop("decoder.layers.1.mlp.experts.linear_fc2.weight0")
+
+    refused(write_ranks(tmp_path, model, Sizes(), change=drop), "a rank lacks some of its experts")
+
+
+@pytest.mark.parametrize(
+    ("sizes", "claims"),
+    [
+        (Sizes(tp=2), {"num_layers": 5}),
+        (Sizes(tp=2), {"tensor_model_parallel_size": 4}),
+        (Sizes(pp=2), {"pipeline_model_parallel_size": 3}),
+        (Sizes(pp=2), {"expert_model_parallel_size": 2}),
+        (Sizes(pp=2, vpp=2), {"virtual_pipeline_model_parallel_size": 4}),
+    ],
+    ids=str,
+)
+def test_arguments_that_contradict_the_files(
+    sizes: Sizes, claims: dict[str, int], tmp_path: Path
+) -> None:
+    folder = write_ranks(tmp_path, whole_model(), sizes, writer="megatron")
+    for file in folder.glob("*/*.pt"):
+        content = torch.load(file, weights_only=False)
+        vars(content["args"]).update(claims)
+        torch.save(content, file)
+    refused(folder, "contradict the arguments")
+
+
+def test_files_of_two_runs(tmp_path: Path) -> None:
+    folder = write_ranks(tmp_path, whole_model(), Sizes(tp=2), writer="megatron")
+    file = folder / "mp_rank_01/model_optim_rng.pt"
+    content = torch.load(file, weights_only=False)
+    content["args"].num_layers = 3
+    torch.save(content, file)
+    assert "mp_rank_01" in refused(folder, "their arguments disagree")
+    (folder / "mp_rank_00_000").mkdir()
+    (folder / "mp_rank_00_000/model_optim_rng.pt").write_bytes(b"")
+    refused(folder, "rank folders of several runs")
+
+
+def test_expert_ranks_that_overwrote_each_other(tmp_path: Path) -> None:
+    model = whole_model(MOE, layers=2)
+    folder = write_ranks(tmp_path, model, Sizes(tp=1, ep=2, etp=2), writer="megatron")
+    text = refused(folder, "tensor-parallel rank of a file cannot be told")
+    assert "found: 2 and 1" in text
+
+
+def test_replicas_that_differ_name_both_files(tmp_path: Path) -> None:
+    def other(state: State, rank: tuple[int, ...]) -> None:
+        if rank[0]:
+            state["decoder.layers.2.mlp.linear_fc1.layer_norm_weight"] += 1
+
+    text = refused(
+        write_ranks(tmp_path, whole_model(), Sizes(tp=2), change=other),
+        "replicas of a parameter differ",
+    )
+    assert "mp_rank_01/model.pt, decoder.layers.2.mlp.linear_fc1.layer_norm_weight" in text
+    assert "mp_rank_00/model.pt" in text
+
+
+def test_unknown_parameters(tmp_path: Path) -> None:
+    model = whole_model()
+    name = "decoder.layers.0.self_attention.novelty.weight"
+    model[name] = rand(6, HIDDEN)
+    folder = write_ranks(tmp_path, model, Sizes(tp=2))
+    check(folder, model)  # the same on all ranks: whatever it is, this is all of it
+
+    def cut(state: State, rank: tuple[int, ...]) -> None:
+        state[name] = state[name].chunk(2)[rank[0]].clone()
+
+    folder = write_ranks(tmp_path, model, Sizes(tp=2), change=cut)
+    assert name in refused(folder, "does not know differs between tensor-parallel ranks")
+
+
+def test_a_parameter_that_one_rank_lacks(tmp_path: Path) -> None:
+    name = "decoder.layers.3.self_attention.linear_proj.bias"
+
+    def drop(state: State, rank: tuple[int, ...]) -> None:
+        if rank[0]:
+            del state[name]
+
+    text = refused(
+        write_ranks(tmp_path, whole_model(), Sizes(tp=2), change=drop), "hold different parameters"
+    )
+    assert name in text
+    assert "mp_rank_01" in text
+
+
+@pytest.mark.parametrize("keep", [0, 10, 1000, -1])
+def test_a_truncated_file(keep: int, tmp_path: Path) -> None:
+    folder = write_ranks(tmp_path, whole_model(), Sizes(tp=2))
+    file = folder / "model/mp_rank_01/model.pt"
+    file.write_bytes(file.read_bytes()[:keep])
+    with pytest.raises(StreamconvError) as caught:
+        formats.read(folder)
+    assert str(file) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        ({"model": {"language_model": {"encoder": {}}}}, "before Megatron-Core"),
+        ({"model1": {}}, "a virtual stage is missing"),
+        ({"weights": {}}, "no state dicts of a Megatron model"),
+        ([], "no state dicts of a Megatron model"),
+        ([{"decoder.layers.0.mlp.linear_fc2.weight": {"_data": 1}}], "no plain tensor"),
+    ],
+    ids=str,
+)
+def test_other_contents(content: object, what: str, tmp_path: Path) -> None:
+    (tmp_path / "mp_rank_00").mkdir()
+    torch.save(content, tmp_path / "mp_rank_00/model.pt")
+    assert "mp_rank_00/model.pt" in refused(tmp_path, what)
+
+
+class _Trap:
+    """Pickles as a call that leaves a file behind."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.system, (f"touch {self.path}",)
+
+
+def test_nothing_in_the_arguments_is_executed(tmp_path: Path) -> None:
+    model = whole_model()
+    folder = write_ranks(tmp_path / "run", model, Sizes(), writer="megatron")
+    file = folder / "mp_rank_00/model_optim_rng.pt"
+    content = torch.load(file, weights_only=False)
+    content["args"].trap = _Trap(tmp_path / "sprung")
+    content["args"].kind = argparse.ArgumentParser  # a class, by name
+    content["args"].nested = argparse.Namespace(lr=0.1)
+    torch.save(content, file)
+    check(folder, model)
+    assert not (tmp_path / "sprung").exists()
+
+
+def test_detection(tmp_path: Path) -> None:
+    folder = write_ranks(tmp_path / "run", whole_model(), Sizes(tp=2))
+    data = folder / "model"
+    (folder / "optim").mkdir()
+    for path in (tmp_path / "run", folder, data, data / "mp_rank_01", data / "mp_rank_01/model.pt"):
+        assert formats.find_model(path).format == "megatron_ranks"
+    assert [f.path for f in formats.find_model(folder).identify()] == [
+        "model/mp_rank_00/model.pt",
+        "model/mp_rank_01/model.pt",
+    ]
+    assert formats.find_model(folder).identify() == formats.read(folder).files
+    os.mkfifo(data / "mp_rank_00/model_optim_rng.pt")
+    with pytest.raises(BadInputError, match="no regular file"):
+        formats.read(folder)
+
+
+def test_a_whole_conversion(tmp_path: Path) -> None:
+    """From rank folders to the model of transformers that the weights were taken from."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        hidden_size=HIDDEN,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=HEAD,
+        vocab_size=VOCAB - 3,
+    )
+    torch.manual_seed(3)
+    llama = LlamaForCausalLM(config).to(torch.bfloat16)
+    llama.save_pretrained(tmp_path / "truth")
+    truth = llama.state_dict()
+    pad = torch.full((3, HIDDEN), 7.0, dtype=torch.bfloat16)
+    model = {
+        "embedding.word_embeddings.weight": torch.cat([truth["model.embed_tokens.weight"], pad]),
+        "output_layer.weight": torch.cat([truth["lm_head.weight"], pad]),
+        "decoder.final_layernorm.weight": truth["model.norm.weight"],
+    }
+    for n in range(2):
+        part = {k.removeprefix(f"model.layers.{n}."): v for k, v in truth.items()}
+        q, k, v = (part[f"self_attn.{x}_proj.weight"] for x in "qkv")
+        groups = [x.view(2, -1, HIDDEN) for x in (q, k, v)]
+        d = f"decoder.layers.{n}."
+        gate_up = part["mlp.gate_proj.weight"], part["mlp.up_proj.weight"]
+        model |= {
+            d + "self_attention.linear_qkv.layer_norm_weight": part["input_layernorm.weight"],
+            d + "self_attention.linear_qkv.weight": torch.cat(groups, 1).view(-1, HIDDEN),
+            d + "self_attention.linear_proj.weight": part["self_attn.o_proj.weight"],
+            d + "mlp.linear_fc1.layer_norm_weight": part["post_attention_layernorm.weight"],
+            d + "mlp.linear_fc1.weight": torch.cat(gate_up),
+            d + "mlp.linear_fc2.weight": part["mlp.down_proj.weight"],
+        }
+    folder = write_ranks(tmp_path / "run", model, Sizes(tp=2, pp=2))
+    config.save_pretrained(folder / "huggingface")
+    streamconv.convert(folder, tmp_path / "out", sync=False)
+    assert read_model(tmp_path / "out") == read_model(tmp_path / "truth")
+
+
+SHARED = ("llama_tp2pp2", "qwen2_tp2pp2_tied", "qwen3_moe_tp2ep2", "v0122_deepseek", "v0192_llama")
+
+
+@pytest.mark.parametrize("case", SHARED)
+@pytest.mark.parametrize("layout", ["verl_ranks", "mlm_ranks"])
+def test_the_same_tensors_as_in_torch_dist(
+    case: str, layout: str, shared_checkpoints: Path
+) -> None:
+    """megatron-core itself puts the ranks of one model together, in its distributed format."""
+    root = shared_checkpoints / "megatron" / case
+    found, truth = (assembled(formats.read(root / n)) for n in (layout, "mlm_dist"))
+    assert sorted(found) == sorted(truth)
+    assert [n for n in truth if found[n] != truth[n]] == []
