@@ -54,17 +54,25 @@ def convert(
     checksum: str | None = None,
     io_threads: int = 1,
     on_event: Callable[[Event], None] = ignore_event,
+    report: StrPath | None = None,
 ) -> Result:
     """Convert the checkpoint ``src`` into the HuggingFace folder ``dst``.
 
     ``max_mem`` is the budget of the whole process tree (bytes, ``"32GB"``, ``"80%"``; None: what the
-    machine can give). After an error ``dst`` is as it was; the same call again resumes.
+    machine can give). After an error ``dst`` is as it was; the same call again resumes. ``report``
+    is an HTML file to write about it.
     """
     from streamconv.convert_job import convert as run_job
 
     job = job_options(layout, dtype, keep_dtype, max_shard_size, strict, hf_config, model, family)
     run = run_options(max_mem, overwrite, sync, direct, source_crc, checksum, io_threads, on_event)
-    return run_job(Path(src), Path(dst), job, run)
+    if report is None:
+        return run_job(Path(src), Path(dst), job, run)
+    from streamconv.report.conversion import convert_reported
+
+    return convert_reported(
+        Path(report), lambda watched: run_job(Path(src), Path(dst), job, watched), run
+    )
 
 
 def plan(

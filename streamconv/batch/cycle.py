@@ -7,9 +7,10 @@ import socket
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from streamconv import budget as budgets
 from streamconv.api import memory_bytes
@@ -24,6 +25,9 @@ from streamconv.batch.state import Record, Store
 from streamconv.batch.survey import Survey
 from streamconv.batch.tasks import Task
 from streamconv.errors import StreamconvError
+
+if TYPE_CHECKING:
+    from streamconv.batch.overview import Overview
 
 # Trying the same bytes again ends the same: bad input, unsafe input, another job's output.
 _FOR_GOOD = frozenset({5, 6, 8})
@@ -68,6 +72,11 @@ class Batch:
         self._hopeless: dict[str, str] = {}
         self._stores = [Store(run.output.absolute()) for run in settings.run]
         self._began = time.time()
+        self._overview: Overview | None = None
+        if settings.report is not None:
+            from streamconv.batch.overview import Overview
+
+            self._overview = Overview(settings.report, self._stores)
         self.budget_bytes = memory_bytes(settings.max_mem) or budgets.available_bytes()[0]
 
     def round(self) -> Round:
@@ -91,6 +100,8 @@ class Batch:
             made.seconds = time.monotonic() - started
             self.publish()
         made.records = [record for store in self._stores for record in store]
+        if self._overview is not None:
+            self._overview.write(made)
         return made
 
     def _look(self, run: RunSettings, store: Store, made: Round) -> Survey | None:
@@ -131,7 +142,7 @@ class Batch:
             backoff=self._backoff,
         )
         self.publish()
-        with budgets.PeakMeter() as meter:
+        with budgets.PeakMeter() as meter, self._overview or nullcontext():
             runner.run(made.tasks)
         made.peak_bytes = meter.peak_bytes
         renamed = {"done": "converted"}
@@ -142,6 +153,8 @@ class Batch:
         error = task.record.error
         if what == "failed" and error is not None and error.get("exit_code") in _FOR_GOOD:
             self._hopeless[task.record.output] = task.record.snapshot
+        if self._overview is not None:
+            self._overview.listen(what, task, text)
         self._listener(what, task, text)
 
     def _tidy(self, run: RunSettings, store: Store, survey: Survey) -> list[Removal]:

@@ -20,6 +20,7 @@ from streamconv.batch.ready import read_tracker, snapshot
 from streamconv.batch.state import Record, Store
 from streamconv.errors import LockedError, StreamconvError
 from streamconv.plan import MANIFEST
+from streamconv.sizes import format_size
 from streamconv.staging import read_manifest
 
 
@@ -64,6 +65,12 @@ class Removal:
     nbytes: int
     applied: bool = False
     refused: str = ""
+
+    def __str__(self) -> str:
+        if self.refused:
+            return f"kept {self.kind} {self.path}: {self.refused}"
+        did = "removed" if self.applied else "would remove"
+        return f"{did} {self.kind} {self.path} ({format_size(self.nbytes)})"
 
 
 def remove_output(record: Record, store: Store, *, apply: bool) -> Removal:

@@ -151,6 +151,7 @@ class Runner:
         record.budget_bytes = share
         record.host, record.pid = socket.gethostname(), os.getpid()
         task.store.save(record)
+        self._tell("started", task, "")
         # Not a pipe: nobody reads it before the end, and a full pipe would stop the worker.
         err = tempfile.TemporaryFile()  # noqa: SIM115 - closed when the worker has ended
         process = subprocess.Popen(
@@ -167,6 +168,7 @@ class Runner:
             "job": task.job.to_json(),
             "run": {**task.run_options, "max_mem_bytes": share},
             "verify": task.verify,
+            "report": None if task.report is None else str(task.report),
         }
         assert process.stdin is not None  # noqa: S101 - a pipe, see above
         assert process.stdout is not None  # noqa: S101 - a pipe, see above
@@ -177,7 +179,6 @@ class Runner:
         running = _Running(task, process, err, lock, time.monotonic())
         self._running[task.key] = running
         self._selector.register(process.stdout, selectors.EVENT_READ, running)
-        self._tell("started", task, "")
         return True
 
     def _pin(self, task: Task) -> None:
@@ -236,7 +237,6 @@ class Runner:
         task, now = running.task, time.monotonic()
         task.record.done_bytes = event["done_bytes"]
         task.record.total_bytes = event["total_bytes"]
-        task.add_sample(now - running.started, event["done_bytes"], event["memory_bytes"])
         self._tell("progress", task, "")
         if now - running.saved >= _SAVE_EVERY_SECONDS:
             running.saved = now

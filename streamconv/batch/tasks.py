@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +10,13 @@ from streamconv.batch.discover import Candidate
 from streamconv.batch.state import Record, Store
 from streamconv.options import JobOptions
 
-_MAX_SAMPLES = 2000
-
 
 @dataclass(slots=True)
 class Task:
     """A checkpoint that is ready, with everything that converting it needs.
 
     ``request`` holds the options of the run that change no byte. ``pin``: link the source first,
-    into one of ``pin_places``; ``pinned`` is where it was linked.
+    into one of ``pin_places``; ``pinned`` is where it was linked. ``report``: the page to write.
     ``tries`` counts the starts of this round, ``not_before`` (monotonic seconds)
     is when the next may be, ``alone`` says that it needs the whole budget.
     """
@@ -32,17 +30,10 @@ class Task:
     pin: bool
     pin_places: tuple[Path, ...] = ()
     pinned: Path | None = None
+    report: Path | None = None
     tries: int = 0
     not_before: float = 0.0
     alone: bool = False
-    # What the worker told: (seconds since its start, bytes done, memory of its tree).
-    samples: list[tuple[float, int, int]] = field(default_factory=list)
-
-    def add_sample(self, seconds: float, done_bytes: int, memory_bytes: int) -> None:
-        """Remember how far it was; of a long conversion fewer moments are kept."""
-        if len(self.samples) >= _MAX_SAMPLES:
-            del self.samples[1::2]
-        self.samples.append((seconds, done_bytes, memory_bytes))
 
     @property
     def output(self) -> Path:

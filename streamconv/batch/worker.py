@@ -72,7 +72,14 @@ def _convert(request: dict[str, Any]) -> dict[str, Any]:
     source, output = Path(request["source"]), Path(request["output"])
     job = JobOptions.from_json(request["job"])
     run = RunOptions(**request["run"], on_event=on_event)
-    result = convert(source, output, job, run)
+    if request["report"]:
+        from streamconv.report.conversion import convert_reported
+
+        result = convert_reported(
+            Path(request["report"]), lambda watched: convert(source, output, job, watched), run
+        )
+    else:
+        result = convert(source, output, job, run)
     verified = None
     if request["verify"]:
         _say({"event": "phase", "text": "verify"})

@@ -106,6 +106,10 @@ Checksum = Annotated[
 IoThreads = Annotated[
     int, typer.Option("--io-threads", metavar="N", help="Readers at work at once.")
 ]
+Report = Annotated[
+    Path | None,
+    typer.Option("--report", metavar="FILE", help="Write an HTML page about it."),
+]
 Json = Annotated[bool, typer.Option("--json", help="JSON on stdout, for programs.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
@@ -148,6 +152,7 @@ def convert(
     no_source_crc: NoSourceCrc = False,
     checksum: Checksum = None,
     io_threads: IoThreads = 1,
+    report: Report = None,
     json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -176,6 +181,7 @@ def convert(
             checksum=checksum,
             io_threads=io_threads,
             on_event=on_event,
+            report=report,
         )
     summarize(result, json=json, quiet=quiet)
 

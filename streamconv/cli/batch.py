@@ -25,6 +25,7 @@ from streamconv.cli.app import (
     NoSync,
     Overwrite,
     Quiet,
+    Report,
     Strict,
     app,
 )
@@ -110,6 +111,7 @@ def batch(
     prometheus: Annotated[
         Path | None, _option("--prometheus", "Keep metrics in this text file.", "FILE")
     ] = None,
+    report: Report = None,
     max_shard_size: MaxShard = "5GB",
     dtype: DTypeOption = "keep",
     keep_dtype: KeepDType = None,

@@ -108,14 +108,7 @@ def round_json(made: Round) -> dict[str, Any]:
 def render_round(made: Round, *, applied: bool) -> str:
     """Return what a round came to as text."""
     counts = [f"{made.counts[key]} {word}" for key, word in _COUNTED if made.counts[key]]
-    lines = []
-    for r in made.removals:
-        if r.refused:
-            lines.append(f"kept {r.kind} {r.path}: {r.refused}")
-        elif r.applied:
-            lines.append(f"removed {r.kind} {r.path} ({format_size(r.nbytes)})")
-        else:
-            lines.append(f"would remove {r.kind} {r.path} ({format_size(r.nbytes)})")
+    lines = [str(removal) for removal in made.removals]
     if not applied and any(not r.refused for r in made.removals):
         lines.append("nothing was removed: --apply does it")
     text = ", ".join(counts) or "no checkpoint found"

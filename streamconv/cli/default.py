@@ -38,6 +38,7 @@ VALUE_OPTIONS = frozenset(
         "--on-done",
         "--on-error",
         "--prometheus",
+        "--report",
     }
 )
 _ALONE = frozenset({"--help", "-h", "--version"})

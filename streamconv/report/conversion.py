@@ -1,0 +1,163 @@
+"""The report of one conversion: from its manifest, and from the timeline where it ran just now."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from streamconv.dtypes import BY_NAME
+from streamconv.options import Result, RunOptions
+from streamconv.report.charts import Limit, bar_chart, line_chart
+from streamconv.report.page import drawn, embedded, write_page
+from streamconv.report.throughput import rates
+from streamconv.report.timeline import Timeline
+from streamconv.sizes import format_size
+from streamconv.staging import read_manifest
+
+# The number of a layer, and what stands before it: "model.layers", "visual.blocks".
+_LAYER = re.compile(r"^(.*?)\.(\d+)(?:\.|$)", re.ASCII)
+_MAX_GROUPS = 4
+_MAX_OTHERS = 12
+_PHASES = {"plan": "planning", "write": "writing", "publish": "publishing", "verify": "verifying"}
+
+
+def convert_reported(
+    report: Path, convert: Callable[[RunOptions], Result], run: RunOptions
+) -> Result:
+    """Run a conversion, watch it, and write its report."""
+    with Timeline() as timeline:
+        result = convert(replace(run, on_event=timeline.listening(run.on_event)))
+    write_report(report, result, timeline)
+    return result
+
+
+def write_report(path: Path, result: Result, timeline: Timeline) -> None:
+    """Write the page about a finished output."""
+    manifest = read_manifest(result.output) or {}
+    tensors = manifest.get("tensors", {})
+    in_file = Counter(t["file"] for t in tensors.values())
+    files = [f | {"tensors": in_file[f["name"]]} for f in manifest.get("files", ())]
+    nbytes = {name: tensor_bytes(t) for name, t in tensors.items()}
+    layers, others = by_layer(nbytes)
+    ran = result.status == "done"
+    budget = Limit(result.budget_bytes, f"budget {format_size(result.budget_bytes)}")
+    phases = [(at, _PHASES.get(name, name)) for at, name in timeline.phases]
+    memory = [(s.seconds, float(s.memory_bytes)) for s in timeline.samples]
+    facts = {
+        "result": result,
+        "manifest": manifest,
+        "job": manifest.get("job", {}),
+        "run": manifest.get("run", {}),
+        "files": files,
+        "weights_bytes": sum(nbytes.values()),
+        "tensor_count": len(tensors),
+        "dtypes": _by_dtype(tensors, nbytes),
+        "memory_chart": drawn(
+            line_chart(
+                memory,
+                title="memory over time",
+                value_text=format_size,
+                limit=budget,
+                phases=phases,
+            )
+        )
+        if ran
+        else None,
+        "speed_chart": drawn(
+            line_chart(
+                rates(timeline.samples),
+                title="throughput over time",
+                value_text=lambda v: f"{format_size(v)}/s",
+                phases=phases,
+            )
+        )
+        if ran
+        else None,
+        "layer_charts": [
+            (prefix, drawn(bar_chart(bars, title=f"size of {prefix}", value_text=format_size)))
+            for prefix, bars in layers
+        ],
+        "others": others,
+        "table": embedded(table(tensors, nbytes)),
+    }
+    write_page(path, "conversion.html", **facts)
+
+
+def tensor_bytes(entry: Mapping[str, Any]) -> int:
+    """Return the bytes of a tensor of the manifest."""
+    dtype = BY_NAME.get(entry["dtype"])
+    shape: list[int] = entry["shape"]
+    return math.prod(shape) * (dtype.itemsize if dtype else 0)
+
+
+def by_layer(
+    nbytes: Mapping[str, int],
+) -> tuple[list[tuple[str, list[tuple[str, float]]]], list[tuple[str, int]]]:
+    """Return the sizes of numbered layers by what they are called, and of all else by module."""
+    groups: dict[str, dict[int, int]] = defaultdict(lambda: defaultdict(int))
+    rest: dict[str, int] = defaultdict(int)
+    for name, size in nbytes.items():
+        match = _LAYER.match(name)
+        if match:
+            groups[match[1]][int(match[2])] += size
+        else:
+            rest[name.rpartition(".")[0] or name] += size
+    largest = sorted(groups.items(), key=lambda g: -sum(g[1].values()))
+    charts: list[tuple[str, list[tuple[str, float]]]] = [
+        (prefix, [(str(n), float(size)) for n, size in sorted(layers.items())])
+        for prefix, layers in largest[:_MAX_GROUPS]
+    ]
+    for prefix, layers in largest[_MAX_GROUPS:]:
+        rest[f"{prefix}.*"] += sum(layers.values())
+    others = sorted(rest.items(), key=lambda item: -item[1])
+    if len(others) > _MAX_OTHERS:
+        more = others[_MAX_OTHERS - 1 :]
+        others = others[: _MAX_OTHERS - 1]
+        others.append((f"{len(more)} more", sum(size for _, size in more)))
+    return charts, others
+
+
+def _by_dtype(
+    tensors: Mapping[str, Mapping[str, Any]], nbytes: Mapping[str, int]
+) -> list[dict[str, Any]]:
+    totals: dict[str, list[int]] = defaultdict(lambda: [0, 0])
+    for name, entry in tensors.items():
+        totals[entry["dtype"]][0] += 1
+        totals[entry["dtype"]][1] += nbytes[name]
+    whole = sum(size for _, size in totals.values()) or 1
+    return [
+        {"name": name, "tensors": count, "nbytes": size, "share": size / whole}
+        for name, (count, size) in sorted(totals.items(), key=lambda item: -item[1][1])
+    ]
+
+
+def table(
+    tensors: Mapping[str, Mapping[str, Any]], nbytes: Mapping[str, int]
+) -> dict[str, list[Any]]:
+    """Return the tensors as rows for the script of the page, repeated words said once.
+
+    A row is (name, dtype, shape, bytes, file, hash, sources); dtype and file are places in their
+    lists, sources are 0 where the only one has the tensor's own name.
+    """
+    dtypes: dict[str, int] = {}
+    files: dict[str, int] = {}
+    rows = []
+    for name, t in tensors.items():
+        sources = t["sources"]
+        rows.append(
+            [
+                name,
+                dtypes.setdefault(t["dtype"], len(dtypes)),
+                t["shape"],
+                nbytes[name],
+                files.setdefault(t["file"], len(files)),
+                t["xxh3_128"],
+                0 if sources == [name] else sources,
+            ]
+        )
+    return {"dtypes": list(dtypes), "files": list(files), "rows": rows}

@@ -1,0 +1,70 @@
+"""Puts facts into a template: a page that needs nothing beside itself."""
+
+from __future__ import annotations
+
+import json
+import os
+from datetime import datetime
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from markupsafe import Markup
+
+from streamconv._version import __version__
+from streamconv.durations import format_duration
+from streamconv.sizes import format_size
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
+
+_TEMPLATES = Path(__file__).parent / "templates"
+
+
+@cache
+def _environment() -> Environment:
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    made = Environment(
+        loader=FileSystemLoader(_TEMPLATES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    made.filters |= {"size": format_size, "duration": format_duration, "when": _when}
+    return made
+
+
+def _when(seconds: float | None) -> str:
+    if not seconds:
+        return ""
+    return f"{datetime.fromtimestamp(seconds):%Y-%m-%d %H:%M:%S}"  # noqa: DTZ006 - local, for people
+
+
+def embedded(data: object) -> Markup:
+    """Return data as JSON that may stand in a script element: no ``<`` can end it."""
+    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
+    for letter in "<>&\u2028\u2029":
+        text = text.replace(letter, f"\\u{ord(letter):04x}")
+    return Markup(text)  # noqa: S704 - see above
+
+
+def drawn(svg: str) -> Markup:
+    """Return a chart as markup; the charts escape what is not theirs."""
+    return Markup(svg)  # noqa: S704 - see above
+
+
+def write_page(path: Path, template: str, **facts: Any) -> None:
+    """Render a template into ``path``, which appears whole."""
+    page = _environment().get_template(template)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with partial.open("w", encoding="utf-8", errors="replace") as out:
+            # Piece by piece: the page of a model of 50,000 tensors is some megabytes.
+            for piece in page.generate(version=__version__, **facts):
+                out.write(piece)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
