@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 import streamconv
 from streamconv.errors import BadInputError, UsageError
+from streamconv.formats import dcp, find_model, torch_dist
+from streamconv.formats.mcore_names import place
+from tests.makers import megatron, tiny_families
+from tests.makers.dcp import save_alone
+from tests.makers.megatron_inverse import invert
 from tests.outputs import differences, read_model
+from tests.stored import stored
 
 CASES = ("llama_tp2pp2", "qwen2_tp2pp2_tied", "v0192_llama")
 LAYOUTS = ("global_step_1/actor", "mlm_dist")
@@ -45,3 +53,105 @@ def test_family(shared_checkpoints: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no family 'klingon'"):
         streamconv.convert(actor, tmp_path / "out", family="klingon", sync=False)
     streamconv.convert(actor, tmp_path / "out", family="llama", sync=False)
+
+
+# --- where a run keeps its models -----------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def actor(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """verl's folder of a tiny model: ``dist_ckpt/`` and ``huggingface/``."""
+    root = tmp_path_factory.mktemp("run")
+    return megatron.save_family(root, tiny_families.make("qwen3"), megatron.Options())
+
+
+def test_a_run_of_megatron_lm(actor: Path, tmp_path: Path) -> None:
+    shutil.copytree(actor / "dist_ckpt", tmp_path / "iter_0000003")
+    location = find_model(tmp_path)
+    assert (location.format, location.root.name) == ("torch_dist", "iter_0000003")
+    shutil.copytree(actor / "dist_ckpt", tmp_path / "iter_0000012")
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("3")
+    with pytest.raises(UsageError, match="a run with 2 training steps") as caught:
+        find_model(tmp_path)
+    assert "iter_0000003 (the latest" in str(caught.value.hint)
+
+
+def test_actor_and_critic_of_verl(actor: Path, tmp_path: Path) -> None:
+    step = tmp_path / "global_step_7"
+    shutil.copytree(actor / "dist_ckpt", step / "actor/model/dist_ckpt")
+    shutil.copytree(actor, step / "critic")
+    with pytest.raises(UsageError, match="2 models to choose from"):
+        find_model(tmp_path)
+    (step / "actor/huggingface").mkdir()
+    location = find_model(tmp_path, "actor")
+    assert location.root == step / "actor"
+    assert location.side_dir == step / "actor/huggingface"
+    assert location.identify() == torch_dist.read(location.root).files
+
+
+def test_weights_that_verl_wrote_as_safetensors(tmp_path: Path) -> None:
+    folder = tmp_path / "actor/dist_ckpt"
+    save_alone(folder, {"optimizer.state.exp_avg.x": torch.zeros(3)})
+    (folder / "metadata.json").write_text('{"sharded_backend": "torch_dist"}')
+    (tmp_path / "actor/huggingface").mkdir()
+    (tmp_path / "actor/huggingface/model.safetensors").touch()
+    with pytest.raises(BadInputError, match="wrote them as a HuggingFace model") as caught:
+        torch_dist.read(tmp_path / "actor")
+    assert str(tmp_path / "actor/huggingface") in str(caught.value.hint)
+
+
+# --- names ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("stored_name", "name"),
+    [
+        ("decoder.layers.mlp.linear_fc2.weight", "decoder.layers.{layer}.mlp.linear_fc2.weight"),
+        ("decoder.layers.3.mlp.linear_fc1.weight_v", "decoder.layers.3.mlp.linear_fc1.weight"),
+        (
+            "mtp.layers.0.mtp_model_layer.mlp.linear_fc2.weight",
+            "mtp.layers.0.transformer_layer.mlp.linear_fc2.weight",
+        ),
+        (
+            "decoder.layers.1.mlp.experts.experts.7.linear_fc1.weight_w",
+            "decoder.layers.1.mlp.experts.experts.linear_fc1.weight",
+        ),
+        (
+            "model.module.module.decoder.layers.1.mlp.experts.linear_fc1.weight7_w",
+            "decoder.layers.1.mlp.experts.experts.linear_fc1.weight",
+        ),
+        (
+            "vision_model.decoder.deepstack_merger_list.linear_fc1.weight",
+            "vision_model.decoder.deepstack_merger_list.{layer}.linear_fc1.weight",
+        ),
+        (
+            "decoder.layers.self_attention.in_proj.weight.query",
+            "decoder.layers.{layer}.self_attention.in_proj.weight.query",
+        ),
+    ],
+)
+def test_canonical_names(stored_name: str, name: str) -> None:
+    assert place(stored_name).name == name
+
+
+def test_a_folder_of_megatron_fsdp(tmp_path: Path) -> None:
+    """fsdp_dtensor has no metadata.json, wrappers before the names, and its own experts' names."""
+    model = tiny_families.make("qwen3_moe")
+    expected = invert(model.config, model.state).made
+    state: dict[str, torch.Tensor] = {}
+    for name, tensor in expected.items():
+        if ".experts.experts." not in name:
+            state["model.module." + name] = tensor
+            continue
+        stem = "model.module." + name.replace(".experts.experts.", ".experts.")
+        for e, one in enumerate(tensor):
+            if "fc1" in name:
+                state[f"{stem}{e}_w"], state[f"{stem}{e}_v"] = one.chunk(2)
+            else:
+                state[f"{stem}{e}"] = one
+    checkpoint = dcp.read(save_alone(tmp_path / "iter_0000003", state))
+    assert checkpoint.naming == "mcore"
+    found = stored(checkpoint)
+    assert set(found) == set(expected)
+    for name, tensor in found.items():
+        assert torch.equal(tensor, expected[name]), name

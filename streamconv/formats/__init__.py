@@ -68,9 +68,9 @@ def find_model(path: Path, model: str | None = None) -> Location:
         for p in sorted(path.iterdir())
         if p.is_dir() and not _STEP.fullmatch(p.name) and (loc := detect(p))
     }
-    if model is not None:
-        if model in found:
-            return found[model]
+    if model in found:
+        return found[model]
+    if model is not None and (found or not _steps(path)):
         raise UsageError(
             f"there is no model {model!r} in this checkpoint",
             where=str(path),
@@ -89,8 +89,7 @@ def find_model(path: Path, model: str | None = None) -> Location:
 
 
 def _in_run(path: Path, model: str | None) -> Location:
-    steps = [p for p in path.iterdir() if p.is_dir() and _STEP.fullmatch(p.name)]
-    steps.sort(key=lambda p: (len(p.name), p.name))
+    steps = _steps(path)
     if len(steps) == 1:
         return find_model(steps[0], model)
     if steps:
@@ -111,6 +110,11 @@ def _in_run(path: Path, model: str | None) -> Location:
         "actor/",
         found=_what_is_here(path),
     )
+
+
+def _steps(path: Path) -> list[Path]:
+    steps = [p for p in path.iterdir() if p.is_dir() and _STEP.fullmatch(p.name)]
+    return sorted(steps, key=lambda p: (len(p.name), p.name))
 
 
 def _latest(path: Path, steps: list[Path]) -> Path | None:

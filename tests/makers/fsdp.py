@@ -8,6 +8,7 @@
         huggingface/                  config, generation config, tokenizer, chat template
     OUT/NAME/truth/state.safetensors  the unsharded model's own state dict, names as in memory
     OUT/NAME/truth/hf/                the unsharded model's save_pretrained, names as on the Hub
+    OUT/NAME/dcp/                     the same by torch.distributed.checkpoint, of some recipes
     OUT/NAME/oracle.json              what torch itself said of each tensor, see ``check``
 
 The truth is written from the unsharded model before anything is sharded, and the ranks read their
@@ -81,6 +82,8 @@ class Recipe:
     """Files as GPUs write them: verl's FSDP1 offloads first, so only its mesh says cuda; FSDP2
     says it everywhere, and so does a ShardedTensor that was not offloaded."""
     crc: bool = True
+    dcp: bool = False
+    """Also the same state dict, below a trainer's key and beside an optimizer, as torch's DCP."""
     trainer_files: bool = False
     """Also optim_ and extra_state_ files, which hold no weights."""
     fsdp_config: bool = True
@@ -103,6 +106,7 @@ class Made:
 
     recipe: Recipe
     source: Path
+    dcp: Path | None
     truth_state: Path | None
     """state.safetensors with the names in memory."""
     truth_hf: Path | None
@@ -118,16 +122,16 @@ def _recipes() -> Iterator[Recipe]:
     yield Recipe(name="fsdp1-w1", world=1, shard="fsdp1")
     yield Recipe(name="fsdp2-w1", world=1, shard="fsdp2")
 
-    yield Recipe(name="fsdp2-w2", world=2, shard="fsdp2", trainer_files=True)
+    yield Recipe(name="fsdp2-w2", world=2, shard="fsdp2", dcp=True, trainer_files=True)
     yield Recipe(name="fsdp1-w2", world=2, shard="fsdp1", dtype="float16", fsdp_config=False)
     yield Recipe(name="plain-whole", world=2, shard="whole", fsdp_config=False)
     yield Recipe(name="plain-parameters", world=2, shard="whole", parameters=True)
     for arch in ("llama", "qwen2_moe", "mixtral", "deepseek_v3", "gpt_oss", "gemma3"):
         yield Recipe(name=f"fsdp2-{arch}", world=2, shard="fsdp2", arch=arch, dtype="bfloat16")
 
-    yield Recipe(name="fsdp2-w3", world=3, shard="fsdp2")
+    yield Recipe(name="fsdp2-w3", world=3, shard="fsdp2", dcp=True)
 
-    yield Recipe(name="fsdp1", world=4, shard="fsdp1", trainer_files=True)
+    yield Recipe(name="fsdp1", world=4, shard="fsdp1", dcp=True, trainer_files=True)
     yield Recipe(name="fsdp1-flat", world=4, shard="fsdp1", use_orig_params=False)
     yield Recipe(name="fsdp1-bf16", world=4, shard="fsdp1", dtype="bfloat16")
     yield Recipe(name="fsdp1-tied", world=4, shard="fsdp1", arch="tied")
@@ -136,7 +140,7 @@ def _recipes() -> Iterator[Recipe]:
     yield Recipe(name="fsdp1-cuda", world=4, shard="fsdp1", cuda="mesh")
     yield Recipe(name="fsdp1-buffers", world=4, shard="fsdp1", buffers="odd")
     sharded: Literal["fsdp1-sharded-tensor"] = "fsdp1-sharded-tensor"
-    yield Recipe(name=sharded, world=4, shard=sharded, fsdp_config=False)
+    yield Recipe(name=sharded, world=4, shard=sharded, dcp=True, fsdp_config=False)
     # The score head has one row: ranks 1 to 3 hold no shard of it.
     yield Recipe(name="fsdp1-sharded-tensor-critic", world=4, shard=sharded, arch="critic")
     yield Recipe(name="fsdp1-sharded-tensor-cuda", world=4, shard=sharded, cuda="all")
@@ -144,16 +148,16 @@ def _recipes() -> Iterator[Recipe]:
     ddp2_fsdp2 = (("ddp", 2), ("fsdp", 2))
     fsdp2_tp2 = (("fsdp", 2), ("tp", 2))
     yield Recipe(name="fsdp1-hsdp", world=4, shard="fsdp1", mesh=ddp2_fsdp2)
-    yield Recipe(name="fsdp2-hsdp", world=4, shard="fsdp2", mesh=ddp2_fsdp2)
+    yield Recipe(name="fsdp2-hsdp", world=4, shard="fsdp2", dcp=True, mesh=ddp2_fsdp2)
     yield Recipe(name="fsdp2-hsdp-flat", world=4, shard="fsdp2", mesh=(("ddp", 4), ("fsdp", 1)))
     yield Recipe(name="fsdp1-tp", world=4, shard="fsdp1", mesh=fsdp2_tp2)
-    yield Recipe(name="fsdp2-tp", world=4, shard="fsdp2", mesh=fsdp2_tp2)
+    yield Recipe(name="fsdp2-tp", world=4, shard="fsdp2", dcp=True, mesh=fsdp2_tp2)
     yield Recipe(name="fsdp2-tp-norms", world=4, shard="fsdp2", mesh=fsdp2_tp2, norms="replicated")
 
     yield Recipe(name="fsdp2", world=4, shard="fsdp2", trainer_files=True)
     yield Recipe(name="fsdp2-bf16", world=4, shard="fsdp2", dtype="bfloat16")
-    yield Recipe(name="fsdp2-mixed", world=4, shard="fsdp2", dtype="mixed")
-    yield Recipe(name="fsdp2-tied", world=4, shard="fsdp2", arch="tied")
+    yield Recipe(name="fsdp2-mixed", world=4, shard="fsdp2", dcp=True, dtype="mixed")
+    yield Recipe(name="fsdp2-tied", world=4, shard="fsdp2", dcp=True, arch="tied")
     yield Recipe(name="fsdp2-moe", world=4, shard="fsdp2", arch="moe")
     yield Recipe(name="fsdp2-placement", world=4, shard="fsdp2", placement=True)
     yield Recipe(name="fsdp2-moe-placement", world=4, shard="fsdp2", arch="moe", placement=True)
@@ -214,6 +218,7 @@ def _made(root: Path, recipe: Recipe) -> Made:
     return Made(
         recipe=recipe,
         source=folder / "actor",
+        dcp=where_there(folder / "dcp"),
         truth_state=where_there(folder / "truth" / "state.safetensors"),
         truth_hf=where_there(folder / "truth" / "hf"),
         truth_adapter=where_there(folder / "truth" / "adapter"),
@@ -410,6 +415,8 @@ def _make_one(recipe: Recipe, mesh: DeviceMesh, rank: int, folder: Path, model: 
 
     source = folder / "actor"
     path = source / f"model_world_size_{recipe.world}_rank_{rank}.pt"
+    if recipe.dcp:
+        _save_dcp(state, folder / "dcp")
     torch.serialization.set_crc32_options(recipe.crc)
     if recipe.cuda:
         _save_as_cuda(state, path, mesh, rank, everything=recipe.cuda == "all")
@@ -433,6 +440,16 @@ def _make_one(recipe: Recipe, mesh: DeviceMesh, rank: int, folder: Path, model: 
 
 
 State = dict[str, Any]
+
+
+def _save_dcp(state: State, folder: Path) -> None:
+    import torch.distributed.checkpoint as dcp
+
+    moments = {name: {"exp_avg": value} for name, value in list(state.items())[:2]}
+    dcp.save(
+        {"model": state, "optimizer": {"state": moments, "step": 3}, "epoch": 1},
+        checkpoint_id=folder,
+    )
 
 
 def _fsdp1(model: nn.Module, mesh: DeviceMesh, recipe: Recipe) -> State:
