@@ -8,11 +8,9 @@ held against the oracle too, without files, and must refuse what is incomplete o
 
 from __future__ import annotations
 
-import functools
 import json
 import re
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,28 +20,13 @@ import transformers
 from safetensors.torch import load_file
 
 import streamconv
-from streamconv import planner
 from streamconv.errors import BadInputError
 from streamconv.families import convert as family_conversion
-from streamconv.families.convert import Converted
-from streamconv.options import JobOptions
+from tests.family_cases import Case, plan, taken_apart
 from tests.makers import megatron
-from tests.makers.megatron_inverse import Walk, invert
-from tests.makers.tiny_families import FAMILIES, State, TinyModel, make
+from tests.makers.tiny_families import FAMILIES, State, TinyModel
 from tests.outputs import differences, read_model, read_truth
-from tests.replay import array, dtype_of, replay
-
-
-@dataclass(frozen=True, slots=True)
-class Case:
-    """A tiny model and the form that Megatron keeps it in."""
-
-    name: str
-    inverse: tuple[tuple[str, Any], ...] = ()
-
-    def __str__(self) -> str:
-        return "-".join([self.name, *(f"{k}={v}" for k, v in self.inverse)])
-
+from tests.replay import array, replay
 
 KEPT_TOWER = (("megatron_tower", False),)
 CASES = [
@@ -53,12 +36,6 @@ CASES = [
     Case("gemma3_vl", KEPT_TOWER),
 ]
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
-
-
-@functools.cache
-def taken_apart(case: Case) -> tuple[TinyModel, Walk]:
-    model = make(case.name)
-    return model, invert(model.config, model.state, **dict(case.inverse))
 
 
 @pytest.fixture
@@ -73,19 +50,6 @@ def _models_once(monkeypatch: pytest.MonkeyPatch) -> None:
         return built[key]
 
     monkeypatch.setattr(family_conversion, "build_meta", once)
-
-
-def plan(
-    model: TinyModel, tensors: State, megatron_facts: dict[str, Any] | None = None
-) -> Converted:
-    """Plan in this process, with the checks that a conversion makes."""
-    headers = {key: (tuple(t.shape), dtype_of(t)) for key, t in tensors.items()}
-    converted = family_conversion.convert(headers, model.config, megatron_facts or {}, JobOptions())
-    if converted.model is not None:
-        planner.check_recipes(
-            converted.recipes, converted.model, JobOptions(strict=True), converted.extras
-        )
-    return converted
 
 
 # --- the rules against the oracle ------------------------------------------------------------
@@ -236,28 +200,6 @@ def test_no_expert_may_be_missing(expert: int, tmp_path: Path) -> None:
     with pytest.raises(BadInputError, match=r"layers\.1\.mlp\.experts"):
         streamconv.convert(tmp_path / "run", tmp_path / "out", sync=False)
     assert not (tmp_path / "out").exists()
-
-
-def test_a_run_without_zero_centred_norms_has_the_norm_as_it_is() -> None:
-    model, walk = taken_apart(Case("qwen3_next"))
-    name = "model.layers.0.linear_attn.norm.weight"
-    key = "decoder.layers.0.self_attention.out_norm.weight"
-    tensors = walk.made | {key: model.state[name]}
-    recipes = plan(model, tensors, {"layernorm_zero_centered_gamma": False}).recipes
-    recipe = next(r for r in recipes if r.name == name)
-    made = replay(recipe, {k: array(t) for k, t in tensors.items()})
-    assert made.tobytes() == array(model.state[name]).tobytes()
-
-
-def test_a_norm_that_is_not_exact_is_rounded_as_torch_rounds() -> None:
-    model, walk = taken_apart(Case("qwen3_next"))
-    name = "model.layers.0.linear_attn.norm.weight"
-    key = "decoder.layers.0.self_attention.out_norm.weight"
-    off = torch.tensor([0.001, -0.7311, 3.14159, 1e-9, 0.0039, 0.0117, -1, 100, 0, -0.0])
-    tensors = walk.made | {key: off.bfloat16()}
-    recipe = next(r for r in plan(model, tensors).recipes if r.name == name)
-    made = replay(recipe, {k: array(t) for k, t in tensors.items()})
-    assert made.tobytes() == array(off.bfloat16() + 1).tobytes()
 
 
 # --- checkpoints that Megatron-Bridge wrote ----------------------------------------------------

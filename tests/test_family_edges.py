@@ -1,0 +1,208 @@
+"""Single traits of families and of their conversion, and what is said when something does not fit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from streamconv.errors import BadInputError, UsageError
+from streamconv.families import families
+from streamconv.families.convert import convert
+from streamconv.options import JobOptions
+from tests.family_cases import Case, plan, taken_apart
+from tests.makers.tiny_families import State, TinyModel
+from tests.replay import array, replay
+
+
+def tiny(name: str, **changes: Any) -> tuple[TinyModel, State]:
+    """Return a tiny model, with another config, and its Megatron tensors; both may be changed."""
+    model, walk = taken_apart(Case(name))
+    changed = TinyModel(name, model.config | changes, dict(model.state), model.tiny)
+    return changed, dict(walk.made)
+
+
+def value(model: TinyModel, tensors: State, name: str, **facts: Any) -> bytes:
+    recipe = next(r for r in plan(model, tensors, facts).recipes if r.name == name)
+    return replay(recipe, {k: array(t) for k, t in tensors.items()}).tobytes()
+
+
+def bits(tensor: torch.Tensor) -> bytes:
+    return array(tensor).tobytes()
+
+
+# --- forms that single trainers write --------------------------------------------------------
+
+
+def test_norms_that_are_modules_of_their_own() -> None:
+    """Megatron-Core's local layers, which per-rank checkpoints may have."""
+    model, tensors = tiny("llama")
+    swaps = {
+        "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
+        "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
+    }
+    for old, new in swaps.items():
+        for key in [k for k in tensors if k.endswith(old)]:
+            tensors[key.replace(old, new)] = tensors.pop(key)
+    for name in ("input_layernorm", "post_attention_layernorm"):
+        name = f"model.layers.1.{name}.weight"
+        assert value(model, tensors, name) == bits(model.state[name])
+
+
+def test_gemmas_outer_norms_on_the_layer() -> None:
+    """Where mbridge has them; Megatron-Bridge hangs them on the projections."""
+    model, tensors = tiny("gemma2")
+    swaps = {
+        "self_attention.linear_proj.post_layernorm": "post_attention_layernorm",
+        "mlp.linear_fc2.post_layernorm": "post_feedforward_layernorm",
+    }
+    for old, new in swaps.items():
+        for key in [k for k in tensors if old in k]:
+            tensors[key.replace(old, new)] = tensors.pop(key)
+    for name in swaps.values():
+        name = f"model.layers.2.{name}.weight"
+        assert value(model, tensors, name) == bits(model.state[name])
+
+
+NORM = "model.layers.0.linear_attn.norm.weight"
+MEGATRON_NORM = "decoder.layers.0.self_attention.out_norm.weight"
+
+
+@pytest.mark.parametrize("fact", ["layernorm_zero_centered_gamma", "apply_layernorm_1p"])
+def test_a_run_without_zero_centred_norms_has_the_norm_as_it_is(fact: str) -> None:
+    model, tensors = tiny("qwen3_next")
+    tensors[MEGATRON_NORM] = model.state[NORM]
+    assert value(model, tensors, NORM, **{fact: False}) == bits(model.state[NORM])
+
+
+def test_a_norm_that_is_not_exact_is_rounded_as_torch_rounds() -> None:
+    model, tensors = tiny("qwen3_next")
+    off = torch.tensor([0.001, -0.7311, 3.14159, 1e-9, 0.0039, 0.0117, -1, 100, 0, -0.0])
+    tensors[MEGATRON_NORM] = off.bfloat16()
+    assert value(model, tensors, NORM) == bits(off.bfloat16() + 1)
+
+
+def test_a_value_model_becomes_a_classifier() -> None:
+    """verl keeps the actor's config beside its critic, whose head may have no bias."""
+    model, tensors = tiny("qwen3_critic")
+    assert model.config["architectures"] == ["Qwen3ForCausalLM"]
+    made = plan(model, tensors)
+    assert made.architecture == "Qwen3ForSequenceClassification"
+    assert made.config["num_labels"] == 1
+
+
+def test_quantization_of_the_release_is_not_that_of_the_run() -> None:
+    model, tensors = tiny("llama", quantization_config={"fmt": "e4m3"})
+    made = plan(model, tensors)
+    assert "quantization_config" not in made.config
+    assert any("quantization_config" in c for c in made.changes)
+
+
+@pytest.mark.parametrize("name", ["mimo", "kimi_k2"])
+def test_a_model_that_transformers_lacks_keeps_its_config(name: str) -> None:
+    """Its shapes are checked against the class it is made from, which config.json must not name."""
+    model, tensors = tiny(name, auto_map={"AutoConfig": "configuration.Config"})
+    made = plan(model, tensors)
+    assert made.model is not None
+    assert made.architecture is None
+    assert made.config["auto_map"]
+
+
+# --- what does not fit -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "expected", "found"),
+    [
+        ({"num_attention_heads": 2, "head_dim": 32, "num_key_value_heads": 1}, "128", "80"),
+        ({"num_hidden_layers": 4}, "4", "3"),
+        ({"num_hidden_layers": 1}, "1", "3"),
+        ({"vocab_size": 65}, "65", "64"),
+    ],
+)
+def test_a_contradiction_shows_both_numbers(
+    change: dict[str, Any], expected: str, found: str
+) -> None:
+    model, tensors = tiny("llama", **change)
+    with pytest.raises(BadInputError, match="contradict each other") as caught:
+        plan(model, tensors)
+    assert expected in str(caught.value.expected)
+    assert found in str(caught.value.found)
+
+
+def test_fewer_experts_than_the_config_says() -> None:
+    model, tensors = tiny("qwen3_moe")
+    for fc in ("linear_fc1", "linear_fc2"):
+        key = f"decoder.layers.1.mlp.experts.experts.{fc}.weight"
+        tensors[key] = tensors[key][:3]
+    with pytest.raises(BadInputError, match="number of experts") as caught:
+        plan(model, tensors)
+    assert "decoder.layers.1" in str(caught.value.where)
+
+
+def test_a_missing_stage_is_named() -> None:
+    model, tensors = tiny("llama")
+    tensors = {n: t for n, t in tensors.items() if not n.startswith("decoder.layers.0.")}
+    with pytest.raises(BadInputError, match="1 of 3 layers are not in the checkpoint"):
+        plan(model, tensors)
+
+
+def test_half_a_prediction_layer_is_named() -> None:
+    """No class of transformers knows the layer, so that no other check could miss a part of it."""
+    model, tensors = tiny("deepseek_v3_mtp")
+    inner = [k for k in tensors if k.startswith("mtp.layers.0.transformer_layer.mlp.")]
+    for key in inner:
+        del tensors[key]
+    with pytest.raises(BadInputError, match="multi-token prediction are not in") as caught:
+        plan(model, tensors)
+    assert str(caught.value).startswith(f"{len(inner)} tensors")
+
+
+def test_parts_of_linear_attention_that_only_add_up() -> None:
+    """Two parts whose rows make up for each other would be written, each row in a wrong place."""
+    for name in ("qwen3_next", "qwen3_5"):
+        model, tensors = tiny(name)
+        part = "decoder.layers.0.self_attention.in_proj.weight."
+        both = torch.cat([tensors[part + "query"], tensors[part + "key"]])
+        tensors[part + "query"], tensors[part + "key"] = both[:12], both[12:]
+        with pytest.raises(BadInputError, match="rows of the linear attention"):
+            plan(model, tensors)
+
+
+def test_an_unknown_tensor_is_named_with_the_way_out() -> None:
+    model, tensors = tiny("llama")
+    for k in range(2):
+        tensors[f"decoder.layers.{k}.mlp.router.weight"] = torch.zeros(4, 48)
+    with pytest.raises(BadInputError, match="family llama knows no rule for 2 tensors") as caught:
+        plan(model, tensors)
+    assert "decoder.layers.{n}.mlp.router.weight (2 tensors)" in str(caught.value.where)
+    assert "CONTRIBUTING" in str(caught.value.hint)
+
+
+def test_an_unknown_model_type() -> None:
+    model, tensors = tiny("llama", model_type="klingon")
+    with pytest.raises(BadInputError, match="no family is known"):
+        plan(model, tensors)
+
+
+def test_two_tensors_of_one_name() -> None:
+    model, tensors = tiny("llama")
+    tensors["decoder.layers.0.input_layernorm.weight"] = torch.zeros(48)
+    with pytest.raises(BadInputError, match="would both be written as") as caught:
+        plan(model, tensors)
+    assert "decoder.layers.0.input_layernorm.weight" in str(caught.value.found)
+
+
+def test_memory_layout_is_refused() -> None:
+    model, _ = tiny("llama")
+    with pytest.raises(UsageError, match="--layout memory"):
+        convert({}, model.config, {}, JobOptions(layout="memory"))
+
+
+def test_names_and_model_types_are_unique() -> None:
+    known = list(families())
+    names = [f.name for f in known]
+    types = [t for f in known for t in f.model_types]
+    assert len(set(names)) == len(names)
+    assert len(set(types)) == len(types)
