@@ -18,10 +18,11 @@ from streamconv.batch.ready import Snapshot, Tracker, judge, read_tracker, snaps
 from streamconv.batch.retention import Rule
 from streamconv.batch.schedule import Cron, Every, parse_schedule
 from streamconv.batch.selection import Filter, named, namer, parse_steps
-from streamconv.batch.settings import load, settings
+from streamconv.batch.settings import BatchSettings, RunSettings, load, settings
 from streamconv.batch.state import Record
 from streamconv.durations import format_duration, parse_duration
 from streamconv.errors import BadInputError, BudgetError, UsageError
+from streamconv.options import JobOptions, RunOptions
 
 RANKS = "model_world_size_1_rank_0.pt"
 
@@ -459,6 +460,17 @@ def test_a_job_file_that_is_no_toml(tmp_path, text):
     file.write_bytes(text.encode("latin-1"))
     with pytest.raises(UsageError, match="TOML"):
         load(file, {})
+
+
+def test_a_batch_knows_every_option_of_a_single_conversion():
+    """An option that one gets and the other does not would be missed in silence."""
+    own = {"max_shard_bytes": "max_shard_size"}
+    job = {own.get(f.name, f.name) for f in dataclasses.fields(JobOptions)}
+    assert job <= set(RunSettings.model_fields)
+    own = {"sync": "no_sync", "source_crc": "no_source_crc", "sha256": "checksum"}
+    own["max_mem_bytes"] = "max_mem"
+    how = {own.get(f.name, f.name) for f in dataclasses.fields(RunOptions)} - {"on_event"}
+    assert how <= set(RunSettings.model_fields) | set(BatchSettings.model_fields)
 
 
 # Metrics

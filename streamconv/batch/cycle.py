@@ -108,6 +108,7 @@ class Batch:
         s = self._settings
         options = {
             "sync": not s.no_sync,
+            "direct": s.direct,
             "source_crc": not s.no_source_crc,
             "sha256": s.checksum == "sha256",
             "io_threads": s.io_threads,

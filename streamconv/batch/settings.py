@@ -85,6 +85,7 @@ class RunSettings(_Strict):
     max_shard_size: _Size = "5GB"
     strict: bool = False
     hf_config: Path | None = None
+    family: str | None = None
     overwrite: bool = False
 
     @property
@@ -107,6 +108,7 @@ class RunSettings(_Strict):
             max_shard_bytes=parse_size(self.max_shard_size),
             strict=self.strict,
             hf_config=self.hf_config,
+            family=self.family,
         )
 
 
@@ -124,6 +126,7 @@ class BatchSettings(_Strict):
     prometheus: Path | None = None
     report: Path | None = None
     no_sync: bool = False
+    direct: bool = False
     no_source_crc: bool = False
     checksum: Annotated[str, Field(pattern="^sha256$")] | None = None
     io_threads: PositiveInt = 1
