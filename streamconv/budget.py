@@ -7,6 +7,7 @@ resident set sizes over the process and its children.
 from __future__ import annotations
 
 import threading
+from dataclasses import dataclass
 from pathlib import Path
 
 from streamconv.errors import BudgetError
@@ -23,6 +24,7 @@ _HEADROOM = 0.15
 PLANNING_FLOOR_BYTES = 430 * 10**6
 
 _CGROUP = Path("/sys/fs/cgroup")
+_MEMINFO = Path("/proc/meminfo")
 
 
 def available_bytes(cgroup_root: Path = _CGROUP, own_cgroup: str | None = None) -> tuple[int, str]:
@@ -31,7 +33,7 @@ def available_bytes(cgroup_root: Path = _CGROUP, own_cgroup: str | None = None) 
     The smaller of the machine's available memory and what the cgroups (v1 or v2, this one's and its
     ancestors') leave, less 15 %.
     """
-    limits = [(_meminfo_available(), "available memory")]
+    limits = [(memory_state().available_bytes, "available memory")]
     limits += _cgroup_limits(cgroup_root, own_cgroup or _read(Path("/proc/self/cgroup")))
     nbytes, source = min(limits)
     return int(nbytes * (1 - _HEADROOM)), source
@@ -44,11 +46,25 @@ def _read(path: Path) -> str:
         return ""
 
 
-def _meminfo_available() -> int:
-    for line in _read(Path("/proc/meminfo")).splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return 1 << 62
+@dataclass(frozen=True, slots=True)
+class MemoryState:
+    """What the machine has: memory that can be had without swapping, and swap."""
+
+    available_bytes: int
+    swap_bytes: int
+    swap_used_bytes: int
+
+
+def memory_state(meminfo: Path = _MEMINFO) -> MemoryState:
+    """Return the state of the machine's memory, whatever a cgroup allows of it."""
+    values: dict[str, int] = {}
+    for line in _read(meminfo).splitlines():
+        name, _, rest = line.partition(":")
+        if rest.split()[1:] == ["kB"]:
+            values[name] = int(rest.split()[0]) * 1024
+    swap = values.get("SwapTotal", 0)
+    available = values.get("MemAvailable", 1 << 62)
+    return MemoryState(available, swap, swap - values.get("SwapFree", 0))
 
 
 def _cgroup_limits(root: Path, membership: str) -> list[tuple[int, str]]:

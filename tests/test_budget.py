@@ -33,7 +33,8 @@ GB = 10**9
 
 @pytest.fixture(autouse=True)
 def a_machine_with_64_gb(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(budget, "_meminfo_available", lambda: 64 * GB)
+    state = budget.MemoryState(available_bytes=64 * GB, swap_bytes=0, swap_used_bytes=0)
+    monkeypatch.setattr(budget, "memory_state", lambda: state)
 
 
 def write(path: Path, text: str) -> None:

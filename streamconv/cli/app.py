@@ -208,7 +208,7 @@ def plan(
     json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Show what converting SRC would do: tensors, files, disk and memory. Reads no weights."""
+    """Show what converting SRC would do: tensors, files, disk, memory, and with DST the time."""
     from streamconv import api
     from streamconv.cli.report import plan_report, render_plan
 
@@ -225,7 +225,7 @@ def plan(
         family=family,
         output=output,
     )
-    report = plan_report(made, dst)
+    report = plan_report(made, dst, api.memory_bytes(max_mem))
     if json:
         say_json(report, indent=2)
     else:
@@ -321,14 +321,17 @@ def doctor(
     src: Annotated[
         Path | None, typer.Argument(metavar="SRC", help="A checkpoint to try reading.")
     ] = None,
+    dst: Annotated[
+        Path | None, typer.Argument(metavar="DST", help="A folder to try writing to.")
+    ] = None,
     model: Model = None,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Show versions, memory, limits and disk, and whether SRC can be read here."""
+    """Show versions, memory, limits and disks, and whether SRC can be read here."""
     from streamconv.doctor import examine, rows
 
-    found = examine(src, model)
+    found = examine(src, model, dst)
     if json:
         say_json(found, indent=2)
     else:

@@ -10,19 +10,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from streamconv.cli.output import columns
+from streamconv.durations import format_duration
 from streamconv.plan import Plan
 from streamconv.sizes import format_size
 
 if TYPE_CHECKING:
+    from streamconv.forecast import Forecast
     from streamconv.verification import Report
 
 _LONGEST_LIST = 20
 
 
-def plan_report(plan: Plan, dst: Path | None) -> dict[str, Any]:
-    """Return what a plan amounts to, as plain data; sizes in bytes."""
+def plan_report(plan: Plan, dst: Path | None, budget_bytes: int | None = None) -> dict[str, Any]:
+    """Return what a plan amounts to, as plain data; sizes in bytes.
+
+    With ``dst`` both disks are measured for a moment; ``budget_bytes`` is what the user chose.
+    """
     from streamconv.api import disk_free_bytes
     from streamconv.budget import available_bytes, smallest_convert_bytes, smallest_run_bytes
+    from streamconv.forecast import forecast
 
     head = plan.head
     available, limit = available_bytes()
@@ -47,9 +53,31 @@ def plan_report(plan: Plan, dst: Path | None) -> dict[str, Any]:
             "default_budget_bytes": available,
             "default_budget_from": limit,
         },
+        "forecast": None
+        if dst is None
+        else _forecast_json(forecast(plan, dst, budget_bytes or available)),
         "skipped": [{"name": s.name, "reason": s.reason} for s in head.skipped],
         "notices": list(head.notices),
     }
+
+
+def _forecast_json(told: Forecast) -> dict[str, Any]:
+    data = asdict(told)
+    for key in ("source", "output"):
+        data[key]["mount"] = str(data[key]["mount"])
+    return data
+
+
+def _forecast_rows(told: Mapping[str, Any]) -> list[tuple[str, str]]:
+    def rate(value: float | None) -> str:
+        return f"{format_size(value)}/s" if value else "too little to measure"
+
+    seconds = told["seconds"]
+    speeds = f"reads {rate(told['read_rate'])}, writes {rate(told['write_rate'])}"
+    time = "a moment" if seconds is None else f"about {format_duration(max(1.0, seconds))}"
+    return [("time", f"{time} to move the bytes ({speeds})")] + [
+        ("mind", warning) for warning in told["warnings"]
+    ]
 
 
 def render_plan(report: Mapping[str, Any]) -> str:
@@ -78,6 +106,8 @@ def render_plan(report: Mapping[str, Any]) -> str:
         ("disk", disk),
         ("memory", f"{least};\n{default}"),
     ]
+    if report["forecast"] is not None:
+        rows += _forecast_rows(report["forecast"])
     if totals["unverifiable_bytes"]:
         rows.append(("no checksum", format_size(totals["unverifiable_bytes"])))
     outputs = [

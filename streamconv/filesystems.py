@@ -1,0 +1,79 @@
+"""Which file system a path lies on, and what is known to hurt there."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+_MOUNTINFO = Path("/proc/self/mountinfo")
+_NETWORK = frozenset(
+    {
+        *("nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "afs", "virtiofs"),
+        *("lustre", "beegfs", "gpfs", "ceph", "glusterfs", "orangefs", "pvfs2", "wekafs", "panfs"),
+        *("fuse.sshfs", "fuse.rclone", "fuse.glusterfs", "fuse.ceph", "fuse.juicefs"),
+        *("fuse.s3fs", "fuse.goofys", "fuse.mount-s3", "fuse.gcsfuse", "fuse.blobfuse2"),
+    }
+)
+_MEMORY = frozenset({"tmpfs", "ramfs"})
+_ESCAPE = re.compile(r"\\([0-7]{3})")
+
+
+@dataclass(frozen=True, slots=True)
+class FileSystem:
+    """A mounted file system: where, of what type, what of, and how much of it is free.
+
+    ``device`` is the number by which the kernel knows it: equal numbers are one file system.
+    """
+
+    mount: Path
+    kind: str
+    source: str
+    device: int
+    free_bytes: int
+    total_bytes: int
+
+    @property
+    def is_network(self) -> bool:
+        """Whether its files are another machine's."""
+        return self.kind in _NETWORK
+
+    @property
+    def is_memory(self) -> bool:
+        """Whether what is written there takes memory and no disk."""
+        return self.kind in _MEMORY
+
+
+def nearest(path: Path) -> Path:
+    """Return the path, or the folder above it that exists."""
+    here = path.absolute()
+    while not here.exists():
+        here = here.parent
+    return here
+
+
+def filesystem_of(path: Path, mountinfo: Path = _MOUNTINFO) -> FileSystem:
+    """Return the file system that ``path``, which need not exist yet, lies on or would lie on."""
+    here = nearest(path).resolve()
+    mount, kind, source = Path("/"), "unknown", ""
+    for line in _lines(mountinfo):
+        # "36 35 98:0 /root /mount options … - type source super-options"; later mounts lie on top.
+        left, _, right = line.partition(" - ")
+        point = Path(_unescaped(left.split()[4]))
+        if here.is_relative_to(point) and len(point.parts) >= len(mount.parts):
+            kind, source, *_ = right.split()
+            mount, source = point, _unescaped(source)
+    usage = shutil.disk_usage(here)
+    return FileSystem(mount, kind, source, here.stat().st_dev, usage.free, usage.total)
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return [line for line in path.read_text().splitlines() if " - " in line]
+    except OSError:
+        return []
+
+
+def _unescaped(text: str) -> str:
+    return _ESCAPE.sub(lambda m: chr(int(m[1], 8)), text)

@@ -1,0 +1,190 @@
+"""Forecasts: which file system a path lies on, how fast it is, how long it takes, what will hurt."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from streamconv import budget, doctor, speed
+from streamconv.filesystems import FileSystem, filesystem_of
+from streamconv.forecast import moving_seconds, warnings
+from tests.makers import runs
+
+GB = 10**9
+DISK = FileSystem(Path("/"), "ext4", "/dev/sda1", 1, 500 * GB, 1000 * GB)
+
+
+# File systems
+
+MOUNTS = """\
+22 1 8:1 / / rw,relatime shared:1 - ext4 /dev/sda1 rw
+30 22 0:40 / {home} rw - tmpfs tmpfs rw
+31 30 0:41 / {home}/with\\040space rw master:2 - nfs4 server:/export rw,vers=4.2
+32 22 0:42 / {home}-other rw - xfs /dev/sdb rw
+33 30 0:43 / {home}/twice rw - xfs /dev/sdc rw
+34 30 0:44 / {home}/twice rw - lustre mgs:/fs rw
+garbage
+"""
+
+
+@pytest.mark.parametrize(
+    ("path", "kind", "source"),
+    [
+        ("", "tmpfs", "tmpfs"),
+        ("with space/model", "nfs4", "server:/export"),
+        ("twice", "lustre", "mgs:/fs"),
+        ("not/there/yet", "tmpfs", "tmpfs"),
+        ("..", "ext4", "/dev/sda1"),
+    ],
+)
+def test_the_mount_that_is_nearest_counts(tmp_path, path, kind, source):
+    home = tmp_path / "home"
+    (home / "with space").mkdir(parents=True)
+    (home / "twice").mkdir()
+    table = tmp_path / "mountinfo"
+    table.write_text(MOUNTS.format(home=home))
+    found = filesystem_of(home / path, table)
+    assert (found.kind, found.source) == (kind, source)
+    assert found.is_network == (kind in ("nfs4", "lustre"))
+    assert found.is_memory == (kind == "tmpfs")
+
+
+def test_this_machine_has_file_systems_too(tmp_path):
+    found = filesystem_of(tmp_path)
+    assert found.kind != "unknown"
+    assert found.device == tmp_path.stat().st_dev
+    assert 0 < found.free_bytes <= found.total_bytes
+
+
+def test_no_table_of_mounts_is_no_catastrophe(tmp_path):
+    assert filesystem_of(tmp_path, tmp_path / "nothing").kind == "unknown"
+
+
+# Speed
+
+
+def test_reading_is_measured_and_little_is_not(tmp_path):
+    large, small = tmp_path / "large", tmp_path / "small"
+    large.write_bytes(bytes(40 << 20))
+    small.write_bytes(b"x" * 1000)
+    rate = speed.read_speed([small, large], 0.2)
+    assert rate is not None
+    assert rate > 0
+    assert speed.read_speed([small], 0.2) is None
+    assert speed.read_speed([], 0.2) is None
+
+
+def test_writing_is_measured_and_leaves_nothing(tmp_path):
+    rate = speed.write_speed(tmp_path / "not/there", 0.1)
+    assert rate is not None
+    assert rate > 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_where_nothing_can_be_written_nothing_is_known():
+    assert speed.write_speed(Path("/proc"), 0.1) is None
+
+
+def test_checksums_are_measured():
+    assert speed.checksum_speed() > 10**6
+
+
+# Time
+
+
+def test_two_disks_work_at_once_and_one_takes_turns():
+    rates = {"read_rate": 2 * GB, "write_rate": GB, "checksum_rate": 10 * GB}
+    assert moving_seconds(100 * GB, 100 * GB, **rates, one_disk=False) == 100
+    assert moving_seconds(100 * GB, 100 * GB, **rates, one_disk=True) == 150
+
+
+def test_checksums_may_be_what_takes_longest():
+    rates = {"read_rate": 50 * GB, "write_rate": 50 * GB, "checksum_rate": GB}
+    assert moving_seconds(100 * GB, 10 * GB, **rates, one_disk=False) == 100
+
+
+def test_what_was_not_measured_is_not_guessed():
+    assert moving_seconds(GB, GB, None, GB, GB, one_disk=False) is None
+
+
+# What will hurt
+
+
+def told(**changes) -> str:
+    source = changes.pop("source", DISK)
+    output = changes.pop("output", dataclasses.replace(DISK, device=2))
+    needed, limit = changes.pop("needed", 10 * GB), changes.pop("limit", GB)
+    one = source.device == output.device
+    return "; ".join(warnings(source, output, needed, limit, one_disk=one))
+
+
+@pytest.fixture(autouse=True)
+def calm(monkeypatch):
+    state = budget.MemoryState(64 * GB, 8 * GB, 0)
+    monkeypatch.setattr(budget, "memory_state", lambda: state)
+
+
+def test_nothing_hurts():
+    assert told() == ""
+
+
+def test_what_hurts_is_said(monkeypatch):
+    assert "take turns" in told(output=DISK)
+    nfs = dataclasses.replace(DISK, kind="nfs4", source="server:/x", device=3)
+    assert "the source is on nfs4 (server:/x)" in told(source=nfs)
+    assert "the output is on nfs4" in told(output=nfs)
+    assert "takes 10.0 GB of memory" in told(
+        output=dataclasses.replace(DISK, kind="tmpfs", device=3)
+    )
+    assert "almost full: 5.00 GB left" in told(needed=495 * GB)
+    assert "would swap" in told(limit=65 * GB)
+    monkeypatch.setattr(budget, "memory_state", lambda: budget.MemoryState(GB // 2, 0, 0))
+    assert "the kernel may kill it" in told()
+    monkeypatch.setattr(budget, "memory_state", lambda: budget.MemoryState(64 * GB, 8 * GB, 5 * GB))
+    assert "swapping: 5.00 GB" in told()
+
+
+def test_the_state_of_memory_is_read(tmp_path):
+    (tmp_path / "meminfo").write_text(
+        "MemTotal: 100 kB\nMemAvailable:  40 kB\nSwapTotal: 30 kB\nSwapFree: 10 kB\nHugePages: 0\n"
+    )
+    state = budget_state(tmp_path / "meminfo")
+    assert state == budget.MemoryState(40 * 1024, 30 * 1024, 20 * 1024)
+
+
+budget_state = budget.memory_state  # before a test puts another in its place
+
+
+# As the commands show it
+
+
+def test_doctor_measures_the_disks(tmp_path, monkeypatch):
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "weights").write_bytes(bytes(10 << 20))
+    monkeypatch.setattr(
+        doctor, "_try", lambda src, model: ({"path": str(src), "readable": False}, None)
+    )
+    found = doctor.examine(source, dst=tmp_path / "out")
+    roles = {s["role"]: s for s in found["filesystems"]}
+    assert list(roles) == ["working folder", "source", "output"]
+    assert roles["source"]["read_bytes_per_second"] > 0
+    assert roles["output"]["write_bytes_per_second"] > 0
+    shown = dict(doctor.rows(found))
+    assert "writes" in shown["disk of output"]
+    assert "transformers" in shown["loads the result"]
+
+
+def test_plan_says_how_long_and_what_to_mind(tmp_path):
+    source = runs.rank_file(tmp_path / "actor" / runs.RANK_FILE).parent
+    command = [sys.executable, "-m", "streamconv", "plan", str(source), str(tmp_path / "out")]
+    done = subprocess.run([*command, "--json"], capture_output=True, text=True, check=True)
+    data = json.loads(done.stdout)["forecast"]
+    assert data["checksum_rate"] > 0
+    assert data["one_disk"] is True
+    assert any("take turns" in w for w in data["warnings"])
