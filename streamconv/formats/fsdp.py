@@ -30,6 +30,7 @@ from streamconv.formats.merge import Cut, Merger, Pending
 from streamconv.source import Checkpoint, GlobalTensor, Skipped, SourceFile
 from streamconv.torchfile.meshes import Mesh
 from streamconv.torchfile.rankfile import LocalSpec, RankFile, RankReader
+from streamconv.torchfile.rankfiles import read_rank_files
 from streamconv.torchfile.unpickle import no_garbage_collection
 
 NAME = "fsdp"
@@ -72,8 +73,7 @@ def read(path: Path) -> Checkpoint:
     facts = _FileFacts()
     skipped: dict[str, str] = {}
     with no_garbage_collection():
-        for number, (rank, file) in enumerate(folder.files):
-            contents = reader.read(file, rank)
+        for number, contents in enumerate(read_rank_files(reader, folder.files)):
             sources.append(_source_file(contents))
             facts.add(contents)
             skipped.update(contents.skipped)

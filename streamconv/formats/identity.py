@@ -8,16 +8,19 @@ from pathlib import Path
 from streamconv.errors import SourceChangedError
 from streamconv.source import SourceFile
 from streamconv.torchfile.window import FileWindow
-from streamconv.torchfile.zipdir import read_directory
+from streamconv.torchfile.zipdir import hash_directory
 
 
 def identify_file(file: Path, root: Path) -> SourceFile:
-    """Return ``file`` of the checkpoint in ``root`` as a source; its pickle stays unread."""
+    """Return ``file`` of the checkpoint in ``root`` as a source, known by its directory's hash.
+
+    Nothing is parsed: whoever reads the file checks what it holds.
+    """
     try:
         fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
         try:
             status = os.fstat(fd)
-            directory = read_directory(FileWindow(fd, str(file), 0, status.st_size))
+            digest = hash_directory(FileWindow(fd, str(file), 0, status.st_size))
         finally:
             os.close(fd)
     except OSError as error:
@@ -28,6 +31,5 @@ def identify_file(file: Path, root: Path) -> SourceFile:
         file.relative_to(root).as_posix(),
         status.st_size,
         status.st_mtime_ns,
-        directory.directory_hash,
-        directory.prefix,
+        digest,
     )

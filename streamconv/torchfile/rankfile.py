@@ -16,7 +16,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -136,6 +136,7 @@ class RankReader:
     def __init__(self) -> None:
         self.specs: list[LocalSpec] = []
         self.specs_by_key: dict[object, LocalSpec] = {}
+        self._by_contents: dict[object, LocalSpec] = {}
         self._meshes: dict[Mesh, int] = {}
         self._mesh_list: list[Mesh] = []
         self._ranks: dict[tuple[int, ...], tuple[int, ...]] = {}
@@ -170,11 +171,24 @@ class RankReader:
 
     def add_spec(self, key: object, spec: LocalSpec) -> LocalSpec:
         """Check, number and keep ``spec``; ``key`` finds it again."""
-        _check_view(spec)
-        spec = replace(spec, index=len(self.specs))
-        self.specs.append(spec)
-        self.specs_by_key[key] = spec
+        spec = self.specs_by_key[key] = self._known(spec)
         return spec
+
+    def adopt(self, spec: LocalSpec) -> LocalSpec:
+        """Return the spec of this reader that equals one that another reader made."""
+        if spec.mesh is not None:
+            spec = replace(spec, mesh=self.mesh(self.add_mesh(spec.mesh)))
+        return self._known(spec)
+
+    def _known(self, spec: LocalSpec) -> LocalSpec:
+        """Return the one spec of these contents, numbered; check and keep it where it is new."""
+        contents = tuple(getattr(spec, f.name) for f in fields(spec) if f.name != "index")
+        known = self._by_contents.get(contents)
+        if known is None:
+            _check_view(spec)
+            known = self._by_contents[contents] = replace(spec, index=len(self.specs))
+            self.specs.append(known)
+        return known
 
     def add_mesh(self, mesh: Mesh) -> int:
         """Return the number of ``mesh``; equal meshes have one."""
