@@ -40,6 +40,9 @@ class RecordChecks:
         self._reader = reader
         self._check_crc = check_crc
         self._seen: dict[tuple[int, int], _Seen] = {}
+        # Records that finish had to complete: several tensors may be views of one storage, and it
+        # should not be read again for each of them.
+        self._completed: set[tuple[int, int]] = set()
         self._lock = threading.Lock()
         self.unverifiable_bytes = 0
 
@@ -58,6 +61,8 @@ class RecordChecks:
         :class:`BadInputError` for a wrong header or checksum, naming file, tensor and record.
         """
         key = (record.file, record.start)
+        if key in self._completed:
+            return
         with self._lock:
             seen = self._seen.get(key)
             first = seen is None
@@ -92,6 +97,7 @@ class RecordChecks:
                         piece = buffer[: min(_STEP_BYTES, hi - at)]
                         self._reader.read(record.file, record.start + at, piece)
                         self.see(source, record, record.start + at, piece)
+                self._completed.add((record.file, record.start))
             self._seen.pop((record.file, record.start), None)
 
     def _check_header(

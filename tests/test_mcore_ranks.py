@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -15,6 +16,9 @@ import torch
 import streamconv
 from streamconv import formats
 from streamconv.errors import BadInputError, StreamconvError
+from streamconv.executor import WindowFiller, filled_windows
+from streamconv.reader import SourceReader
+from streamconv.records import RecordChecks
 from streamconv.source import Checkpoint
 from tests.makers.mcore_ranks import (
     HEAD,
@@ -250,17 +254,18 @@ def test_an_mlp_without_a_gate(tmp_path: Path) -> None:
     check(write_ranks(tmp_path, model, Sizes(tp=2), change=rows), model)
 
 
-def test_parameters_that_share_one_storage(tmp_path: Path) -> None:
+def one_buffer(state: State, _: tuple[int, ...]) -> None:
     """With the distributed optimizer all parameters are views of one buffer, saved once."""
+    names = [n for n, t in state.items() if t is not None and t.numel()]
+    buffer = torch.cat([state[n].flatten() for n in names])
+    for name, flat in zip(names, buffer.split([state[n].numel() for n in names]), strict=True):
+        state[name] = flat.view(state[name].shape)
+
+
+def test_parameters_that_share_one_storage(tmp_path: Path) -> None:
     model = whole_model(MOE, layers=2)
     for name in [n for n in model if n.endswith("expert_bias")]:
         model[name] = model[name].to(torch.bfloat16)
-
-    def one_buffer(state: State, _: tuple[int, ...]) -> None:
-        names = [n for n, t in state.items() if t is not None and t.numel()]
-        buffer = torch.cat([state[n].flatten() for n in names])
-        for name, flat in zip(names, buffer.split([state[n].numel() for n in names]), strict=True):
-            state[name] = flat.view(state[name].shape)
 
     for kind in ("grouped", "legacy"):
         folder = write_ranks(tmp_path, model, Sizes(tp=2, ep=2), kind=kind, change=one_buffer)
@@ -495,8 +500,8 @@ def test_detection(tmp_path: Path) -> None:
         formats.read(folder)
 
 
-def test_a_whole_conversion(tmp_path: Path) -> None:
-    """From rank folders to the model of transformers that the weights were taken from."""
+def llama(tmp_path: Path, change: Callable[[State, tuple[int, ...]], object]) -> Path:
+    """Write a tiny Llama to ``truth`` and as rank folders, whose checkpoint's folder is returned."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -532,10 +537,41 @@ def test_a_whole_conversion(tmp_path: Path) -> None:
             d + "mlp.linear_fc1.weight": torch.cat(gate_up),
             d + "mlp.linear_fc2.weight": part["mlp.down_proj.weight"],
         }
-    folder = write_ranks(tmp_path / "run", model, Sizes(tp=2, pp=2))
+    folder = write_ranks(tmp_path / "run", model, Sizes(tp=2, pp=2), change=change)
     config.save_pretrained(folder / "huggingface")
-    streamconv.convert(folder, tmp_path / "out", sync=False)
-    assert read_model(tmp_path / "out") == read_model(tmp_path / "truth")
+    return folder
+
+
+def test_a_whole_conversion(tmp_path: Path) -> None:
+    """From rank folders to the model of transformers that the weights were taken from."""
+    for k, change in enumerate((lambda *_: None, one_buffer)):
+        folder = llama(tmp_path, change)
+        out = tmp_path / f"out{k}"
+        streamconv.convert(folder, out, sync=False)
+        assert read_model(out) == read_model(tmp_path / "truth")
+
+
+def test_a_shared_storage_is_not_read_anew_for_each_parameter(tmp_path: Path) -> None:
+    folder = llama(tmp_path, one_buffer)
+    plan = streamconv.plan(folder)
+    records = {
+        (record.file, record.start): record.header_nbytes + record.nbytes
+        for _, section in plan.sections()
+        for tensor in section
+        for source in tensor.sources
+        for record in source.shards
+    }
+    assert len(records) == len(plan.head.files)
+    with SourceReader(folder, plan.head.files) as reader:
+        checks = RecordChecks(reader)
+        filler = WindowFiller(reader, checks, max_bytes=1 << 20)
+        for _, section in plan.sections():
+            for tensor in section:  # a large model's tensors do not share a window
+                for _ in filled_windows([tensor], filler, checks):
+                    pass
+        filler.close()
+        # Once for the weights, and once more for the checksums of what they lie in.
+        assert reader.read_bytes <= 2 * sum(records.values())
 
 
 SHARED = ("llama_tp2pp2", "qwen2_tp2pp2_tied", "qwen3_moe_tp2ep2", "v0122_deepseek", "v0192_llama")
