@@ -27,6 +27,7 @@ from tests.makers.mcore_ranks import (
     Sizes,
     State,
     delta_layer,
+    dense_layer,
     latent_layer,
     mamba_layer,
     moe_layer,
@@ -165,8 +166,11 @@ def test_names_of_megatrons_own_modules(tmp_path: Path) -> None:
     check(write_ranks(tmp_path, model, Sizes(tp=2, pp=2), change=rename), model)
 
 
-def test_multi_token_prediction(tmp_path: Path) -> None:
-    model = whole_model() | mtp_layer()
+@pytest.mark.parametrize("layer", [dense_layer, MOE], ids=["dense", "experts"])
+def test_multi_token_prediction(
+    layer: Callable[[int], dict[str, torch.Tensor]], tmp_path: Path
+) -> None:
+    model = whole_model(layer) | mtp_layer(layer)
     embedding = "embedding.word_embeddings.weight"
 
     def change(state: State, rank: tuple[int, ...]) -> None:
@@ -175,7 +179,7 @@ def test_multi_token_prediction(tmp_path: Path) -> None:
         if rank[1] == 1:
             state[embedding] = model[embedding].chunk(2)[rank[0]].clone()
 
-    folder = write_ranks(tmp_path, model, Sizes(tp=2, pp=2), change=change)
+    folder = write_ranks(tmp_path, model, Sizes(tp=2, pp=2, etp=2), change=change)
     checkpoint = check(folder, model)
     assert embedding in {s.name for s in checkpoint.skipped}
 
@@ -418,6 +422,27 @@ def test_unknown_parameters(tmp_path: Path) -> None:
 
     folder = write_ranks(tmp_path, model, Sizes(tp=2), change=cut)
     assert name in refused(folder, "does not know differs between tensor-parallel ranks")
+
+
+def test_two_kinds_of_modules_in_one_layer(tmp_path: Path) -> None:
+    def add(name: str, state: State, _: tuple[int, ...]) -> None:
+        if "decoder.layers.0.mlp.router.weight" in state:
+            state[name] = rand(HIDDEN)
+
+    model = whole_model(MOE, layers=2)
+    for name in (
+        "decoder.layers.0.mlp.experts.local_experts.0.linear_fc2.weight",
+        "decoder.layers.0.input_layernorm.weight",
+    ):
+        folder = write_ranks(tmp_path, model, Sizes(tp=2), change=partial(add, name))
+        assert "decoder.layers.0." in refused(folder, "mean the same")
+    folder = write_ranks(
+        tmp_path,
+        model,
+        Sizes(),
+        change=partial(add, "module.decoder.final_layernorm.weight"),
+    )
+    refused(folder, "parameters of one name")
 
 
 def test_a_parameter_that_one_rank_lacks(tmp_path: Path) -> None:

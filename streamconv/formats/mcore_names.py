@@ -67,15 +67,14 @@ def is_mcore(names: list[str]) -> bool:
     )
 
 
-def strip_wrappers(name: str) -> str:
-    """Return ``name`` without what wrappers put before it."""
-    return _WRAPPERS.sub("", name)
+def unwrapped(name: str) -> str:
+    """Return ``name`` without what wrappers put before it, the layer inside MTP by its one name."""
+    return _MTP_INNER.sub(r"\1transformer_layer.", _WRAPPERS.sub("", name))
 
 
 def place(name: str) -> Place:
     """Return where the tensor that is stored as ``name`` belongs."""
-    name = strip_wrappers(name)
-    name = _MTP_INNER.sub(r"\1transformer_layer.", name)
+    name = unwrapped(name)
     name, stacked = _STACKED.subn(lambda m: m[0] + ".{layer}", name)
     half = None
     if found := _HALF.search(name):

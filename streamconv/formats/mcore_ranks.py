@@ -26,7 +26,7 @@ from types import MappingProxyType
 from streamconv.errors import BadInputError
 from streamconv.formats import mcore_facts
 from streamconv.formats.identity import identify_file
-from streamconv.formats.mcore_names import strip_wrappers, why_no_weight
+from streamconv.formats.mcore_names import unwrapped, why_no_weight
 from streamconv.formats.mcore_stages import (
     Member,
     Model,
@@ -347,7 +347,16 @@ def _is_final_norm(name: str) -> bool:
 
 
 def _unwrapped(file: StageFile, virtual: int) -> dict[str, Stored]:
-    return {strip_wrappers(name): stored for name, stored in file.stages[virtual].items()}
+    """Return the tensors of a stage by their names in the model, without wrappers."""
+    stage = file.stages[virtual]
+    result = {unwrapped(name): stored for name, stored in stage.items()}
+    if len(result) != len(stage):
+        raise BadInputError(
+            "parameters of one name, apart from what wrappers put before it",
+            where=str(file.path),
+            found=f"{len(stage)} parameters of {len(result)} names",
+        )
+    return result
 
 
 def _check_ends(run: _Run, model: Model, files: int) -> None:

@@ -24,7 +24,6 @@ from streamconv.formats.dcp_folder import Assembler
 from streamconv.formats.dcp_folder import Stored as Piece
 from streamconv.formats.mcore_experts import ExpertKey, expert_key, lift, split_experts
 from streamconv.formats.mcore_joins import Around, Cut, cut_of, is_known, join
-from streamconv.formats.mcore_names import place
 from streamconv.formats.replicas import Comparer, Local
 from streamconv.source import GlobalTensor, Skipped
 from streamconv.torchfile.rankfile import Stored
@@ -111,25 +110,31 @@ def number_layers(
 def _member(
     file: int, rank: Rank, tensors: Mapping[str, Stored], before: Mapping[str, int]
 ) -> Member:
-    names = {}
-    for stored_name in tensors:
-        name = place(stored_name).name if "_layer." in stored_name else stored_name
-        match = _LAYER.match(name)
-        if match:
-            layer = int(match[2]) + before.get(match[1], 0)
-            name = f"{match[1]}{layer}{name[match.end(2) :]}"
-        names[stored_name] = name
+    names = {name: _global(name, before) for name in tensors}
     present = set(names.values())
     dense: dict[str, Local] = {}
     experts: dict[ExpertKey, Local] = {}
-    for stored_name, name in names.items():
-        local = Local.of(file, tensors[stored_name])
+    for local_name, name in names.items():
+        local = Local.of(file, tensors[local_name])
         key = expert_key(name)
         if key is not None:
-            experts[key] = local
+            kept = experts.setdefault(key, local)
         else:
-            dense[_canonical(name, present)] = local
+            kept = dense.setdefault(_canonical(name, present), local)
+        if kept is not local:
+            raise BadInputError(
+                "two parameters of one rank mean the same: two kinds of modules in one layer",
+                where=name,
+            )
     return Member(file, rank, dense, experts)
+
+
+def _global(name: str, before: Mapping[str, int]) -> str:
+    """Return ``name`` with its layer's number in the model."""
+    match = _LAYER.match(name)
+    if match is None:
+        return name
+    return f"{match[1]}{int(match[2]) + before.get(match[1], 0)}{name[match.end(2) :]}"
 
 
 def _canonical(name: str, present: set[str]) -> str:

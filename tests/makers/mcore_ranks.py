@@ -148,11 +148,13 @@ def latent_layer(n: int) -> dict[str, torch.Tensor]:
     }
 
 
-def mtp_layer() -> dict[str, torch.Tensor]:
-    """Return the layer for multi-token prediction."""
+def mtp_layer(
+    layer: Callable[[int], dict[str, torch.Tensor]] = dense_layer,
+) -> dict[str, torch.Tensor]:
+    """Return the layer for multi-token prediction, which has an ordinary one inside."""
     inner = {
         "mtp.layers.0.transformer_layer." + k.removeprefix("decoder.layers.0."): v
-        for k, v in dense_layer(0).items()
+        for k, v in layer(0).items()
     }
     return inner | {
         "mtp.layers.0.enorm.weight": rand(HIDDEN),
