@@ -36,6 +36,8 @@ from tests.makers.mcore_ranks import (
     whole_model,
     write_ranks,
 )
+from tests.makers.megatron_inverse import invert
+from tests.makers.tiny_families import FAMILIES, make
 from tests.outputs import read_model
 
 MOE = partial(moe_layer, experts=4)
@@ -597,6 +599,28 @@ def test_a_shared_storage_is_not_read_anew_for_each_parameter(tmp_path: Path) ->
         filler.close()
         # Once for the weights, and once more for the checksums of what they lie in.
         assert reader.read_bytes <= 2 * sum(records.values())
+
+
+@pytest.mark.parametrize(
+    "name", [*FAMILIES, "qwen2_5_vl kept", "qwen3_5_vl kept", "gemma3_vl kept"]
+)
+def test_every_familys_parameters_have_their_join(name: str, tmp_path: Path) -> None:
+    family, _, kept = name.partition(" ")
+    tiny = make(family)
+    walk = invert(tiny.config, tiny.state, **({"megatron_tower": False} if kept else {}))
+    model = walk.made
+    first = re.compile(r".*linear_fc1\.(weight|bias)")
+    special = {n: "rows" for n in model if first.fullmatch(n) and n not in walk.gated}
+    special |= {n: "all" for n in model if "output_layer." in n and len(model[n]) == 1}
+    for q in [n for n in model if n.endswith("self_attention.q_layernorm.weight")]:
+        if len(model[q]) == model[q.replace("q_layernorm", "linear_proj")].shape[1]:
+            special |= {q: "rows", q.replace("q_layernorm", "k_layernorm"): "rows"}
+    if kept:
+        towers = ("visual.", "vision_model.", "vision_tower.", "multi_modal_projector.")
+        special |= {n: "all" for n in model if n.startswith(towers)}
+    experts = max((len(t) for n, t in model.items() if ".experts.experts." in n), default=1)
+    ep = next((n for n in (2, 3, 5) if experts % n == 0), 1)
+    check(write_ranks(tmp_path, model, Sizes(tp=2, ep=ep), special=special), model)
 
 
 SHARED = ("llama_tp2pp2", "qwen2_tp2pp2_tied", "qwen3_moe_tp2ep2", "v0122_deepseek", "v0192_llama")

@@ -1,4 +1,4 @@
-"""Megatron torch_dist checkpoints made by megatron-core itself become the model they were made of."""
+"""Megatron checkpoints made by megatron-core itself become the model they were made of."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from tests.makers.megatron_inverse import invert
 from tests.outputs import differences, read_model
 from tests.stored import stored
 
-CASES = ("llama_tp2pp2", "qwen2_tp2pp2_tied", "v0192_llama")
-LAYOUTS = ("global_step_1/actor", "mlm_dist")
+CASES = ("llama_tp2pp2", "qwen2_tp2pp2_tied", "v0192_llama", "qwen3_moe_tp2ep2", "v0122_deepseek")
+LAYOUTS = ("global_step_1/actor", "mlm_dist", "verl_ranks", "mlm_ranks")
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

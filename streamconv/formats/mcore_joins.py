@@ -41,10 +41,19 @@ class Cut:
 
 @dataclass(frozen=True, slots=True)
 class Around:
-    """Where a parameter stands: the local shapes on its rank, and how many ranks share it."""
+    """Where a parameter stands: the local shapes on its rank, and how many ranks share it.
+
+    ``kept`` are the modules that are HuggingFace's own, and whole on every rank.
+    """
 
     shapes: Mapping[str, Shape]
     ranks: int
+    kept: frozenset[str] = frozenset()
+
+    @staticmethod
+    def of(shapes: Mapping[str, Shape], ranks: int) -> Around:
+        """Return what is around the parameters of one stage."""
+        return Around(shapes, ranks, frozenset(m[1] for n in shapes if (m := _KEPT.match(n))))
 
     def shape(self, name: str, of: str) -> Shape:
         """Return the local shape of ``name``, without which the cut of ``of`` cannot be told."""
@@ -57,6 +66,9 @@ class Around:
             )
         return found
 
+
+# A vision tower of transformers inside a Megatron model; Megatron's own has decoder.layers.
+_KEPT = re.compile(r"(visual|vision_model)\.blocks\.")
 
 Rule = Callable[[str, Shape, Around], Cut]
 
@@ -208,6 +220,8 @@ def is_known(name: str) -> bool:
 
 def cut_of(name: str, shape: Shape, around: Around) -> Cut:
     """Return how the parameter ``name``, of the local ``shape``, is cut."""
+    if name.partition(".")[0] in around.kept:
+        return _same(name, shape, around)
     for pattern, rule in _RULES:
         if pattern.search(name):
             try:

@@ -165,12 +165,13 @@ class Model:
         ranks = self._dense_ranks(stage)
         shapes = {name: kept[0].shape for name, kept in self._kept.items()}
         shapes |= {name: local.shape for name, local in ranks[0].items()}
+        around = Around.of(shapes, self.tp)
         for name in ranks[0]:
             locals_ = [held[name] for held in ranks]
             if not _BLOCK.fullmatch(name) and self._is_repeated(name, locals_):
                 continue
             self._check_alike(name, locals_)
-            cut = cut_of(name, locals_[0].shape, Around(shapes, self.tp))
+            cut = cut_of(name, locals_[0].shape, around)
             self._join(name, cut, locals_)
         self._add_experts(stage, shapes)
 

@@ -7,6 +7,7 @@ way Megatron-Core's layers cut their parameters, named as its modules are, and s
 from __future__ import annotations
 
 import argparse
+import math
 import re
 import shutil
 from collections import OrderedDict
@@ -39,13 +40,13 @@ class Sizes:
         return [[next(numbers) for _ in range(n)] for n in counts]
 
     def ranks(self) -> Iterator[tuple[int, int, int, int]]:
-        """Yield (tp, pp, ep, etp) of the ranks that save: one of each set of replicas.
+        """Yield (tp, pp, ep, etp) of the ranks that save: ranks that write the same hold the same.
 
         Megatron numbers the ranks of a pipeline stage twice: tp fastest for what is dense, etp and
         then ep fastest for experts.
         """
         for p in range(self.pp):
-            for r in range(max(self.tp, self.ep * self.etp)):
+            for r in range(math.lcm(self.tp, self.ep * self.etp)):
                 yield r % self.tp, p, r // self.etp % self.ep, r % self.etp
 
     def folder(self, tp: int, pp: int, ep: int) -> str:
@@ -181,21 +182,32 @@ def whole_model(
 
 _HOW = (
     (r"linear_fc1\.(weight|bias)", "halves"),
+    (r"core_attention\.softmax_offset", "rows"),
     (r"word_embeddings\.weight|output_layer\.weight|eh_proj\.weight", "rows"),
-    (r"linear_(qkv|q_up_proj|kv_up_proj)\.(weight|bias)", "rows"),
+    (r"linear_(qkv|q_proj|q_up_proj|kv_up_proj)\.(weight|bias)", "rows"),
     (r"(in_proj|conv1d)\.(weight|bias)\.\w+|A_log|\.D|dt_bias|mixer\.norm\.weight", "rows"),
     (r"(linear_proj|linear_fc2|out_proj)\.weight", "columns"),
 )
 
 
-def cut(name: str, whole: torch.Tensor, rank: int, size: int) -> torch.Tensor:
-    """Return the part of the canonical tensor ``name`` that tensor-parallel rank ``rank`` has."""
+def cut(
+    name: str, whole: torch.Tensor, rank: int, size: int, special: Mapping[str, str] | None = None
+) -> torch.Tensor:
+    """Return the part of the canonical tensor ``name`` that tensor-parallel rank ``rank`` has.
+
+    ``special`` says of some names how they are cut, otherwise than the table does.
+    """
     how = next((how for pattern, how in _HOW if re.search(f"({pattern})$", name)), "all")
+    how = (special or {}).get(name, how)
     if how == "halves":
         return torch.cat([half.chunk(size)[rank] for half in whole.chunk(2)])
     if how == "all":
         return whole
     return whole.chunk(size, dim=0 if how == "rows" else 1)[rank]
+
+
+_LAYER = re.compile(r"((?:language_model\.)?decoder\.layers\.)(\d+)\.")
+_AT_THE_END = re.compile(r"(language_model\.)?(decoder\.final_|output_layer|mtp\.)")
 
 
 def rank_state(
@@ -204,30 +216,31 @@ def rank_state(
     rank: tuple[int, int, int, int],
     virtual: int,
     kind: str,
+    special: Mapping[str, str] | None = None,
 ) -> State:
     """Return the state dict of one stage of one rank; ``kind`` says how it keeps its experts."""
     tp, pp, ep, etp = rank
-    total = 1 + max(int(m[1]) for k in model if (m := re.match(r"decoder\.layers\.(\d+)", k)))
+    total = 1 + max(int(m[2]) for k in model if (m := _LAYER.match(k)))
     stages = sizes.layers(total)
     number = virtual * sizes.pp + pp
     state: State = OrderedDict()
     joined: dict[str, list[torch.Tensor]] = {}
     for name, whole in model.items():
         local = name
-        layer = re.match(r"decoder\.layers\.(\d+)\.", name)
+        layer = _LAYER.match(name)
         if layer:
-            if int(layer[1]) not in stages[number]:
+            if int(layer[2]) not in stages[number]:
                 continue
-            local = f"decoder.layers.{int(layer[1]) - stages[number][0]}.{name[layer.end() :]}"
-        elif number != (0 if name.startswith("embedding.") else len(stages) - 1):
+            local = f"{layer[1]}{int(layer[2]) - stages[number][0]}.{name[layer.end() :]}"
+        elif number != (len(stages) - 1 if _AT_THE_END.match(name) else 0):
             continue
         if ".experts.experts." in name:
             count = whole.shape[0] // sizes.ep
             experts = whole[ep * count : (ep + 1) * count]
-            parts = [cut(name, e, etp, sizes.etp) for e in experts]
+            parts = [cut(name, e, etp, sizes.etp, special) for e in experts]
             state |= expert_state(local, parts, kind)
             continue
-        part = cut(name, whole, tp, sizes.tp)
+        part = cut(name, whole, tp, sizes.tp, special)
         split = re.fullmatch(r"(.*(?:in_proj|conv1d)\.(?:weight|bias))\.\w+", local)
         if split:
             joined.setdefault(split[1], []).append(part)
@@ -263,12 +276,13 @@ def write_ranks(
     writer: str = "verl",
     kind: str = "grouped",
     change: Callable[[State, tuple[int, int, int, int]], object] = lambda *_: None,
+    special: Mapping[str, str] | None = None,
     **args: object,
 ) -> Path:
     """Write the folders of all ranks below ``root`` and return the checkpoint's folder.
 
-    ``writer`` is verl or megatron; ``change`` may alter each state dict before it is saved; ``args``
-    are added to the arguments that Megatron-LM saves.
+    ``writer`` is verl or megatron, ``special`` as in :func:`cut`; ``change`` may alter each state
+    dict before it is saved; ``args`` are added to the arguments that Megatron-LM saves.
     """
     shutil.rmtree(root, ignore_errors=True)
     folder = root / ("global_step_1/actor" if writer == "verl" else "iter_0000001")
@@ -284,7 +298,7 @@ def write_ranks(
     )
     for rank in sizes.ranks():
         tp, pp, ep, _ = rank
-        states = [rank_state(model, sizes, rank, v, kind) for v in range(sizes.vpp)]
+        states = [rank_state(model, sizes, rank, v, kind, special) for v in range(sizes.vpp)]
         for state in states:
             change(state, rank)
         name = sizes.folder(tp, pp, ep)
