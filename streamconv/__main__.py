@@ -1,23 +1,12 @@
-"""The entry point: runs the command line and turns whatever happens into an exit code.
-
-Signals become ``SystemExit`` so that every ``with`` and ``finally`` on the way out runs.
-"""
+"""The entry point: runs the command line and turns whatever happens into an exit code."""
 
 from __future__ import annotations
 
 import os
-import signal
 import sys
-from types import FrameType
 
 from streamconv._version import __version__
 from streamconv.errors import StreamconvError
-
-
-def _end(signum: int, _frame: FrameType | None) -> None:
-    # A second signal while cleaning up must not interrupt the cleaning.
-    signal.signal(signum, signal.SIG_IGN)
-    raise SystemExit(128 + signum)
 
 
 def main() -> None:
@@ -29,16 +18,15 @@ def _run(arguments: list[str]) -> int:
     if arguments == ["--version"]:
         sys.stdout.write(f"streamconv {__version__}\n")
         return 0
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, _end)
+    from streamconv.cli.signals import heeded
+
     debug = "--debug" in arguments
-    from streamconv.cli.output import tell
-
     try:
-        from streamconv.cli.commands import app
-        from streamconv.cli.default import with_command
+        with heeded():
+            from streamconv.cli.commands import app
+            from streamconv.cli.default import with_command
 
-        app(args=with_command(arguments), prog_name="streamconv")
+            app(args=with_command(arguments), prog_name="streamconv")
     except SystemExit as end:
         return _exit_code(end)
     except StreamconvError as error:
@@ -64,6 +52,8 @@ def _run(arguments: list[str]) -> int:
         if debug:
             raise
         # The last resort: a line, never a traceback.
+        from streamconv.cli.output import tell
+
         tell(f"error: internal: {type(error).__name__}: {error}")
         tell("  next: run the same command with --debug and report what it prints")
         return 1

@@ -253,10 +253,17 @@ class _Conversion:
     def execute(self) -> Result:
         """Stream every output file, then publish."""
         try:
-            return self._execute()
+            with _full_disk_told(self.dst):
+                return self._execute()
         except SourceChangedError:
             # Nobody can go on with this plan: what it speaks of is gone.
             self.staging.discard()
+            raise
+        except NoSpaceError as error:
+            if error.expected is None:  # it filled up on the way
+                needed, room = self._disk()
+                error.expected = f"{format_size(needed)} for what is not yet written"
+                error.found = f"{format_size(room)} free"
             raise
 
     def _execute(self) -> Result:
@@ -334,17 +341,23 @@ class _Conversion:
         return good
 
     def _check_disk(self) -> None:
-        needed = self.plan.disk_bytes(done=self.staging.finished)
-        free = shutil.disk_usage(self.staging.root).free
-        if free < needed:
+        needed, room = self._disk()
+        if room < needed:
             if not self.staging.finished:
                 self.staging.discard()
             raise NoSpaceError(
                 "not enough disk space for the output",
                 where=str(self.staging.root.parent),
                 expected=format_size(needed),
-                found=f"{format_size(free)} free",
+                found=f"{format_size(room)} free",
             )
+
+    def _disk(self) -> tuple[int, int]:
+        """Return the bytes that are still to be written, and the room that there is for them."""
+        free = shutil.disk_usage(self.staging.root).free
+        return self.plan.disk_bytes(
+            done=self.staging.finished
+        ), free + self.staging.half_done_bytes()
 
     def _write(
         self,

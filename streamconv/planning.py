@@ -11,11 +11,13 @@ import contextlib
 import ctypes
 import io
 import json
+import math
 import os
 import resource
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,11 @@ from streamconv.writer import no_space
 
 # Enough for the metadata of any checkpoint, too little for a pickle that asks for the moon.
 _PARSE_BYTES = 1 << 30
+# Seconds of one core for the metadata, and more for every file: 1024 files of 2000 tensors take one
+# minute. A tuple of tuples of … as a dict key, sixty bytes long, would be hashed for years.
+_PARSE_SECONDS = 20.0
+_PARSE_SECONDS_A_FILE = 0.5
+_MOST_PARSE_SECONDS = 600.0
 _PR_SET_PDEATHSIG = 1
 
 
@@ -84,10 +91,12 @@ def _ask(request: dict[str, Any]) -> dict[str, Any]:
         last = err.decode(errors="replace").strip().splitlines()[-1:] or ["no message"]
         if process.returncode < 0:
             # No Python error can end a process by signal: the pickle broke the interpreter, or the
-            # kernel ran out of memory.
+            # kernel ran out of memory, or of patience.
             name = signal.Signals(-process.returncode).name
+            endless = process.returncode == -signal.SIGXCPU
             raise BadInputError(
-                "reading the checkpoint's metadata ended in a crash",
+                "reading the checkpoint's metadata "
+                + ("takes longer than any that torch writes" if endless else "ended in a crash"),
                 where=str(request["src"]),
                 found=name,
                 hint="the file is damaged or hostile, or the machine is out of memory",
@@ -100,6 +109,7 @@ def _ask(request: dict[str, Any]) -> dict[str, Any]:
 
 def _child() -> int:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a crash here says nothing about us
     answers = sys.stdout
     request = json.load(sys.stdin)
     try:
@@ -138,10 +148,25 @@ def _limited_memory() -> Any:
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
+@contextlib.contextmanager
+def _limited_time(src: Path) -> Any:
+    """End this process by SIGXCPU when it works for too long on the metadata of ``src``."""
+    files = sum(len(names) for _, _, names in os.walk(src))
+    seconds = min(_PARSE_SECONDS + _PARSE_SECONDS_A_FILE * files, _MOST_PARSE_SECONDS)
+    soft, hard = resource.getrlimit(resource.RLIMIT_CPU)
+    limits = [n for n in (soft, hard) if n != resource.RLIM_INFINITY]
+    limit = min([math.ceil(time.process_time() + seconds), *limits])
+    resource.setrlimit(resource.RLIMIT_CPU, (limit, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_CPU, (soft, hard))
+
+
 def _read(request: dict[str, Any], model: str | None) -> Any:
     from streamconv import formats
 
-    with _limited_memory():
+    with _limited_memory(), _limited_time(Path(request["src"])):
         return formats.read(Path(request["src"]), model)
 
 

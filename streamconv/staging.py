@@ -166,6 +166,12 @@ class Staging:
             self.crc_journal = json.loads(lines[-1])["records"]
         self._journal.write_text("".join(lines), encoding="utf-8")
 
+    def half_done_bytes(self) -> int:
+        """Return the size of what a stopped run left: it is written anew in the room that it takes."""
+        finished = {self.files / name for name in self.finished}
+        left = [*self.root.glob("*.part"), *self.files.rglob("*")]
+        return sum(p.stat().st_size for p in left if p.is_file() and p not in finished)
+
     def discard(self) -> None:
         """Remove the staging folder and everything in it."""
         shutil.rmtree(self.root, ignore_errors=True)

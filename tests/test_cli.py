@@ -234,6 +234,26 @@ def test_a_signal_runs_the_cleanup_and_exits_with_its_number(signum, tmp_path):
     assert Path(f"{started}.clean").exists()
 
 
+def test_a_signal_ends_what_cannot_be_interrupted(tmp_path):
+    """As when the main thread sits in an fsync for a minute: here it sleeps deaf to the signal."""
+    code = (
+        "import ctypes, signal, sys, streamconv.api\n"
+        "def convert(*a, **k):\n"
+        "    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})\n"
+        "    open(sys.argv[2], 'w').close(); ctypes.CDLL(None).sleep(60)\n"
+        "streamconv.api.convert = convert\n"
+        "from streamconv.__main__ import main\n"
+        "main()\n"
+    )
+    started = tmp_path / "started"
+    process = subprocess.Popen([sys.executable, "-c", code, "SRC", str(started)])
+    deadline = time.monotonic() + 30
+    while not started.exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=30) == 143
+
+
 def test_a_reader_that_has_gone_is_no_news(tmp_path):
     read, write = os.pipe()
     os.close(read)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -218,6 +219,41 @@ def test_too_little_disk_is_refused_before_anything_is_written(checkpoints, tmp_
     assert "300 kB free" in caught.value.found
     assert writes == []
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.usefixtures("planned_here")
+def test_a_disk_that_fills_up_says_what_is_missing(checkpoints, tmp_path, monkeypatch):
+    made, out = checkpoints["fsdp2"], tmp_path / "out"
+    write, written = os.pwrite, []
+
+    def full(fd: int, data: memoryview, at: int) -> int:
+        written.append(len(data))
+        if sum(written) > 200_000:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(fd, data, at)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", full)
+        with pytest.raises(NoSpaceError, match="the disk is full") as caught:
+            convert(made.source, out)
+    assert "for what is not yet written" in caught.value.expected
+    assert caught.value.found.endswith(" free")
+    assert not out.exists()
+    assert convert(made.source, out).reused_bytes > 0
+    assert_whole(out, made)
+
+
+@pytest.mark.usefixtures("planned_here")
+def test_what_a_stopped_run_left_counts_as_room(checkpoints, tmp_path, monkeypatch):
+    """A half-written file is written anew in its own place: it must not be counted twice."""
+    made, out = checkpoints["fsdp2"], tmp_path / "out"
+    stop_after(1, monkeypatch, lambda: convert(made.source, out))
+    half = tmp_path / ".out.streamconv" / "model-00002-of-00007.safetensors.part"
+    half.write_bytes(bytes(100_000_000))
+    free = SimpleNamespace(total=1 << 40, used=0, free=1_000_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: free)
+    convert(made.source, out)
+    assert_whole(out, made)
 
 
 # --- stopped and resumed ---------------------------------------------------------------------

@@ -1,0 +1,140 @@
+"""kill -9 anywhere, then the same command: the same bytes, and before that all or nothing.
+
+Kills at every write, fsync and rename of ``run PLAN`` into a new folder, into an empty one and over
+an older output, at COUNT random system calls of ``run PLAN``, and at COUNT/20 random ones of
+``convert``.
+"""
+
+from __future__ import annotations
+
+import random
+import shutil
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+from scripts.campaigns import strace
+from scripts.campaigns.common import (
+    SMALL_FILES,
+    Figures,
+    contents,
+    each,
+    hidden,
+    is_complete,
+    main,
+    prepare,
+    run,
+    scratch,
+)
+from scripts.campaigns.strace import Call
+from tests.outputs import INDEX
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A command and what was there before it: ``before`` is "", "empty" or "older"."""
+
+    command: tuple[object, ...]
+    before: str
+    expected: dict[str, bytes]
+    older: Path
+
+    def arguments(self, out: Path) -> tuple[object, ...]:
+        overwrite = ("--overwrite",) if self.before == "older" else ()
+        return (*self.command, out, "--quiet", *overwrite)
+
+    def set_up(self, out: Path) -> None:
+        if self.before == "empty":
+            out.mkdir()
+        if self.before == "older":
+            shutil.copytree(self.older, out)
+
+    def halfway(self, out: Path) -> str | None:
+        """Return what is wrong with what a killed command left, None where nothing is."""
+        if not out.exists():
+            return "the older output is gone" if self.before == "older" else None
+        if is_complete(out, self.expected):
+            return None
+        names = {p.name for p in out.iterdir()} - {".streamconv", ".streamconv.lock"}
+        if self.before == "empty" and INDEX not in names:
+            return None  # no loader starts without it
+        if self.before == "older" and is_complete(out, contents(self.older)):
+            return None
+        return f"half an output: {sorted(names)}"
+
+
+def campaign(work: Path, count: int, seed: int) -> Figures:
+    every = strace.WRITING + strace.PLACING
+    rng = random.Random(seed)
+    job = prepare(work)
+    older = prepare(work, dtype="bfloat16").folder
+    execute = Scene(("run", job.plan), "", job.expected, older)
+    figures = Figures()
+    for before in ("", "empty", "older"):
+        scene = replace(execute, before=before)
+        points = _points(work, scene, every)
+        if count < len(points):
+            points = rng.sample(points, count)
+        what = f"writes, fsyncs, renames of run ({before or 'new'})"
+        figures.merge(_kill_at(work, scene, points, what))
+    points = rng.choices(_points(work, execute, ()), k=count)
+    figures.merge(_kill_at(work, execute, points, "random points of run"))
+    whole = replace(execute, command=("convert", job.source, *SMALL_FILES))
+    if count >= 20:
+        # Most calls are the planning child's; every second kill is to hit what waits for it, or writes.
+        anywhere = _points(work, whole, ())
+        writing = [c for c in anywhere if c.main and c.name in every]
+        points = rng.choices(anywhere, k=count // 40) + rng.choices(writing, k=count // 40)
+        figures.merge(_kill_at(work, whole, points, "random points of convert"))
+    return figures
+
+
+def _points(work: Path, scene: Scene, names: tuple[str, ...]) -> list[Call]:
+    """Return the calls to strike at: those about the output, or all once it is begun."""
+    with scratch(work) as folder:
+        out = folder / "out"
+        scene.set_up(out)
+        calls = strace.calls(*scene.arguments(out), names=names, about=folder.name if names else "")
+        if names:
+            return calls
+        first = next(k for k, c in enumerate(calls) if f"{folder.name}/.out" in c.line)
+        return calls[first:]
+
+
+def _kill_at(work: Path, scene: Scene, points: list[Call], what: str) -> Figures:
+    figures = Figures()
+    figures.add(what, len(points))
+    figures.merge(each(points, partial(_kill_once, work, scene)))
+    return figures
+
+
+def _kill_once(work: Path, scene: Scene, call: Call) -> Figures:
+    figures = Figures()
+    with scratch(work) as folder:
+        out = folder / "out"
+        scene.set_up(out)
+        command = scene.arguments(out)
+        outcome = strace.struck(call, "signal=SIGKILL", *command)
+        where = f"{scene.before or 'new'} {command[0]}, {call}"
+        if outcome.code == -9:
+            figures.add("killed")
+        elif outcome.code == 0:
+            figures.add("ended before the point")
+        elif outcome.code == 5 and command[0] == "convert":
+            figures.add("planning child killed")  # told as an error, and not the end of us
+        else:
+            figures.breach(f"{where}: code {outcome.code}, {outcome.last_words}")
+        if outcome.orphans:
+            figures.breach(f"{where}: {len(outcome.orphans)} processes outlived it")
+        if wrong := scene.halfway(out):
+            figures.breach(f"{where}: {wrong}")
+        again = run(*command)
+        if again.code != 0 or not is_complete(out, scene.expected):
+            figures.breach(f"{where}: then code {again.code}, {again.last_words}")
+        if left := hidden(folder) + hidden(out):
+            figures.breach(f"{where}: then {left} left")
+    return figures
+
+
+if __name__ == "__main__":
+    main(campaign, count=1000)

@@ -1,0 +1,86 @@
+"""strace as the hand of fate: which system calls a command makes, and what happens at one of them."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from scripts.campaigns.common import Outcome, run
+
+_ENTRY = re.compile(r"^(\d+) +(\w+)\(")
+
+WRITING = ("write", "pwrite64", "fsync", "fdatasync", "rename", "renameat", "renameat2")
+PLACING = ("mkdir", "unlink", "unlinkat", "rmdir", "ftruncate")
+READING = ("read", "pread64", "preadv", "preadv2")
+
+
+@dataclass(frozen=True)
+class Call:
+    """A system call: the ``ordinal``-th of its name in its thread, which is how strace counts."""
+
+    name: str
+    ordinal: int
+    line: str
+    main: bool
+
+    def __str__(self) -> str:
+        return f"{self.name} #{self.ordinal}: {self.line[:160]}"
+
+
+def why_not() -> str | None:
+    """Return why system calls cannot be tampered with here, None where they can."""
+    if shutil.which("strace") is None:
+        return "no strace here (Debian: apt-get install strace)"
+    outcome = run("--version", wrap=_strace("-o", "/dev/null", "-e", "trace=exit_group"))
+    if outcome.code != 0:
+        return f"strace may not trace here: {outcome.last_words}"
+    return None
+
+
+def calls(*command: object, names: Iterable[str] = (), about: str = "") -> list[Call]:
+    """Run a command and return its calls of ``names`` (all by default) that mention ``about``.
+
+    Descriptors are shown with the files that they stand for, so that a write mentions its file.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder) / "log"
+        traced = ",".join(names) or "all"
+        outcome = run(
+            *command, wrap=_strace("-y", "-s", "0", "-o", str(log), "-e", f"trace={traced}")
+        )
+        if outcome.code != 0:
+            raise RuntimeError(f"the command alone fails: {outcome.last_words}")
+        lines = log.read_text(errors="replace").splitlines()
+    counts: Counter[tuple[str, str]] = Counter()
+    found = []
+    for line in lines:
+        entry = _ENTRY.match(line)
+        if entry is None:  # a signal, an exit, the second half of a call
+            continue
+        thread, name = entry.groups()
+        counts[thread, name] += 1
+        if about in line:
+            main = thread == lines[0].split()[0]
+            found.append(Call(name, counts[thread, name], line[entry.start(2) :], main))
+    return found
+
+
+def struck(call: Call, what: str, *command: object) -> Outcome:
+    """Run a command with ``what`` (``signal=SIGKILL``, ``error=EIO``) at one of its calls."""
+    return run(*command, wrap=wrapped(call.name, what, call.ordinal))
+
+
+def wrapped(name: str, what: str, ordinal: int) -> list[str]:
+    """Return what makes ``what`` happen at the ``ordinal``-th call of ``name`` in a thread."""
+    inject = f"inject={name}:{what}:when={ordinal}"
+    return _strace("-o", "/dev/null", "-e", f"trace={name}", "-e", inject)
+
+
+def _strace(*options: str) -> list[str]:
+    # Not with --seccomp-bpf, which is faster: there an injected signal gets lost.
+    return ["strace", "-f", "-q", *options]

@@ -1,0 +1,52 @@
+"""SIGINT and SIGTERM: an orderly end where that is quick, and an end in any case.
+
+They become ``SystemExit``, so that every ``with`` and ``finally`` on the way out runs. But Python runs
+a handler only once the main thread is back from its system call, and on a slow disk a write, a
+read or an fsync can take minutes. So the signal also wakes a thread that ends the process when
+the orderly end takes too long. That is no worse than kill -9, which every run survives; the
+planning child dies with its parent.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_GRACE_SECONDS = 3.0
+
+
+@contextmanager
+def heeded() -> Iterator[None]:
+    """End the process, with 128 + the signal as its exit code, when one of the signals arrives."""
+    for signum in _SIGNALS:
+        signal.signal(signum, _end)
+    woken, wake = os.pipe2(os.O_CLOEXEC)
+    os.set_blocking(wake, False)  # what signal.set_wakeup_fd asks for
+    before = signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
+    threading.Thread(target=_watch, args=(woken,), daemon=True, name="signal-watch").start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        os.close(wake)  # the thread's cue, unless it has seen a signal
+
+
+def _end(signum: int, _frame: FrameType | None) -> None:
+    # A second signal while cleaning up must not interrupt the cleaning.
+    signal.signal(signum, signal.SIG_IGN)
+    raise SystemExit(128 + signum)
+
+
+def _watch(woken: int) -> None:
+    while (data := os.read(woken, 1)) and data[0] not in _SIGNALS:
+        pass
+    os.close(woken)
+    if data:
+        time.sleep(_GRACE_SECONDS)
+        os._exit(128 + data[0])

@@ -1,0 +1,80 @@
+"""A sample of every reliability campaign of ``scripts/campaigns``, through the same code."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from scripts.campaigns import strace
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that all samples share, so that their checkpoints are made and planned once."""
+    base = tmp_path_factory.getbasetemp()
+    return (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "campaigns"
+
+
+@pytest.fixture(scope="session")
+def tampering() -> None:
+    reason = strace.why_not()
+    if reason is not None:
+        pytest.skip(reason)
+
+
+def sample(name: str, count: int, work: Path, *, seed: int = 1) -> str:
+    """Run a campaign; return its line of figures."""
+    done = subprocess.run(
+        [sys.executable, "-m", f"scripts.campaigns.{name}",
+         "--count", str(count), "--seed", str(seed), "--work", str(work)],
+        cwd=REPOSITORY, capture_output=True, text=True, timeout=550, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    (line,) = done.stdout.splitlines()
+    assert line.startswith(f"{name}: ")
+    assert " 0 breaches" in line
+    return line
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("tampering")
+def test_killed_anywhere(work: Path) -> None:
+    assert "8 killed" in sample("kill_points", 2, work)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("tampering")
+def test_a_disk_that_fails(work: Path) -> None:
+    line = sample("faults", 6, work)
+    assert "6 failing calls of run" in line
+    assert "2 runs with every read and write short" in line
+
+
+@pytest.mark.slow
+def test_damaged_files(work: Path) -> None:
+    assert "300 mutants" in sample("mutants", 300, work)
+
+
+@pytest.mark.slow
+def test_malicious_pickles(work: Path) -> None:
+    assert "60 malicious pickles" in sample("pickles", 60, work)
+
+
+@pytest.mark.slow
+def test_two_runs_at_once(work: Path) -> None:
+    assert "3 races" in sample("races", 3, work)
+
+
+@pytest.mark.slow
+def test_signals(work: Path) -> None:
+    assert "1 stuck disks" in sample("stops", 2, work)
+
+
+def test_a_source_that_changes(work: Path) -> None:
+    assert "60 changes" in sample("changes", 60, work)
