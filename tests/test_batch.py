@@ -15,6 +15,7 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from streamconv.batch.cycle import Batch, Round, watch
@@ -335,6 +336,21 @@ def test_a_real_worker_ends_with_its_batch(tmp_path):
         check=False,
     )
     assert (done.returncode, done.stdout) == (1, "")
+
+
+@pytest.mark.slow
+def test_real_workers_end_with_a_batch_that_is_killed(scene):
+    scene.step(10)
+    args = ["batch", str(scene.run), str(scene.out), "--model", "actor", "--max-mem", "2GB"]
+    batch = subprocess.Popen([sys.executable, "-m", "streamconv", *args], stderr=subprocess.PIPE)
+    process = psutil.Process(batch.pid)
+    wait_for(lambda: len(process.children(recursive=True)) == 2)  # a worker and what it plans with
+    family = process.children(recursive=True)
+    batch.kill()
+    batch.communicate()
+    _, alive = psutil.wait_procs(family, timeout=30)
+    assert alive == []
+    assert scene.round(fake=False).counts == {"converted": 1}
 
 
 def test_sigterm_ends_it_cleanly(scene):

@@ -167,6 +167,15 @@ def test_outputs_and_links_are_not_looked_into(tmp_path):
     assert [f[0] for f in found(tmp_path, avoid=tmp_path / "out")] == ["global_step_1"]
 
 
+def test_a_folder_that_cannot_be_looked_into_is_told(tmp_path):
+    tree(tmp_path, f"global_step_1/{RANKS}")
+    (tmp_path / "global_step_2").mkdir()
+    os.mkfifo(tmp_path / "global_step_2" / RANKS)  # no regular file: the format refuses it
+    problems = []
+    assert [c.step for c in discover(tmp_path, on_problem=problems.append)] == [1]
+    assert [str(tmp_path / "global_step_2") in str(p) for p in problems] == [True]
+
+
 def test_a_root_that_is_not_there(tmp_path):
     with pytest.raises(BadInputError, match="no such folder"):
         discover(tmp_path / "nowhere")

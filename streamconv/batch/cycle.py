@@ -126,6 +126,7 @@ class Batch:
             made.problems.append(told)
             return None
         made.counts += survey.counts
+        made.problems += survey.problems
         return survey
 
     def _convert(self, made: Round) -> None:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,16 +55,21 @@ class Candidate:
         return self.step_dir.parent
 
 
-def discover(root: Path, *, avoid: Path | None = None) -> list[Candidate]:
+def discover(
+    root: Path,
+    *,
+    avoid: Path | None = None,
+    on_problem: Callable[[StreamconvError], None] = lambda _: None,
+) -> list[Candidate]:
     """Return the checkpoints below ``root``, by run, step and model.
 
-    ``avoid`` is a folder not to look into: the outputs. A folder that cannot be read, or goes while
-    it is looked at, holds no checkpoint.
+    ``avoid`` is a folder not to look into: the outputs. ``on_problem`` is told of folders that cannot
+    be looked into; one that goes while it is looked at is none.
     """
     if not root.is_dir():
         raise BadInputError("there is no such folder", where=str(root))
     hidden = avoid.resolve() if avoid is not None else None
-    found = list(_walk(root, root, hidden, 0))
+    found = list(_walk(root, root, hidden, 0, on_problem))
     return sorted(found, key=lambda c: (c.run, -1 if c.step is None else c.step, c.model))
 
 
@@ -78,11 +83,23 @@ def step_number(name: str) -> int | None:
     return int(match[1]) if match else None
 
 
-def _walk(root: Path, folder: Path, avoid: Path | None, depth: int) -> Iterator[Candidate]:
+def _walk(
+    root: Path,
+    folder: Path,
+    avoid: Path | None,
+    depth: int,
+    on_problem: Callable[[StreamconvError], None],
+) -> Iterator[Candidate]:
     try:
         location = formats.detect(folder)
-    except (OSError, StreamconvError):
-        location = None  # nothing that a conversion could start from
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        on_problem(_unreadable(folder, error))
+        return
+    except StreamconvError as error:
+        on_problem(error)
+        return
     if location is not None:
         yield _candidate(root, folder, location.format)
         return
@@ -95,13 +112,20 @@ def _walk(root: Path, folder: Path, avoid: Path | None, depth: int) -> Iterator[
                 for e in entries
                 if not e.name.startswith(".") and e.is_dir(follow_symlinks=False)
             )
-    except OSError:
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        on_problem(_unreadable(folder, error))
         return
     for name in below:
         path = folder / name
         if avoid is not None and path.resolve() == avoid:
             continue
-        yield from _walk(root, path, avoid, depth + 1)
+        yield from _walk(root, path, avoid, depth + 1, on_problem)
+
+
+def _unreadable(folder: Path, error: OSError) -> StreamconvError:
+    return StreamconvError(f"a folder cannot be read: {error.strerror}", where=str(folder))
 
 
 def _candidate(root: Path, path: Path, format_name: str) -> Candidate:

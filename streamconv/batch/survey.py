@@ -30,7 +30,8 @@ class Survey:
     """One look at one run.
 
     ``tasks`` is what there is to do, ``counts`` how many outputs are in which state,
-    ``candidates`` all that were chosen, by output name. ``hopeless`` are outputs whose conversion
+    ``candidates`` all that were chosen, by output name, ``problems`` what could not be looked at.
+    ``hopeless`` are outputs whose conversion
     failed for good in this process, with the snapshot of their source: nothing is gained by trying
     the same bytes again.
     """
@@ -53,6 +54,7 @@ class Survey:
         self.tasks: list[Task] = []
         self.counts: Counter[str] = Counter()
         self.candidates: dict[str, Candidate] = {}
+        self.problems: list[StreamconvError] = []
 
     def look(self) -> None:
         """Find the checkpoints and decide about each."""
@@ -61,7 +63,8 @@ class Survey:
             raise UsageError("--hf-config names no folder", where=str(run.hf_config))
         for place in (self._store.folder, run.root / FOLDER):
             pins.remove_left_behind(place)
-        found = run.filter.choose(discover(run.root, avoid=run.output))
+        all_found = discover(run.root, avoid=run.output, on_problem=self.problems.append)
+        found = run.filter.choose(all_found)
         self.candidates = named(found, namer(run.name, run.model))
         for name, candidate in self.candidates.items():
             self._consider(name, candidate)
@@ -73,8 +76,12 @@ class Survey:
         record = self._store.get(name)
         try:
             seen = snapshot(c.path)
-        except OSError:
+        except FileNotFoundError:
             return  # it went this moment
+        except OSError as error:
+            what = f"a checkpoint cannot be looked at: {error.strerror}"
+            self.problems.append(StreamconvError(what, where=str(c.path)))
+            return
         known = (record.snapshot, record.options) == (seen.digest, self._options)
         if known and self._is_done(record):
             self.counts["done"] += 1
