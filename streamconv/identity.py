@@ -16,6 +16,18 @@ from streamconv.options import JobOptions
 from streamconv.plan import SCHEMA, SideFile
 from streamconv.source import SourceFile
 
+_DEFAULTS = JobOptions().to_json()
+
+
+def chosen_options(options: JobOptions) -> dict[str, Any]:
+    """Return the options that differ from the defaults, without the paths among them.
+
+    Only these are hashed: a release that adds an option must not turn every output that is there
+    into another job's. One that changes a default must raise ``SCHEMA``.
+    """
+    chosen = {k: v for k, v in options.to_json().items() if v != _DEFAULTS[k]}
+    return {k: v for k, v in chosen.items() if k not in ("hf_config", "model")}
+
 
 def job_identity(
     format_name: str,
@@ -35,5 +47,6 @@ def job_identity(
         "source": [[f.path, f.nbytes, f.directory_hash] for f in files],
         "side": [[s.name, s.xxh3] for s in side],
     }
-    text = json.dumps(identity, sort_keys=True, separators=(",", ":"))
+    hashed = {**identity, "options": chosen_options(options)}
+    text = json.dumps(hashed, sort_keys=True, separators=(",", ":"))
     return {**identity, "digest": xxhash.xxh3_128_hexdigest(text.encode())}

@@ -23,6 +23,7 @@ from streamconv.batch.state import FOLDER, Record, Store, is_intact, output_evid
 from streamconv.batch.tasks import Task
 from streamconv.convert_job import finished_output, identify
 from streamconv.errors import LockedError, StreamconvError, UsageError
+from streamconv.identity import chosen_options
 from streamconv.plan import MANIFEST
 
 
@@ -208,7 +209,7 @@ class Survey:
 
 def _options_digest(run: RunSettings) -> str:
     """Return the digest of all that decides an output apart from its source."""
-    options = run.job_options().to_json()
+    options = chosen_options(run.job_options())
     if run.hf_config is not None:
         options["hf_config"] = snapshot(run.hf_config).digest if run.hf_config.is_dir() else ""
     return xxhash.xxh3_64_hexdigest(json.dumps(options, sort_keys=True).encode())
