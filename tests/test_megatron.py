@@ -10,8 +10,10 @@ import torch
 
 import streamconv
 from streamconv.errors import BadInputError, UsageError
+from streamconv.families.convert import convert
 from streamconv.formats import dcp, find_model, torch_dist
 from streamconv.formats.mcore_names import place
+from streamconv.options import JobOptions
 from tests.makers import megatron, tiny_families
 from tests.makers.dcp import save_alone
 from tests.makers.megatron_inverse import invert
@@ -53,6 +55,13 @@ def test_family(shared_checkpoints: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no family 'klingon'"):
         streamconv.convert(actor, tmp_path / "out", family="klingon", sync=False)
     streamconv.convert(actor, tmp_path / "out", family="llama", sync=False)
+
+
+def test_interleaved_experts_are_refused() -> None:
+    """An experiment of Megatron-Core 0.19 that changes no shape: only its arguments tell."""
+    facts = {"moe_mlp_glu_interleave_size": 32}
+    with pytest.raises(BadInputError, match="gate and up rows are interleaved"):
+        convert({}, {"model_type": "qwen3_moe"}, facts, JobOptions())
 
 
 # --- where a run keeps its models -----------------------------------------------------------------

@@ -70,6 +70,11 @@ def convert(
             "--layout memory is for checkpoints of transformers models",
             hint="leave it out: Megatron's tensors become those of the Hub",
         )
+    if megatron.get("moe_mlp_glu_interleave_size"):
+        raise BadInputError(
+            "the experts' gate and up rows are interleaved in this checkpoint, which is not supported",
+            found=f"moe_mlp_glu_interleave_size {megatron['moe_mlp_glu_interleave_size']}",
+        )
     family = families.choose(config, job.family)
     notices = [f"Megatron's tensors are read as the family {family.name}"]
     config, changes = _for_these_weights(config, tensors)
