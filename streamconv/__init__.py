@@ -14,7 +14,15 @@ from typing import TYPE_CHECKING
 from streamconv._version import __version__
 
 if TYPE_CHECKING:
-    from streamconv.api import convert, inspect, open, plan, verify  # noqa: A004 - meant to be qualified
+    from streamconv.api import (
+        convert,
+        convert_all,
+        inspect,
+        open,  # noqa: A004 - meant to be qualified
+        plan,
+        upload,
+        verify,
+    )
     from streamconv.errors import (
         BadInputError,
         BudgetError,
@@ -30,7 +38,9 @@ if TYPE_CHECKING:
     from streamconv.options import Event, JobOptions, Result, RunOptions
 
 _HOME = {
-    **dict.fromkeys(("convert", "inspect", "open", "plan", "verify"), "streamconv.api"),
+    **dict.fromkeys(
+        ("convert", "convert_all", "inspect", "open", "plan", "upload", "verify"), "streamconv.api"
+    ),
     **dict.fromkeys(("Event", "JobOptions", "Result", "RunOptions"), "streamconv.options"),
     **dict.fromkeys(
         (
@@ -66,9 +76,11 @@ __all__ = [
     "VerificationError",
     "__version__",
     "convert",
+    "convert_all",
     "inspect",
     "open",
     "plan",
+    "upload",
     "verify",
 ]
 

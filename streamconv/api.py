@@ -14,14 +14,17 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from streamconv.errors import NoSpaceError, UsageError
+from streamconv.errors import NoSpaceError, UsageError, VerificationError
 from streamconv.options import (
     DTypeChoice,
     Event,
     JobOptions,
     Layout,
+    LoraMode,
+    LoraOptions,
     Result,
     RunOptions,
+    ValueHead,
     ignore_event,
 )
 from streamconv.sizes import format_size, parse_size
@@ -47,6 +50,13 @@ def convert(
     hf_config: StrPath | None = None,
     model: str | None = None,
     family: str | None = None,
+    lora: LoraMode = "auto",
+    base: StrPath | None = None,
+    lora_alpha: float | None = None,
+    lora_rank: int | None = None,
+    lora_rslora: bool = False,
+    allow_zero_delta: bool = False,
+    value_head: ValueHead = "keep",
     overwrite: bool = False,
     sync: bool = True,
     direct: bool = False,
@@ -64,7 +74,19 @@ def convert(
     """
     from streamconv.convert_job import convert as run_job
 
-    job = job_options(layout, dtype, keep_dtype, max_shard_size, strict, hf_config, model, family)
+    adapter = lora_options(lora, base, lora_alpha, lora_rank, lora_rslora, allow_zero_delta)
+    job = job_options(
+        layout,
+        dtype,
+        keep_dtype,
+        max_shard_size,
+        strict,
+        hf_config,
+        model,
+        family,
+        adapter,
+        value_head,
+    )
     run = run_options(max_mem, overwrite, sync, direct, source_crc, checksum, io_threads, on_event)
     if report is None:
         return run_job(Path(src), Path(dst), job, run)
@@ -73,6 +95,43 @@ def convert(
     return convert_reported(
         Path(report), lambda watched: run_job(Path(src), Path(dst), job, watched), run
     )
+
+
+def convert_all(src: StrPath, dst: StrPath, **options: Any) -> dict[str, Result]:
+    """Convert every model of a training step (actor, critic) into a folder of its own below ``dst``.
+
+    ``options`` are those of :func:`convert`. Raises as it does; the models before the one that failed
+    are finished then, and the same call again goes on with it.
+    """
+    from streamconv.formats import model_names
+
+    names = model_names(Path(src))
+    if not names:
+        raise UsageError(
+            "there is one model here, or none", where=str(src), hint="leave out --model"
+        )
+    return {name: convert(src, Path(dst) / name, **{**options, "model": name}) for name in names}
+
+
+def upload(folder: StrPath, repo: str, *, private: bool = False) -> str:
+    """Upload an output folder to the HuggingFace Hub as the model ``repo``; return its address.
+
+    Only a folder that :func:`verify` passes is uploaded. The Hub takes no file twice: the same call
+    again goes on after an interruption. Raises :class:`VerificationError` for a folder that is not what
+    its manifest says, :class:`UsageError` where there is no token.
+    """
+    from streamconv.upload import check_upload
+    from streamconv.upload import upload as send
+
+    check_upload(repo)
+    report = verify(folder)
+    if not report.passed:
+        raise VerificationError(
+            "the folder is not what its manifest says: nothing was uploaded",
+            where=str(folder),
+            found="; ".join(report.problems[:5]),
+        )
+    return send(Path(folder), repo, private=private)
 
 
 def plan(
@@ -88,6 +147,13 @@ def plan(
     hf_config: StrPath | None = None,
     model: str | None = None,
     family: str | None = None,
+    lora: LoraMode = "auto",
+    base: StrPath | None = None,
+    lora_alpha: float | None = None,
+    lora_rank: int | None = None,
+    lora_rslora: bool = False,
+    allow_zero_delta: bool = False,
+    value_head: ValueHead = "keep",
     output: StrPath | None = None,
 ) -> Plan:
     """Return what :func:`convert` would do; no byte of a weight is read.
@@ -97,7 +163,19 @@ def plan(
     """
     from streamconv.planning import make_plan
 
-    job = job_options(layout, dtype, keep_dtype, max_shard_size, strict, hf_config, model, family)
+    adapter = lora_options(lora, base, lora_alpha, lora_rank, lora_rslora, allow_zero_delta)
+    job = job_options(
+        layout,
+        dtype,
+        keep_dtype,
+        max_shard_size,
+        strict,
+        hf_config,
+        model,
+        family,
+        adapter,
+        value_head,
+    )
     budget = memory_bytes(max_mem)
     if output is not None:
         made = make_plan(Path(src), job, Path(output), max_mem_bytes=budget)
@@ -124,6 +202,13 @@ def open(  # noqa: A001 - meant to be called as streamconv.open
     hf_config: StrPath | None = None,
     model: str | None = None,
     family: str | None = None,
+    lora: LoraMode = "auto",
+    base: StrPath | None = None,
+    lora_alpha: float | None = None,
+    lora_rank: int | None = None,
+    lora_rslora: bool = False,
+    allow_zero_delta: bool = False,
+    value_head: ValueHead = "keep",
 ) -> LazyCheckpoint:
     """Return the checkpoint as a mapping of output names to lazy tensors.
 
@@ -132,7 +217,19 @@ def open(  # noqa: A001 - meant to be called as streamconv.open
     """
     from streamconv.lazy import open_checkpoint
 
-    job = job_options(layout, dtype, keep_dtype, "5GB", strict, hf_config, model, family)
+    adapter = lora_options(lora, base, lora_alpha, lora_rank, lora_rslora, allow_zero_delta)
+    job = job_options(
+        layout,
+        dtype,
+        keep_dtype,
+        "5GB",
+        strict,
+        hf_config,
+        model,
+        family,
+        adapter,
+        value_head,
+    )
     return open_checkpoint(Path(src), job)
 
 
@@ -179,6 +276,8 @@ def job_options(
     hf_config: StrPath | None,
     model: str | None,
     family: str | None,
+    lora: LoraOptions,
+    value_head: ValueHead,
 ) -> JobOptions:
     """Return the options that decide the output; raises :class:`UsageError`."""
     if isinstance(keep_dtype, str):
@@ -192,7 +291,22 @@ def job_options(
         hf_config=Path(hf_config) if hf_config is not None else None,
         model=model,
         family=family,
+        lora=lora,
+        value_head=value_head,
     )
+
+
+def lora_options(
+    mode: LoraMode,
+    base: StrPath | None,
+    alpha: float | None,
+    rank: int | None,
+    rslora: bool,
+    allow_zero: bool,
+) -> LoraOptions:
+    """Return the options about LoRA adapters; raises :class:`UsageError`."""
+    folder = Path(base) if base is not None else None
+    return LoraOptions(mode, folder, alpha, rank, rslora, allow_zero)
 
 
 def run_options(

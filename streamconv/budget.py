@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from streamconv.errors import BudgetError
+from streamconv.executor import CAST_THREADS, FACTOR_READ_BYTES
+from streamconv.products import SCRATCH_BYTES
 from streamconv.sizes import format_size
 from streamconv.windows import MAX_WINDOW_BYTES, MIN_WINDOW_BYTES
 
@@ -22,6 +24,12 @@ _HEADROOM = 0.15
 # Measured peak of the planning child (torch, transformers and a traced meta model) and of the
 # process that waits for it; bench/RESULTS.md has the figures. Refusing early beats being killed.
 PLANNING_FLOOR_BYTES = 430 * 10**6
+
+# Factors of low-rank updates: tiles that are worth a read, and more than any adapter's matrix has.
+_MIN_FACTOR_BYTES = 1 << 20
+_MAX_FACTOR_BYTES = 64 << 20
+# A budget this small gives them the least, so that the smallest budget that works can be named.
+_SMALL_RUN_BYTES = 64 << 20
 
 _CGROUP = Path("/sys/fs/cgroup")
 _MEMINFO = Path("/proc/meminfo")
@@ -166,6 +174,8 @@ def smallest_run_bytes(buffer_bytes: int = 0) -> int:
     ``buffer_bytes`` are needed beside windows and reads.
     """
     need = resident_bytes() + _RESERVE_BYTES + buffer_bytes + _window_cost(MIN_WINDOW_BYTES)
+    # The next process, which is told this, may be a little larger by chance.
+    need += 1 << 20
     return -(-need // 10**6) * 10**6
 
 
@@ -173,6 +183,17 @@ def _window_cost(window_bytes: int) -> int:
     # Two windows (one is filled while the other is written) and the read buffer, which is as large
     # as a window up to 4 MiB.
     return 2 * window_bytes + min(window_bytes, 4 << 20)
+
+
+def factor_bytes(budget_bytes: int) -> int:
+    """Return what may be held of the factors of low-rank updates, where a plan has any."""
+    share = (budget_bytes - resident_bytes() - _SMALL_RUN_BYTES) // 4
+    return min(max(_MIN_FACTOR_BYTES, share), _MAX_FACTOR_BYTES)
+
+
+def merging_bytes(factors: int = _MIN_FACTOR_BYTES, io_threads: int = 1) -> int:
+    """Return what merging an adapter needs beside windows and reads, with ``factors`` held."""
+    return factors + max(io_threads, CAST_THREADS) * SCRATCH_BYTES + FACTOR_READ_BYTES
 
 
 def window_bytes(budget_bytes: int, buffer_bytes: int = 0) -> int:

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import fnmatch
 import math
-import re
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from streamconv import planner
+from streamconv import adapters, planner
 from streamconv.errors import BadInputError, UsageError
 from streamconv.identity import job_identity
-from streamconv.lowering import sources_of
+from streamconv.lora_plan import LoraPlan, adapter_inputs, plan_lora
+from streamconv.lowering import products_of, sources_of
 from streamconv.options import JobOptions
-from streamconv.plan import INDEX, PlanHead, PlanWriter, SideFile, TextFile, Totals
+from streamconv.plan import INDEX, OutputFile, PlanHead, PlanWriter, SideFile, TextFile, Totals
 from streamconv.recipe import Recipe
 from streamconv.sidefiles import (
     corrected_config,
@@ -36,73 +37,32 @@ def build_plan(checkpoint: Checkpoint, job: JobOptions, stream: IO[str]) -> None
     """
     notices = list(checkpoint.notices)
     folder, side = side_files(checkpoint.root, checkpoint.side_dir, job)
-    config: Mapping[str, Any] | None = read_config(folder) if folder else None
-    if config is None and checkpoint.naming == "hf":
-        notices.append(
-            "no config.json: names and shapes could not be checked, and the output has none "
-            "(--hf-config DIR names a folder that has it)"
-        )
-    names = [*checkpoint.tensors, *checkpoint.undecided]
-    _refuse_lora(names)
-    changes: tuple[str, ...] = ()
-    model: planner.Model | None
-    left: tuple[Skipped, ...] = ()
-    if checkpoint.naming == "mcore":
-        tensors = dict(checkpoint.tensors)
-        converted = _of_family(checkpoint, config, job)
-        config, model, changes = converted.config, converted.model, converted.changes
-        architecture = converted.architecture
-        recipes, left = list(converted.recipes), converted.skipped
-        notices += converted.notices
-        if model is not None:
-            notices += planner.check_recipes(recipes, model, job, converted.extras)
+    inputs = adapter_inputs(checkpoint.root, job.lora)
+    identity = job_identity(checkpoint.format, checkpoint.files, side, job, inputs)
+    if job.lora.base is not None:
+        # No part of the identity, but needed to compare the output with its sources.
+        identity["base"] = str(job.lora.base.absolute())
+    config = read_config(folder) if folder else None
+    lora = plan_lora(checkpoint, job.lora)
+    if lora is not None:
+        checkpoint, side = lora.checkpoint, lora.side(side)
+    made = _sources(checkpoint, config, job, notices)
+    if lora is not None and not lora.merge:
+        made.skipped = lora.base_skipped()
     else:
-        _refuse_family(job)
-        model = _model(config, names, notices)
-        tensors = planner.decide_plain(checkpoint, model)
-        tensors = {n: tensors[n] for n in names}
-        recipes = _recipes(tensors, model, job, notices)
-        architecture = model.architecture if model is not None and model.certain else None
-    declared = declared_dtype(config) if config else None
-    recipes = planner.with_dtypes(recipes, job, model, declared)
-    ties = planner.decide_ties(recipes, model, tensors)
+        _plan_model(made, lora, job, notices)
+        made.skipped += left_out(folder) if folder and folder != job.lora.base else ()
+    if lora is not None:
+        _plan_adapter(made, lora, job, notices)
+    recipes = [p.recipe for _, group in made.placed for p in group]
     notices += [
         f"--keep-dtype {pattern} matches no tensor"
         for pattern in job.keep_dtype
         if not any(fnmatch.fnmatchcase(r.name, pattern) for r in recipes)
     ]
-    for alias, kept in ties.kept.items():
-        notices.append(
-            f"{alias} is tied to {kept} by the config but not known to equal it: both kept"
-        )
-    placed = planner.shard(recipes, ties, job.max_shard_bytes)
-
-    texts = []
-    if config is not None:
-        text, told = corrected_config(
-            config,
-            dtype=planner.main_float_dtype(recipes),
-            untie=bool(ties.kept),
-            known=model is not None,
-            architecture=architecture,
-            changes=changes,
-        )
-        notices += told
-        if text:
-            texts.append(text)
-    if len(placed) > 1:
-        texts.append(TextFile(INDEX, planner.index_json(placed)))
-    written = {t.name for t in texts}
-
-    skipped = [
-        *checkpoint.skipped,
-        *left,
-        *(left_out(folder) if folder else ()),
-        *(Skipped(a, f"the same storage as {k}") for a, k in ties.dropped.items()),
-        *(Skipped(a, f"tied: the same bytes as {k}") for a, k in ties.compared.items()),
-        *planner.unused(tensors, recipes, {s.name for s in left}),
-    ]
-    totals = _totals(tensors, placed)
+    written = {t.name for t in made.texts}
+    skipped = [*checkpoint.skipped, *made.skipped]
+    totals = _totals(made.tensors, made.placed)
     if totals.unverifiable_bytes:
         notices.append(
             "the source files carry no checksums for some records: damage in them cannot be seen"
@@ -111,33 +71,113 @@ def build_plan(checkpoint: Checkpoint, job: JobOptions, stream: IO[str]) -> None
     writer.head(
         PlanHead(
             root=str(checkpoint.root.absolute()),
-            job=job_identity(checkpoint.format, checkpoint.files, side, job),
+            job=identity,
             totals=totals,
             notices=tuple(notices),
-            skipped=tuple(skipped),
+            skipped=(*skipped, *planner.unused(made.tensors, recipes, {s.name for s in skipped})),
             files=checkpoint.files,
             side=tuple(s for s in side if s.name not in written),
-            texts=tuple(texts),
+            texts=tuple(made.texts),
         )
     )
-    planner.write_sections(writer, placed, tensors)
+    planner.write_sections(writer, made.placed, made.tensors)
     writer.end()
 
 
-# How PEFT names what it adds to a model (peft/tuners/lora/layer.py).
-_LORA = re.compile(r"\.lora_(A|B|embedding_A|embedding_B|magnitude_vector)\.")
+@dataclass
+class _Output:
+    """What goes into the output: first what it is made of, then what is made of that.
+
+    ``recipes`` are the model's. ``skipped`` are sources that are left out.
+    """
+
+    tensors: dict[str, GlobalTensor]
+    config: Mapping[str, Any] | None
+    model: planner.Model | None
+    architecture: str | None
+    config_changes: tuple[str, ...]
+    recipes: list[Recipe]
+    skipped: list[Skipped]
+    placed: list[tuple[OutputFile, list[planner.Placed]]] = field(default_factory=list)
+    texts: list[TextFile] = field(default_factory=list)
 
 
-def _refuse_lora(names: list[str]) -> None:
-    adapters = [n for n in names if _LORA.search(n)]
-    if adapters:
-        raise BadInputError(
-            "this is a LoRA checkpoint, and merging LoRA weights is not supported yet",
-            where=adapters[0],
-            found=f"{len(adapters)} adapter tensors among {len(names)}",
-            hint="merge it with PEFT before saving; converting the base weights alone would give "
-            "the model as it was before training",
+def _sources(
+    checkpoint: Checkpoint, config: Mapping[str, Any] | None, job: JobOptions, notices: list[str]
+) -> _Output:
+    if checkpoint.naming == "mcore":
+        found = _of_family(checkpoint, config, job)
+        recipes = list(found.recipes)
+        notices += found.notices
+        if found.model is not None:
+            notices += planner.check_recipes(recipes, found.model, job, found.extras)
+        return _Output(
+            dict(checkpoint.tensors),
+            found.config,
+            found.model,
+            found.architecture,
+            found.changes,
+            recipes,
+            list(found.skipped),
         )
+    _refuse_family(job)
+    if config is None:
+        notices.append(
+            "no config.json: names and shapes could not be checked, and the output has none "
+            "(--hf-config DIR names a folder that has it)"
+        )
+    names = [*checkpoint.tensors, *checkpoint.undecided]
+    model = _model(config, names, notices)
+    tensors = planner.decide_plain(checkpoint, model)
+    architecture = model.architecture if model is not None and model.certain else None
+    return _Output({n: tensors[n] for n in names}, config, model, architecture, (), [], [])
+
+
+def _plan_model(made: _Output, lora: LoraPlan | None, job: JobOptions, notices: list[str]) -> None:
+    """Add the model's files: the weights, merged where there is an adapter, index and config."""
+    config, model = made.config, made.model
+    recipes = made.recipes or _recipes(made.tensors, model, job, notices)
+    if job.value_head == "drop":
+        recipes, dropped = _without_value_head(recipes)
+        made.skipped += dropped
+    if lora is not None:
+        recipes = lora.merged(recipes, model)
+    declared = declared_dtype(config) if config else None
+    recipes = planner.with_dtypes(recipes, job, model, declared)
+    ties = planner.decide_ties(recipes, model, made.tensors)
+    for alias, kept in ties.kept.items():
+        notices.append(
+            f"{alias} is tied to {kept} by the config but not known to equal it: both kept"
+        )
+    made.placed += planner.shard(recipes, ties, job.max_shard_bytes)
+    made.skipped += [Skipped(a, f"the same storage as {k}") for a, k in ties.dropped.items()]
+    made.skipped += [Skipped(a, f"tied: the same bytes as {k}") for a, k in ties.compared.items()]
+    if config is not None:
+        text, told = corrected_config(
+            config,
+            dtype=planner.main_float_dtype(recipes),
+            untie=bool(ties.kept),
+            known=model is not None,
+            architecture=made.architecture,
+            changes=made.config_changes,
+        )
+        notices += told
+        if text:
+            made.texts.append(text)
+    if len(made.placed) > 1:
+        made.texts.append(TextFile(INDEX, planner.index_json(made.placed)))
+
+
+def _plan_adapter(made: _Output, lora: LoraPlan, job: JobOptions, notices: list[str]) -> None:
+    """Add the adapter's files where they are asked for."""
+    made.tensors = lora.tensors(made.tensors)
+    notices += lora.notices()
+    if lora.hand_on:
+        declared = declared_dtype(made.config) if made.config else None
+        recipes = planner.with_dtypes(adapters.recipes(lora.adapter), job, None, declared)
+        # Before the model: a folder is ready when its last file is there.
+        made.placed.insert(0, planner.single_file(lora.weights_name, recipes))
+        made.texts.append(lora.config(made.model))
 
 
 def _of_family(
@@ -166,6 +206,8 @@ def side_files(
         if not job.hf_config.is_dir():
             raise UsageError("--hf-config names no folder", where=str(job.hf_config))
         return job.hf_config, list(list_side_files(job.hf_config, root=None))
+    if side_dir is None and job.lora.base is not None:
+        return job.lora.base, list(list_side_files(job.lora.base, root=None))
     if side_dir is None:
         return None, []
     return side_dir, list(list_side_files(side_dir, root=root))
@@ -203,6 +245,23 @@ def _recipes(
     return list(recipes)
 
 
+def _without_value_head(recipes: list[Recipe]) -> tuple[list[Recipe], list[Skipped]]:
+    """Leave out the head of trl's AutoModelForCausalLMWithValueHead, which other loaders refuse."""
+    kept, dropped = [], []
+    for recipe in recipes:
+        if "v_head" in recipe.name.split("."):
+            dropped += [Skipped(n, "--value-head drop") for n in sources_of(recipe.view)]
+        else:
+            kept.append(recipe)
+    if not dropped:
+        score = any(r.name.split(".")[-2:-1] == ["score"] for r in recipes)
+        raise UsageError(
+            "--value-head drop is given, but this model has no v_head",
+            found="a score head, without which it is no model that loads" if score else None,
+        )
+    return kept, dropped
+
+
 def _totals(
     tensors: dict[str, GlobalTensor],
     placed: list[tuple[Any, list[planner.Placed]]],
@@ -223,4 +282,5 @@ def _totals(
         unverifiable_bytes=unverifiable,
         source_dtypes=planner.dtype_histogram((tensors[f].dtype, tensors[f].nbytes) for f in used),
         output_dtypes=planner.dtype_histogram((p.recipe.dtype, p.end - p.begin) for p in written),
+        merged=sum(1 for p in written if products_of(p.recipe.view)),
     )

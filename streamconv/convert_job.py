@@ -22,6 +22,7 @@ from streamconv.errors import (
 )
 from streamconv.executor import WindowFiller, write_output
 from streamconv.identity import job_identity
+from streamconv.lora_plan import adapter_inputs
 from streamconv.manifest import write_manifest
 from streamconv.options import Event, JobOptions, Result, RunOptions
 from streamconv.plan import MANIFEST, OutputFile, Plan, PlannedTensor
@@ -60,7 +61,8 @@ def identify(src: Path, job: JobOptions) -> IdentifiedJob:
 
     location = formats.find_model(src, job.model)
     side_dir, side = side_files(location.root, location.side_dir, job)
-    identity = job_identity(location.format, location.identify(), side, job)
+    inputs = adapter_inputs(location.root, job.lora)
+    identity = job_identity(location.format, location.identify(), side, job, inputs)
     return IdentifiedJob(location.root, side_dir, identity["digest"])
 
 
@@ -81,7 +83,7 @@ def convert(src: Path, dst: Path, job: JobOptions, run: RunOptions) -> Result:
     """
     source = identify(src, job)
     budget = _budget_bytes(run)
-    dst = _target(dst, source.root, source.side_dir)
+    dst = _target(dst, source.root, source.side_dir, job.lora.base)
     with _full_disk_told(dst), locked(dst), budgets.PeakMeter() as meter:
         done = _preflight(dst, source.digest, run)
         if done:
@@ -142,9 +144,10 @@ def _full_disk_told(dst: Path) -> Iterator[None]:
         raise no_space(error, dst) or error from error
 
 
-def _target(dst: Path, source: Path, side_dir: Path | None = None) -> Path:
+def _target(dst: Path, source: Path, *others: Path | None) -> Path:
     dst = dst.absolute()
-    check_target(dst, source, side_dir)
+    for other in {None, *others}:
+        check_target(dst, source, other)
     # A link to a folder on another disk stays one: what it leads to is made and replaced.
     return dst.resolve()
 
@@ -269,7 +272,11 @@ class _Conversion:
     def _execute(self) -> Result:
         run, head = self.run, self.plan.head
         started = time.monotonic()
-        max_window = budgets.window_bytes(self.budget, DIRECT_BYTES if run.direct else 0)
+        factors = budgets.factor_bytes(self.budget)
+        buffers = DIRECT_BYTES if run.direct else 0
+        if head.totals.merged:
+            buffers += budgets.merging_bytes(factors, run.io_threads)
+        max_window = budgets.window_bytes(self.budget, buffers)
         self.staging.begin()
         outputs = self.plan.outputs()
         reused = self._check_finished(outputs)
@@ -280,7 +287,13 @@ class _Conversion:
         ) as reader:
             checks = RecordChecks(reader, check_crc=run.source_crc)
             checks.restore(self.staging.crc_journal)
-            filler = WindowFiller(reader, checks, max_bytes=max_window, io_threads=run.io_threads)
+            filler = WindowFiller(
+                reader,
+                checks,
+                max_bytes=max_window,
+                io_threads=run.io_threads,
+                factor_bytes=factors,
+            )
             try:
                 run.on_event(Event("phase", "write"))
                 progress = _Progress(self, sum(o.nbytes for o in outputs), reused, started)
@@ -368,6 +381,8 @@ class _Conversion:
         progress: _Progress,
     ) -> None:
         partial = self.staging.root / f"{output.name}.part"
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        (self.staging.files / output.name).parent.mkdir(parents=True, exist_ok=True)
         before = progress.done
         finished = write_output(
             output,
@@ -398,6 +413,7 @@ class _Conversion:
             yield side.name, side.nbytes, side.xxh3
         for text in self.plan.head.texts:
             path = self.staging.files / text.name
+            path.parent.mkdir(parents=True, exist_ok=True)
             write_file(path, text.content.encode(), sync=self.run.sync)
             yield text.name, path.stat().st_size, hash_file(path)
 

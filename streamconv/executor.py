@@ -19,7 +19,9 @@ import xxhash
 
 from streamconv.errors import VerificationError
 from streamconv.kernels import run as run_kernel
+from streamconv.lowering import ProductAt
 from streamconv.plan import OutputFile, PlannedTensor
+from streamconv.products import Factors, add_product
 from streamconv.reader import SourceReader
 from streamconv.records import RecordChecks
 from streamconv.windows import SMALL_WINDOW_BYTES, Fill, Run, Window, runs, windows
@@ -27,7 +29,10 @@ from streamconv.writer import ShardWriter
 
 # Bytes are summed, hashed and written in steps that are still in the CPU's cache from the one before.
 _STEP_BYTES = 1 << 20
-_CAST_THREADS = 2
+# Casts and products are work for the CPU and not for the disk.
+CAST_THREADS = 2
+# Factors are small and their tiles few: reads of this size are good enough, and need no more memory.
+FACTOR_READ_BYTES = 256 << 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +51,7 @@ class WindowFiller:
 
     ``io_threads`` read at once. Casts are work for the CPU and not for the disk: two threads share
     them whatever ``io_threads`` is.
+    ``factor_bytes`` bounds what is held of the factors of low-rank updates, where there are any.
     """
 
     def __init__(
@@ -55,23 +61,26 @@ class WindowFiller:
         *,
         max_bytes: int,
         io_threads: int = 1,
+        factor_bytes: int = 8 << 20,
     ) -> None:
         self._reader = reader
         self._checks = checks
         self.max_bytes = max_bytes
         self._io_threads = io_threads
-        most = max(io_threads, _CAST_THREADS)
+        most = max(io_threads, CAST_THREADS)
         self._run_bytes = max(1, min(SMALL_WINDOW_BYTES, max_bytes) // most)
         self._staging = threading.local()
         # The calling thread is one of them.
         self._pool = ThreadPoolExecutor(most - 1, thread_name_prefix="window-filler")
+        self._factors = Factors(self._fill_factor, factor_bytes, most)
+        self._factor_filler: WindowFiller | None = None
 
     def fill(self, window: Window, buffer: memoryview) -> None:
         """Bring every byte of ``window`` into ``buffer``."""
         reads = runs(window, self._run_bytes)
         threads = self._io_threads
         if any(fill.move.ops for read in reads for fill in read.fills):
-            threads = max(threads, _CAST_THREADS)
+            threads = max(threads, CAST_THREADS)
         pending = iter(reads)  # shared: next() on it is atomic
         helpers = [
             self._pool.submit(self._serve_all, pending, buffer)
@@ -117,15 +126,37 @@ class WindowFiller:
                     own = header or data[at - begin : start - begin] if at >= read.lo else None
                     self._checks.see(fill.source, fill.record, lo, piece, own)
 
-    @staticmethod
-    def _copy(fill: Fill, data_lo: int, data: memoryview, buffer: memoryview) -> None:
+    def _fill_factor(self, window: Window, buffer: memoryview) -> None:
+        # A filler of its own: this one's staging buffer holds what the factor is for. It is called
+        # by one thread at a time.
+        if self._factor_filler is None:
+            self._factor_filler = WindowFiller(
+                self._reader, self._checks, max_bytes=FACTOR_READ_BYTES
+            )
+        self._factor_filler.fill(window, buffer)
+
+    def _copy(self, fill: Fill, data_lo: int, data: memoryview, buffer: memoryview) -> None:
+        ops = fill.move.ops
+        if ops and isinstance(ops[0], ProductAt):
+            add_product(
+                buffer[fill.dst_at :],
+                fill.tensor.dtype,
+                data[fill.lo - data_lo :],
+                fill.source.dtype,
+                fill.dims,
+                (fill.lo - fill.record.start) // fill.source.dtype.itemsize,
+                ops,
+                fill.tensor,
+                self._factors,
+            )
+            return
         run_kernel(
             buffer[fill.dst_at :],
             fill.tensor.dtype,
             data[fill.lo - data_lo :],
             fill.source.dtype,
             fill.dims,
-            fill.move.ops,
+            ops,
             what=fill.tensor.name,
         )
 
@@ -138,6 +169,8 @@ class WindowFiller:
     def close(self) -> None:
         """Stop the readers."""
         self._pool.shutdown(wait=True, cancel_futures=True)
+        if self._factor_filler is not None:
+            self._factor_filler.close()
 
 
 def write_output(

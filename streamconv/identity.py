@@ -7,7 +7,7 @@ finished job is recognized without planning it.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import xxhash
@@ -25,8 +25,14 @@ def chosen_options(options: JobOptions) -> dict[str, Any]:
     Only these are hashed: a release that adds an option must not turn every output that is there
     into another job's. One that changes a default must raise ``SCHEMA``.
     """
-    chosen = {k: v for k, v in options.to_json().items() if v != _DEFAULTS[k]}
-    return {k: v for k, v in chosen.items() if k not in ("hf_config", "model")}
+    return {k: v for k, v in _without_paths(options).items() if v != _DEFAULTS[k]}
+
+
+def _without_paths(options: JobOptions) -> dict[str, Any]:
+    given = options.to_json()
+    # What lies there takes part as one of the inputs.
+    given["lora"]["base"] = None
+    return {k: v for k, v in given.items() if k not in ("hf_config", "model")}
 
 
 def job_identity(
@@ -34,19 +40,23 @@ def job_identity(
     files: Iterable[SourceFile],
     side: Iterable[SideFile],
     options: JobOptions,
+    inputs: Iterable[Sequence[str | int]] = (),
 ) -> dict[str, Any]:
     """Return what makes a job this job, with its ``digest``.
 
+    ``inputs`` are what else takes part, each with what identifies it (``lora_plan.adapter_inputs``).
     Paths are relative, so that a checkpoint that was moved is still the same. Modification times are
     left out: the central directory's hash covers every record's CRC-32.
     """
     identity: dict[str, Any] = {
         "schema": SCHEMA,
         "format": format_name,
-        "options": {k: v for k, v in options.to_json().items() if k not in ("hf_config", "model")},
+        "options": _without_paths(options),
         "source": [[f.path, f.nbytes, f.directory_hash] for f in files],
         "side": [[s.name, s.xxh3] for s in side],
     }
+    if more := [list(i) for i in inputs]:
+        identity["inputs"] = more
     hashed = {**identity, "options": chosen_options(options)}
     text = json.dumps(hashed, sort_keys=True, separators=(",", ":"))
     return {**identity, "digest": xxhash.xxh3_128_hexdigest(text.encode())}

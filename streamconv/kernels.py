@@ -14,8 +14,8 @@ from numpy.lib.stride_tricks import as_strided
 
 from streamconv.dtypes import DType
 from streamconv.errors import BadInputError
-from streamconv.lowering import Dim
-from streamconv.recipe import AddScalar, Cast, Op
+from streamconv.lowering import Dim, MoveOp
+from streamconv.recipe import AddScalar, Cast
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -23,7 +23,8 @@ Array = np.ndarray[Any, np.dtype[Any]]
 _CAST_ELEMENTS = 1 << 18
 
 
-def _strided(buffer: memoryview, dtype: np.dtype[Any], dims: Sequence[Dim], side: str) -> Array:
+def strided(buffer: memoryview, dtype: np.dtype[Any], dims: Sequence[Dim], side: str) -> Array:
+    """Return the walk ``dims`` over a buffer as an array; ``side`` is ``dst`` or ``src``."""
     steps = [getattr(d, side) * dtype.itemsize for d in dims]
     usable = len(buffer) // dtype.itemsize * dtype.itemsize
     flat = np.frombuffer(buffer, dtype=np.uint8)[:usable].view(dtype)
@@ -36,7 +37,7 @@ def run(
     data: memoryview,
     data_dtype: DType,
     dims: Sequence[Dim],
-    ops: Sequence[Op],
+    ops: Sequence[MoveOp],
     *,
     what: str,
 ) -> None:
@@ -50,19 +51,23 @@ def run(
         # Bytes are moved, not numbers: an integer view keeps signalling NaNs and odd bools intact.
         raw = np.dtype(f"u{out_dtype.itemsize}")
         np.copyto(
-            _strided(out, raw, dims, "dst"),
-            _strided(data, raw, dims, "src"),
+            strided(out, raw, dims, "dst"),
+            strided(data, raw, dims, "src"),
         )
         return
-    source = _strided(data, data_dtype.to_numpy(), dims, "src")
-    target = _strided(out, out_dtype.to_numpy(), dims, "dst")
+    source = strided(data, data_dtype.to_numpy(), dims, "src")
+    target = strided(out, out_dtype.to_numpy(), dims, "dst")
     if not dims:
         source, target = source.reshape(1), target.reshape(1)
     for part in _slices(source.shape):
-        value = source[part]
-        for op in ops[:-1]:
-            value = _apply(op, value, None, what)
-        _apply(ops[-1], value, target[part], what)
+        apply(ops, source[part], target[part], what)
+
+
+def apply(ops: Sequence[MoveOp], value: Array, out: Array, what: str) -> None:
+    """Write ``value`` to ``out``, of the same shape, with ``ops`` (one or more) applied in turn."""
+    for op in ops[:-1]:
+        value = _apply(op, value, None, what)
+    _apply(ops[-1], value, out, what)
 
 
 def _slices(shape: tuple[int, ...]) -> list[tuple[slice | int, ...]]:
@@ -77,7 +82,7 @@ def _slices(shape: tuple[int, ...]) -> list[tuple[slice | int, ...]]:
     return [(slice(i, i + step),) for i in range(0, rows, step)]
 
 
-def _apply(op: Op, value: Array, out: Array | None, what: str) -> Array:
+def _apply(op: MoveOp, value: Array, out: Array | None, what: str) -> Array:
     if isinstance(op, AddScalar):
         # In float32 and rounded once: what torch does for 16-bit floats, too.
         wide = np.dtype(np.float64 if value.dtype.itemsize == 8 else np.float32)
@@ -88,6 +93,8 @@ def _apply(op: Op, value: Array, out: Array | None, what: str) -> Array:
             return rounded
         np.copyto(out, result, casting="unsafe")
         return out
+    if not isinstance(op, Cast):
+        raise TypeError(f"no elementwise operation: {op}")
     return _cast(op, value, out, what)
 
 

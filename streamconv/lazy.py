@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -70,7 +71,7 @@ class LazyTensor:
         )
         t = self._tensor
         numel = int(np.prod(sizes, dtype=np.int64))
-        part = PlannedTensor(t.name, t.dtype, sizes, 0, numel * t.dtype.itemsize, t.sources, moves)
+        part = replace(t, shape=sizes, begin=0, end=numel * t.dtype.itemsize, moves=moves, last=())
         buffer = memoryview(bytearray(part.nbytes))
         self._filler.fill(Window(part.nbytes, (Segment(part, 0, numel, 0),)), buffer)
         array: Array = np.frombuffer(buffer, dtype=t.dtype.to_numpy()).reshape(sizes)

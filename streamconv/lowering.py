@@ -13,14 +13,14 @@ window of an output file (an interval of the flat output).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import NamedTuple
 
 from streamconv.boxes import Box, Shape, contiguous_strides
 from streamconv.errors import BadInputError
-from streamconv.recipe import Gather, Op, SourceRef, View
+from streamconv.recipe import AddProduct, AddScalar, Cast, Gather, Op, SourceRef, View
 from streamconv.source import ShardLayout
 
 # No view that a known model makes needs a single step; what needs more would swell the plan.
@@ -33,6 +33,42 @@ class Dim(NamedTuple):
     size: int
     dst: int
     src: int
+
+
+@dataclass(frozen=True, slots=True)
+class ProductAt:
+    """A low-rank update as the elements of one shard see it: where in the matrix they lie.
+
+    The shard's first element is storage element ``start`` and lies at (``row``, ``column``); rows are
+    ``row_step`` and columns ``column_step`` storage elements apart. ``product`` numbers the products
+    of the output tensor.
+    """
+
+    product: int
+    start: int
+    row: int
+    column: int
+    row_step: int
+    column_step: int
+
+
+MoveOp = Cast | AddScalar | ProductAt
+
+
+class Patch(NamedTuple):
+    """A rectangle of a matrix as a walk meets it.
+
+    ``rows`` and ``columns`` step along one axis each: their ``src`` counts rows and columns, from
+    (``row``, ``column``) on; ``free`` dims stand still on the matrix. ``dst_offset`` and ``dst`` are
+    those of the output.
+    """
+
+    rows: tuple[Dim, ...]
+    columns: tuple[Dim, ...]
+    free: tuple[Dim, ...]
+    row: int
+    column: int
+    dst_offset: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +85,7 @@ class Move:
     dst_offset: int
     src_offset: int
     dims: tuple[Dim, ...]
-    ops: tuple[Op, ...] = ()
+    ops: tuple[MoveOp, ...] = ()
 
     @property
     def last_dst(self) -> int:
@@ -67,34 +103,53 @@ class _Region:
 
 
 def sources_of(view: View) -> list[str]:
-    """Return the FQNs of the global tensors that ``view`` draws from, each once, in first-use order."""
-    seen: dict[str, None] = {}
+    """Return the FQNs of the global tensors that ``view`` draws from, each once, in first-use order.
 
-    def visit(v: View) -> None:
-        if isinstance(v.base, SourceRef):
-            seen[v.base.fqn] = None
-        else:
-            for part in v.base.parts:
-                visit(part.view)
-
-    visit(view)
+    The factors of low-rank updates come last.
+    """
+    seen = dict.fromkeys(
+        leaf.base.fqn for leaf in _leaves(view) if isinstance(leaf.base, SourceRef)
+    )
+    for update in products_of(view):
+        seen |= dict.fromkeys((*sources_of(update.left), *sources_of(update.right)))
     return list(seen)
 
 
-def lower(view: View, layout_of: Callable[[str], ShardLayout]) -> list[Move]:
+def products_of(view: View) -> list[AddProduct]:
+    """Return the low-rank updates in ``view``, each once, in first-use order."""
+    found = dict.fromkeys(op for v in _leaves(view) for op in v.ops if isinstance(op, AddProduct))
+    return list(found)
+
+
+def _leaves(view: View) -> Iterator[View]:
+    if isinstance(view.base, SourceRef):
+        yield view
+    else:
+        for part in view.base.parts:
+            yield from _leaves(part.view)
+
+
+def lower(
+    view: View,
+    layout_of: Callable[[str], ShardLayout],
+    order: Mapping[str, int] | None = None,
+) -> list[Move]:
     """Return the moves that make ``view``, in the order of their output offsets.
 
-    ``layout_of`` gives the layout of a global tensor. Raises :class:`BadInputError` for a view that
-    is no union of boxes (a diagonal, a window that overlaps itself).
+    ``layout_of`` gives the layout of a global tensor, ``order`` the number of each source (by default
+    its place in :func:`sources_of`). Raises :class:`BadInputError` for a view that is no union of
+    boxes (a diagonal, a window that overlaps itself).
     """
-    order = {fqn: k for k, fqn in enumerate(sources_of(view))}
+    if order is None:
+        order = {fqn: k for k, fqn in enumerate(sources_of(view))}
+    numbers = {update: k for k, update in enumerate(products_of(view))}
     dims = tuple(
         Dim(n, d, s)
         for n, d, s in zip(view.shape, contiguous_strides(view.shape), view.strides, strict=True)
     )
     moves: list[Move] = []
     if all(d.size for d in dims):
-        _lower(_Region(dims, 0, view.offset), view, (), order, layout_of, moves)
+        _lower(_Region(dims, 0, view.offset), view, (), order, numbers, layout_of, moves)
     moves.sort(key=lambda m: m.dst_offset)
     return moves
 
@@ -103,7 +158,8 @@ def _lower(
     region: _Region,
     view: View,
     outer_ops: tuple[Op, ...],
-    order: dict[str, int],
+    order: Mapping[str, int],
+    numbers: Mapping[AddProduct, int],
     layout_of: Callable[[str], ShardLayout],
     moves: list[Move],
 ) -> None:
@@ -115,13 +171,47 @@ def _lower(
             region, base.shape, layout.boxes, layout.strides, layout.storage_offsets
         ):
             dims = merge_dims(piece.dims)
-            moves.append(Move(order[base.fqn], j, piece.dst_offset, piece.src_offset, dims, ops))
+            placed = tuple(_placed(op, numbers, layout, j) for op in ops)
+            moves.append(Move(order[base.fqn], j, piece.dst_offset, piece.src_offset, dims, placed))
         return
     boxes = [p.box for p in base.parts]
     strides = [p.view.strides for p in base.parts]
     offsets = [p.view.offset for p in base.parts]
     for j, piece in _cut_by_boxes(region, base.shape, boxes, strides, offsets):
-        _lower(piece, base.parts[j].view, ops, order, layout_of, moves)
+        _lower(piece, base.parts[j].view, ops, order, numbers, layout_of, moves)
+
+
+def _placed(op: Op, numbers: Mapping[AddProduct, int], layout: ShardLayout, shard: int) -> MoveOp:
+    if not isinstance(op, AddProduct):
+        return op
+    (row, column), (rows, columns) = layout.boxes[shard].offsets, layout.boxes[shard].sizes
+    row_step, column_step = layout.strides[shard]
+    # A dimension of one element may carry any stride: give it one that no step can reach.
+    if columns == 1:
+        column_step = 1 if row_step > 1 or rows == 1 else rows
+    if rows == 1:
+        row_step = columns * column_step
+    start = layout.storage_offsets[shard]
+    return ProductAt(numbers[op], start, row, column, row_step, column_step)
+
+
+def patches(dims: Sequence[Dim], src_offset: int, at: ProductAt) -> Iterator[Patch]:
+    """Yield the rectangles of the matrix that a walk over a shard's storage meets.
+
+    ``src_offset`` is the storage element at which the walk begins.
+    """
+    by_rows = at.row_step >= at.column_step
+    outer, inner = sorted((at.row_step, at.column_step), reverse=True)
+    first = src_offset - at.start
+    last = first + sum((d.size - 1) * d.src for d in dims)
+    region = _Region(tuple(dims), 0, first)
+    for axes, free, start, dst_offset in _to_axes(region, (last // outer + 1, outer)):
+        # ``inner`` is 1 but where a shard is a slice of a wider storage.
+        along = tuple(Dim(d.size, d.dst, d.src // inner) for d in axes[1])
+        across, (i, j) = tuple(axes[0]), (start[0], start[1] // inner)
+        if not by_rows:
+            along, across, i, j = across, along, j, i
+        yield Patch(across, along, tuple(free), at.row + i, at.column + j, dst_offset)
 
 
 def _cut_by_boxes(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -11,8 +12,51 @@ from streamconv.errors import UsageError
 
 Layout = Literal["hub", "memory"]
 DTypeChoice = Literal["keep", "auto", "bfloat16", "float16", "float32"]
+ValueHead = Literal["keep", "drop"]
+LoraMode = Literal["auto", "merge", "adapter", "both"]
 
 DEFAULT_SHARD_BYTES = 5 * 10**9
+
+
+def _check_choice(name: str, value: str, choices: object) -> None:
+    if value not in get_args(choices):
+        raise UsageError(
+            f"unknown {name}: {value!r}", expected="one of " + ", ".join(get_args(choices))
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class LoraOptions:
+    """What becomes of LoRA adapters.
+
+    ``mode``: ``merge`` into the base weights, ``adapter`` for a PEFT folder, ``both``; ``auto`` merges
+    where there are base weights. ``base``: a model folder to merge into, for a checkpoint that holds
+    the adapter alone. ``alpha``, ``rank``, ``rslora`` go before what the checkpoint says of itself.
+    ``allow_zero``: take an adapter that changes nothing.
+    """
+
+    mode: LoraMode = "auto"
+    base: Path | None = None
+    alpha: float | None = None
+    rank: int | None = None
+    rslora: bool = False
+    allow_zero: bool = False
+
+    def __post_init__(self) -> None:
+        _check_choice("--lora", self.mode, LoraMode)
+        if self.alpha is not None and not (0 < self.alpha < math.inf):
+            raise UsageError("--lora-alpha must be a positive number", found=str(self.alpha))
+        if self.rank is not None and self.rank < 1:
+            raise UsageError("--lora-rank must be 1 or more", found=str(self.rank))
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the options as plain data."""
+        return {**asdict(self), "base": str(self.base) if self.base else None}
+
+    @staticmethod
+    def from_json(data: dict[str, Any]) -> LoraOptions:
+        """Rebuild the options from :meth:`to_json`; what is missing takes its default."""
+        return LoraOptions(**{**data, "base": Path(data["base"]) if data.get("base") else None})
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +69,7 @@ class JobOptions:
     file; a tensor is never split. ``strict``: refuse tensors that the model does not know.
     ``hf_config``: a folder to take config, tokenizer and the other side files from. ``family``: whose
     rules turn Megatron's tensors into HuggingFace's; None means what config.json's model type says.
+    ``value_head``: whether the head that trl adds to a causal model is written.
     """
 
     layout: Layout = "hub"
@@ -35,16 +80,13 @@ class JobOptions:
     hf_config: Path | None = None
     model: str | None = None
     family: str | None = None
+    lora: LoraOptions = field(default_factory=LoraOptions)
+    value_head: ValueHead = "keep"
 
     def __post_init__(self) -> None:
-        for name, value, allowed in (
-            ("layout", self.layout, get_args(Layout)),
-            ("dtype", self.dtype, get_args(DTypeChoice)),
-        ):
-            if value not in allowed:
-                raise UsageError(
-                    f"unknown {name}: {value!r}", expected="one of " + ", ".join(allowed)
-                )
+        _check_choice("value head", self.value_head, ValueHead)
+        _check_choice("layout", self.layout, Layout)
+        _check_choice("dtype", self.dtype, DTypeChoice)
         if self.max_shard_bytes <= 0:
             raise UsageError("the shard size must be positive")
 
@@ -59,6 +101,8 @@ class JobOptions:
             "hf_config": str(self.hf_config) if self.hf_config else None,
             "model": self.model,
             "family": self.family,
+            "lora": self.lora.to_json(),
+            "value_head": self.value_head,
         }
 
     @staticmethod
@@ -73,6 +117,8 @@ class JobOptions:
             hf_config=Path(data["hf_config"]) if data["hf_config"] else None,
             model=data["model"],
             family=data.get("family"),
+            lora=LoraOptions.from_json(data.get("lora", {})),
+            value_head=data.get("value_head", "keep"),
         )
 
 

@@ -12,6 +12,7 @@ One line is one JSON object whose first key says what it is. The order is fixed:
       {"source": 3, "fqn": …, "files": […], …}    where a tensor's shards lie (one column each)
       {"pattern": 7, "moves": [[…], …]}           strided copies; shared by tensors cut alike
       {"tensor": …, "at": [begin, end], "sources": [3], "pattern": 7, "last": [3]}
+        (and "products": [[shape, rank, scale, left pattern, right pattern]], low-rank updates)
       {"tied": …, "same_as": …}                   dropped if its bytes equal those of another tensor
     {"end": digest, "lines": n}
 
@@ -26,17 +27,17 @@ from __future__ import annotations
 import json
 from array import array
 from collections.abc import Container, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 import xxhash
 
 from streamconv.boxes import Shape
-from streamconv.dtypes import BY_NAME, DType
+from streamconv.dtypes import BY_NAME, F32, DType
 from streamconv.errors import BadInputError
-from streamconv.lowering import Dim, Move
-from streamconv.recipe import AddScalar, Cast, Op
+from streamconv.lowering import Dim, Move, MoveOp, ProductAt
+from streamconv.recipe import AddScalar, Cast
 from streamconv.source import ShardTable, Skipped, SourceFile
 
 SCHEMA = 1
@@ -57,12 +58,28 @@ class PlannedSource:
 
 
 @dataclass(frozen=True, slots=True)
+class PlannedProduct:
+    """``scale * (left @ right)``, which is added to a matrix of ``shape``.
+
+    The moves make the float32 factors, C-contiguous, out of the tensor's sources: ``left`` of shape
+    (rows, ``rank``), ``right`` of shape (``rank``, columns).
+    """
+
+    shape: Shape
+    rank: int
+    scale: float
+    left: tuple[Move, ...]
+    right: tuple[Move, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class PlannedTensor:
     """One tensor of an output file.
 
     ``begin`` and ``end`` count bytes from the end of the file's header. ``last`` holds the indices
     (into ``sources``) of those that no later tensor of the plan draws from. ``same_as`` names the
-    tensor whose bytes this one repeats; such a tensor is compared and not written.
+    tensor whose bytes this one repeats; such a tensor is compared and not written. ``products`` are
+    what the moves' :class:`ProductAt` speak of.
     """
 
     name: str
@@ -74,11 +91,21 @@ class PlannedTensor:
     moves: tuple[Move, ...]
     last: tuple[int, ...] = ()
     same_as: str | None = None
+    products: tuple[PlannedProduct, ...] = ()
 
     @property
     def nbytes(self) -> int:
         """Return the bytes of the tensor in the output."""
         return self.end - self.begin
+
+    def factor(self, product: int, side: Literal["left", "right"]) -> PlannedTensor:
+        """Return a factor of one of the products as a tensor of its own, to be read like any other."""
+        p = self.products[product]
+        shape = (p.shape[0], p.rank) if side == "left" else (p.rank, p.shape[1])
+        moves = p.left if side == "left" else p.right
+        nbytes = shape[0] * shape[1] * F32.itemsize
+        name = f"{self.name} ({side} factor of its update)"
+        return PlannedTensor(name, F32, shape, 0, nbytes, self.sources, moves)
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +146,10 @@ class OutputFile:
 
 @dataclass(frozen=True, slots=True)
 class Totals:
-    """What a plan amounts to; sizes in bytes, dtypes as bytes per torch name."""
+    """What a plan amounts to; sizes in bytes, dtypes as bytes per torch name.
+
+    ``merged`` counts the tensors that an adapter is merged into.
+    """
 
     tensors: int
     parameters: int
@@ -128,6 +158,7 @@ class Totals:
     unverifiable_bytes: int
     source_dtypes: dict[str, int]
     output_dtypes: dict[str, int]
+    merged: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,11 +175,15 @@ class PlanHead:
     texts: tuple[TextFile, ...]
 
 
-def _op_to_json(op: Op) -> list[Any]:
+def _op_to_json(op: MoveOp) -> list[Any]:
+    if isinstance(op, ProductAt):
+        return ["product", *astuple(op)]
     return ["cast", op.dtype.name] if isinstance(op, Cast) else ["add", op.value]
 
 
-def _op_from_json(data: Sequence[Any]) -> Op:
+def _op_from_json(data: Sequence[Any]) -> MoveOp:
+    if data[0] == "product":
+        return ProductAt(*data[1:])
     return Cast(BY_NAME[data[1]]) if data[0] == "cast" else AddScalar(float(data[1]))
 
 
@@ -236,6 +271,11 @@ class PlanWriter:
             "pattern": self._pattern_id(tensor.moves),
             "last": tensor.last,
         }
+        if tensor.products:
+            line["products"] = [
+                [p.shape, p.rank, p.scale, self._pattern_id(p.left), self._pattern_id(p.right)]
+                for p in tensor.products
+            ]
         self._line(line)
 
     def _source_id(self, source: PlannedSource) -> int:
@@ -455,4 +495,8 @@ def _tensor_from_json(
         moves=patterns[data["pattern"]],
         last=tuple(data["last"]),
         same_as=data.get("same_as"),
+        products=tuple(
+            PlannedProduct(tuple(shape), rank, scale, patterns[left], patterns[right])
+            for shape, rank, scale, left, right in data.get("products", ())
+        ),
     )

@@ -18,10 +18,10 @@ from typing import Protocol
 from streamconv.boxes import Shape, contiguous_strides
 from streamconv.dtypes import BY_TORCH, DType
 from streamconv.errors import BadInputError, UsageError
-from streamconv.lowering import Move, lower, sources_of
+from streamconv.lowering import Move, lower, products_of, sources_of
 from streamconv.options import JobOptions, Layout
-from streamconv.plan import OutputFile, PlannedSource, PlannedTensor, PlanWriter
-from streamconv.recipe import Cast, Recipe, SourceRef, View
+from streamconv.plan import OutputFile, PlannedProduct, PlannedSource, PlannedTensor, PlanWriter
+from streamconv.recipe import AddProduct, Cast, Op, Recipe, SourceRef, View
 from streamconv.sizes import format_size
 from streamconv.source import Checkpoint, GlobalTensor, ShardLayout, Skipped
 
@@ -46,6 +46,12 @@ class Model(Protocol):
 
     def keep_fp32(self, name: str, target: DType) -> bool:
         """Whether the library keeps a tensor in float32 when it loads as ``target``."""
+
+    def hub_name(self, name: str) -> str | None:
+        """Return what the Hub calls a tensor that keeps its elements in place; None for others."""
+
+    def holds_transposed(self, module: str) -> bool | None:
+        """Whether a module's weight is (in, out); None where there is no such module."""
 
     def recipes(
         self, tensors: Mapping[str, tuple[Shape, DType]], layout: Layout = "hub"
@@ -158,9 +164,12 @@ def with_dtypes(
 ) -> list[Recipe]:
     """Return the recipes with the casts that ``--dtype`` asks for.
 
-    Only F64, F32, F16 and BF16 are cast; tensors that match ``keep_dtype`` or that transformers
-    keeps in float32 are left alone. Raises for a dtype that safetensors cannot hold.
+    Only F64, F32, F16 and BF16 are cast; tensors that match ``keep_dtype``, that transformers keeps in
+    float32, or that scale quantised weights are left alone. Raises for a dtype that safetensors
+    cannot hold.
     """
+    recipes = list(recipes)
+    quantised = {r.name.rpartition(".")[0] for r in recipes if _is_quantised(r)}
     target = None
     if options.dtype == "auto":
         if declared is None:
@@ -180,6 +189,8 @@ def with_dtypes(
                 hint="remove the tensor from the checkpoint, or store it as another type",
             )
         kept = any(fnmatch.fnmatchcase(r.name, p) for p in options.keep_dtype)
+        module, _, leaf = r.name.rpartition(".")
+        kept = kept or ("scale" in leaf and module in quantised)
         if (
             target is not None
             and r.dtype.castable
@@ -191,6 +202,11 @@ def with_dtypes(
             r = Recipe(r.name, target, view)
         result.append(r)
     return result
+
+
+def _is_quantised(r: Recipe) -> bool:
+    """Whether a tensor holds weights in a type that means nothing without scales."""
+    return r.dtype.name.startswith("F8") or (r.dtype.name in ("I8", "U8") and "weight" in r.name)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -218,7 +234,13 @@ def decide_ties(
         if a is None or b is None:
             continue
         ta, tb = _whole_source(a, tensors), _whole_source(b, tensors)
-        if ta is None or tb is None or a.dtype != b.dtype or ta.layout != tb.layout:
+        if (
+            ta is None
+            or tb is None
+            or a.dtype != b.dtype
+            or a.view.ops != b.view.ops
+            or ta.layout != tb.layout
+        ):
             ties.kept[alias] = kept
         elif ta.shards.files == tb.shards.files and ta.shards.starts == tb.shards.starts:
             ties.dropped[alias] = kept
@@ -287,6 +309,16 @@ def shard(
     return result
 
 
+def single_file(name: str, recipes: Sequence[Recipe]) -> tuple[OutputFile, list[Placed]]:
+    """Lay out all of ``recipes`` in one file, whatever its size."""
+    placed: list[Placed] = []
+    at = 0
+    for r in sorted(recipes, key=lambda r: -r.dtype.itemsize):
+        placed.append(Placed(r, at, at + _nbytes(r)))
+        at += _nbytes(r)
+    return _output_file(name, placed, at), placed
+
+
 def _nbytes(r: Recipe) -> int:
     return math.prod(r.view.shape) * r.dtype.itemsize
 
@@ -346,10 +378,7 @@ class Lowerer:
         view = placed.recipe.view
         fqns = sources_of(view)
         numbers = {fqn: k for k, fqn in enumerate(fqns)}
-        key = self._key(view, numbers)
-        moves = self._cache.get(key)
-        if moves is None:
-            moves = self._cache[key] = tuple(lower(view, self._layout))
+        moves = self._lowered(view, numbers)
         return PlannedTensor(
             name=placed.recipe.name,
             dtype=placed.recipe.dtype,
@@ -362,7 +391,24 @@ class Lowerer:
             moves=moves,
             last=tuple(k for k, f in enumerate(fqns) if f in last),
             same_as=placed.same_as,
+            products=tuple(
+                PlannedProduct(
+                    (product.left.shape[0], product.right.shape[1]),
+                    product.rank,
+                    product.scale,
+                    self._lowered(product.left, numbers),
+                    self._lowered(product.right, numbers),
+                )
+                for product in products_of(view)
+            ),
         )
+
+    def _lowered(self, view: View, numbers: Mapping[str, int]) -> tuple[Move, ...]:
+        key = self._key(view, numbers)
+        moves = self._cache.get(key)
+        if moves is None:
+            moves = self._cache[key] = tuple(lower(view, self._layout, numbers))
+        return moves
 
     def _layout(self, fqn: str) -> ShardLayout:
         return self._tensors[fqn].layout
@@ -376,7 +422,13 @@ class Lowerer:
                 view.base.shape,
                 tuple((p.box, self._key(p.view, numbers)) for p in view.base.parts),
             )
-        return view.shape, view.strides, view.offset, view.ops, base
+        ops = tuple(self._op_key(op, numbers) for op in view.ops)
+        return view.shape, view.strides, view.offset, ops, base
+
+    def _op_key(self, op: Op, numbers: Mapping[str, int]) -> object:
+        if not isinstance(op, AddProduct):
+            return op
+        return self._key(op.left, numbers), self._key(op.right, numbers), op.scale
 
 
 def write_sections(

@@ -3,7 +3,8 @@
 A :class:`View` is what a view of a torch meta tensor is: a shape, element strides and an element
 offset into a C-contiguous base. The base is a global tensor of the checkpoint or a :class:`Gather`,
 the result of an op that copies (cat, stack, clone, a reshape that cannot be a view): a tensor whose
-parts are again views. Elementwise ops commute with both, so they ride along on the view.
+parts are again views. Elementwise ops commute with both, so they ride along on the view. A low-rank
+update (LoRA) is elementwise, too, once it is known where in its matrix an element lies.
 """
 
 from __future__ import annotations
@@ -28,7 +29,27 @@ class AddScalar:
     value: float
 
 
-Op = Cast | AddScalar
+@dataclass(frozen=True, slots=True)
+class AddProduct:
+    """Add to each element of a matrix the element of ``scale * (left @ right)`` at its place.
+
+    The first op of a view whose base is the matrix, a global tensor of rank 2. ``left`` has the
+    matrix's rows and ``rank`` columns, ``right`` has ``rank`` rows and the matrix's columns; both
+    come as float32. Everything is computed in float32, the product as ``((l0*r0 + l1*r1) + …)``, each
+    step rounded: the bits depend on neither tiles, threads nor CPU. The next op rounds the sum once.
+    """
+
+    left: View
+    right: View
+    scale: float
+
+    @property
+    def rank(self) -> int:
+        """Return the number of terms of each element of the product."""
+        return self.left.shape[1]
+
+
+Op = Cast | AddScalar | AddProduct
 
 
 @dataclass(frozen=True, slots=True)

@@ -87,10 +87,13 @@ def _tensor(path: Path, name: str, entry: dict[str, Any], base: int) -> FileTens
     return FileTensor(name, path, dtype, shape, base + begin, base + end)
 
 
-def read_folder(folder: Path) -> dict[str, FileTensor]:
-    """Return all tensors of a model folder; raises where a name occurs in two files."""
+def read_folder(folder: Path, *, nested: bool = False) -> dict[str, FileTensor]:
+    """Return all tensors of a model folder; raises where a name occurs in two files.
+
+    ``nested``: those of its sub-folders (an adapter's), too.
+    """
     found: dict[str, FileTensor] = {}
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in sorted((folder.rglob if nested else folder.glob)("*.safetensors")):
         for name, tensor in read_header(path).items():
             if name in found:
                 raise BadInputError(

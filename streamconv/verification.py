@@ -92,9 +92,9 @@ def verify_output(folder: Path) -> Report:
     ]
     if not report.passed:
         return report
-    tensors = read_folder(folder)
-    _compare_headers(tensors, manifest["tensors"], report)
-    _check_index(folder, tensors, report)
+    tensors = read_folder(folder, nested=True)
+    _compare_headers(folder, tensors, manifest["tensors"], report)
+    _check_index(folder, {n: t for n, t in tensors.items() if t.path.parent == folder}, report)
     _check_side_files(folder, manifest, report)
     for name, tensor in tensors.items():
         found = _hash_tensor(tensor)
@@ -105,20 +105,21 @@ def verify_output(folder: Path) -> Report:
 
 
 def _compare_headers(
-    tensors: dict[str, FileTensor], listed: dict[str, Any], report: Report
+    folder: Path, tensors: dict[str, FileTensor], listed: dict[str, Any], report: Report
 ) -> None:
     report.problems += [f"{n}: in the manifest, in no file" for n in listed if n not in tensors]
     for name, tensor in tensors.items():
         entry = listed.get(name)
+        file = tensor.path.relative_to(folder).as_posix()
         if entry is None:
-            report.problems.append(f"{name}: in {tensor.path.name}, not in the manifest")
-        elif (tensor.dtype.name, list(tensor.shape), tensor.path.name) != (
+            report.problems.append(f"{name}: in {file}, not in the manifest")
+        elif (tensor.dtype.name, list(tensor.shape), file) != (
             entry["dtype"],
             entry["shape"],
             entry["file"],
         ):
             report.problems.append(
-                f"{name}: {tensor.dtype.name} {list(tensor.shape)} in {tensor.path.name}, the manifest "
+                f"{name}: {tensor.dtype.name} {list(tensor.shape)} in {file}, the manifest "
                 f"says {entry['dtype']} {entry['shape']} in {entry['file']}"
             )
 
@@ -192,15 +193,21 @@ def verify_source(folder: Path, src: Path, *, max_mem_bytes: int | None = None) 
     manifest = read_manifest(folder)
     if manifest is None:
         raise BadInputError(f"no {MANIFEST} here", where=str(folder))
-    job = JobOptions.from_json({"hf_config": None, "model": None, **manifest["job"]["options"]})
+    options: dict[str, Any] = {"hf_config": None, "model": None, **manifest["job"]["options"]}
+    if base := manifest["job"].get("base"):
+        options["lora"] = {**options["lora"], "base": base}
+    job = JobOptions.from_json(options)
     budget = max_mem_bytes or budgets.available_bytes()[0]
     report = Report()
-    tensors = read_folder(folder)
+    tensors = read_folder(folder, nested=True)
     with tempfile.TemporaryDirectory(prefix="streamconv-") as scratch, ExitStack() as stack:
         plan = make_plan(src, job, Path(scratch) / "plan.jsonl", max_mem_bytes=budget)
         reader = stack.enter_context(SourceReader(Path(plan.head.root), plan.head.files))
         checks = RecordChecks(reader)
-        filler = WindowFiller(reader, checks, max_bytes=budgets.window_bytes(budget))
+        factors = budgets.factor_bytes(budget)
+        merging = budgets.merging_bytes(factors) if plan.head.totals.merged else 0
+        max_window = budgets.window_bytes(budget, merging)
+        filler = WindowFiller(reader, checks, max_bytes=max_window, factor_bytes=factors)
         stack.callback(filler.close)
         streams: dict[Path, IO[bytes]] = {}
         seen: set[str] = set()

@@ -68,6 +68,8 @@ def test_folder(made: Made) -> None:
             expected |= {path.name.replace("model", kind) for path in rank_files(made)}
     if recipe.lora:
         expected.add("lora_train_meta.json")
+    if recipe.adapter:
+        expected.add("lora_adapter")
     assert files == expected
     config = json.loads((made.source / "huggingface" / "config.json").read_text())
     assert config["architectures"]

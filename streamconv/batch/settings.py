@@ -29,7 +29,7 @@ from streamconv.batch.schedule import Schedule, parse_schedule
 from streamconv.batch.selection import Filter, Steps, namer, parse_steps
 from streamconv.durations import parse_duration
 from streamconv.errors import BadInputError, UsageError
-from streamconv.options import DTypeChoice, JobOptions, Layout
+from streamconv.options import DTypeChoice, JobOptions, Layout, LoraMode, LoraOptions, ValueHead
 from streamconv.sizes import parse_size
 
 
@@ -86,6 +86,13 @@ class RunSettings(_Strict):
     strict: bool = False
     hf_config: Path | None = None
     family: str | None = None
+    lora: LoraMode = "auto"
+    base: Path | None = None
+    lora_alpha: Annotated[float, Field(gt=0)] | None = None
+    lora_rank: PositiveInt | None = None
+    lora_rslora: bool = False
+    allow_zero_delta: bool = False
+    value_head: ValueHead = "keep"
     overwrite: bool = False
 
     @property
@@ -109,6 +116,15 @@ class RunSettings(_Strict):
             strict=self.strict,
             hf_config=self.hf_config,
             family=self.family,
+            lora=LoraOptions(
+                self.lora,
+                self.base,
+                self.lora_alpha,
+                self.lora_rank,
+                self.lora_rslora,
+                self.allow_zero_delta,
+            ),
+            value_head=self.value_head,
         )
 
 

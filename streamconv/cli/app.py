@@ -9,9 +9,10 @@ import typer
 
 from streamconv._version import __version__
 from streamconv.cli.output import columns, say, say_json
+from streamconv.cli.verl import app as verl_app
 
 if TYPE_CHECKING:
-    from streamconv.options import DTypeChoice, Layout
+    from streamconv.options import DTypeChoice, Layout, LoraMode, ValueHead
 
 app = typer.Typer(
     add_completion=False,
@@ -79,7 +80,42 @@ HfConfig = Annotated[
 ]
 Model = Annotated[
     str | None,
-    typer.Option("--model", metavar="NAME", help="Which model of a step folder: actor, critic."),
+    typer.Option(
+        "--model", metavar="NAME", help="Which model of a step folder: actor, critic, or all."
+    ),
+]
+Lora = Annotated[
+    str,
+    typer.Option(
+        "--lora",
+        metavar="MODE",
+        help="LoRA adapters: merge, adapter (a PEFT folder), both; auto merges where base weights are.",
+    ),
+]
+Base = Annotated[
+    Path | None,
+    typer.Option(
+        "--base", metavar="DIR", help="Merge a checkpoint of adapters alone into this model folder."
+    ),
+]
+LoraAlpha = Annotated[
+    float | None,
+    typer.Option("--lora-alpha", metavar="N", help="The lora_alpha that it was trained with."),
+]
+LoraRank = Annotated[
+    int | None, typer.Option("--lora-rank", metavar="N", help="The rank that it must have.")
+]
+LoraRslora = Annotated[
+    bool, typer.Option("--lora-rslora", help="Scale by alpha / sqrt(rank), as rsLoRA does.")
+]
+ValueHeadOption = Annotated[
+    str,
+    typer.Option(
+        "--value-head", metavar="KEEP", help="keep or drop the v_head that trl adds to a model."
+    ),
+]
+AllowZeroDelta = Annotated[
+    bool, typer.Option("--allow-zero-delta", help="Take an adapter that changes nothing.")
 ]
 FamilyOption = Annotated[
     str | None,
@@ -110,6 +146,15 @@ Report = Annotated[
     Path | None,
     typer.Option("--report", metavar="FILE", help="Write an HTML page about it."),
 ]
+UploadPath = Annotated[
+    str | None,
+    typer.Option(
+        "--hf-upload-path",
+        metavar="ORG/NAME",
+        help="Upload the output to the HuggingFace Hub, once it is verified.",
+    ),
+]
+Private = Annotated[bool, typer.Option("--private", help="Upload into a private repository only.")]
 Json = Annotated[bool, typer.Option("--json", help="JSON on stdout, for programs.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
@@ -119,6 +164,9 @@ def _version(value: bool) -> None:
     if value:
         say(f"streamconv {__version__}")
         raise typer.Exit
+
+
+app.add_typer(verl_app, name="verl")
 
 
 @app.callback()
@@ -146,6 +194,13 @@ def convert(
     hf_config: HfConfig = None,
     model: Model = None,
     family: FamilyOption = None,
+    lora: Lora = "auto",
+    base: Base = None,
+    lora_alpha: LoraAlpha = None,
+    lora_rank: LoraRank = None,
+    lora_rslora: LoraRslora = False,
+    allow_zero_delta: AllowZeroDelta = False,
+    value_head: ValueHeadOption = "keep",
     overwrite: Overwrite = False,
     no_sync: NoSync = False,
     direct: Direct = False,
@@ -153,37 +208,43 @@ def convert(
     checksum: Checksum = None,
     io_threads: IoThreads = 1,
     report: Report = None,
+    hf_upload_path: UploadPath = None,
+    private: Private = False,
     json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
     """Convert the checkpoint SRC into the HuggingFace folder DST."""
-    from streamconv import api
-    from streamconv.cli.progress import listen, summarize
+    from streamconv.cli.conversion import convert as run_conversion
 
-    with listen(json=json, quiet=quiet) as on_event:
-        result = api.convert(
-            src,
-            dst,
-            max_mem=max_mem,
-            layout=cast("Layout", layout),
-            dtype=cast("DTypeChoice", dtype),
-            keep_dtype=keep_dtype or (),
-            max_shard_size=max_shard_size,
-            strict=strict,
-            hf_config=hf_config,
-            model=model,
-            family=family,
-            overwrite=overwrite,
-            sync=not no_sync,
-            direct=direct,
-            source_crc=not no_source_crc,
-            checksum=checksum,
-            io_threads=io_threads,
-            on_event=on_event,
-            report=report,
-        )
-    summarize(result, json=json, quiet=quiet)
+    options = {
+        "max_mem": max_mem,
+        "layout": layout,
+        "dtype": dtype,
+        "keep_dtype": keep_dtype or (),
+        "max_shard_size": max_shard_size,
+        "strict": strict,
+        "hf_config": hf_config,
+        "model": model,
+        "family": family,
+        "lora": lora,
+        "base": base,
+        "lora_alpha": lora_alpha,
+        "lora_rank": lora_rank,
+        "lora_rslora": lora_rslora,
+        "allow_zero_delta": allow_zero_delta,
+        "value_head": value_head,
+        "overwrite": overwrite,
+        "sync": not no_sync,
+        "direct": direct,
+        "source_crc": not no_source_crc,
+        "checksum": checksum,
+        "io_threads": io_threads,
+        "report": report,
+    }
+    run_conversion(
+        src, dst, options, json=json, quiet=quiet, upload_to=hf_upload_path, private=private
+    )
 
 
 @app.command()
@@ -205,6 +266,13 @@ def plan(
     hf_config: HfConfig = None,
     model: Model = None,
     family: FamilyOption = None,
+    lora: Lora = "auto",
+    base: Base = None,
+    lora_alpha: LoraAlpha = None,
+    lora_rank: LoraRank = None,
+    lora_rslora: LoraRslora = False,
+    allow_zero_delta: AllowZeroDelta = False,
+    value_head: ValueHeadOption = "keep",
     json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -223,6 +291,13 @@ def plan(
         hf_config=hf_config,
         model=model,
         family=family,
+        lora=cast("LoraMode", lora),
+        base=base,
+        lora_alpha=lora_alpha,
+        lora_rank=lora_rank,
+        lora_rslora=lora_rslora,
+        allow_zero_delta=allow_zero_delta,
+        value_head=cast("ValueHead", value_head),
         output=output,
     )
     report = plan_report(made, dst, api.memory_bytes(max_mem))

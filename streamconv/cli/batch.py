@@ -10,6 +10,8 @@ from typing import Annotated, Any
 import typer
 
 from streamconv.cli.app import (
+    AllowZeroDelta,
+    Base,
     Checksum,
     Debug,
     Direct,
@@ -20,6 +22,10 @@ from streamconv.cli.app import (
     Json,
     KeepDType,
     LayoutOption,
+    Lora,
+    LoraAlpha,
+    LoraRank,
+    LoraRslora,
     MaxMem,
     MaxShard,
     Model,
@@ -29,6 +35,7 @@ from streamconv.cli.app import (
     Quiet,
     Report,
     Strict,
+    ValueHeadOption,
     app,
 )
 from streamconv.cli.output import say, say_json, tell
@@ -121,6 +128,13 @@ def batch(
     strict: Strict = False,
     hf_config: HfConfig = None,
     family: FamilyOption = None,
+    lora: Lora = "auto",
+    base: Base = None,
+    lora_alpha: LoraAlpha = None,
+    lora_rank: LoraRank = None,
+    lora_rslora: LoraRslora = False,
+    allow_zero_delta: AllowZeroDelta = False,
+    value_head: ValueHeadOption = "keep",
     overwrite: Overwrite = False,
     no_sync: NoSync = False,
     direct: Direct = False,

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-COMMANDS = frozenset({"convert", "plan", "run", "verify", "inspect", "doctor", "batch", "status"})
+COMMANDS = frozenset(
+    {"convert", "plan", "run", "verify", "inspect", "doctor", "batch", "status", "verl"}
+)
 # Options followed by a value: what must not be mistaken for the command. A test holds this against
 # what the commands declare.
 VALUE_OPTIONS = frozenset(
@@ -17,6 +19,12 @@ VALUE_OPTIONS = frozenset(
         "--family",
         "--hf-config",
         "--model",
+        "--lora",
+        "--base",
+        "--lora-alpha",
+        "--lora-rank",
+        "--value-head",
+        "--hf-upload-path",
         "--checksum",
         "--io-threads",
         "--output",

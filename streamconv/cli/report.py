@@ -27,7 +27,12 @@ def plan_report(plan: Plan, dst: Path | None, budget_bytes: int | None = None) -
     With ``dst`` both disks are measured for a moment; ``budget_bytes`` is what the user chose.
     """
     from streamconv.api import disk_free_bytes
-    from streamconv.budget import available_bytes, smallest_convert_bytes, smallest_run_bytes
+    from streamconv.budget import (
+        available_bytes,
+        merging_bytes,
+        smallest_convert_bytes,
+        smallest_run_bytes,
+    )
     from streamconv.forecast import forecast
 
     head = plan.head
@@ -49,7 +54,7 @@ def plan_report(plan: Plan, dst: Path | None, budget_bytes: int | None = None) -
         "disk_free_bytes": disk_free_bytes(dst) if dst is not None else None,
         "memory": {
             "smallest_convert_bytes": smallest_convert_bytes(),
-            "smallest_run_bytes": smallest_run_bytes(),
+            "smallest_run_bytes": smallest_run_bytes(merging_bytes() if head.totals.merged else 0),
             "default_budget_bytes": available,
             "default_budget_from": limit,
         },

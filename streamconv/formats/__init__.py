@@ -63,11 +63,7 @@ def find_model(path: Path, model: str | None = None) -> Location:
     here = detect(path)
     if here and model is None:
         return here
-    found = {
-        p.name: loc
-        for p in sorted(path.iterdir())
-        if p.is_dir() and not _STEP.fullmatch(p.name) and (loc := detect(p))
-    }
+    found = _in_folders(path)
     if model in found:
         return found[model]
     if model is not None and (found or not _steps(path)):
@@ -83,9 +79,25 @@ def find_model(path: Path, model: str | None = None) -> Location:
             f"{len(found)} models to choose from",
             where=str(path),
             found=", ".join(found),
-            hint=f"say which: --model {next(iter(found))}",
+            hint=f"say which: --model {'|'.join(found)}, or --model all",
         )
     return _in_run(path, model)
+
+
+def model_names(path: Path) -> tuple[str, ...]:
+    """Return the names of the models to choose from (actor, critic); none where ``path`` is a model."""
+    if not path.is_dir() or detect(path):
+        return ()
+    steps = _steps(path)
+    return tuple(_in_folders(path) or (_in_folders(steps[0]) if len(steps) == 1 else ()))
+
+
+def _in_folders(path: Path) -> dict[str, Location]:
+    return {
+        p.name: loc
+        for p in sorted(path.iterdir())
+        if p.is_dir() and not _STEP.fullmatch(p.name) and (loc := detect(p))
+    }
 
 
 def _in_run(path: Path, model: str | None) -> Location:

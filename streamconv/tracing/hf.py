@@ -154,6 +154,26 @@ class MetaModel:
             if alias in hub and kept in hub:
                 yield hub[alias], hub[kept]
 
+    def hub_name(self, name: str) -> str | None:
+        """Return what the Hub calls the tensor that is ``name`` in memory, in this release or another.
+
+        None for a tensor that the model does not have, or that is converted and not merely renamed.
+        """
+        for candidate in (name, self._rename(name)):
+            group = (
+                self._groups[self._by_memory[candidate]] if candidate in self._by_memory else None
+            )
+            if group is not None and not group.converted:
+                return group.hub[0]
+        return None
+
+    def holds_transposed(self, module: str) -> bool | None:
+        """Whether a module's weight is (in, out), as GPT-2's are; None where there is none."""
+        try:
+            return type(self._model.get_submodule(module)).__name__ == "Conv1D"
+        except AttributeError:
+            return None
+
     # --- recipes ------------------------------------------------------------------------------
 
     def recipes(

@@ -78,6 +78,8 @@ class Recipe:
     """Save nn.Parameter objects (``state_dict(keep_vars=True)``), not bare tensors."""
     lora: Literal["", "all", "only"] = ""
     """Adapters beside the base model's weights, or the adapters' weights alone."""
+    adapter: Literal["", "dora", "saved", "rslora", "embedding"] = ""
+    """DoRA; lm_head trained whole (modules_to_save); rsLoRA's scale; the embedding adapted, too."""
     cuda: Literal["", "mesh", "all"] = ""
     """Files as GPUs write them: verl's FSDP1 offloads first, so only its mesh says cuda; FSDP2
     says it everywhere, and so does a ShardedTensor that was not offloaded."""
@@ -97,7 +99,8 @@ class Recipe:
     @property
     def model_key(self) -> str:
         """What tells apart the unsharded models that recipes start from."""
-        return "-".join(filter(None, (self.arch, self.dtype, self.buffers, self.lora and "lora")))
+        lora = self.lora and f"lora{self.adapter}"
+        return "-".join(filter(None, (self.arch, self.dtype, self.buffers, lora)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +131,10 @@ def _recipes() -> Iterator[Recipe]:
     yield Recipe(name="plain-parameters", world=2, shard="whole", parameters=True)
     for arch in ("llama", "qwen2_moe", "mixtral", "deepseek_v3", "gpt_oss", "gemma3"):
         yield Recipe(name=f"fsdp2-{arch}", world=2, shard="fsdp2", arch=arch, dtype="bfloat16")
+
+    for arch in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl"):
+        yield Recipe(name=f"fsdp2-{arch}", world=2, shard="fsdp2", arch=arch, dtype="bfloat16")
+    yield Recipe(name="fsdp1-qwen2_5_vl", world=2, shard="fsdp1", arch="qwen2_5_vl")
 
     yield Recipe(name="fsdp2-w3", world=3, shard="fsdp2", dcp=True)
 
@@ -172,6 +179,21 @@ def _recipes() -> Iterator[Recipe]:
     yield Recipe(name="fsdp2-lora", world=4, shard="fsdp2", lora="all")
     yield Recipe(name="fsdp2-lora-bf16", world=4, shard="fsdp2", dtype="bfloat16", lora="all")
     yield Recipe(name="fsdp2-lora-only", world=4, shard="fsdp2", lora="only")
+    yield Recipe(name="fsdp1-lora", world=2, shard="fsdp1", lora="all")
+    yield Recipe(name="fsdp1-lora-only", world=2, shard="fsdp1", lora="only")
+    yield Recipe(
+        name="fsdp2-lora-tied",
+        world=2,
+        shard="fsdp2",
+        arch="tied",
+        lora="all",
+        adapter="embedding",
+    )
+    for adapter in ("dora", "saved", "rslora", "embedding"):
+        yield Recipe(
+            name=f"fsdp2-lora-{adapter}", world=2, shard="fsdp2", lora="all", adapter=adapter
+        )
+    yield Recipe(name="fsdp2-lora-conv1d", world=2, shard="fsdp2", arch="gpt2", lora="all")
     yield Recipe(name="plain-pieces", world=4, shard="pieces", fsdp_config=False)
 
     yield Recipe(name="fsdp2-tp-2x3", world=6, shard="fsdp2", mesh=(("fsdp", 2), ("tp", 3)))
@@ -292,8 +314,8 @@ def _prepare(recipe: Recipe, out: Path) -> nn.Module:
     truth, actor = out / "truth", out / "actor"
     truth.mkdir(parents=True)
     if recipe.lora:
-        trained = _add_lora(model)
-        _write_lora_truth(trained, truth, actor)
+        trained = _add_lora(model, recipe)
+        _write_lora_truth(trained, truth, actor, recipe)
     elif recipe.buffers != "complex128":  # safetensors has no such dtype
         model.save_pretrained(truth / "hf")
     if recipe.buffers != "complex128":
@@ -309,15 +331,22 @@ def _prepare(recipe: Recipe, out: Path) -> nn.Module:
     return trained
 
 
-def _add_lora(model: nn.Module) -> nn.Module:
+def _add_lora(model: nn.Module, recipe: Recipe) -> nn.Module:
     import peft
 
     from tests.makers import models
 
+    targets = ["q_proj", "v_proj", "o_proj", "up_proj"]
+    if recipe.arch == "gpt2":  # its Conv1D layers hold their weights transposed
+        targets = ["c_attn", "c_proj"]
     settings = peft.LoraConfig(
         r=LORA_RANK,
         lora_alpha=LORA_ALPHA,
-        target_modules=["q_proj", "v_proj", "o_proj", "up_proj"],
+        target_modules=[*targets, *(["embed_tokens"] if recipe.adapter == "embedding" else [])],
+        modules_to_save=["lm_head"] if recipe.adapter == "saved" else None,
+        use_dora=recipe.adapter == "dora",
+        use_rslora=recipe.adapter == "rslora",
+        fan_in_fan_out=recipe.arch == "gpt2",
         task_type="CAUSAL_LM",
     )
     adapted = peft.get_peft_model(model, settings)
@@ -325,18 +354,26 @@ def _add_lora(model: nn.Module) -> nn.Module:
     adapted.to(dtype)  # peft makes adapters of bf16 models in fp32
     with torch.no_grad():
         for name, tensor in adapted.named_parameters():
-            if "lora_" in name:  # a fresh lora_B is zero: merging it would prove nothing
+            if "lora_magnitude" in name:  # norms of rows: positive
+                tensor.copy_(tensor * 1.25)
+            elif "lora_" in name:  # a fresh lora_B is zero: merging it would prove nothing
                 tensor.copy_(models.values(name, tensor.shape, dtype) * 0.05)
+            elif "modules_to_save" in name:
+                tensor.copy_(models.values(name, tensor.shape, dtype))
     assert isinstance(adapted, nn.Module)
     return adapted
 
 
-def _write_lora_truth(adapted: Any, truth: Path, actor: Path) -> None:
+def _write_lora_truth(adapted: Any, truth: Path, actor: Path, recipe: Recipe) -> None:
     adapted.save_pretrained(truth / "adapter")
     copy.deepcopy(adapted).merge_and_unload().save_pretrained(truth / "hf")
     actor.mkdir(parents=True, exist_ok=True)
     meta = {"r": LORA_RANK, "lora_alpha": LORA_ALPHA, "task_type": "CAUSAL_LM"}
     (actor / "lora_train_meta.json").write_text(json.dumps(meta))
+    if recipe.adapter:  # as verl saves the adapter beside the rank files
+        folder = actor / "lora_adapter"
+        folder.mkdir()
+        shutil.copy(truth / "adapter" / "adapter_config.json", folder)
 
 
 def _keep_adapters_only(truth: Path) -> None:
@@ -518,7 +555,8 @@ SHARDERS: dict[str, Callable[[nn.Module, DeviceMesh, Recipe], State]] = {
 
 def _layers(model: nn.Module) -> list[nn.Module]:
     """The transformer's blocks, which verl wraps one by one."""
-    return [module for module in model.modules() if type(module).__name__.endswith("DecoderLayer")]
+    ends = ("DecoderLayer", "GPT2Block")
+    return [module for module in model.modules() if type(module).__name__.endswith(ends)]
 
 
 def _placement(parameter: nn.Parameter, world: int) -> Shard:

@@ -59,19 +59,26 @@ def make_large(
     dtype: torch.dtype = torch.float32,
     hidden_size: int | None = None,
     vocab_size: int | None = None,
+    lora_rank: int = 0,
 ) -> LargeMade:
     """Write about ``total_bytes`` of weights as ``world`` rank files under ``out``/actor.
 
     A model has whole layers, so the bytes are met to within half of one. ``vocab_size`` makes
-    the embedding and the head larger or smaller than the default sixteenth each.
+    the embedding and the head larger or smaller than the default sixteenth each. With ``lora_rank``
+    every projection carries an adapter, beside it and under PEFT's names.
     """
     config = _config(total_bytes, dtype, hidden_size, vocab_size)
     with torch.device("meta"):
         model = transformers.Qwen2ForCausalLM(config)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    if lora_rank:
+        shapes = _with_adapters(shapes, lora_rank)
     made = LargeMade(out / "actor", shapes, dtype)
 
     made.source.mkdir(parents=True)
+    if lora_rank:
+        meta = {"r": lora_rank, "lora_alpha": 2 * lora_rank, "task_type": "CAUSAL_LM"}
+        (made.source / "lora_train_meta.json").write_text(json.dumps(meta))
     config.architectures = ["Qwen2ForCausalLM"]
     config.dtype = dtype
     config.save_pretrained(made.source / "huggingface")
@@ -81,6 +88,20 @@ def make_large(
     for rank in range(world):
         _write_rank(made, rank, world)
     return made
+
+
+def _with_adapters(shapes: dict[str, tuple[int, ...]], rank: int) -> dict[str, tuple[int, ...]]:
+    found: dict[str, tuple[int, ...]] = {}
+    for name, shape in shapes.items():
+        module, _, leaf = f"base_model.model.{name}".rpartition(".")
+        if not module.endswith("_proj"):
+            found[f"{module}.{leaf}"] = shape
+            continue
+        found[f"{module}.base_layer.{leaf}"] = shape
+        if leaf == "weight":
+            found[f"{module}.lora_A.default.weight"] = (rank, shape[1])
+            found[f"{module}.lora_B.default.weight"] = (shape[0], rank)
+    return found
 
 
 def _config(

@@ -57,6 +57,22 @@ DEEPSEEK_V3: dict[str, Any] = {
     "v_head_dim": 12,
 }
 
+MROPE = {"type": "mrope", "mrope_section": [2, 2, 3]}
+VISION_IDS = {
+    "image_token_id": 505,
+    "video_token_id": 506,
+    "vision_start_token_id": 503,
+    "vision_end_token_id": 504,
+}
+VISUAL: dict[str, Any] = {
+    "depth": 2,
+    "hidden_size": 56,
+    "intermediate_size": 90,
+    "num_heads": 4,
+    "patch_size": 14,
+    "out_hidden_size": 56,
+}
+
 # architecture name → (config class, model class, settings beside COMMON)
 ARCHITECTURES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "dense": ("Qwen2Config", "Qwen2ForCausalLM", {}),
@@ -97,6 +113,54 @@ ARCHITECTURES: dict[str, tuple[str, str, dict[str, Any]]] = {
         "GptOssForCausalLM",
         {"num_local_experts": EXPERTS, "num_experts_per_tok": 2, "head_dim": 14},
     ),
+    "qwen2_vl": (
+        "Qwen2VLConfig",
+        "Qwen2VLForConditionalGeneration",
+        {
+            "text_config": {**COMMON, "rope_scaling": MROPE},
+            "vision_config": {"depth": 2, "embed_dim": 56, "hidden_size": 56, "num_heads": 4},
+            **VISION_IDS,
+        },
+    ),
+    "qwen2_5_vl": (
+        "Qwen2_5_VLConfig",
+        "Qwen2_5_VLForConditionalGeneration",
+        {
+            "text_config": {**COMMON, "rope_scaling": MROPE},
+            "vision_config": {**VISUAL, "fullatt_block_indexes": [1]},
+            **VISION_IDS,
+        },
+    ),
+    "qwen3_vl": (
+        "Qwen3VLConfig",
+        "Qwen3VLForConditionalGeneration",
+        {
+            "text_config": {**COMMON, "head_dim": 14},
+            "vision_config": {
+                **VISUAL,
+                "deepstack_visual_indexes": [0],
+                "num_position_embeddings": 16,
+            },
+            **VISION_IDS,
+        },
+    ),
+    "internvl": (
+        "InternVLConfig",
+        "InternVLForConditionalGeneration",
+        {
+            "text_config": {**COMMON, "model_type": "qwen2"},
+            "vision_config": {
+                "hidden_size": 56,
+                "intermediate_size": 90,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 4,
+                "image_size": [28, 28],
+                "patch_size": [14, 14],
+            },
+            "image_token_id": 505,
+        },
+    ),
+    "gpt2": ("GPT2Config", "GPT2LMHeadModel", {"n_embd": 56, "n_layer": 2, "n_head": 4}),
     "gemma3": (
         "Gemma3TextConfig",
         "Gemma3ForCausalLM",
@@ -125,7 +189,8 @@ COMPLEX128_BUFFERS: Buffers = {
 def config(arch: str, **overrides: Any) -> PreTrainedConfig:
     """The architecture's config; ``overrides`` replace single settings."""
     config_class, _, settings = ARCHITECTURES[arch]
-    made = getattr(transformers, config_class)(**{**COMMON, **settings, **overrides})
+    common = {} if "text_config" in settings else COMMON
+    made = getattr(transformers, config_class)(**{**common, **settings, **overrides})
     assert isinstance(made, PreTrainedConfig)
     return made
 

@@ -1,0 +1,190 @@
+"""What a LoRA checkpoint becomes: a merged model, a PEFT folder, or both."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from streamconv import adapter_config, adapters
+from streamconv.adapter_config import Settings
+from streamconv.adapters import Adapter
+from streamconv.errors import BadInputError, UsageError
+from streamconv.formats import safetensors_folder
+from streamconv.options import LoraOptions
+from streamconv.plan import SideFile, TextFile
+from streamconv.planner import Model
+from streamconv.recipe import Recipe
+from streamconv.source import Checkpoint, GlobalTensor, Skipped
+
+ADAPTER_FOLDER = "lora_adapter"
+_WEIGHTS = "adapter_model.safetensors"
+_CONFIG = "adapter_config.json"
+# Beside an adapter these would say that the folder is a model.
+_OF_A_MODEL = ("config.json", "generation_config.json")
+
+
+@dataclass(frozen=True, slots=True)
+class LoraPlan:
+    """A checkpoint's base weights and its adapter, and what is to become of them.
+
+    ``checkpoint`` holds the base weights under their own names, those of ``--base`` among them.
+    """
+
+    checkpoint: Checkpoint
+    adapter: Adapter
+    settings: Settings
+    merge: bool
+    hand_on: bool
+
+    @property
+    def folder(self) -> str:
+        """Return where in the output the adapter goes, empty or ending in a slash."""
+        return f"{ADAPTER_FOLDER}/" if self.merge else ""
+
+    def merged(self, recipes: list[Recipe], model: Model | None) -> list[Recipe]:
+        """Return the recipes of the model with the adapter merged in."""
+        base = self.checkpoint.tensors
+
+        def find(name: str) -> str | None:
+            if name in base or model is None:
+                return name if name in base else None
+            found = model.hub_name(name)
+            return found if found in base else None
+
+        made = adapters.updates(
+            self.adapter, self.settings, base, find, lambda m: self._turned(m, model)
+        )
+        return adapters.attach(recipes, made)
+
+    def _turned(self, module: str, model: Model | None) -> bool:
+        """Whether a module holds its weight as (in, out): as PEFT does, by the layer's class."""
+        known = model.holds_transposed(module) if model is not None else None
+        return self.settings.fan_in_fan_out if known is None else known
+
+    def tensors(self, base: Mapping[str, GlobalTensor]) -> dict[str, GlobalTensor]:
+        """Return ``base`` and the adapter's tensors, by FQN: all that the outputs draw from."""
+        parts = [*self.adapter.tensors.values()]
+        parts += self.adapter.saved.values() if self.hand_on else ()
+        return {**base, **{t.fqn: t for t in parts}}
+
+    def base_skipped(self) -> list[Skipped]:
+        """Return the base weights as what is left out where the adapter alone is written."""
+        return [
+            Skipped(n, "base weights (--lora merge or both gives the model)")
+            for n in self.checkpoint.tensors
+            if n not in self.adapter.saved
+        ]
+
+    def notices(self) -> list[str]:
+        """Return what a user should know of the adapter."""
+        s = self.settings
+        ranks = sorted({adapters.rank_of(t, self.adapter) for t in self.adapter.targets.values()})
+        what = f"LoRA of rank {', '.join(map(str, ranks))} on {len(self.adapter.targets)} modules"
+        what += f", lora_alpha {s.alpha:g} ({s.origin})" if s.alpha is not None else ""
+        done = {
+            (True, False): "merged into the base weights",
+            (False, True): "written as a PEFT adapter",
+            (True, True): f"merged into the base weights, and written to {ADAPTER_FOLDER}/",
+        }
+        return [f"{what}: {done[self.merge, self.hand_on]}"]
+
+    def config(self, model: Model | None) -> TextFile:
+        """Return the adapter's config for PEFT."""
+        known = [*self.checkpoint.tensors, *(model.state_shapes if model is not None else ())]
+        modules = {n.removesuffix(".weight") for n in known if n.endswith(".weight")}
+        ranks = {m: adapters.rank_of(t, self.adapter) for m, t in self.adapter.targets.items()}
+        saved = {name.rpartition(".")[0] for name in self.adapter.saved}
+        linear = (m for m, t in self.adapter.targets.items() if not t.embedding)
+        settings = dataclasses.replace(
+            self.settings, fan_in_fan_out=any(self._turned(m, model) for m in linear)
+        )
+        return adapter_config.config_file(self.folder + _CONFIG, settings, ranks, modules, saved)
+
+    @property
+    def weights_name(self) -> str:
+        """Return the output file of the adapter's tensors."""
+        return self.folder + _WEIGHTS
+
+    def side(self, side: list[SideFile]) -> list[SideFile]:
+        """Return the side files that belong to the output."""
+        return side if self.merge else [s for s in side if s.name not in _OF_A_MODEL]
+
+
+def adapter_inputs(root: Path, options: LoraOptions) -> list[tuple[str | int, ...]]:
+    """Return what else takes part in a job: the adapter's settings, and the base model's files.
+
+    The latter have no checksums to go by, hence their times.
+    """
+    found: list[tuple[str | int, ...]] = list(adapter_config.hashes(root))
+    if options.base is not None:
+        found += [
+            (Path(f.path).name, f.nbytes, f.directory_hash, f.mtime_ns)
+            for f in safetensors_folder.identify(options.base)
+        ]
+    return found
+
+
+def plan_lora(checkpoint: Checkpoint, options: LoraOptions) -> LoraPlan | None:
+    """Return what becomes of a checkpoint with an adapter; None where it has none.
+
+    Raises :class:`UsageError` for options that do not fit the checkpoint, :class:`BadInputError` for an
+    adapter that is damaged, that contradicts its settings, or that changes nothing.
+    """
+    if not adapters.has_adapter([*checkpoint.tensors, *checkpoint.undecided]):
+        _refuse_options(checkpoint, options)
+        return None
+    found, adapter = adapters.separate(checkpoint)
+    settings = adapters.settle(adapter_config.read_settings(checkpoint.root, options), adapter)
+    held = [m for m in adapter.targets if f"{m}.weight" in found.tensors]
+    if options.base is not None:
+        if held:
+            raise UsageError(
+                "--base is for a checkpoint without base weights; this one has them",
+                where=str(checkpoint.root),
+                found=f"{held[0]}.weight",
+            )
+        found = _with_base(found, adapter, options.base)
+    mode = options.mode
+    if mode == "auto":
+        mode = "merge" if held or options.base is not None else "adapter"
+    if mode != "adapter" and not held and options.base is None:
+        raise adapters.no_weight(next(iter(adapter.targets)))
+    plan = LoraPlan(found, adapter, settings, mode != "adapter", mode != "merge")
+    paths = [checkpoint.root / f.path for f in checkpoint.files]
+    if not options.allow_zero and adapters.changes_nothing(adapter, paths):
+        raise BadInputError(
+            "the adapter changes nothing: every lora_B is zero, as before the first step of training",
+            where=str(checkpoint.root),
+            found=f"{len(adapter.targets)} adapted modules",
+            hint="the checkpoint does not hold what was trained; --allow-zero-delta takes it as it is",
+        )
+    return plan
+
+
+def _refuse_options(checkpoint: Checkpoint, options: LoraOptions) -> None:
+    if options.mode != "auto" or options.base is not None:
+        option = "--base" if options.mode == "auto" else "--lora"
+        raise UsageError(
+            f"{option} is given, but this checkpoint has no adapter",
+            where=str(checkpoint.root),
+        )
+
+
+def _with_base(checkpoint: Checkpoint, adapter: Adapter, base: Path) -> Checkpoint:
+    files, tensors = safetensors_folder.read(base, len(checkpoint.files))
+    return dataclasses.replace(
+        checkpoint,
+        files=(*checkpoint.files, *files),
+        tensors={**tensors, **checkpoint.tensors},
+        side_dir=checkpoint.side_dir or base,
+        skipped=(
+            *checkpoint.skipped,
+            *(
+                Skipped(f"{base.name}/{n}", "trained anew: the checkpoint's own is taken")
+                for n in tensors
+                if n in adapter.saved
+            ),
+        ),
+    )

@@ -1,0 +1,83 @@
+"""Uploading a finished output to the HuggingFace Hub.
+
+The Hub keeps large files by their sha256 and takes none twice, so an upload that was cut off goes on
+where it stopped when it is made again. The token comes from where ``hf auth login`` puts it, or from
+``HF_TOKEN``; nothing here reads, prints or stores it.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from streamconv._version import __version__
+from streamconv.errors import StreamconvError, UsageError
+
+_REPO = re.compile(r"(?:[\w.-]{1,96}/)?[\w.-]{1,96}", re.ASCII)
+_AGAIN = "the same command again goes on: files that are there already are not sent twice"
+
+
+def check_upload(repo: str) -> None:
+    """Raise what would make :func:`upload` fail, before hours of work: a bad name, no token.
+
+    Raises :class:`UsageError`.
+    """
+    if not _REPO.fullmatch(repo) or ".." in repo or "--" in repo:
+        raise UsageError("this is no name of a repository", found=repo, expected="ORG/NAME")
+    # Xet's uploader takes gigabytes for its buffers; plain LFS streams a file. Read on import.
+    os.environ.setdefault("HF_HUB_DISABLE_XET", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    from huggingface_hub import constants, get_token
+
+    if constants.HF_HUB_OFFLINE:
+        raise UsageError("HF_HUB_OFFLINE is set: nothing can be uploaded")
+    if not get_token():
+        raise UsageError(
+            "there is no token for the Hub", hint="`hf auth login`, or set HF_TOKEN; then again"
+        )
+
+
+def upload(folder: Path, repo: str, *, private: bool = False) -> str:
+    """Upload a folder as the model repository ``repo``, made where it does not exist; return its URL.
+
+    With ``private`` a repository that is public already is refused. Raises :class:`UsageError` for
+    what the user can mend, :class:`StreamconvError` where the Hub or the network fails.
+    """
+    check_upload(repo)
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    api = HfApi(library_name="streamconv", library_version=__version__)
+    try:
+        url = api.create_repo(repo, private=private, repo_type="model", exist_ok=True)
+        if private and not api.repo_info(url.repo_id, repo_type="model").private:
+            raise UsageError(
+                "the repository is there already, and public",
+                where=repo,
+                hint="choose another name, or make it private first",
+            )
+        api.upload_folder(
+            repo_id=url.repo_id,
+            folder_path=folder,
+            repo_type="model",
+            ignore_patterns=[".*"],
+            commit_message=f"Upload with streamconv {__version__}",
+        )
+    except HfHubHTTPError as error:
+        status = error.response.status_code
+        hint = _AGAIN
+        if status in (401, 403):
+            hint = "the token must be allowed to write there: `hf auth whoami`, `hf auth login`"
+        raise StreamconvError(
+            "the Hub refused the upload", where=repo, found=f"HTTP {status}", hint=hint
+        ) from error
+    except UsageError:
+        raise
+    except Exception as error:
+        # Whatever the client's HTTP library raises: which one that is changes with its release. The
+        # message may hold a signed URL, so only the type is told.
+        raise StreamconvError(
+            "the upload was cut off", where=repo, found=type(error).__name__, hint=_AGAIN
+        ) from error
+    return str(url)

@@ -1,0 +1,132 @@
+"""A stand-in for the HuggingFace Hub: as much of its API as an upload needs, over plain HTTP."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import re
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+
+@dataclass
+class Hub:
+    """What was uploaded, and how the hub behaves.
+
+    ``large`` are contents by sha256, ``files`` those of the last commit by path, ``puts`` the sha256
+    of each large upload in order. ``refuse_put`` answers that many-th upload with 403, ``public``
+    says that the repository exists and is public, ``token`` is the only one that is let in.
+    """
+
+    url: str = ""
+    token: str = "hf_secret"
+    public: bool = False
+    refuse_put: int | None = None
+    repos: list[dict[str, Any]] = field(default_factory=list)
+    large: dict[str, bytes] = field(default_factory=dict)
+    files: dict[str, bytes] = field(default_factory=dict)
+    puts: list[str] = field(default_factory=list)
+    unknown: list[str] = field(default_factory=list)
+
+
+@contextmanager
+def running() -> Iterator[Hub]:
+    """Serve a hub on a free port of this machine."""
+    hub = Hub()
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_POST(self) -> None:
+            self._answer()
+
+        do_GET = do_PUT = do_HEAD = do_POST
+
+        def _answer(self) -> None:
+            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            path = self.path.partition("?")[0]
+            allowed = path.startswith("/put/") or self.headers.get("Authorization") == (
+                f"Bearer {hub.token}"
+            )
+            status, data = _respond(hub, self.command, path, body) if allowed else (401, {})
+            raw = json.dumps(data).encode()
+            self.send_response(status)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(raw)))
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(raw)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    hub.url = f"http://127.0.0.1:{server.server_port}"
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield hub
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def asks_for_private(asked: dict[str, Any]) -> bool:
+    """Whether a request for a repository wants it private, in the words of old clients or new."""
+    return asked.get("visibility") == "private" or asked.get("private") is True
+
+
+def _respond(hub: Hub, method: str, path: str, body: bytes) -> tuple[int, dict[str, Any]]:
+    if path == "/api/repos/create":
+        asked = json.loads(body)
+        hub.repos.append(asked)
+        name = f"{asked.get('organization') or 'me'}/{asked['name']}"
+        return 200, {"url": f"{hub.url}/{name}", "name": name, "id": name}
+    if method == "GET" and (
+        found := re.fullmatch(r"/api/models/([^/]+/[^/]+)(/revision/.*)?", path)
+    ):
+        private = not hub.public and bool(hub.repos) and asks_for_private(hub.repos[-1])
+        return 200, {"id": found[1], "private": private, "siblings": [], "sha": "0" * 40}
+    if re.fullmatch(r"/api/models/.*/preupload/main", path):
+        return 200, {
+            "files": [
+                {
+                    "path": f["path"],
+                    "uploadMode": "lfs" if f["path"].endswith(".safetensors") else "regular",
+                    "shouldIgnore": False,
+                }
+                for f in json.loads(body)["files"]
+            ]
+        }
+    if path.endswith(".git/info/lfs/objects/batch"):
+        objects = []
+        for o in json.loads(body)["objects"]:
+            entry: dict[str, Any] = {"oid": o["oid"], "size": o["size"]}
+            if o["oid"] not in hub.large:
+                entry["actions"] = {"upload": {"href": f"{hub.url}/put/{o['oid']}"}}
+            objects.append(entry)
+        return 200, {"transfer": "basic", "objects": objects}
+    if method == "PUT" and path.startswith("/put/"):
+        oid = path.removeprefix("/put/")
+        hub.puts.append(oid)
+        if len(hub.puts) == hub.refuse_put:
+            return 403, {"error": "the connection is gone"}
+        assert hashlib.sha256(body).hexdigest() == oid
+        hub.large[oid] = body
+        return 200, {}
+    if re.fullmatch(r"/api/models/.*/commit/main", path):
+        for line in map(json.loads, body.splitlines()):
+            value = line["value"]
+            if line["key"] == "file":
+                hub.files[value["path"]] = base64.b64decode(value["content"])
+            elif line["key"] == "lfsFile":
+                hub.files[value["path"]] = hub.large[value["oid"]]
+        url = f"{hub.url}/me/model/commit/abc"
+        return 200, {"commitUrl": url, "commitOid": "a" * 40, "success": True}
+    hub.unknown.append(f"{method} {path}")
+    return 404, {}

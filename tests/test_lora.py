@@ -1,0 +1,314 @@
+"""LoRA checkpoints: merged as PEFT merges, handed on as PEFT loads them, refused where unclear."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import peft
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+import streamconv
+from streamconv.errors import BadInputError, UsageError
+from tests.makers.fsdp import LORA_ALPHA, LORA_RANK, Made
+from tests.makers.large import make_large
+from tests.outputs import contents, differences, read_model, read_truth
+from tests.test_budget import named_smallest, run
+
+MERGED = [
+    "fsdp2-lora",
+    "fsdp2-lora-bf16",
+    "fsdp1-lora",
+    "fsdp2-lora-saved",
+    "fsdp2-lora-rslora",
+    "fsdp2-lora-embedding",
+    "fsdp2-lora-conv1d",
+]
+PREFIX = "base_model.model."
+
+
+pytestmark = pytest.mark.usefixtures("planned_here")
+
+
+def convert(src: Path, dst: Path, **options) -> streamconv.Result:
+    return streamconv.convert(src, dst, sync=False, **options)
+
+
+def load(folder: Path) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = {}
+    for path in folder.glob("*.safetensors"):
+        found |= load_file(path)
+    return found
+
+
+def copied(made: Made, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(made.source, tmp_path / "copy"))
+
+
+def base_folder(made: Made, path: Path) -> Path:
+    """Write the base model alone as a folder of the Hub."""
+    state = load_file(made.truth_state)
+    base = {
+        n.removeprefix(PREFIX).replace(".base_layer.", "."): t
+        for n, t in state.items()
+        if "lora_" not in n
+    }
+    path.mkdir()
+    save_file(base, path / "model.safetensors", {"format": "pt"})
+    shutil.copy(made.truth_hf / "config.json", path)
+    return path
+
+
+# --- merging ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", MERGED)
+def test_merged_is_what_peft_merges(name, checkpoints, tmp_path):
+    made = checkpoints[name]
+    convert(made.source, tmp_path / "out")
+    found, truth = load(tmp_path / "out"), load(made.truth_hf)
+    assert found.keys() == truth.keys()
+    changed = 0
+    for key, expected in truth.items():
+        mine = found[key]
+        assert mine.dtype == expected.dtype
+        # PEFT sums in another order, and rounds the update of a bf16 model before adding it.
+        eps = torch.finfo(expected.dtype).eps
+        torch.testing.assert_close(mine.double(), expected.double(), rtol=eps, atol=2 * eps)
+        changed += not torch.equal(mine, expected)
+    # Most bits agree; what was not adapted agrees in all.
+    assert changed <= 9
+
+
+@pytest.mark.parametrize("name", ["fsdp2-lora", "fsdp2-lora-bf16", "fsdp2-lora-rslora"])
+@pytest.mark.parametrize("dtype", ["keep", "bfloat16", "float32"])
+def test_each_element_is_summed_by_rank_in_float32_and_rounded_once(
+    name, dtype, checkpoints, tmp_path
+):
+    made = checkpoints[name]
+    convert(made.source, tmp_path / "out", dtype=dtype)
+    found, state = load(tmp_path / "out"), load_file(made.truth_state)
+    scale = LORA_ALPHA / (LORA_RANK**0.5 if "rslora" in name else LORA_RANK)
+    adapted = [n for n in state if ".lora_A." in n]
+    assert len(adapted) == 8
+    for name_a in adapted:
+        module = name_a.removeprefix(PREFIX).removesuffix(".lora_A.default.weight")
+        a, b = state[name_a].float(), state[name_a.replace("lora_A", "lora_B")].float()
+        weight = state[f"{PREFIX}{module}.base_layer.weight"]
+        update = torch.zeros(weight.shape)
+        for k in range(LORA_RANK):
+            update = update + b[:, k, None] * a[k]
+        target = weight.dtype if dtype == "keep" else getattr(torch, dtype)
+        expected = (weight.float() + update * scale).to(target)
+        assert torch.equal(found[f"{module}.weight"], expected), module
+
+
+@pytest.mark.parametrize("name", ["fsdp2-lora-bf16", "fsdp2-lora-embedding", "fsdp2-lora-conv1d"])
+def test_the_bytes_depend_on_neither_budget_nor_threads(name, checkpoints, tmp_path, monkeypatch):
+    from streamconv import budget, products
+
+    made = checkpoints[name]
+    convert(made.source, tmp_path / "whole")
+    # Tiles, blocks and windows that end in the middle of rows.
+    monkeypatch.setattr(products, "_BLOCK_COLUMNS", 7)
+    monkeypatch.setattr(products, "_BLOCK_ELEMENTS", 23)
+    monkeypatch.setattr(budget, "window_bytes", lambda *_: 1000)
+    monkeypatch.setattr(budget, "factor_bytes", lambda *_: 500)
+    convert(made.source, tmp_path / "tiled", io_threads=3)
+    assert contents(tmp_path / "whole") == contents(tmp_path / "tiled")
+
+
+def test_an_adapted_embedding_leaves_the_head_that_was_tied_to_it(checkpoints, tmp_path):
+    # PEFT's merge changes both, for they share memory; what was trained changed the embedding only.
+    made = checkpoints["fsdp2-lora-tied"]
+    convert(made.source, tmp_path / "out")
+    found, state = load(tmp_path / "out"), load_file(made.truth_state)
+    assert torch.equal(found["lm_head.weight"], state[f"{PREFIX}lm_head.weight"])
+    assert not torch.equal(found["model.embed_tokens.weight"], found["lm_head.weight"])
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["tie_word_embeddings"] is False
+
+
+def test_an_output_verifies_against_its_source(checkpoints, tmp_path):
+    made = checkpoints["fsdp2-lora-bf16"]
+    convert(made.source, tmp_path / "out", lora="both")
+    report = streamconv.verify(tmp_path / "out", source=made.source)
+    assert report.passed, report.problems
+
+
+def test_lazy_tensors_are_merged_too(checkpoints, tmp_path):
+    made = checkpoints["fsdp2-lora"]
+    convert(made.source, tmp_path / "out")
+    whole = load(tmp_path / "out")["model.layers.1.mlp.up_proj.weight"].numpy()
+    with streamconv.open(made.source) as checkpoint:
+        tensor = checkpoint["model.layers.1.mlp.up_proj.weight"]
+        assert np.array_equal(tensor[7:40, 3:9], whole[7:40, 3:9])
+        assert np.array_equal(tensor[5], whole[5])
+        assert np.array_equal(tensor[::3], whole[::3])
+
+
+# --- adapters alone --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [*MERGED, "fsdp2-lora-only", "fsdp1-lora-only", "fsdp2-lora-dora"])
+def test_the_adapter_is_what_peft_saves(name, checkpoints, tmp_path):
+    made = checkpoints[name]
+    convert(made.source, tmp_path / "out", lora="adapter")
+    found, truth = read_model(tmp_path / "out"), read_truth(made.truth_adapter)
+    # PEFT adds the frozen embedding to an adapter of it.
+    truth = {n: t for n, t in truth.items() if "base_layer" not in n}
+    assert differences(found, truth) == []
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    expected = json.loads((made.truth_adapter / "adapter_config.json").read_text())
+    assert set(config["target_modules"]) == set(expected["target_modules"])
+    for key in ("r", "lora_alpha", "task_type", "use_dora", "fan_in_fan_out", "modules_to_save"):
+        assert config[key] == expected[key], key
+    assert not (tmp_path / "out" / "config.json").exists()
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+def test_peft_loads_what_both_gives(checkpoints, tmp_path):
+    made = checkpoints["fsdp2-lora"]
+    convert(made.source, tmp_path / "out", lora="both")
+    base = transformers.AutoModelForCausalLM.from_pretrained(
+        base_folder(made, tmp_path / "base"), dtype="auto"
+    )
+    merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
+    adapted = peft.PeftModel.from_pretrained(base, tmp_path / "out" / "lora_adapter")
+    tokens = torch.arange(20)[None]
+    with torch.no_grad():
+        a, b = adapted(tokens).logits, merged(tokens).logits
+        plain = adapted.unload()(tokens).logits
+    torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
+    assert not torch.allclose(plain, b, rtol=1e-3, atol=1e-3)
+
+
+def test_an_adapter_alone_merges_into_a_base_folder(checkpoints, tmp_path):
+    made, only = checkpoints["fsdp2-lora"], checkpoints["fsdp2-lora-only"]
+    base = base_folder(made, tmp_path / "base")
+    convert(only.source, tmp_path / "out", base=base)
+    convert(made.source, tmp_path / "expected")
+    assert differences(read_model(tmp_path / "out"), read_model(tmp_path / "expected")) == []
+    assert streamconv.verify(tmp_path / "out", source=only.source).passed
+    again = convert(only.source, tmp_path / "out", base=base)
+    assert again.status == "nothing-to-do"
+    with pytest.raises(UsageError, match="this one has them"):
+        convert(made.source, tmp_path / "other", base=base)
+    with pytest.raises(UsageError, match="overlaps"):
+        convert(only.source, base, base=base, overwrite=True)
+
+
+# --- refusals --------------------------------------------------------------------------------
+
+
+def test_an_unknown_alpha_is_refused_and_not_guessed(checkpoints, tmp_path):
+    made = checkpoints["fsdp2-lora"]
+    src = copied(made, tmp_path)
+    (src / "lora_train_meta.json").unlink()
+    for mode in ("merge", "adapter"):
+        with pytest.raises(BadInputError, match="not known") as caught:
+            convert(src, tmp_path / "out", lora=mode)
+        assert "--lora-alpha" in caught.value.hint
+    convert(src, tmp_path / "out", lora_alpha=LORA_ALPHA)
+    convert(made.source, tmp_path / "expected")
+    assert differences(read_model(tmp_path / "out"), read_model(tmp_path / "expected")) == []
+    # What verl's own merger writes where it does not know: 0.
+    (src / "lora_adapter").mkdir()
+    (src / "lora_adapter" / "adapter_config.json").write_text('{"r": 4, "lora_alpha": 0}')
+    with pytest.raises(BadInputError, match="not known"):
+        convert(src, tmp_path / "other")
+
+
+@pytest.mark.parametrize(
+    ("meta", "message"),
+    [
+        ('{"r": 8, "lora_alpha": 10}', "rank is not what"),
+        ('{"r": 4, "lora_alpha": -1}', "makes no sense"),
+        ('{"r": "4", "lora_alpha": 1}', "makes no sense"),
+        ("[]", "no JSON object"),
+        ("{", "no valid JSON"),
+        ('{"lora_alpha": 1, "alpha_pattern": {"(a+)+$": 3}}', "makes no sense"),
+    ],
+)
+def test_settings_that_cannot_be(meta, message, checkpoints, tmp_path):
+    src = copied(checkpoints["fsdp2-lora"], tmp_path)
+    (src / "lora_train_meta.json").write_text(meta)
+    with pytest.raises(BadInputError, match=message):
+        convert(src, tmp_path / "out")
+
+
+def test_settings_that_disagree(checkpoints, tmp_path):
+    src = copied(checkpoints["fsdp2-lora"], tmp_path)
+    (src / "lora_adapter").mkdir()
+    (src / "lora_adapter" / "adapter_config.json").write_text('{"r": 4, "lora_alpha": 16}')
+    with pytest.raises(BadInputError, match="disagree") as caught:
+        convert(src, tmp_path / "out")
+    assert caught.value.found == (
+        "10 in lora_train_meta.json, 16 in lora_adapter/adapter_config.json"
+    )
+    convert(src, tmp_path / "out", lora_alpha=16)
+
+
+def test_changed_settings_make_another_job(checkpoints, tmp_path):
+    src = copied(checkpoints["fsdp2-lora"], tmp_path)
+    convert(src, tmp_path / "out")
+    (src / "lora_train_meta.json").write_text('{"r": 4, "lora_alpha": 20}')
+    with pytest.raises(streamconv.StreamconvError, match="another job"):
+        convert(src, tmp_path / "out")
+
+
+def test_an_adapter_that_changes_nothing_is_an_error(checkpoints, tmp_path):
+    src = copied(checkpoints["fsdp2-lora"], tmp_path)
+    for path in src.glob("model_*.pt"):
+        state = torch.load(path, weights_only=False)
+        for name, value in state.items():
+            if "lora_B" in name:
+                value._local_tensor.zero_()
+        torch.save(state, path)
+    with pytest.raises(BadInputError, match="every lora_B is zero"):
+        convert(src, tmp_path / "out")
+    convert(src, tmp_path / "out", allow_zero_delta=True)
+    made = checkpoints["fsdp2-lora"]
+    base = read_truth(base_folder(made, tmp_path / "base") / "model.safetensors")
+    weights = read_model(tmp_path / "out")
+    adapted = [n for n in weights if n.endswith(("q_proj.weight", "up_proj.weight"))]
+    for name in adapted:  # −0.0 + 0.0 is 0.0, so values and not bytes
+        one, two = (np.frombuffer(t[name].data, np.float32) for t in (weights, base))
+        assert np.array_equal(one, two)
+
+
+def test_what_cannot_be_merged(checkpoints, tmp_path):
+    with pytest.raises(BadInputError, match="magnitudes") as caught:
+        convert(checkpoints["fsdp2-lora-dora"].source, tmp_path / "out")
+    assert "--lora adapter" in caught.value.hint
+    with pytest.raises(BadInputError, match="does not hold the weight") as caught:
+        convert(checkpoints["fsdp2-lora-only"].source, tmp_path / "out", lora="merge")
+    assert "--base" in caught.value.hint
+    with pytest.raises(UsageError, match="has no adapter"):
+        convert(checkpoints["fsdp2"].source, tmp_path / "out", lora="merge")
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- memory ----------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.memory
+@pytest.mark.parametrize("options", [[], ["--io-threads", "4"]])
+def test_merging_keeps_to_the_budget(options, tmp_path):
+    made = make_large(tmp_path / "made", 500_000_000, 4, lora_rank=16, dtype=torch.bfloat16)
+    plan, out = tmp_path / "plan.jsonl", tmp_path / "out"
+    assert run("plan", made.source, "-o", plan).code == 0
+    refused = run("run", plan, out, "--max-mem", "20MB", *options)
+    assert refused.code == 4
+    smallest = named_smallest(refused.err)
+    done = run("run", plan, out, "--max-mem", smallest, "--no-sync", *options)
+    assert done.code == 0, done.err
+    assert done.peak_bytes <= int(smallest.removesuffix("MB")) * 10**6
+    assert run("run", plan, tmp_path / "more", "--max-mem", "512MB", "--no-sync").code == 0
+    assert contents(out) == contents(tmp_path / "more")
