@@ -27,7 +27,7 @@ from __future__ import annotations
 import json
 from array import array
 from collections.abc import Container, Iterable, Iterator, Sequence
-from dataclasses import asdict, astuple, dataclass
+from dataclasses import asdict, astuple, dataclass, replace
 from pathlib import Path
 from typing import IO, Any, Literal
 
@@ -393,11 +393,14 @@ class Plan:
         )
 
     def outputs(self) -> list[OutputFile]:
-        """Return the output files without their tensors."""
+        """Return the output files without their tensors and headers.
+
+        The headers of a large model are megabytes; :meth:`sections` has one at a time.
+        """
         return [
-            output
+            replace(_output_from_json(json.loads(line)), header="")
             for line in self._lines()
-            if line.startswith('{"output"') and (output := _output_from_json(json.loads(line)))
+            if line.startswith('{"output"')
         ]
 
     def disk_bytes(self, done: Container[str] = ()) -> int:

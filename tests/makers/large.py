@@ -5,6 +5,10 @@ DTensors of a real torch on a mesh of WORLD ranks, storages padded to the size o
 The model is a Qwen2 of whole layers, its embedding and head a sixteenth of the whole each, so
 that the largest tensor is far larger than a small memory budget.
 
+``cut`` says how tensors are cut: ``rows`` (FSDP2), ``columns`` (Shard(1) where there is a dim 1) or
+``grid`` (rows over fsdp, columns over tp). ``experts`` makes the model a Qwen3-MoE instead, whose
+experts are fused tensors.
+
 A rank's file needs that rank's bytes in memory and no other's. No values travel between ranks
 because every element is a function of its place: element i of a tensor, counted in row-major
 order of the whole tensor, is element (i + crc32(name)) mod PERIOD of one block of random values.
@@ -22,15 +26,18 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.distributed as dist
 import transformers
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 PERIOD = 1_048_573
+Cut = Literal["rows", "columns", "grid"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +46,7 @@ class LargeMade:
 
     source: Path
     shapes: dict[str, tuple[int, ...]]
-    """Every tensor with its whole shape; the names in memory are the Hub's."""
+    """Every tensor with its whole shape; the names in memory are the Hub's but for fused experts."""
     dtype: torch.dtype
 
     def expected(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
@@ -60,6 +67,8 @@ def make_large(
     hidden_size: int | None = None,
     vocab_size: int | None = None,
     lora_rank: int = 0,
+    cut: Cut = "rows",
+    experts: int = 0,
 ) -> LargeMade:
     """Write about ``total_bytes`` of weights as ``world`` rank files under ``out``/actor.
 
@@ -67,9 +76,13 @@ def make_large(
     the embedding and the head larger or smaller than the default sixteenth each. With ``lora_rank``
     every projection carries an adapter, beside it and under PEFT's names.
     """
-    config = _config(total_bytes, dtype, hidden_size, vocab_size)
+    if experts:
+        config, build = _moe_config(total_bytes, dtype, experts), transformers.Qwen3MoeForCausalLM
+    else:
+        config = _config(total_bytes, dtype, hidden_size, vocab_size)
+        build = transformers.Qwen2ForCausalLM
     with torch.device("meta"):
-        model = transformers.Qwen2ForCausalLM(config)
+        model = build(config)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     if lora_rank:
         shapes = _with_adapters(shapes, lora_rank)
@@ -79,14 +92,14 @@ def make_large(
     if lora_rank:
         meta = {"r": lora_rank, "lora_alpha": 2 * lora_rank, "task_type": "CAUSAL_LM"}
         (made.source / "lora_train_meta.json").write_text(json.dumps(meta))
-    config.architectures = ["Qwen2ForCausalLM"]
+    config.architectures = [build.__name__]
     config.dtype = dtype
     config.save_pretrained(made.source / "huggingface")
     (made.source / "fsdp_config.json").write_text(
         json.dumps({"FSDP_version": 2, "world_size": world}, indent=4)
     )
     for rank in range(world):
-        _write_rank(made, rank, world)
+        _write_rank(made, rank, world, cut)
     return made
 
 
@@ -125,25 +138,64 @@ def _config(
     )
 
 
-def _write_rank(made: LargeMade, rank: int, world: int) -> None:
+def _moe_config(total_bytes: int, dtype: torch.dtype, experts: int) -> transformers.Qwen3MoeConfig:
+    hidden, intermediate = 1024, 512
+    vocab = 8191
+    layer = 3 * hidden * hidden + 3 * experts * hidden * intermediate
+    layers = max(1, round((total_bytes // dtype.itemsize - 2 * vocab * hidden) / layer))
+    return transformers.Qwen3MoeConfig(
+        vocab_size=vocab,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        moe_intermediate_size=intermediate,
+        num_experts=experts,
+        num_experts_per_tok=2,
+        num_hidden_layers=layers,
+        num_attention_heads=16,
+        num_key_value_heads=4,
+        head_dim=64,
+        tie_word_embeddings=False,
+    )
+
+
+def _write_rank(made: LargeMade, rank: int, world: int, cut: Cut) -> None:
     # The fake backend stands for ranks that never communicate; what is pickled is the same.
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
     try:
-        mesh = init_device_mesh("cpu", (world,), mesh_dim_names=("fsdp",))
+        if cut == "grid":
+            mesh = init_device_mesh("cpu", (world // 2, 2), mesh_dim_names=("fsdp", "tp"))
+        else:
+            mesh = init_device_mesh("cpu", (world,), mesh_dim_names=("fsdp",))
         state: OrderedDict[str, DTensor] = OrderedDict()
         for name, shape in made.shapes.items():
-            step = math.ceil(shape[0] / world)
-            start = min(rank * step, shape[0])
-            rows = min(step, shape[0] - start)
-            local = torch.zeros(step, *shape[1:], dtype=made.dtype)[:rows]
-            _fill(local, name, start)
+            placements = _placements(cut, len(shape))
+            sizes, offsets = compute_local_shape_and_global_offset(shape, mesh, placements)
+            rows = torch.empty(sizes[0], *shape[1:], dtype=made.dtype)
+            _fill(rows, name, offsets[0])
+            local = rows
+            if sizes[1:] != shape[1:]:
+                local = rows[:, offsets[1] : offsets[1] + sizes[1]].contiguous()
+            elif cut == "rows":
+                # FSDP2 pads every rank's storage to the size of the first one's.
+                local = torch.zeros(math.ceil(shape[0] / world), *shape[1:], dtype=made.dtype)
+                local = local[: sizes[0]].copy_(rows)
             stride = torch.empty(shape, device="meta").stride()
             state[name] = DTensor.from_local(
-                local, mesh, [Shard(0)], run_check=False, shape=torch.Size(shape), stride=stride
+                local, mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride
             )
         torch.save(state, made.source / f"model_world_size_{world}_rank_{rank}.pt")
     finally:
         dist.destroy_process_group()
+
+
+def _placements(cut: Cut, ndim: int) -> list[Placement]:
+    match cut:
+        case "rows":
+            return [Shard(0)]
+        case "columns":
+            return [Shard(min(1, ndim - 1))]
+        case "grid":
+            return [Shard(0), Shard(1) if ndim > 1 else Replicate()]
 
 
 def _fill(out: torch.Tensor, name: str, first_row: int) -> None:

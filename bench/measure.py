@@ -1,0 +1,123 @@
+"""What the benchmarks share: processes measured from outside, ``cat`` to compare with, results."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+RESULTS = Path(__file__).with_name("RESULTS.md")
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """A finished process: seconds, largest sum of resident bytes over its tree, what it printed."""
+
+    seconds: float
+    peak_bytes: int
+    code: int
+    out: str
+
+    @property
+    def last(self) -> dict[str, Any]:
+        """The last line of ``--json`` output."""
+        return dict(json.loads(self.out.splitlines()[-1]))
+
+
+def measured(
+    command: Sequence[str], *, check: bool = True, env: dict[str, str] | None = None
+) -> Measured:
+    """Run a command, its process tree sampled every 20 ms from outside."""
+    start = time.perf_counter()
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, env=None if env is None else os.environ | env
+    ) as process:
+        tree, peak = psutil.Process(process.pid), 0
+        while process.poll() is None:
+            total = 0
+            try:
+                for p in (tree, *tree.children(recursive=True)):
+                    total += p.memory_info().rss
+            except psutil.NoSuchProcess:
+                pass
+            peak = max(peak, total)
+            time.sleep(0.02)
+        seconds = time.perf_counter() - start
+        out = process.stdout.read() if process.stdout else ""
+    if check and process.returncode:
+        sys.exit(f"{' '.join(command)}: exit {process.returncode}")
+    return Measured(seconds, peak, process.returncode, out)
+
+
+def streamconv(*arguments: str | Path) -> Measured:
+    """Run a command of streamconv with ``--json``."""
+    return measured([sys.executable, "-m", "streamconv", *map(str, arguments), "--json"])
+
+
+def drop(files: Iterable[Path]) -> None:
+    """Drop files from the page cache."""
+    for path in files:
+        fd = os.open(path, os.O_RDONLY)
+        os.fdatasync(fd)
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(fd)
+
+
+def warm(files: Iterable[Path]) -> None:
+    """Read files into the page cache."""
+    for path in files:
+        with path.open("rb", buffering=0) as stream:
+            while stream.read(1 << 20):
+                pass
+
+
+def cat(files: Sequence[Path], target: Path, *, cold: bool) -> float:
+    """Concatenate files as ``cat`` does, durably when ``cold``; return the seconds."""
+    if cold:
+        drop(files)
+    start = time.perf_counter()
+    with target.open("wb") as out:
+        subprocess.run(["cat", *map(str, files)], stdout=out, check=True)
+        if cold:
+            os.fdatasync(out.fileno())
+    seconds = time.perf_counter() - start
+    target.unlink()
+    return seconds
+
+
+def conditions() -> str:
+    """Return what a reader must know about the machine and the moment."""
+    memory = psutil.virtual_memory().total / 2**30
+    load = " ".join(f"{x:.1f}" for x in os.getloadavg())
+    return (
+        f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC, {os.cpu_count()} cores, {memory:.0f} GiB, Linux "
+        f"{platform.release()}, Python {platform.python_version()}; load averages at the end: {load}"
+    )
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """Return a Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join(f"| {' | '.join(map(str, line))} |\n" for line in lines)
+
+
+def record(section: str, text: str, path: Path = RESULTS) -> None:
+    """Put ``text`` between the markers of ``section`` in ``path``, in place of what is there."""
+    block = f"<!-- {section} -->\n{text.strip()}\n<!-- end of {section} -->"
+    old = path.read_text(encoding="utf-8")
+    pattern = re.compile(f"<!-- {section} -->.*?<!-- end of {section} -->", re.DOTALL)
+    if not pattern.search(old):
+        sys.exit(f"{path} has no section {section}")
+    path.write_text(pattern.sub(lambda _: block, old), encoding="utf-8")
+    print(text, flush=True)

@@ -1,0 +1,109 @@
+"""Speed beside ``cat``: ``python -m bench.speed [--bytes N] [--rounds N] [--work DIR] [--only NAME]``.
+
+Makes float32 checkpoints of real DTensors, and for each kind of work in turn runs ``cat`` of the same
+rank files into one file, streamconv in 64 MB, and ``cat`` again; the ratio of speeds is taken within
+a round. Warm: sources cached, ``--no-sync``. Cold: sources dropped, output durable for both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import statistics
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from bench.measure import cat, conditions, drop, record, streamconv, table, warm
+from tests.makers.large import LargeMade, make_large
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """One row of the table. ``warm`` and ``cold`` are the ratios aimed at."""
+
+    name: str
+    cut: str
+    warm: float
+    cold: float
+    plan: tuple[str, ...] = ()
+    run: tuple[str, ...] = ()
+    experts: int = 0
+
+
+WORKS = (
+    Work("same dtype, dim 0", "rows", 0.95, 1.1),
+    Work("same dtype, dim 0, `--direct`", "rows", 0.95, 1.1, run=("--direct",)),
+    Work("float32 to bfloat16", "rows", 0.95, 1.1, plan=("--dtype", "bfloat16")),
+    Work("float32 to float16", "rows", 0.5, 0.9, plan=("--dtype", "float16")),
+    Work("`--checksum sha256`", "rows", 0.35, 0.75, run=("--checksum", "sha256")),
+    Work("dim 1", "columns", 0.75, 1.0),
+    Work("fsdp × tp, dims 0 and 1", "grid", 0.75, 1.0),
+    Work("fused experts to Hub names", "rows", 0.9, 1.0, experts=16),
+)
+
+
+def ratio(
+    work: Work, made: LargeMade, plan: Path, folder: Path, *, cold: bool
+) -> tuple[float, int]:
+    """Return the ratio of one round, and the peak."""
+    files = sorted(made.source.glob("*.pt"))
+    if not cold:
+        warm(files)
+    before = cat(files, folder / "cat", cold=cold)
+    if cold:
+        drop(files)
+    flags = work.run if cold else (*work.run, "--no-sync")
+    ours = streamconv("run", plan, folder / "out", "--max-mem", "64MB", *flags)
+    shutil.rmtree(folder / "out")
+    after = cat(files, folder / "cat", cold=cold)
+    return (before + after) / 2 / ours.last["seconds"], ours.peak_bytes
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--bytes", type=lambda t: int(float(t)), default=2_000_000_000)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--work", type=Path, default=None)
+    parser.add_argument("--only", default="", help="rows whose name contains this; not recorded")
+    options = parser.parse_args()
+    folder = Path(tempfile.mkdtemp(prefix="streamconv-bench-", dir=options.work))
+    made: dict[tuple[str, int], LargeMade] = {}
+    rows = []
+    try:
+        for work in (w for w in WORKS if options.only in w.name):
+            key = work.cut, work.experts
+            if key not in made:
+                for old in made.values():
+                    shutil.rmtree(old.source.parent)
+                made = {
+                    key: make_large(
+                        folder / "run", options.bytes, 8, cut=work.cut, experts=work.experts
+                    )
+                }
+            plan = folder / "plan.jsonl"
+            streamconv("plan", made[key].source, "-o", plan, *work.plan)
+            cells, peaks = [], []
+            for cold, aim in ((False, work.warm), (True, work.cold)):
+                rounds = [
+                    ratio(work, made[key], plan, folder, cold=cold) for _ in range(options.rounds)
+                ]
+                ratios = [r for r, _ in rounds]
+                peaks += [p for _, p in rounds]
+                median, low, high = statistics.median(ratios), min(ratios), max(ratios)
+                cells.append(f"{median:.2f} ({low:.2f} to {high:.2f}), aim {aim}")
+            rows.append((work.name, *cells, f"{max(peaks) / 1e6:.1f} MB"))
+            print(*rows[-1], sep=" | ", flush=True)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    text = (
+        f"{conditions()}. {options.bytes / 1e9:g} GB in 8 rank files, medians (and ranges) of "
+        f"{options.rounds} rounds, `--max-mem 64MB`, source CRC-32 and xxh3_128 on.\n\n"
+        + table(("work", "warm, `--no-sync`", "cold, durable", "peak of the tree"), rows)
+    )
+    if not options.only:
+        record("speed", text)
+
+
+if __name__ == "__main__":
+    main()
