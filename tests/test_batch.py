@@ -509,7 +509,7 @@ def test_sources_are_deleted_only_when_verified_and_never_the_newest(scene):
     made = scene.round(delete_sources=True)
     refused = {r.path.parent.name: r.refused for r in made.removals}
     assert refused == {
-        "global_step_10": "its output has not been verified against it",
+        "global_step_10": "its output has not been verified against it (--verify)",
         "global_step_20": "",
         "global_step_30": "training goes on from it",
     }

@@ -128,7 +128,7 @@ def remove_source(record: Record, candidate: Candidate, newest: int, *, apply: b
     elif candidate.step >= newest or (tracker is not None and candidate.step == tracker.step):
         refused = "training goes on from it"
     elif record.state != "done" or record.verified is not True:
-        refused = "its output has not been verified against it"
+        refused = "its output has not been verified against it (--verify)"
     elif now.digest != record.snapshot:
         refused = "it changed since it was converted"
     if apply and not refused:
