@@ -28,8 +28,11 @@ from streamconv.options import JobOptions
 from streamconv.plan import Plan
 from streamconv.writer import no_space
 
-# Enough for the metadata of any checkpoint, too little for a pickle that asks for the moon.
+# Enough for the metadata of most checkpoints, too little for a pickle that asks for the moon.
 _PARSE_BYTES = 1 << 30
+# The index of a folder of a million pieces is large, and some 15 times as large in memory; what it
+# may take follows from its size on disk.
+_PARSE_BYTES_A_BYTE = 24
 # Seconds of one core for the metadata, and more for every file: 1024 files of 2000 tensors take one
 # minute. A tuple of tuples of … as a dict key, sixty bytes long, would be hashed for years.
 _PARSE_SECONDS = 20.0
@@ -138,9 +141,9 @@ def _child() -> int:
 
 
 @contextlib.contextmanager
-def _limited_memory() -> Any:
+def _limited_memory(nbytes: int) -> Any:
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    cap = _PARSE_BYTES if hard == resource.RLIM_INFINITY else min(_PARSE_BYTES, hard)
+    cap = nbytes if hard == resource.RLIM_INFINITY else min(nbytes, hard)
     resource.setrlimit(resource.RLIMIT_AS, (cap, hard))
     try:
         yield
@@ -166,8 +169,12 @@ def _limited_time(src: Path) -> Any:
 def _read(request: dict[str, Any], model: str | None) -> Any:
     from streamconv import formats
 
-    with _limited_memory(), _limited_time(Path(request["src"])):
-        return formats.read(Path(request["src"]), model)
+    with _limited_time(Path(request["src"])):
+        with _limited_memory(_PARSE_BYTES):
+            location = formats.find_model(Path(request["src"]), model)
+            index_nbytes = location.index_nbytes
+        with _limited_memory(max(_PARSE_BYTES, _PARSE_BYTES_A_BYTE * index_nbytes)):
+            return location.read()
 
 
 def _plan(request: dict[str, Any]) -> dict[str, Any]:

@@ -91,6 +91,12 @@ def test_the_optimizer_beside_it_is_no_second_model(save: Callable[..., Path]) -
     assert format_dcp.detect(optimizer) is None
 
 
+def test_the_size_of_the_index_is_known_before_it_is_read(save: Callable[..., Path]) -> None:
+    """What reading it may take of the memory follows from it."""
+    location = find_model(save())
+    assert location.index_nbytes == (location.root / ".metadata").stat().st_size > 100
+
+
 def test_identity(save: Callable[..., Path], tmp_path: Path) -> None:
     folder = save()
     before = format_dcp.identify(folder)

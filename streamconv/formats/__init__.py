@@ -39,6 +39,18 @@ class Location:
         folder: Path | None = self.module.side_dir(self.root)
         return folder
 
+    @property
+    def index_nbytes(self) -> int:
+        """Return the size of the one file that describes all others, 0 in a format without one."""
+        index = getattr(self.module, "index_file", None)
+        path: Path | None = index(self.root) if index else None
+        return path.stat().st_size if path is not None and path.is_file() else 0
+
+    def read(self) -> Checkpoint:
+        """Return the metadata of the checkpoint; no weight is read."""
+        checkpoint: Checkpoint = self.module.read(self.root)
+        return checkpoint
+
     def identify(self) -> tuple[SourceFile, ...]:
         """Return the source files with their hashes, without reading what they hold."""
         files: tuple[SourceFile, ...] = self.module.identify(self.root)
@@ -173,6 +185,4 @@ def _what_is_here(path: Path) -> str:
 
 def read(path: Path, model: str | None = None) -> Checkpoint:
     """Return the metadata of the checkpoint that ``path`` means; no weight is read."""
-    location = find_model(path, model)
-    checkpoint: Checkpoint = location.module.read(location.root)
-    return checkpoint
+    return find_model(path, model).read()

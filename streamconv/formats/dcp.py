@@ -17,6 +17,7 @@ from types import MappingProxyType
 
 from streamconv.errors import BadInputError
 from streamconv.formats.dcp_folder import (
+    INDEX,
     Assembler,
     RecordReader,
     has_index,
@@ -47,6 +48,11 @@ def detect(path: Path) -> str | None:
 def side_dir(path: Path) -> Path | None:
     """Return the folder with config and tokenizer beside or above the weights, where it is there."""
     return side_folder(path)
+
+
+def index_file(path: Path) -> Path:
+    """Return the file that describes the others."""
+    return path / INDEX
 
 
 def identify(path: Path) -> tuple[SourceFile, ...]:

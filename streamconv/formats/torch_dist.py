@@ -19,6 +19,7 @@ from streamconv.dtypes import DType
 from streamconv.errors import BadInputError
 from streamconv.formats import mcore_facts
 from streamconv.formats.dcp_folder import (
+    INDEX,
     Assembler,
     RecordReader,
     Stored,
@@ -79,6 +80,11 @@ def side_folder(folder: Path) -> Path | None:
             if (base / name).is_dir():
                 return base / name
     return None
+
+
+def index_file(path: Path) -> Path:
+    """Return the file that describes the others."""
+    return (_data_folder(path) or path) / INDEX
 
 
 def identify(path: Path) -> tuple[SourceFile, ...]:
