@@ -1,0 +1,220 @@
+"""Ours and the others on the same weights: ``python -m bench.peers [--verl PYTHON] [--sizes 0.5,1,2]``.
+
+Each tool runs as a whole process, its tree sampled from outside, warm, in turn, several rounds; the
+median counts. Draws peers.svg and writes the tables of RESULTS.md and README. verl's merger runs where
+``--verl`` names a Python that has it, in an environment of its own::
+
+    python -m venv V && echo SITE_PACKAGES_WITH_TORCH > V/lib/python3.11/site-packages/base.pth
+    V/bin/pip install --no-deps verl==0.9.1 tensordict==0.10.0 ray …
+
+torch's and Accelerate's tools read torch DCP folders, so they get the same weights as one of those,
+written by one process. verl casts to bfloat16, so ours does beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from bench.measure import RESULTS, Measured, conditions, measured, record, table, warm
+
+PLOT = Path(__file__).with_name("peers.svg")
+README = RESULTS.parents[1] / "README.md"
+
+
+@dataclass(frozen=True, slots=True)
+class Tool:
+    """A tool, and the command that has it read a folder and write into another.
+
+    ``source`` is ``ranks`` or ``dcp``; ``ours`` marks streamconv's rows.
+    """
+
+    name: str
+    source: str
+    command: Callable[[Path, Path], list[str]]
+    ours: bool = False
+
+
+def _here(task: str) -> Callable[[Path, Path], list[str]]:
+    return lambda src, dst: [
+        sys.executable,
+        "-m",
+        "bench.peers",
+        "--task",
+        task,
+        str(src),
+        str(dst),
+    ]
+
+
+def _ours(*options: str) -> Callable[[Path, Path], list[str]]:
+    return lambda src, dst: [
+        sys.executable, "-m", "streamconv", str(src), str(dst), "--no-sync", "-q", *options
+    ]  # fmt: skip
+
+
+def tools(verl: str | None) -> list[Tool]:
+    """Return the tools that can be run here."""
+    found = [
+        Tool("streamconv, 450 MB", "ranks", _ours("--max-mem", "450MB"), ours=True),
+        Tool("load all, cat, save_file", "ranks", _here("naive")),
+        Tool("torch dcp_to_torch_save", "dcp", _here("dcp")),
+        Tool("accelerate merge_fsdp_weights", "dcp", _here("accelerate")),
+        Tool(
+            "streamconv to bfloat16, 450 MB",
+            "ranks",
+            _ours("--max-mem", "450MB", "--dtype", "bfloat16"),
+            ours=True,
+        ),
+    ]
+    if verl:
+        merge = [verl, "-m", "verl.model_merger", "merge", "--backend", "fsdp"]
+        found.append(
+            Tool(
+                "verl model_merger (bfloat16)",
+                "ranks",
+                lambda src, dst: [*merge, "--local_dir", str(src), "--target_dir", str(dst)],
+            )
+        )
+    return found
+
+
+def naive(src: Path, dst: Path) -> None:
+    """What most scripts do: load every rank file, put the pieces together, save."""
+    import torch
+    from safetensors.torch import save_file
+
+    ranks = [
+        torch.load(path, weights_only=False, mmap=True)
+        for path in sorted(
+            src.glob("model_world_size_*.pt"), key=lambda p: int(p.stem.split("_")[-1])
+        )
+    ]
+    dst.mkdir(parents=True)
+    whole = {name: torch.cat([r[name]._local_tensor for r in ranks]) for name in ranks[0]}
+    save_file(whole, dst / "model.safetensors")
+
+
+def dcp(src: Path, dst: Path) -> None:
+    """Run torch's own converter."""
+    from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+    dst.mkdir(parents=True)
+    dcp_to_torch_save(src, dst / "model.pt")
+
+
+def accelerate(src: Path, dst: Path) -> None:
+    """Run Accelerate's merge."""
+    from accelerate.utils import merge_fsdp_weights
+
+    merge_fsdp_weights(str(src), str(dst), safe_serialization=True)
+
+
+TASKS = {"naive": naive, "dcp": dcp, "accelerate": accelerate}
+
+
+def make(folder: Path, nbytes: int) -> dict[str, Path]:
+    """Write the same weights as rank files and as a DCP folder."""
+    import torch
+    import torch.distributed.checkpoint as checkpoint
+
+    from tests.makers.large import make_large
+
+    made = make_large(folder / "run", nbytes, 8)
+    state = {name: made.expected(name) for name in made.shapes}
+    checkpoint.save({"model": state}, checkpoint_id=folder / "dcp", no_dist=True)
+    del state
+    assert torch.get_default_dtype() == torch.float32
+    return {"ranks": made.source, "dcp": folder / "dcp"}
+
+
+def draw(found: dict[str, dict[float, Measured]]) -> None:
+    """Draw speed and peak against the model's size."""
+    import matplotlib as mpl
+
+    mpl.use("svg")
+    from matplotlib import pyplot as plt
+
+    mpl.rcParams["svg.hashsalt"] = "streamconv"
+    figure, (speed, memory) = plt.subplots(1, 2, figsize=(10, 4))
+    for name, by_size in found.items():
+        sizes = sorted(by_size)
+        style = {"linewidth": 2.5} if name.startswith("streamconv") else {"linestyle": "--"}
+        speed.plot(sizes, [s / by_size[s].seconds for s in sizes], marker="o", label=name, **style)
+        memory.plot(sizes, [by_size[s].peak_bytes / 1e6 for s in sizes], marker="o", **style)
+    speed.set_ylabel("GB/s, whole process")
+    memory.set_ylabel("peak of the process tree, MB")
+    for axes in (speed, memory):
+        axes.set_xlabel("GB of weights")
+        axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.3)
+    figure.legend(loc="lower center", ncols=3, fontsize="small", frameon=False)
+    figure.tight_layout(rect=(0, 0.14, 1, 1))
+    figure.savefig(PLOT, metadata={"Date": None})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--verl", default=os.environ.get("VERL_PYTHON"))
+    parser.add_argument("--sizes", default="0.5,1,2,4", help="GB, with commas between")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--work", type=Path, default=None)
+    parser.add_argument("--task", choices=TASKS, default=None, help=argparse.SUPPRESS)
+    parser.add_argument("paths", type=Path, nargs="*", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.task:
+        TASKS[options.task](*options.paths)
+        return
+    work = Path(tempfile.mkdtemp(prefix="streamconv-peers-", dir=options.work))
+    runs = tools(options.verl)
+    found: dict[str, dict[float, Measured]] = {t.name: {} for t in runs}
+    quiet = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+    rows = []
+    try:
+        for size in map(float, options.sizes.split(",")):
+            sources = make(work / "in", int(size * 1e9))
+            rounds: dict[str, list[Measured]] = {t.name: [] for t in runs}
+            for _ in range(options.rounds):
+                for tool in runs:
+                    warm(p for p in sources[tool.source].rglob("*") if p.is_file())
+                    one = measured(tool.command(sources[tool.source], work / "out"), env=quiet)
+                    rounds[tool.name].append(one)
+                    shutil.rmtree(work / "out")
+            for name, several in rounds.items():
+                middle = sorted(several, key=lambda m: m.seconds)[len(several) // 2]
+                peak = int(statistics.median(m.peak_bytes for m in several))
+                found[name][size] = Measured(middle.seconds, peak, 0, "")
+                times = [m.seconds for m in several]
+                rows.append(
+                    (
+                        f"{size:g} GB",
+                        name,
+                        f"{middle.seconds:.1f} s ({min(times):.1f} to {max(times):.1f})",
+                        f"{size / middle.seconds:.2f}",
+                        f"{peak / 1e6:.0f} MB",
+                    )
+                )
+                print(*rows[-1], sep=" | ", flush=True)
+            shutil.rmtree(work / "in")
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    draw(found)
+    head = ("weights", "tool", "time of the whole process", "GB/s", "peak of the tree")
+    text = (
+        f"{conditions()}. Float32 Qwen2 in 8 rank files, warm, medians (and ranges) of "
+        f"{options.rounds} rounds.\n\n"
+    )
+    record("peers", text + table(head, rows))
+    largest = f"{max(next(iter(found.values()))):g} GB"
+    record("peers", text + table(head, [r for r in rows if r[0] == largest]), README)
+
+
+if __name__ == "__main__":
+    main()
