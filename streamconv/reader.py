@@ -136,13 +136,12 @@ class SourceReader:
         self._index_hashes.clear()
         for file in range(len(self.files)):
             try:
-                stat = self.path(file).stat()
+                self._check_stat(file, self.path(file).stat())
+                self._check_directory(file)
             except FileNotFoundError as error:
                 raise SourceChangedError(
                     "a source file vanished", where=str(self.path(file))
                 ) from error
-            self._check_stat(file, stat)
-            self._check_directory(file)
 
     def _check_directory(self, file: int) -> None:
         planned = self.files[file]
