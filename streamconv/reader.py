@@ -46,6 +46,7 @@ class SourceReader:
     ) -> None:
         self.files = files
         self._root = root
+        self._paths = [root / f.path for f in files]
         self._max_open = max_open
         self._drop_cache = drop_cache
         self._strict_mtime = strict_mtime
@@ -59,7 +60,7 @@ class SourceReader:
 
     def path(self, file: int) -> Path:
         """Return where file number ``file`` lies."""
-        return self._root / self.files[file].path
+        return self._paths[file]
 
     def read(self, file: int, offset: int, *buffers: memoryview) -> None:
         """Fill ``buffers``, in order, from byte ``offset`` of file number ``file``.
