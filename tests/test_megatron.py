@@ -10,7 +10,9 @@ import torch
 
 import streamconv
 from streamconv.errors import BadInputError, UsageError
+from streamconv.families import ops
 from streamconv.families.convert import convert
+from streamconv.families.rules import Dims
 from streamconv.formats import dcp, find_model, torch_dist
 from streamconv.formats.mcore_names import place
 from streamconv.options import JobOptions
@@ -62,6 +64,69 @@ def test_interleaved_experts_are_refused() -> None:
     facts = {"moe_mlp_glu_interleave_size": 32}
     with pytest.raises(BadInputError, match="gate and up rows are interleaved"):
         convert({}, {"model_type": "qwen3_moe"}, facts, JobOptions())
+
+
+HEADS = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 8, "hidden_size": 64}
+ROWS = torch.empty(128, 64, device="meta")
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        {},
+        {"num_attention_heads": 8, "num_query_groups": 4, "kv_channels": 8},
+        {"num_query_groups": 4, "group_query_attention": True},
+    ],
+)
+def test_heads_that_agree_with_the_run(run: dict[str, object]) -> None:
+    query, key, value = ops.qkv(Dims(HEADS, run), ROWS)
+    assert (query.shape[0], key.shape[0], value.shape[0]) == (64, 32, 32)
+
+
+def test_without_grouped_queries_the_number_of_groups_is_a_mere_default() -> None:
+    ungrouped = HEADS | {"num_key_value_heads": 8}
+    run = {"num_attention_heads": 8, "num_query_groups": 1, "group_query_attention": False}
+    query, key, value = ops.qkv(Dims(ungrouped, run), torch.empty(192, 64, device="meta"))
+    assert query.shape == key.shape == value.shape == (64, 64)
+    with pytest.raises(BadInputError, match="number of query groups"):
+        ops.qkv(Dims(HEADS, run), ROWS)
+
+
+@pytest.mark.parametrize(
+    ("run", "what"),
+    [
+        ({"num_attention_heads": 16}, "number of query heads"),
+        ({"num_query_groups": 8}, "number of query groups"),
+        ({"kv_channels": 4}, "width of a head"),
+    ],
+)
+def test_heads_that_fill_the_same_rows_are_refused(run: dict[str, object], what: str) -> None:
+    with pytest.raises(BadInputError, match=f"contradict each other: the {what}"):
+        ops.qkv(Dims(HEADS, run), ROWS)
+
+
+def test_only_padding_is_cut_off_the_vocabulary() -> None:
+    dims = Dims({"vocab_size": 300}, {"vocab_size": 290})  # a config may count more than the run
+    assert ops.vocab(dims, ROWS.new_empty(320, 64)).shape == (300, 64)
+    with pytest.raises(BadInputError, match="size of the vocabulary"):
+        ops.vocab(Dims({"vocab_size": 160}, {"vocab_size": 300}), ROWS.new_empty(320, 64))
+
+
+@pytest.mark.parametrize("layout", ["mlm_dist", "global_step_1/actor/dist_ckpt"])
+def test_the_run_is_known_without_the_file_that_names_the_layout(
+    layout: str, shared_checkpoints: Path, tmp_path: Path
+) -> None:
+    """What a run says decides how some tensors are read, so it must not get lost with it."""
+    source = shared_checkpoints / "megatron/llama_tp2pp2" / layout
+    copy = tmp_path / "run" / "weights"
+    shutil.copytree(next(source.rglob(".metadata")).parent, copy)
+    for config in source.parent.glob("transformer_config.json"):
+        shutil.copy(config, copy.parent)
+    expected = torch_dist.read(copy).facts["megatron"]
+    copy.chmod(0o755)
+    (copy / "metadata.json").unlink()
+    assert expected
+    assert dcp.read(copy).facts["megatron"] == expected
 
 
 # --- where a run keeps its models -----------------------------------------------------------------

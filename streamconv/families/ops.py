@@ -22,6 +22,10 @@ def copy(_: Dims, tensor: Tensor) -> Tensor:
 def vocab(dims: Dims, tensor: Tensor) -> Tensor:
     """``[V padded, …]`` → ``[V, …]``: the rows that only fill up are last and may hold anything."""
     rows = tensor.shape[0]
+    # The run's own number, without padding: a config that says less would cut trained rows off.
+    tokens = dims.megatron.get("vocab_size")
+    if type(tokens) is int and dims.vocab < tokens <= rows:
+        dims.expect("the size of the vocabulary", dims.vocab, tokens)
     if rows < dims.vocab:
         dims.expect("the size of the vocabulary", dims.vocab, rows)
     return tensor[: dims.vocab]
@@ -88,6 +92,7 @@ def _groups(dims: Dims, tensor: Tensor, queries: int) -> tuple[Tensor, int]:
             where="config.json",
             found=f"{dims.heads} and {dims.groups} heads",
         )
+    dims.check_heads()
     per = dims.heads // dims.groups
     slots = queries * per + 2
     dims.expect(

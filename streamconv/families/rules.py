@@ -213,6 +213,23 @@ class Dims:
         names = ("n_routed_experts", "num_experts", "num_local_experts", "moe_num_experts")
         return 0 if self.get(*names) is None else self.number(*names)
 
+    def check_heads(self) -> None:
+        """Compare the heads with those of the run, where the checkpoint tells them.
+
+        Other numbers of heads can make up the same rows, so that no shape would show it.
+        """
+        run = self.megatron
+        # Without grouped queries Megatron-LM leaves its default here, which is 1.
+        grouped = run.get("group_query_attention") is not False
+        groups = run.get("num_query_groups" if grouped else "num_attention_heads")
+        for what, ours, theirs in (
+            ("the number of query heads", self.heads, run.get("num_attention_heads")),
+            ("the number of query groups", self.groups, groups),
+            ("the width of a head", self.head_dim, run.get("kv_channels")),
+        ):
+            if type(theirs) is int:
+                self.expect(what, ours, theirs)
+
     def expect(self, what: str, expected: object, found: object) -> None:
         """Raise :class:`BadInputError` where config.json and a tensor contradict each other."""
         if expected != found:

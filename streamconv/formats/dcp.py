@@ -5,7 +5,8 @@ was given to it: a model's own, mostly below a key of the trainer's (``model.``,
 ``app.model.``), beside an optimizer. What of a prefix is no part of the model's names is decided by
 the model (:mod:`streamconv.tracing.hf_names`), not here. Accelerate keeps the weights in
 ``pytorch_model_fsdp_0/``, VeOmni in ``global_step_N/``. Megatron-FSDP (``fsdp_dtensor``) writes such a
-folder with Megatron's names, and these are treated as in :mod:`streamconv.formats.torch_dist`.
+folder with Megatron's names, and these are treated as in :mod:`streamconv.formats.torch_dist`; so is
+one of torch_dist whose ``metadata.json`` is lost.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from streamconv.formats.dcp_folder import (
     source_files,
 )
 from streamconv.formats.mcore_names import is_mcore
-from streamconv.formats.torch_dist import canonical_tensors, count_ranks, side_folder
+from streamconv.formats.torch_dist import canonical_tensors, count_ranks, run_facts, side_folder
 from streamconv.source import Checkpoint, GlobalTensor, Skipped, SourceFile
 from streamconv.torchfile.dcp import DcpIndex, DcpTensor
 
@@ -95,7 +96,12 @@ def read(path: Path) -> Checkpoint:
         tensors=MappingProxyType(dict(tensors)),
         side_dir=side_folder(path),
         skipped=skipped,
-        facts=MappingProxyType({"ranks": count_ranks(files)}),
+        facts=MappingProxyType(
+            {
+                "ranks": count_ranks(files),
+                **({"megatron": run_facts(path, index)} if mcore else {}),
+            }
+        ),
         naming="mcore" if mcore else "hf",
     )
 

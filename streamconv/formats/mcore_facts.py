@@ -27,6 +27,7 @@ _WANTED = frozenset(
         "hidden_size",
         "num_attention_heads",
         "num_query_groups",
+        "group_query_attention",
         "kv_channels",
         "ffn_hidden_size",
         "moe_ffn_hidden_size",

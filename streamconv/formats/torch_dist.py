@@ -118,10 +118,7 @@ def read(path: Path) -> Checkpoint:
     if not any(".layers." in name for name in weights):
         raise _no_weights(folder, skipped)
     tensors = canonical_tensors(weights, RecordReader(folder, files).read(weights.values()))
-    megatron = {
-        **mcore_facts.of_json(folder.parent / "transformer_config.json"),
-        **_common(folder, index),
-    }
+    megatron = run_facts(folder, index)
     return Checkpoint(
         root=path,
         format=NAME,
@@ -143,6 +140,14 @@ def read(path: Path) -> Checkpoint:
 def count_ranks(files: Iterable[SourceFile]) -> int:
     """Return how many ranks wrote ``files`` (``__<rank>_<thread>.distcp``)."""
     return len({Path(f.path).stem.rpartition("_")[0] for f in files})
+
+
+def run_facts(folder: Path, index: DcpIndex) -> dict[str, object]:
+    """Return what the checkpoint says of its run: the trainer's own arguments before verl's config."""
+    return {
+        **mcore_facts.of_json(folder.parent / "transformer_config.json"),
+        **_common(folder, index),
+    }
 
 
 def _common(folder: Path, index: DcpIndex) -> dict[str, object]:
