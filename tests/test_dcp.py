@@ -22,6 +22,7 @@ from streamconv.formats import find_model
 from streamconv.formats.dcp_folder import read_index
 from streamconv.options import RunOptions
 from streamconv.torchfile.dcp import DcpIndex
+from streamconv.tracing.hf_names import read_names
 from tests.makers.dcp import Pieces, save_alone
 from tests.makers.fsdp import RECIPES, Made
 from tests.outputs import differences, read_model, read_truth
@@ -275,3 +276,10 @@ def test_an_index_key_cannot_change() -> None:
 def test_no_index_at_all(value: object) -> None:
     with pytest.raises(BadInputError, match="no index of a torch distributed checkpoint"):
         DcpIndex(pickle.dumps(value, protocol=4), "x")
+
+
+def test_the_prefix_of_torchs_tutorial_is_no_part_of_the_names() -> None:
+    known = {"lm_head.weight", "model.norm.weight"}
+    stored = [f"app.model.{name}" for name in sorted(known)]
+    names = read_names(stored, known.__contains__, lambda name: name)
+    assert list(names.canonical.values()) == sorted(known)

@@ -14,7 +14,8 @@ from functools import cache
 # torch.compile, FSDP1 and activation checkpointing each insert a component of their own.
 _MARKERS = frozenset({"_fsdp_wrapped_module", "_orig_mod", "_checkpoint_wrapped_module"})
 # What DDP, a trainer's own module or TRL's value-head model put in front, possibly several times.
-_WRAPPERS = ("module", "model", "pretrained_model", "actor", "base_model")
+# "app" is what the tutorial of torch's DCP calls the state that it saves.
+_WRAPPERS = ("module", "model", "pretrained_model", "actor", "base_model", "app")
 _MOST_WRAPPERS = 3
 
 
