@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import re
 from collections.abc import Callable
@@ -521,7 +522,8 @@ def test_detection(tmp_path: Path) -> None:
         "model/mp_rank_00/model.pt",
         "model/mp_rank_01/model.pt",
     ]
-    assert formats.find_model(folder).identify() == formats.read(folder).files
+    read = [dataclasses.replace(f, entry_prefix="") for f in formats.read(folder).files]
+    assert list(formats.find_model(folder).identify()) == read  # which does not open the zips
     os.mkfifo(data / "mp_rank_00/model_optim_rng.pt")
     with pytest.raises(BadInputError, match="no regular file"):
         formats.read(folder)
