@@ -32,7 +32,7 @@ from streamconv.sizes import format_size, parse_size
 if TYPE_CHECKING:
     from streamconv.lazy import LazyCheckpoint
     from streamconv.plan import Plan
-    from streamconv.verification import Report
+    from streamconv.verification.report import Report
 
 StrPath = str | PathLike[str]
 
@@ -238,26 +238,66 @@ def verify(
     *,
     source: StrPath | None = None,
     reference: StrPath | None = None,
+    forward: bool = False,
+    prompt: str | None = None,
+    token_ids: Sequence[int] | None = None,
     atol: float = 0.0,
     rtol: float = 0.0,
+    logits_atol: float | None = None,
+    hf_config: StrPath | None = None,
     max_mem: int | str | None = None,
 ) -> Report:
     """Check an output folder; the report says what was checked and lists every problem.
 
-    Against its manifest, unless only ``reference`` (another model folder, which may differ by
-    ``atol + rtol * |reference|``) is asked for; ``source`` compares every tensor with the checkpoint.
+    Against its manifest, unless only another model is asked about. ``source`` compares every tensor
+    with the checkpoint, planned with the options of the manifest, but with the config in
+    ``hf_config`` where that is given. ``reference`` is another model folder, whose tensors may differ
+    by ``atol + rtol * |reference|``. ``forward`` runs the model with transformers, on ``prompt`` or
+    ``token_ids``; ``reference`` then is run, too, and the logits are compared and not the tensors
+    (``logits_atol``; None: 1e-5 of the largest logit, 0.05 where the dtypes differ).
     """
-    from streamconv import verification as checks
+    from streamconv.plan import MANIFEST
+    from streamconv.verification.folder import verify_output
+    from streamconv.verification.forward import verify_forward
+    from streamconv.verification.reference import verify_reference
+    from streamconv.verification.report import Report
+    from streamconv.verification.source import verify_source
 
-    report = checks.Report()
-    if reference is None or source is not None:
-        report.extend(checks.verify_output(Path(folder)))
+    _check_forward_options(forward, prompt, token_ids, logits_atol)
+    report, here = Report(), Path(folder)
+    budget = memory_bytes(max_mem)
+    other = Path(reference) if reference is not None else None
+    foreign = forward and not (here / MANIFEST).is_file()
+    if foreign and source is None:
+        report.checked.append(f"note: no {MANIFEST} here, so the files themselves are not checked")
+    elif source is not None or other is None or forward:
+        report.extend(verify_output(here))
     if source is not None and report.passed:
-        budget = memory_bytes(max_mem)
-        report.extend(checks.verify_source(Path(folder), Path(source), max_mem_bytes=budget))
-    if reference is not None:
-        report.extend(checks.verify_reference(Path(folder), Path(reference), atol=atol, rtol=rtol))
+        config = Path(hf_config) if hf_config is not None else None
+        report.extend(verify_source(here, Path(source), hf_config=config, max_mem_bytes=budget))
+    if other is not None and not forward:
+        report.extend(verify_reference(here, other, atol=atol, rtol=rtol))
+    if forward and report.passed:
+        report.extend(
+            verify_forward(
+                here,
+                reference=other,
+                prompt=prompt,
+                token_ids=token_ids,
+                logits_atol=logits_atol,
+                max_mem_bytes=budget,
+            )
+        )
     return report
+
+
+def _check_forward_options(
+    forward: bool, prompt: str | None, token_ids: Sequence[int] | None, logits_atol: float | None
+) -> None:
+    if not forward and not (prompt is None and token_ids is None and logits_atol is None):
+        raise UsageError("a prompt, token ids and a tolerance of logits need --forward")
+    if prompt is not None and token_ids is not None:
+        raise UsageError("both a prompt and token ids are given", hint="leave one of them out")
 
 
 def inspect(src: StrPath, *, model: str | None = None) -> dict[str, Any]:

@@ -46,7 +46,8 @@ def job_identity(
 
     ``inputs`` are what else takes part, each with what identifies it (``lora_plan.adapter_inputs``).
     Paths are relative, so that a checkpoint that was moved is still the same. Modification times are
-    left out: the central directory's hash covers every record's CRC-32.
+    left out: the central directory's hash covers every record's CRC-32. ``given`` is no part of the
+    digest: where the config came from and which model was picked, for whoever plans it again.
     """
     identity: dict[str, Any] = {
         "schema": SCHEMA,
@@ -59,4 +60,8 @@ def job_identity(
         identity["inputs"] = more
     hashed = {**identity, "options": chosen_options(options)}
     text = json.dumps(hashed, sort_keys=True, separators=(",", ":"))
-    return {**identity, "digest": xxhash.xxh3_128_hexdigest(text.encode())}
+    given = {
+        "hf_config": str(options.hf_config.absolute()) if options.hf_config else None,
+        "model": options.model,
+    }
+    return {**identity, "given": given, "digest": xxhash.xxh3_128_hexdigest(text.encode())}

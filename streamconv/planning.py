@@ -8,14 +8,9 @@ writes the plan to a file, and answers with one line of JSON.
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import io
-import json
 import math
 import os
 import resource
-import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -23,10 +18,10 @@ from typing import Any
 
 from streamconv._version import __version__
 from streamconv.budget import check_planning
-from streamconv.errors import BadInputError, StreamconvError
+from streamconv.children import ask, serve
+from streamconv.children import limited_memory as _limited_memory
 from streamconv.options import JobOptions
 from streamconv.plan import Plan
-from streamconv.writer import no_space
 
 # Enough for the metadata of most checkpoints, too little for a pickle that asks for the moon.
 _PARSE_BYTES = 1 << 30
@@ -38,7 +33,6 @@ _PARSE_BYTES_A_BYTE = 24
 _PARSE_SECONDS = 20.0
 _PARSE_SECONDS_A_FILE = 0.5
 _MOST_PARSE_SECONDS = 600.0
-_PR_SET_PDEATHSIG = 1
 
 
 def make_plan(
@@ -67,88 +61,7 @@ def inspect_checkpoint(src: Path, model: str | None = None) -> dict[str, Any]:
 
 
 def _ask(request: dict[str, Any]) -> dict[str, Any]:
-    # -P: the working directory, which may be the checkpoint's, is no place to import from.
-    process = subprocess.Popen(
-        [sys.executable, "-P", "-m", "streamconv.planning"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        env={
-            **os.environ,
-            "HF_HUB_OFFLINE": "1",
-            "TOKENIZERS_PARALLELISM": "false",
-            "OMP_NUM_THREADS": "1",
-            # glibc would keep an arena per thread; one is enough here and keeps the peak down.
-            "MALLOC_ARENA_MAX": "1",
-        },
-    )
-    try:
-        out, err = process.communicate(json.dumps(request).encode())
-    except BaseException:
-        process.kill()
-        process.wait()
-        raise
-    try:
-        answer: dict[str, Any] = json.loads(out.splitlines()[-1])
-    except (IndexError, ValueError):
-        last = err.decode(errors="replace").strip().splitlines()[-1:] or ["no message"]
-        if process.returncode < 0:
-            # No Python error can end a process by signal: the pickle broke the interpreter, or the
-            # kernel ran out of memory, or of patience.
-            name = signal.Signals(-process.returncode).name
-            endless = process.returncode == -signal.SIGXCPU
-            raise BadInputError(
-                "reading the checkpoint's metadata "
-                + ("takes longer than any that torch writes" if endless else "ended in a crash"),
-                where=str(request["src"]),
-                found=name,
-                hint="the file is damaged or hostile, or the machine is out of memory",
-            ) from None
-        raise StreamconvError("planning failed", where=str(request["src"]), found=last[0]) from None
-    if "error" in answer:
-        raise StreamconvError.from_json(answer["error"])
-    return answer
-
-
-def _child() -> int:
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a crash here says nothing about us
-    answers = sys.stdout
-    request = json.load(sys.stdin)
-    try:
-        # Libraries may print; only the answer may reach the parent's pipe.
-        with contextlib.redirect_stdout(io.StringIO()):
-            answer = _TASKS[request["task"]](request)
-    except StreamconvError as error:
-        answer = {"error": error.to_json()}
-    except (MemoryError, RecursionError) as error:
-        answer = {
-            "error": BadInputError(
-                "the checkpoint's metadata is too large or too deep to read",
-                where=request["src"],
-                found=type(error).__name__,
-            ).to_json()
-        }
-    except OSError as error:
-        # The plan is written here too, so that a full disk shows first in this process.
-        full = no_space(error, Path(request.get("plan_path", request["src"])))
-        other = StreamconvError("a file cannot be read or written", found=str(error))
-        other.__cause__ = error
-        answer = {"error": (full or other).to_json()}
-    answers.write(json.dumps(answer) + "\n")
-    answers.flush()
-    return 0
-
-
-@contextlib.contextmanager
-def _limited_memory(nbytes: int) -> Any:
-    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    cap = nbytes if hard == resource.RLIM_INFINITY else min(nbytes, hard)
-    resource.setrlimit(resource.RLIMIT_AS, (cap, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+    return ask("streamconv.planning", request, doing="reading the checkpoint's metadata")
 
 
 @contextlib.contextmanager
@@ -224,4 +137,4 @@ def _inspect(request: dict[str, Any]) -> dict[str, Any]:
 _TASKS = {"plan": _plan, "inspect": _inspect}
 
 if __name__ == "__main__":
-    sys.exit(_child())
+    sys.exit(serve(_TASKS))

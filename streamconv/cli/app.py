@@ -359,16 +359,54 @@ def verify(
     ] = None,
     atol: Annotated[float, typer.Option("--atol", help="Tolerated absolute difference.")] = 0.0,
     rtol: Annotated[float, typer.Option("--rtol", help="Tolerated relative difference.")] = 0.0,
+    forward: Annotated[
+        bool,
+        typer.Option(
+            "--forward", help="Run the model; with --reference, compare logits and not tensors."
+        ),
+    ] = False,
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", metavar="TEXT", help="What to run the model on.")
+    ] = None,
+    token_ids: Annotated[
+        str | None,
+        typer.Option("--token-ids", metavar="IDS", help="What to run it on as ids: 1,2,3."),
+    ] = None,
+    logits_atol: Annotated[
+        float | None,
+        typer.Option(
+            "--logits-atol",
+            help="Tolerated difference of logits. Default: 1e-5 of the largest; other dtypes: 0.05.",
+        ),
+    ] = None,
+    hf_config: Annotated[
+        Path | None,
+        typer.Option(
+            "--hf-config",
+            metavar="DIR",
+            help="With --source: where the folder is now that DST's config came from.",
+        ),
+    ] = None,
     max_mem: MaxMem = None,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Check DST against its manifest, and against its source or another model where one is named."""
+    """Check DST against its manifest, its source or another model; run it with --forward."""
     from streamconv import api
     from streamconv.cli.report import render_verification
 
     report = api.verify(
-        folder, source=source, reference=reference, atol=atol, rtol=rtol, max_mem=max_mem
+        folder,
+        source=source,
+        reference=reference,
+        atol=atol,
+        rtol=rtol,
+        forward=forward,
+        prompt=prompt,
+        token_ids=_ids(token_ids),
+        logits_atol=logits_atol,
+        hf_config=hf_config,
+        max_mem=max_mem,
     )
     if json:
         say_json(report.to_json(), indent=2)
@@ -376,6 +414,17 @@ def verify(
         say(render_verification(report))
     if not report.passed:
         raise typer.Exit(5)
+
+
+def _ids(text: str | None) -> list[int] | None:
+    from streamconv.errors import UsageError
+
+    if text is None:
+        return None
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise UsageError("not a list of token ids", found=text, expected="such as 1,2,3") from error
 
 
 @app.command()

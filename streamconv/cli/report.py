@@ -16,7 +16,7 @@ from streamconv.sizes import format_size
 
 if TYPE_CHECKING:
     from streamconv.forecast import Forecast
-    from streamconv.verification import Report
+    from streamconv.verification.report import Report
 
 _LONGEST_LIST = 20
 
@@ -185,6 +185,26 @@ def _skipped(skipped: Iterable[Mapping[str, str]]) -> str:
 _LISTED_PROBLEMS = 50
 
 
+def _forward(found: Mapping[str, Any]) -> list[str]:
+    """Return what running the model gave, as a table and a few lines."""
+    lines = [f"{'logit':>10}  {'probability':>11}  {'id':>7}  after the last token"]
+    lines += [
+        f"{t['logit']:>10.4f}  {t['probability']:>11.4f}  {t['id']:>7}"
+        + ("" if t["token"] is None else f"  {json.dumps(t['token'], ensure_ascii=False)}")
+        for t in found["top"]
+    ]
+    reference = found.get("reference")
+    if reference and "max_abs" in reference:
+        text = (
+            f"logits differ by {reference['max_abs']:.6g} of {reference['tolerance']:.6g} allowed"
+        )
+        if reference["kl"] is not None:
+            text += f"; KL {reference['kl']:.3g}; same top token at {reference['top1']:.1%}"
+        lines.append(text)
+    peak, budget = format_size(found["peak_bytes"]), format_size(found["budget_bytes"])
+    return [*lines, f"peak memory {peak} of {budget}"]
+
+
 def render_verification(report: Report) -> str:
     """Return what a verification found, worst tensors first."""
     lines = [f"checked  {c}" for c in report.checked]
@@ -192,6 +212,8 @@ def render_verification(report: Report) -> str:
         lines += ["", f"{'max |difference|':>16}  tensor"]
         lines += [f"{r['max_abs']:>16.6g}  {r['name']}  {r['what']}" for r in report.rows[:20]]
         lines.append("")
+    if report.forward is not None:
+        lines += ["", *_forward(report.forward), ""]
     compared = {f"{r['name']}: {r['what']}" for r in report.rows}
     others = [p for p in report.problems if p not in compared]
     lines += [f"problem  {p}" for p in others[:_LISTED_PROBLEMS]]

@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import starmap
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from streamconv.boxes import Shape
 from streamconv.dtypes import BF16, DType
@@ -22,6 +22,9 @@ from streamconv.tracing import hf_build, hf_convert
 from streamconv.tracing.hf_convert import Group
 from streamconv.tracing.hf_layout import Layout, decide
 from streamconv.tracing.hf_names import read_names
+
+if TYPE_CHECKING:
+    import torch
 
 Headers = Mapping[str, tuple[Shape, DType]]
 
@@ -90,6 +93,16 @@ class MetaModel:
         """Return the config of the vision tower likewise, empty where there is none."""
         config = getattr(self._model.config, "vision_config", None)
         return config.to_dict() if config is not None else {}
+
+    @property
+    def module(self) -> Any:
+        """Return the model itself, a module on the meta device."""
+        return self._model
+
+    @property
+    def fused(self) -> frozenset[str]:
+        """Return the in-memory names of what the library makes of several Hub tensors, or reshapes."""
+        return frozenset(n for g in self._groups if g.converted for n in g.memory)
 
     # --- what may be missing, superfluous or must not be cast -------------------------------------
 
@@ -197,6 +210,21 @@ class MetaModel:
         made = [Recipe(r.name, r.dtype, hf_convert.rebase(r.view, original)) for r in made]
         _refuse_duplicates(made)
         return _in_source_order(made, list(tensors)), tuple(notices)
+
+    def converter(
+        self, names: Collection[str]
+    ) -> Callable[[Mapping[str, torch.Tensor]], dict[str, torch.Tensor]]:
+        """Return what makes Hub tensors of real tensors, as transformers does when it saves.
+
+        ``names`` are all of the checkpoint's; the function takes any of them that are converted
+        together. Nothing of it is traced: ``verify --source`` holds the recipes against it.
+        """
+        canonical = read_names(names, self._knows, self._rename).canonical
+
+        def convert(given: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+            return hf_convert.convert(self._model, {canonical[n]: t for n, t in given.items()})
+
+        return convert
 
     def _hub_recipes(self, given: Headers, notices: list[str]) -> list[Recipe]:
         group_of = self._group_of(given)

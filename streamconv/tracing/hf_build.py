@@ -182,26 +182,34 @@ def refusing(architecture: str) -> Iterator[None]:
 def build(config: Mapping[str, Any], architecture: str) -> Any:
     """Return the model of the library's class ``architecture``, on meta and not initialized."""
     with _bounded_modules():
-        return _construct(clean(config), str(config["model_type"]), architecture)
+        return _construct(config, architecture)
 
 
-def _construct(config: dict[str, Any], model_type: str, architecture: str) -> Any:
-    from transformers.initialization import no_init_weights
+def class_and_settings(config: Mapping[str, Any], architecture: str) -> tuple[Any, Any]:
+    """Return the library's class ``architecture``, and its config object made of ``config``."""
     from transformers.models.auto.configuration_auto import (
         CONFIG_MAPPING_NAMES,
         model_type_to_module_name,
     )
 
+    model_type = str(config["model_type"])
     package = importlib.import_module(
         f"transformers.models.{model_type_to_module_name(model_type)}"
     )
     config_class = _member(package, CONFIG_MAPPING_NAMES[model_type])
     model_class = _member(package, architecture)
-    settings = config_class(**{k: v for k, v in config.items() if k != "model_type"})
+    settings = config_class(**{k: v for k, v in clean(config).items() if k != "model_type"})
     if not isinstance(settings, model_class.config_class):
         # A text-only class of a multimodal model type takes the nested text config.
         nested = [c for c in vars(settings).values() if isinstance(c, model_class.config_class)]
         settings = nested[0] if len(nested) == 1 else settings
+    return model_class, settings
+
+
+def _construct(config: Mapping[str, Any], architecture: str) -> Any:
+    from transformers.initialization import no_init_weights
+
+    model_class, settings = class_and_settings(config, architecture)
     with torch.device("meta"), no_init_weights(), torch.no_grad():
         return model_class(settings)
 

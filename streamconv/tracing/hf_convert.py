@@ -101,6 +101,15 @@ def revert(model: Any, tensors: Mapping[str, tuple[Shape, DType]]) -> dict[str, 
         ) from error
 
 
+def convert(model: Any, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return the Hub tensors that transformers makes of these in-memory tensors, not traced."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    with torch.no_grad():
+        made: dict[str, torch.Tensor] = revert_weight_conversion(model, dict(tensors))
+    return made
+
+
 def _check_amount(model: Any, tensors: Mapping[str, tuple[Shape, DType]]) -> None:
     """Bound the number of tensors before they are made: a list of experts is as long as it says."""
     amount = len(tensors)

@@ -1,0 +1,227 @@
+"""An output folder against its own manifest: files, tensors, headers, index, config, nothing astray.
+
+Every weight file is read once: its digest and those of its tensors are taken as the bytes pass.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from streamconv.errors import BadInputError, StreamconvError
+from streamconv.plan import INDEX, MANIFEST
+from streamconv.safefile import FileTensor, read_header
+from streamconv.staging import read_manifest
+from streamconv.verification.report import Report
+
+_STEP_BYTES = 1 << 20
+
+
+def verify_output(folder: Path) -> Report:
+    """Check a folder against its own manifest.
+
+    Raises :class:`BadInputError` where there is no manifest to check against.
+    """
+    manifest = manifest_of(folder)
+    files: dict[str, dict[str, Any]] = {f["name"]: f for f in manifest["files"]}
+    listed: dict[str, dict[str, Any]] = manifest["tensors"]
+    report = Report()
+    tensors: dict[str, FileTensor] = {}
+    unreadable: set[str] = set()
+    for name, entry in files.items():
+        path = folder / name
+        if not path.is_file():
+            report.problems.append(f"{name}: missing")
+            unreadable.add(name)
+            continue
+        found: Mapping[str, FileTensor] = {}
+        if path.suffix == ".safetensors":
+            try:
+                found = read_header(path)
+            except StreamconvError as error:
+                report.problems.append(f"{name}: {error.what} ({error.found})")
+                unreadable.add(name)
+        report.problems += [
+            f"{t}: in {name} and in {tensors[t].path.name}" for t in found if t in tensors
+        ]
+        tensors |= found
+        report.problems += _file_problems(path, name, entry, found, listed)
+    report.checked.append(f"{len(files)} files against the manifest")
+    present = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if not p.is_dir()}
+    report.problems += [
+        f"{name}: not in the manifest" for name in sorted(present - files.keys() - {MANIFEST})
+    ]
+    _compare_headers(folder, tensors, listed, unreadable, report)
+    report.checked.append(f"{len(listed)} tensors against the manifest")
+    if not unreadable:
+        # An adapter in a folder of its own is no part of the model's index.
+        own = {n: t for n, t in tensors.items() if t.path.parent == folder}
+        _check_index(folder, own, report)
+    _check_side_files(folder, manifest, report)
+    return report
+
+
+def manifest_of(folder: Path) -> dict[str, Any]:
+    """Return the manifest of an output; raises :class:`BadInputError` where it is none of ours."""
+    manifest = read_manifest(folder) if folder.is_dir() else None
+    if manifest is None:
+        raise BadInputError(
+            f"no {MANIFEST} here: this folder was not made by streamconv", where=str(folder)
+        )
+    try:
+        whole = (
+            isinstance(manifest["tensors"], dict)
+            and all(
+                isinstance(t[k], str)
+                for t in manifest["tensors"].values()
+                for k in ("dtype", "file", "xxh3_128")
+            )
+            and all(
+                isinstance(f["name"], str) and isinstance(f["xxh3_128"], str)
+                for f in manifest["files"]
+            )
+            and isinstance(manifest["job"]["options"], dict)
+            and all(isinstance(name, str) for name, _ in manifest["job"]["side"])
+        )
+    except (KeyError, TypeError, ValueError):
+        whole = False
+    if not whole:
+        raise BadInputError(
+            "the manifest is not one that streamconv writes", where=str(folder / MANIFEST)
+        )
+    return manifest
+
+
+def _file_problems(
+    path: Path,
+    name: str,
+    entry: Mapping[str, Any],
+    tensors: Mapping[str, FileTensor],
+    listed: Mapping[str, Mapping[str, Any]],
+) -> list[str]:
+    """Read a file once; return what differs: the file, then the tensors in it."""
+    whole = xxhash.xxh3_128()
+    sha256 = hashlib.sha256() if "sha256" in entry else None
+    differing: list[str] = []
+    # A safetensors file is its header and then its tensors, without a gap.
+    spans: list[tuple[FileTensor | None, int | None]] = [
+        (None, min((t.begin for t in tensors.values()), default=0))
+    ]
+    spans += [(t, t.end) for t in tensors.values()]
+    buffer = memoryview(bytearray(_STEP_BYTES))
+    size = 0
+    with path.open("rb", buffering=0) as stream:
+        for tensor, end in [*spans, (None, None)]:
+            digest = xxhash.xxh3_128()
+            while end is None or size < end:
+                want = len(buffer) if end is None else min(len(buffer), end - size)
+                got = stream.readinto(buffer[:want])
+                if not got:
+                    break
+                size += got
+                piece = buffer[:got]
+                whole.update(piece)
+                if sha256:
+                    sha256.update(piece)
+                if tensor is not None:
+                    digest.update(piece)
+            if tensor is not None:
+                entry_digest = listed.get(tensor.name, {}).get("xxh3_128", digest.hexdigest())
+                if digest.hexdigest() != entry_digest:
+                    differing.append(tensor.name)
+    problems = []
+    if size != entry.get("nbytes"):
+        problems.append(f"{name}: {size} bytes, the manifest says {entry.get('nbytes')}")
+    elif whole.hexdigest() != entry["xxh3_128"]:
+        what = (
+            ""
+            if not tensors
+            else f" ({len(differing) or 'none'} of its {len(tensors)} tensors differ)"
+        )
+        problems.append(
+            f"{name}: xxh3_128 {whole.hexdigest()}, the manifest says {entry['xxh3_128']}{what}"
+        )
+    elif sha256 and sha256.hexdigest() != entry["sha256"]:
+        problems.append(f"{name}: sha256 {sha256.hexdigest()}, the manifest says {entry['sha256']}")
+    return problems + [
+        f"{t}: its bytes in {name} do not have the hash of the manifest" for t in differing
+    ]
+
+
+def _compare_headers(
+    folder: Path,
+    tensors: Mapping[str, FileTensor],
+    listed: Mapping[str, Mapping[str, Any]],
+    unreadable: set[str],
+    report: Report,
+) -> None:
+    for name, entry in listed.items():
+        tensor = tensors.get(name)
+        if tensor is None:
+            if entry["file"] not in unreadable:
+                report.problems.append(f"{name}: in the manifest, in no file")
+        elif (tensor.dtype.name, list(tensor.shape), _file(folder, tensor)) != (
+            entry["dtype"],
+            entry.get("shape"),
+            entry["file"],
+        ):
+            report.problems.append(
+                f"{name}: {tensor.dtype.name} {list(tensor.shape)} in {_file(folder, tensor)}, the "
+                f"manifest says {entry['dtype']} {entry.get('shape')} in {entry['file']}"
+            )
+    report.problems += [
+        f"{n}: in {_file(folder, t)}, not in the manifest"
+        for n, t in tensors.items()
+        if n not in listed
+    ]
+
+
+def _file(folder: Path, tensor: FileTensor) -> str:
+    return tensor.path.relative_to(folder).as_posix()
+
+
+def _check_index(folder: Path, tensors: Mapping[str, FileTensor], report: Report) -> None:
+    path = folder / INDEX
+    files = {t.path.name for t in tensors.values()}
+    if not path.is_file():
+        if len(files) > 1:
+            report.problems.append(f"{INDEX}: missing, with {len(files)} weight files")
+        return
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+        weight_map = dict(index["weight_map"])
+        total = index["metadata"]["total_size"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        report.problems.append(f"{INDEX}: cannot be read ({error})")
+        return
+    wrong = [
+        n
+        for n in weight_map.keys() | tensors.keys()
+        if n not in tensors or weight_map.get(n) != tensors[n].path.name
+    ]
+    report.problems += [f"{INDEX}: {n} is not where it says" for n in sorted(wrong)]
+    if total != sum(t.end - t.begin for t in tensors.values()):
+        report.problems.append(f"{INDEX}: total_size {total} is not the sum of the tensors")
+    report.checked.append("the index against the files")
+
+
+def _check_side_files(folder: Path, manifest: Mapping[str, Any], report: Report) -> None:
+    """Config and tokenizer must be there where the source had them, and be readable."""
+    side = [name for name, _ in manifest["job"]["side"]]
+    files = {f["name"] for f in manifest["files"]}
+    for name in side:
+        path = folder / name
+        if not path.is_file():
+            if name not in files:  # otherwise it is missing as a file already
+                report.problems.append(f"{name}: the source had it, the output does not")
+        elif name.endswith(".json"):
+            try:
+                json.loads(path.read_text(encoding="utf-8"))
+            except (ValueError, RecursionError) as error:
+                report.problems.append(f"{name}: no valid JSON ({str(error)[:100]})")
+    report.checked.append(f"{len(side)} config, tokenizer and other side files")

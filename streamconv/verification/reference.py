@@ -1,0 +1,177 @@
+"""An output folder against another model folder: exactly, or within a tolerance."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import xxhash
+
+from streamconv.dtypes import DType
+from streamconv.errors import BadInputError
+from streamconv.plan import INDEX
+from streamconv.safefile import FileTensor, read_folder, read_header
+from streamconv.sidefiles import read_config
+from streamconv.verification.report import Report
+
+_STEP_BYTES = 1 << 20
+_STEP_ELEMENTS = 1 << 17
+
+
+def verify_reference(
+    folder: Path, reference: Path, *, atol: float = 0.0, rtol: float = 0.0
+) -> Report:
+    """Compare with another folder of safetensors: exactly, or within ``atol + rtol * |reference|``.
+
+    Dtypes may differ only where a tolerance is given. A tied weight may be left out of one of them.
+    ``rows`` lists the tensors that differ with their largest absolute difference, worst first.
+    """
+    ours, theirs = weights_of(folder), weights_of(reference)
+    report = Report()
+    for held, other, where, lacking in (
+        (theirs, ours, "missing here", folder),
+        (ours, theirs, "not in the reference", reference),
+    ):
+        for name in sorted(held.keys() - other.keys()):
+            tied = _tied_to(held[name], held, other) if _may_tie(lacking) else None
+            if tied:
+                report.checked.append(f"{name}: {where}, tied to {tied}, whose bytes it repeats")
+            else:
+                report.problems.append(f"{name}: {where}")
+    both = sorted(ours.keys() & theirs.keys())
+    rows = (_difference(ours[name], theirs[name], atol, rtol) for name in both)
+    report.rows = sorted((r for r in rows if r is not None), key=lambda r: -r["max_abs"])
+    report.problems += [f"{r['name']}: {r['what']}" for r in report.rows]
+    how = f"within {atol:g} + {rtol:g} × |reference|" if atol or rtol else "bit for bit"
+    report.checked.append(f"{len(both)} tensors against {reference}, {how}")
+    return report
+
+
+def weights_of(folder: Path) -> dict[str, FileTensor]:
+    """Return the tensors of a model folder, those of the index where it has one.
+
+    Raises :class:`BadInputError` where it holds no safetensors.
+    """
+    if not folder.is_dir():
+        raise BadInputError("there is no such model folder", where=str(folder))
+    found: dict[str, FileTensor] = {}
+    index = folder / INDEX
+    if index.is_file():
+        # Beside the model's files some folders hold the same weights in another layout.
+        try:
+            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise BadInputError(
+                "the index cannot be read", where=str(index), found=str(error)[:200]
+            ) from error
+        for name in sorted(map(str, names)):
+            path = folder / name
+            if Path(name).name != name or not path.is_file():
+                raise BadInputError(
+                    "the index names a file that is not there", where=str(index), found=name[:200]
+                )
+            found |= read_header(path)
+    else:
+        found = read_folder(folder)
+    if not found:
+        raise BadInputError(
+            "no safetensors files in this folder",
+            where=str(folder),
+            hint="save the model with save_pretrained first" if any(folder.glob("*.bin")) else None,
+        )
+    return found
+
+
+def _may_tie(folder: Path) -> bool:
+    """Whether loading ``folder`` may fill a weight that is not there with one that it is tied to."""
+    config = read_config(folder)
+    parts = (config, (config or {}).get("text_config"))
+    return config is not None and not any(
+        isinstance(p, Mapping) and p.get("tie_word_embeddings") is False for p in parts
+    )
+
+
+def _tied_to(
+    tensor: FileTensor, held: Mapping[str, FileTensor], other: Mapping[str, FileTensor]
+) -> str | None:
+    """Return the tensor in both folders whose bytes ``tensor`` repeats, which one of them lacks."""
+    alike = [
+        t
+        for name, t in held.items()
+        if name in other and (t.dtype, t.shape) == (tensor.dtype, tensor.shape)
+    ]
+    digest = _digest(tensor) if alike else ""
+    return next((t.name for t in alike if _digest(t) == digest), None)
+
+
+def _digest(tensor: FileTensor) -> str:
+    digest = xxhash.xxh3_128()
+    with tensor.path.open("rb", buffering=0) as stream:
+        for piece in _pieces(stream, tensor, _STEP_BYTES):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def _pieces(stream: IO[bytes], tensor: FileTensor, step: int) -> Iterator[bytes]:
+    stream.seek(tensor.begin)
+    left = tensor.end - tensor.begin
+    while left:
+        piece = stream.read(min(step, left))
+        if not piece:
+            raise BadInputError("the file became shorter", where=str(tensor.path))
+        left -= len(piece)
+        yield piece
+
+
+def _difference(
+    ours: FileTensor, theirs: FileTensor, atol: float, rtol: float
+) -> dict[str, Any] | None:
+    exact = not atol and not rtol
+    if ours.shape != theirs.shape:
+        return _row(ours, f"shape {list(ours.shape)}, there {list(theirs.shape)}", float("inf"))
+    if exact and ours.dtype != theirs.dtype:
+        return _row(ours, f"{ours.dtype}, there {theirs.dtype}", float("inf"))
+    worst, differing = 0.0, 0
+    with ours.path.open("rb") as a, theirs.path.open("rb") as b:
+        for x, y in zip(
+            _pieces(a, ours, _STEP_ELEMENTS * ours.dtype.itemsize),
+            _pieces(b, theirs, _STEP_ELEMENTS * theirs.dtype.itemsize),
+            strict=True,
+        ):
+            if ours.dtype == theirs.dtype and x == y:
+                continue
+            left, right = _numbers(x, ours.dtype), _numbers(y, theirs.dtype)
+            same = (left == right) | (np.isnan(left) & np.isnan(right))
+            if exact:
+                # Equal numbers with other bits: -0.0, or another NaN.
+                bits = np.frombuffer(x, np.uint8) != np.frombuffer(y, np.uint8)
+                differing += int((bits.reshape(-1, ours.dtype.itemsize).any(axis=1)).sum())
+            with np.errstate(invalid="ignore"):
+                distance = np.where(same, 0.0, np.abs(left - right))
+                bound = atol + rtol * np.abs(right)
+                far = ~same & ~(distance <= np.where(np.isfinite(bound), bound, atol))
+            if not exact:
+                differing += int(far.sum())
+            if far.any():
+                worst = max(worst, float(np.nan_to_num(distance[far], nan=np.inf).max()))
+    if not differing:
+        return None
+    return _row(ours, f"{differing} elements differ, by {worst:.6g} at most", worst)
+
+
+def _row(tensor: FileTensor, what: str, worst: float) -> dict[str, Any]:
+    return {
+        "name": tensor.name,
+        "what": what,
+        "max_abs": worst,
+        "dtype": tensor.dtype.torch,
+        "shape": list(tensor.shape),
+    }
+
+
+def _numbers(raw: bytes, dtype: DType) -> np.ndarray[Any, np.dtype[Any]]:
+    array = np.frombuffer(raw, dtype.to_numpy())
+    return array.astype(np.complex128 if dtype.name == "C64" else np.float64)

@@ -1,0 +1,42 @@
+"""What a verification found, as plain data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass
+class Report:
+    """What a verification found.
+
+    ``rows`` are the differing tensors of a comparison, worst first. ``forward`` is what running the
+    model gave (:mod:`streamconv.verification.forward` says which keys), None where it was not run.
+    """
+
+    checked: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    forward: dict[str, Any] | None = None
+
+    @property
+    def passed(self) -> bool:
+        """Whether nothing differs."""
+        return not self.problems
+
+    def extend(self, other: Report) -> None:
+        """Add what another check found."""
+        self.checked += other.checked
+        self.problems += other.problems
+        self.rows += other.rows
+        self.forward = other.forward or self.forward
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the report as plain data."""
+        return {
+            "passed": self.passed,
+            "checked": self.checked,
+            "problems": self.problems,
+            "rows": self.rows,
+            "forward": self.forward,
+        }

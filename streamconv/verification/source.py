@@ -1,0 +1,195 @@
+"""An output folder against its source: every tensor, by two readers that share no code.
+
+The first reader is torch's own (:mod:`streamconv.verification.torch_check`, in a child process); what
+it cannot read, and what it says differs, is looked at by the converter's byte path. The source is
+planned anew with the options that the manifest names, so that neither the plan nor the journal of
+the conversion is trusted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import IO, Any
+
+from streamconv import budget as budgets
+from streamconv.children import ask
+from streamconv.errors import BadInputError, UsageError
+from streamconv.executor import WindowFiller, filled_windows
+from streamconv.options import JobOptions
+from streamconv.plan import Plan, PlannedTensor
+from streamconv.planning import make_plan
+from streamconv.reader import SourceReader
+from streamconv.records import RecordChecks
+from streamconv.safefile import FileTensor, read_folder
+from streamconv.verification.folder import manifest_of
+from streamconv.verification.report import Report
+
+_STEP_BYTES = 1 << 20
+
+
+def verify_source(
+    folder: Path,
+    src: Path,
+    *,
+    hf_config: Path | None = None,
+    max_mem_bytes: int | None = None,
+) -> Report:
+    """Compare every tensor of a folder with the source shards, byte by byte.
+
+    ``hf_config`` is used in place of the folder that the output was made with. Raises
+    :class:`BadInputError` for a source that is damaged or cannot be read.
+    """
+    job = _job(manifest_of(folder), src, hf_config)
+    budget = max_mem_bytes or budgets.available_bytes()[0]
+    report = Report()
+    held = read_folder(folder, nested=True)
+    with tempfile.TemporaryDirectory(prefix="streamconv-") as scratch:
+        plan = make_plan(src, job, Path(scratch) / "plan.jsonl", max_mem_bytes=budget)
+        wrong = dict(_wrong_headers(plan, held))
+        names = {t.name for t in _tensors(plan)}
+        answer = ask(
+            "streamconv.verification.torch_check",
+            {
+                "task": "check",
+                "src": str(src),
+                "folder": str(folder),
+                "job": job.to_json(),
+                "plan_path": str(plan.path),
+                "skip": sorted(wrong),
+                "budget_bytes": budget,
+            },
+            doing="reading the source with torch",
+        )
+        differing: dict[str, str] = answer["differing"]
+        left: dict[str, str] = answer["left"]
+        checks_bad, unverifiable = _own_reader(plan, held, left.keys() | differing.keys(), budget)
+    report.problems += [f"{n}: {what}" for n, what in sorted(wrong.items())]
+    for name in sorted(differing.keys() | checks_bad):
+        if name in checks_bad:
+            report.problems.append(f"{name}: differs from the source")
+        else:
+            report.problems.append(
+                f"{name}: differs from the source as torch reads it ({differing[name]}), though not "
+                "as streamconv does: please report this"
+            )
+    report.problems += [f"{n}: not in the source" for n in sorted(held.keys() - names)]
+    report.checked += _ways(answer["ways"], len(differing))
+    report.checked += [
+        f"{count} tensors against the source, byte by byte, read by streamconv alone: {reason}"
+        for reason, count in Counter(left.values()).items()
+    ]
+    if unverifiable:
+        report.checked.append(f"{unverifiable} source bytes carry no checksum")
+    return report
+
+
+def _ways(ways: Mapping[str, int], differing: int) -> Iterator[str]:
+    total = sum(ways.values()) + differing
+    how = {
+        "converted": "through transformers' own conversion",
+        "converted in slices": "in slices, through the traced conversion",
+    }
+    parts = [f"{ways[w]} {text}" for w, text in how.items() if ways.get(w)]
+    detail = f" ({', '.join(parts)})" if parts else ""
+    if total:
+        yield f"{total} tensors against the source, byte by byte, read by torch.load{detail}"
+
+
+def _job(manifest: Mapping[str, Any], src: Path, hf_config: Path | None) -> JobOptions:
+    """Return the options that the output was made with."""
+    given = manifest["job"].get("given") or {}
+    config = given.get("hf_config")
+    if hf_config is None and isinstance(config, str):
+        hf_config = Path(config)
+        if not hf_config.is_dir():
+            raise UsageError(
+                "the folder that this output's config came from is gone",
+                where=config,
+                hint="--hf-config DIR says where it is now",
+            )
+    options = {**manifest["job"]["options"], "hf_config": None, "model": None}
+    if base := manifest["job"].get("base"):
+        options["lora"] = {**options["lora"], "base": base}
+    try:
+        job = JobOptions.from_json(options)
+    except (KeyError, TypeError) as error:
+        raise BadInputError("the manifest names options that are not known") from error
+    return dataclasses.replace(job, hf_config=hf_config, model=_model(src, given.get("model")))
+
+
+def _model(src: Path, given: object) -> str | None:
+    """Return which model of ``src`` is meant: none where ``src`` is that model's own folder."""
+    from streamconv import formats
+
+    if not isinstance(given, str):
+        return None
+    try:
+        formats.find_model(src, given)
+    except UsageError:
+        return None
+    return given
+
+
+def _tensors(plan: Plan) -> Iterator[PlannedTensor]:
+    for _, section in plan.sections():
+        yield from section
+
+
+def _wrong_headers(plan: Plan, held: Mapping[str, FileTensor]) -> Iterator[tuple[str, str]]:
+    for t in _tensors(plan):
+        found = held.get(t.same_as or t.name)
+        if found is None:
+            yield t.name, "in the source, not here"
+        elif (found.dtype, found.shape) != (t.dtype, t.shape):
+            yield (
+                t.name,
+                f"{found.dtype} {list(found.shape)}, the source gives {t.dtype} {list(t.shape)}",
+            )
+
+
+def _own_reader(
+    plan: Plan, held: Mapping[str, FileTensor], names: Collection[str], budget: int
+) -> tuple[set[str], int]:
+    """Compare ``names`` with what the converter would write.
+
+    Returns those that differ, and the source bytes without a checksum. Every source record that
+    takes part is checked against its CRC-32.
+    """
+    if not names:
+        return set(), 0
+    bad: set[str] = set()
+    with ExitStack() as stack:
+        reader = stack.enter_context(SourceReader(Path(plan.head.root), plan.head.files))
+        checks = RecordChecks(reader)
+        factors = budgets.factor_bytes(budget)
+        merging = budgets.merging_bytes(factors) if plan.head.totals.merged else 0
+        max_window = budgets.window_bytes(budget, merging)
+        filler = WindowFiller(reader, checks, max_bytes=max_window, factor_bytes=factors)
+        stack.callback(filler.close)
+        streams: dict[Path, IO[bytes]] = {}
+        last = {s.fqn: t.name for t in _tensors(plan) if t.name in names for s in t.sources}
+        for window, buffer in filled_windows(_chosen(plan, names, last), filler, checks):
+            for s in window.segments:
+                target = held[s.tensor.same_as or s.tensor.name]
+                if target.path not in streams:
+                    streams[target.path] = stack.enter_context(target.path.open("rb"))
+                stream = streams[target.path]
+                stream.seek(target.begin + s.lo * target.dtype.itemsize)
+                for at in range(0, s.nbytes, _STEP_BYTES):
+                    n = min(_STEP_BYTES, s.nbytes - at)
+                    if stream.read(n) != buffer[s.at + at : s.at + at + n]:
+                        bad.add(s.tensor.name)
+        reader.check_unchanged()
+    return bad, checks.unverifiable_bytes
+
+
+def _chosen(plan: Plan, names: Collection[str], last: Mapping[str, str]) -> Iterable[PlannedTensor]:
+    for t in _tensors(plan):
+        if t.name in names:
+            final = tuple(k for k, s in enumerate(t.sources) if last[s.fqn] == t.name)
+            yield dataclasses.replace(t, last=final)

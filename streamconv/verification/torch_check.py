@@ -1,0 +1,446 @@
+"""The child of ``verify --source``: every output tensor against the rank files as torch reads them.
+
+What the converter computes with boxes, moves and kernels is computed here with torch itself: whole
+tensors are put together by torch's placements (:mod:`streamconv.verification.torch_files`), and the
+names and layouts of the Hub are made by transformers' own conversion, run on these real tensors.
+Where that would not fit into the budget, the traced recipe is evaluated a slice at a time. What
+cannot be checked here is named with the reason, and left to the other reader.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+import sys
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from streamconv.adapters import has_adapter
+from streamconv.boxes import Shape
+from streamconv.budget import resident_bytes
+from streamconv.build_plan import side_files
+from streamconv.children import limited_memory, serve
+from streamconv.dtypes import BY_TORCH, DType
+from streamconv.options import JobOptions
+from streamconv.plan import Plan
+from streamconv.recipe import AddProduct, Cast, Gather, Recipe, SourceRef, View
+from streamconv.safefile import FileTensor, read_folder
+from streamconv.sidefiles import read_config
+from streamconv.verification.torch_files import (
+    GlobalPieces,
+    MappedFile,
+    RankFiles,
+    UnreadableError,
+    map_bytes,
+)
+
+# What a tensor of a rank file takes as Python and torch objects, measured with torch 2.13.
+_OBJECT_BYTES = 3000
+_MARGIN_BYTES = 24 << 20
+_MAX_TILE_BYTES = 32 << 20
+_MIN_TILE_BYTES = 1 << 20
+
+
+class TooLargeError(Exception):
+    """A step would need more memory than the budget leaves."""
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """An output tensor as it was planned, without how the converter makes it."""
+
+    name: str
+    dtype: torch.dtype
+    shape: Shape
+    sources: frozenset[str]
+    file_name: str  # the tensor in the output that holds its bytes
+
+
+def _check(request: dict[str, Any]) -> dict[str, Any]:
+    from streamconv import formats
+
+    job = JobOptions.from_json(request["job"])
+    src = Path(request["src"])
+    with limited_memory():
+        # Untrusted files: torch sees only what the strict reader has accepted.
+        checkpoint = formats.read(src, job.model)
+    answer = _Answer()
+    wanted = list(_wanted(Plan(Path(request["plan_path"])), request["skip"]))
+    if checkpoint.format != "fsdp":
+        return answer.leave(wanted, f"torch has no reader for {checkpoint.format}").to_json()
+    if checkpoint.undecided or (len(checkpoint.files) > 1 and _all_plain(checkpoint.facts)):
+        return answer.leave(wanted, "plain tensors on several ranks say no placement").to_json()
+    if has_adapter(checkpoint.tensors):
+        return answer.leave(wanted, "torch has no reader for LoRA adapters").to_json()
+    files = RankFiles([checkpoint.root / f.path for f in checkpoint.files])
+    names = list(checkpoint.tensors)
+    try:
+        headers = files.headers(names)
+        folder, _ = side_files(checkpoint.root, checkpoint.side_dir, job)
+        config = read_config(folder) if folder else None
+        conversion = _Conversion(config, headers, job)
+        room = _free_bytes(request["budget_bytes"])
+        tile = min(_MAX_TILE_BYTES, room // 6)
+        comparison = _Comparison(conversion, _Output(Path(request["folder"])), tile, room, answer)
+        for batch in _batches(wanted, conversion, room, len(checkpoint.files)):
+            used = sorted({s for w in batch for s in w.sources})
+            comparison.run(batch, files.read(used))
+    except UnreadableError as error:
+        done = answer.same.keys() | answer.differing.keys() | answer.left.keys()
+        answer.leave((w for w in wanted if w.name not in done), str(error))
+    except TooLargeError as error:
+        answer.leave(wanted, str(error))
+    return answer.to_json()
+
+
+def _all_plain(facts: Mapping[str, object]) -> bool:
+    return facts.get("tensor_kinds") == ["plain"]
+
+
+def _wanted(plan: Plan, skip: Sequence[str]) -> Iterator[Wanted]:
+    left_out = set(skip)
+    for _, section in plan.sections():
+        for t in section:
+            if t.name not in left_out:
+                dtype = _torch(t.dtype)
+                sources = frozenset(sys.intern(s.fqn) for s in t.sources)
+                yield Wanted(t.name, dtype, t.shape, sources, t.same_as or t.name)
+
+
+def _free_bytes(budget: int) -> int:
+    """Return what the budget leaves beside this process and the one that waits for it."""
+    used = resident_bytes(str(os.getppid())) + resident_bytes() + _MARGIN_BYTES
+    if budget - used < 6 * _MIN_TILE_BYTES:
+        need = used + 6 * _MIN_TILE_BYTES
+        raise TooLargeError(
+            f"torch's reader needs --max-mem {-(-need // 10**7) * 10}MB, more than the budget"
+        )
+    return budget - used
+
+
+def _batches(
+    wanted: Iterable[Wanted], conversion: _Conversion, room: int, files: int
+) -> Iterator[list[Wanted]]:
+    """Cut the tensors into batches whose pieces on all ranks fit into memory as mere objects.
+
+    Outputs that are converted together stay together.
+    """
+    groups: dict[str, list[Wanted]] = {}
+    for w in wanted:
+        groups.setdefault(conversion.group_of(w), []).append(w)
+    most = max(1, room // 2 // (_OBJECT_BYTES * files))
+    batch: list[Wanted] = []
+    names: set[str] = set()
+    for group in groups.values():
+        more = {s for w in group for s in w.sources}
+        if batch and len(names | more) > most:
+            yield batch
+            batch, names = [], set()
+        batch += group
+        names |= more
+    if batch:
+        yield batch
+
+
+class _Answer:
+    """What was found: by which way each tensor agrees, what differs, what is left and why."""
+
+    def __init__(self) -> None:
+        self.same: dict[str, str] = {}
+        self.differing: dict[str, str] = {}
+        self.left: dict[str, str] = {}
+
+    def leave(self, wanted: Iterable[Wanted], reason: str) -> _Answer:
+        self.left |= {w.name: reason for w in wanted}
+        return self
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "ways": dict(Counter(self.same.values())),
+            "differing": self.differing,
+            "left": self.left,
+        }
+
+
+class _Conversion:
+    """What transformers makes of the checkpoint's tensors, on meta and for real."""
+
+    def __init__(
+        self,
+        config: Mapping[str, Any] | None,
+        headers: Mapping[str, tuple[Shape, torch.dtype]],
+        job: JobOptions,
+    ) -> None:
+        from streamconv.tracing.hf import build_meta
+        from streamconv.tracing.hf_convert import identity
+
+        given = {
+            name: (shape, BY_TORCH[str(dtype).removeprefix("torch.")])
+            for name, (shape, dtype) in headers.items()
+        }
+        model = build_meta(config, list(given)) if config is not None else None
+        if model is None:
+            made = [identity(n, n, *header) for n, header in given.items()]
+        else:
+            made = list(model.recipes(given, job.layout)[0])
+        self.recipes: dict[str, Recipe] = {r.name: r for r in made}
+        self.convert = model.converter(list(given)) if model is not None else None
+        self._groups = _connected({r.name: _sources(r.view) for r in made})
+
+    def group_of(self, wanted: Wanted) -> str:
+        """Return what outputs that come out of one conversion have in common."""
+        return self._groups.get(wanted.name, wanted.name)
+
+    def is_handed_on(self, name: str) -> bool:
+        """Whether the output is a tensor of the checkpoint as it stands."""
+        view = self.recipes[name].view
+        whole = isinstance(view.base, SourceRef) and view.shape == view.base.shape
+        return whole and not view.ops and not view.offset and view.strides == _strides(view.shape)
+
+
+def _sources(view: View) -> frozenset[str]:
+    if isinstance(view.base, SourceRef):
+        return frozenset((view.base.fqn,))
+    return frozenset().union(*(_sources(p.view) for p in view.base.parts))
+
+
+def _strides(shape: Shape) -> Shape:
+    return tuple(torch.empty(shape, device="meta").stride())
+
+
+def _connected(uses: Mapping[str, frozenset[str]]) -> dict[str, str]:
+    """Return one name for all outputs that share sources, however indirectly."""
+    parent: dict[str, str] = {}
+
+    def root(name: str) -> str:
+        while parent.setdefault(name, name) != name:
+            name = parent[name] = parent[parent[name]]
+        return name
+
+    for sources in uses.values():
+        first, *others = sorted(sources)
+        for other in others:
+            parent[root(other)] = root(first)
+    return {name: root(min(sources)) for name, sources in uses.items()}
+
+
+class _Output:
+    """The folder that is checked, mapped."""
+
+    def __init__(self, folder: Path) -> None:
+        self.tensors = read_folder(folder, nested=True)
+        self._mapped: dict[Path, tuple[torch.Tensor, MappedFile]] = {}
+
+    def differs(self, tensor: FileTensor, at: int, expected: torch.Tensor, cast: bool) -> bool:
+        """Whether the bytes from element ``at`` on are not those of ``expected``."""
+        if tensor.path not in self._mapped:
+            self._mapped[tensor.path] = map_bytes(tensor.path)
+        raw, mapping = self._mapped[tensor.path]
+        begin = tensor.begin + at * expected.dtype.itemsize
+        held = raw[begin : begin + expected.numel() * expected.dtype.itemsize]
+        mine = expected.contiguous().view(-1).view(torch.uint8)
+        same = torch.equal(held, mine)
+        if not same and cast:
+            # A cast NaN is a NaN; which of them is nobody's promise.
+            found = held.clone().view(expected.dtype)
+            nan = found.isnan() & expected.reshape(-1).isnan()
+            width = expected.dtype.itemsize
+            bits = (held.view(-1, width) == mine.view(-1, width)).all(dim=1)
+            same = bool((nan | bits).all())
+        mapping.drop()
+        return not same
+
+
+class _Comparison:
+    """Compares batches of output tensors with what torch makes of the rank files."""
+
+    def __init__(
+        self,
+        conversion: _Conversion,
+        output: _Output,
+        tile: int,
+        room: int,
+        answer: _Answer,
+    ) -> None:
+        self._conversion = conversion
+        self._output = output
+        self._tile = tile
+        self._room = room
+        self._answer = answer
+
+    def run(self, batch: Iterable[Wanted], pieces: Mapping[str, GlobalPieces]) -> None:
+        """Check one batch, the outputs of one conversion after those of another."""
+        key = self._conversion.group_of
+        for _, group in itertools.groupby(batch, key):
+            converted = []
+            for wanted in group:
+                recipe = self._conversion.recipes.get(wanted.name)
+                if recipe is None or _sources(recipe.view) != wanted.sources:
+                    self._answer.leave([wanted], "made by more than transformers' conversion")
+                elif self._conversion.is_handed_on(wanted.name):
+                    self._in_slices(wanted, pieces, "handed on")
+                else:
+                    converted.append(wanted)
+            if converted:
+                self._converted(converted, pieces)
+
+    def _converted(self, group: Sequence[Wanted], pieces: Mapping[str, GlobalPieces]) -> None:
+        names = {s for w in group for s in w.sources}
+        convert = self._conversion.convert
+        # Once as they are, once as the conversion copies them, and room for a look at the result.
+        if (
+            convert is None
+            or 2 * sum(pieces[n].nbytes for n in names) > self._room - 4 * self._tile
+        ):
+            for wanted in group:
+                self._in_slices(wanted, pieces, "converted in slices")
+            return
+        made = convert(
+            {n: pieces[n].box((0,) * len(pieces[n].shape), pieces[n].shape) for n in names}
+        )
+        for wanted in group:
+            tensor = made.get(wanted.name)
+            if tensor is None or tuple(tensor.shape) != wanted.shape:
+                self._answer.differing[wanted.name] = "transformers makes no such tensor of them"
+                continue
+            cast = tensor.dtype != wanted.dtype
+            flat = tensor.contiguous().view(-1)
+            step = max(1, self._tile // 8)
+            self._verdict(
+                wanted,
+                (
+                    (at, flat[at : at + step].to(wanted.dtype))
+                    for at in range(0, flat.numel(), step)
+                ),
+                cast,
+                "converted",
+            )
+
+    def _in_slices(self, wanted: Wanted, pieces: Mapping[str, GlobalPieces], way: str) -> None:
+        view = self._conversion.recipes[wanted.name].view
+        source = pieces[min(wanted.sources)].dtype
+        width = max(source.itemsize, wanted.dtype.itemsize)
+        try:
+            slices = (
+                (at, evaluate(view, lo, sizes, pieces, self._tile).to(wanted.dtype))
+                for at, lo, sizes in tiles(wanted.shape, max(1, self._tile // width))
+            )
+            self._verdict(wanted, slices, source != wanted.dtype, way)
+        except TooLargeError as error:
+            self._answer.leave([wanted], str(error))
+
+    def _verdict(
+        self,
+        wanted: Wanted,
+        slices: Iterable[tuple[int, torch.Tensor]],
+        cast: bool,
+        way: str,
+    ) -> None:
+        tensor = self._output.tensors[wanted.file_name]
+        for at, expected in slices:
+            if self._output.differs(tensor, at, expected, cast):
+                self._answer.differing[wanted.name] = f"from element {at} on"
+                return
+        self._answer.same[wanted.name] = way
+
+
+def tiles(shape: Shape, most: int) -> Iterator[tuple[int, Shape, Shape]]:
+    """Yield (first element, offsets, sizes) of boxes of at most ``most`` elements, in memory order."""
+    row, dim = 1, len(shape)
+    while dim and row * shape[dim - 1] <= most:
+        dim -= 1
+        row *= shape[dim]
+    if not math.prod(shape):
+        return
+    if not dim:
+        yield 0, (0,) * len(shape), shape
+        return
+    step = most // row
+    tail = shape[dim:]
+    for k, index in enumerate(itertools.product(*map(range, shape[: dim - 1]))):
+        for at in range(0, shape[dim - 1], step):
+            size = min(step, shape[dim - 1] - at)
+            first = (k * shape[dim - 1] + at) * row
+            yield first, (*index, at, *(0,) * len(tail)), (*(1,) * len(index), size, *tail)
+
+
+def evaluate(
+    view: View, lo: Shape, sizes: Shape, pieces: Mapping[str, GlobalPieces], limit: int
+) -> torch.Tensor:
+    """Return the elements of ``view`` in the box ``lo``, ``sizes``, as a recipe defines them.
+
+    Raises :class:`TooLargeError` where the part of its base that they come from exceeds ``limit``
+    bytes.
+    """
+    first = view.offset + sum(a * s for a, s in zip(lo, view.strides, strict=True))
+    last = first + sum((n - 1) * s for n, s in zip(sizes, view.strides, strict=True))
+    strides = _strides(view.base.shape)
+    # The smallest box of the base that holds elements first to last in one stretch.
+    low: list[int] = []
+    extent: list[int] = []
+    start, end = first, last
+    apart = False
+    for size, stride in zip(view.base.shape, strides, strict=True):
+        a, b = (0, size - 1) if apart else (start // stride, end // stride)
+        low.append(a)
+        extent.append(b - a + 1)
+        apart = apart or a != b
+        start, end = start - a * stride, end - b * stride
+    base = _box(view.base, tuple(low), tuple(extent), pieces, limit)
+    begin = sum(a * s for a, s in zip(low, strides, strict=True))
+    made = base.view(-1).as_strided(sizes, view.strides, first - begin)
+    for op in view.ops:
+        if isinstance(op, AddProduct):
+            raise AssertionError("adapters are left to the other reader")
+        made = made.to(_torch(op.dtype)) if isinstance(op, Cast) else made + op.value
+    return made
+
+
+def _box(
+    base: SourceRef | Gather,
+    lo: Shape,
+    sizes: Shape,
+    pieces: Mapping[str, GlobalPieces],
+    limit: int,
+) -> torch.Tensor:
+    if isinstance(base, SourceRef):
+        _check_size(math.prod(sizes) * pieces[base.fqn].dtype.itemsize, limit)
+        return pieces[base.fqn].box(lo, sizes)
+    made: torch.Tensor | None = None
+    for part in base.parts:
+        ranges = [
+            (max(a, c), min(a + n, d))
+            for a, n, c, d in zip(lo, sizes, part.box.offsets, part.box.ends, strict=True)
+        ]
+        if any(a >= b for a, b in ranges):
+            continue
+        inner = tuple(a - c for (a, _), c in zip(ranges, part.box.offsets, strict=True))
+        value = evaluate(part.view, inner, tuple(b - a for a, b in ranges), pieces, limit)
+        if made is None:
+            _check_size(math.prod(sizes) * value.dtype.itemsize, limit)
+            made = torch.empty(sizes, dtype=value.dtype)
+        made[tuple(slice(a - c, b - c) for (a, b), c in zip(ranges, lo, strict=True))] = value
+    if made is None:
+        raise TooLargeError("a part of a recipe that nothing fills")
+    return made
+
+
+def _torch(dtype: DType) -> torch.dtype:
+    found: torch.dtype = getattr(torch, dtype.torch)
+    return found
+
+
+def _check_size(nbytes: int, limit: int) -> None:
+    # A little more than a tile: a tile's rows need not begin where the base's rows begin.
+    if nbytes > 2 * limit:
+        raise TooLargeError("its slices are larger than the budget")
+
+
+if __name__ == "__main__":
+    sys.exit(serve({"check": _check}))
