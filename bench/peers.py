@@ -211,9 +211,11 @@ def main() -> None:
         f"{conditions()}. Float32 Qwen2 in 8 rank files, warm, medians (and ranges) of "
         f"{options.rounds} rounds.\n\n"
     )
-    record("peers", text + table(head, rows))
+    picture = "\n![speed and memory against the size of the model]({})\n"
+    record("peers", text + table(head, rows) + picture.format("peers.svg"))
     largest = f"{max(next(iter(found.values()))):g} GB"
-    record("peers", text + table(head, [r for r in rows if r[0] == largest]), README)
+    of_largest = table(head, [r for r in rows if r[0] == largest])
+    record("peers", text + of_largest + picture.format("bench/peers.svg"), README)
 
 
 if __name__ == "__main__":
