@@ -18,7 +18,7 @@ def _run(arguments: list[str]) -> int:
     if arguments == ["--version"]:
         sys.stdout.write(f"streamconv {__version__}\n")
         return 0
-    from streamconv.cli.signals import heeded
+    from streamconv.signals import heeded
 
     debug = "--debug" in arguments
     try:
@@ -43,11 +43,7 @@ def _run(arguments: list[str]) -> int:
         # A read-only disk, a folder of somebody else: the user's to mend, no fault of ours.
         if debug:
             raise
-        what = f"the system refused: {error.strerror or error}"
-        where = None if error.filename is None else str(error.filename)
-        told = StreamconvError(what, where=where)
-        told.__cause__ = error
-        return _report(told, arguments)
+        return _report(StreamconvError.of_system(error), arguments)
     except Exception as error:
         if debug:
             raise

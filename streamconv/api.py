@@ -12,7 +12,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 from streamconv.errors import NoSpaceError, UsageError, VerificationError
 from streamconv.options import (
@@ -37,26 +37,35 @@ if TYPE_CHECKING:
 StrPath = str | PathLike[str]
 
 
+class JobKeywords(TypedDict, total=False):
+    """The options that decide the output, as :func:`convert`, :func:`plan` and :func:`open` take them.
+
+    :class:`streamconv.options.JobOptions` and :class:`streamconv.options.LoraOptions` say what they
+    mean; their defaults are those of :func:`job_options`.
+    """
+
+    layout: Layout
+    dtype: DTypeChoice
+    keep_dtype: Sequence[str]
+    strict: bool
+    hf_config: StrPath | None
+    model: str | None
+    family: str | None
+    lora: LoraMode
+    base: StrPath | None
+    lora_alpha: float | None
+    lora_rank: int | None
+    lora_rslora: bool
+    allow_zero_delta: bool
+    value_head: ValueHead
+
+
 def convert(
     src: StrPath,
     dst: StrPath,
     *,
     max_mem: int | str | None = None,
-    layout: Layout = "hub",
-    dtype: DTypeChoice = "keep",
-    keep_dtype: Sequence[str] = (),
     max_shard_size: int | str = "5GB",
-    strict: bool = False,
-    hf_config: StrPath | None = None,
-    model: str | None = None,
-    family: str | None = None,
-    lora: LoraMode = "auto",
-    base: StrPath | None = None,
-    lora_alpha: float | None = None,
-    lora_rank: int | None = None,
-    lora_rslora: bool = False,
-    allow_zero_delta: bool = False,
-    value_head: ValueHead = "keep",
     overwrite: bool = False,
     sync: bool = True,
     direct: bool = False,
@@ -65,35 +74,24 @@ def convert(
     io_threads: int = 1,
     on_event: Callable[[Event], None] = ignore_event,
     report: StrPath | None = None,
+    **job: Unpack[JobKeywords],
 ) -> Result:
     """Convert the checkpoint ``src`` into the HuggingFace folder ``dst``.
 
     ``max_mem`` is the budget of the whole process tree (bytes, ``"32GB"``, ``"80%"``; None: what the
     machine can give). After an error ``dst`` is as it was; the same call again resumes. ``report``
-    is an HTML file to write about it.
+    is an HTML file to write about it, ``job`` what decides the output: see :class:`JobKeywords`.
     """
     from streamconv.convert_job import convert as run_job
 
-    adapter = lora_options(lora, base, lora_alpha, lora_rank, lora_rslora, allow_zero_delta)
-    job = job_options(
-        layout,
-        dtype,
-        keep_dtype,
-        max_shard_size,
-        strict,
-        hf_config,
-        model,
-        family,
-        adapter,
-        value_head,
-    )
+    options = job_options(max_shard_size=max_shard_size, **job)
     run = run_options(max_mem, overwrite, sync, direct, source_crc, checksum, io_threads, on_event)
     if report is None:
-        return run_job(Path(src), Path(dst), job, run)
+        return run_job(Path(src), Path(dst), options, run)
     from streamconv.report.conversion import convert_reported
 
     return convert_reported(
-        Path(report), lambda watched: run_job(Path(src), Path(dst), job, watched), run
+        Path(report), lambda watched: run_job(Path(src), Path(dst), options, watched), run
     )
 
 
@@ -139,22 +137,9 @@ def plan(
     dst: StrPath | None = None,
     *,
     max_mem: int | str | None = None,
-    layout: Layout = "hub",
-    dtype: DTypeChoice = "keep",
-    keep_dtype: Sequence[str] = (),
     max_shard_size: int | str = "5GB",
-    strict: bool = False,
-    hf_config: StrPath | None = None,
-    model: str | None = None,
-    family: str | None = None,
-    lora: LoraMode = "auto",
-    base: StrPath | None = None,
-    lora_alpha: float | None = None,
-    lora_rank: int | None = None,
-    lora_rslora: bool = False,
-    allow_zero_delta: bool = False,
-    value_head: ValueHead = "keep",
     output: StrPath | None = None,
+    **job: Unpack[JobKeywords],
 ) -> Plan:
     """Return what :func:`convert` would do; no byte of a weight is read.
 
@@ -163,26 +148,14 @@ def plan(
     """
     from streamconv.planning import make_plan
 
-    adapter = lora_options(lora, base, lora_alpha, lora_rank, lora_rslora, allow_zero_delta)
-    job = job_options(
-        layout,
-        dtype,
-        keep_dtype,
-        max_shard_size,
-        strict,
-        hf_config,
-        model,
-        family,
-        adapter,
-        value_head,
-    )
+    options = job_options(max_shard_size=max_shard_size, **job)
     budget = memory_bytes(max_mem)
     if output is not None:
-        made = make_plan(Path(src), job, Path(output), max_mem_bytes=budget)
+        made = make_plan(Path(src), options, Path(output), max_mem_bytes=budget)
     else:
         folder = tempfile.mkdtemp(prefix="streamconv-")
         try:
-            made = make_plan(Path(src), job, Path(folder) / "plan.jsonl", max_mem_bytes=budget)
+            made = make_plan(Path(src), options, Path(folder) / "plan.jsonl", max_mem_bytes=budget)
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise
@@ -193,22 +166,7 @@ def plan(
 
 
 def open(  # noqa: A001 - meant to be called as streamconv.open
-    src: StrPath,
-    *,
-    layout: Layout = "hub",
-    dtype: DTypeChoice = "keep",
-    keep_dtype: Sequence[str] = (),
-    strict: bool = False,
-    hf_config: StrPath | None = None,
-    model: str | None = None,
-    family: str | None = None,
-    lora: LoraMode = "auto",
-    base: StrPath | None = None,
-    lora_alpha: float | None = None,
-    lora_rank: int | None = None,
-    lora_rslora: bool = False,
-    allow_zero_delta: bool = False,
-    value_head: ValueHead = "keep",
+    src: StrPath, **job: Unpack[JobKeywords]
 ) -> LazyCheckpoint:
     """Return the checkpoint as a mapping of output names to lazy tensors.
 
@@ -217,20 +175,8 @@ def open(  # noqa: A001 - meant to be called as streamconv.open
     """
     from streamconv.lazy import open_checkpoint
 
-    adapter = lora_options(lora, base, lora_alpha, lora_rank, lora_rslora, allow_zero_delta)
-    job = job_options(
-        layout,
-        dtype,
-        keep_dtype,
-        "5GB",
-        strict,
-        hf_config,
-        model,
-        family,
-        adapter,
-        value_head,
-    )
-    return open_checkpoint(Path(src), job)
+    options = job_options(**job)
+    return open_checkpoint(Path(src), options)
 
 
 def verify(
@@ -308,20 +254,27 @@ def inspect(src: StrPath, *, model: str | None = None) -> dict[str, Any]:
 
 
 def job_options(
-    layout: Layout,
-    dtype: DTypeChoice,
-    keep_dtype: Sequence[str],
-    max_shard_size: int | str,
-    strict: bool,
-    hf_config: StrPath | None,
-    model: str | None,
-    family: str | None,
-    lora: LoraOptions,
-    value_head: ValueHead,
+    *,
+    layout: Layout = "hub",
+    dtype: DTypeChoice = "keep",
+    keep_dtype: Sequence[str] = (),
+    max_shard_size: int | str = "5GB",
+    strict: bool = False,
+    hf_config: StrPath | None = None,
+    model: str | None = None,
+    family: str | None = None,
+    lora: LoraMode = "auto",
+    base: StrPath | None = None,
+    lora_alpha: float | None = None,
+    lora_rank: int | None = None,
+    lora_rslora: bool = False,
+    allow_zero_delta: bool = False,
+    value_head: ValueHead = "keep",
 ) -> JobOptions:
     """Return the options that decide the output; raises :class:`UsageError`."""
     if isinstance(keep_dtype, str):
         raise UsageError("keep_dtype must be a list of patterns", found=repr(keep_dtype))
+    folder = Path(base) if base is not None else None
     return JobOptions(
         layout=layout,
         dtype=dtype,
@@ -331,22 +284,9 @@ def job_options(
         hf_config=Path(hf_config) if hf_config is not None else None,
         model=model,
         family=family,
-        lora=lora,
+        lora=LoraOptions(lora, folder, lora_alpha, lora_rank, lora_rslora, allow_zero_delta),
         value_head=value_head,
     )
-
-
-def lora_options(
-    mode: LoraMode,
-    base: StrPath | None,
-    alpha: float | None,
-    rank: int | None,
-    rslora: bool,
-    allow_zero: bool,
-) -> LoraOptions:
-    """Return the options about LoRA adapters; raises :class:`UsageError`."""
-    folder = Path(base) if base is not None else None
-    return LoraOptions(mode, folder, alpha, rank, rslora, allow_zero)
 
 
 def run_options(

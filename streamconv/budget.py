@@ -196,6 +196,18 @@ def merging_bytes(factors: int = _MIN_FACTOR_BYTES, io_threads: int = 1) -> int:
     return factors + max(io_threads, CAST_THREADS) * SCRATCH_BYTES + FACTOR_READ_BYTES
 
 
+def shares(
+    budget_bytes: int, *, merging: bool, io_threads: int = 1, buffer_bytes: int = 0
+) -> tuple[int, int]:
+    """Return how large a window may grow, and what may be held of the factors of low-rank updates.
+
+    ``merging``: whether there are such updates. Raises :class:`BudgetError` where no window fits.
+    """
+    factors = factor_bytes(budget_bytes)
+    beside = merging_bytes(factors, io_threads) if merging else 0
+    return window_bytes(budget_bytes, buffer_bytes + beside), factors
+
+
 def window_bytes(budget_bytes: int, buffer_bytes: int = 0) -> int:
     """Return how large a window may grow; raises :class:`BudgetError` where none fits.
 

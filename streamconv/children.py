@@ -7,7 +7,6 @@ and answers with one line of JSON on stdout: a result, or an error of :mod:`stre
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import io
 import json
 import os
@@ -20,11 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from streamconv.errors import BadInputError, StreamconvError
+from streamconv.signals import end_with_parent
 from streamconv.writer import no_space
 
-# Enough for the metadata of any checkpoint, too little for a pickle that asks for the moon.
+# Enough for the metadata of most checkpoints, too little for a pickle that asks for the moon.
 PARSE_BYTES = 1 << 30
-_PR_SET_PDEATHSIG = 1
 
 
 def ask(module: str, request: Mapping[str, Any], *, doing: str) -> dict[str, Any]:
@@ -81,7 +80,7 @@ Task = Callable[[dict[str, Any]], dict[str, Any]]
 
 def serve(tasks: Mapping[str, Task]) -> int:
     """Be the child: read the request, do its task, answer. Dies with its parent."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    end_with_parent(signal.SIGKILL)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a crash here says nothing about us
     answers = sys.stdout
     request = json.load(sys.stdin)

@@ -272,11 +272,12 @@ class _Conversion:
     def _execute(self) -> Result:
         run, head = self.run, self.plan.head
         started = time.monotonic()
-        factors = budgets.factor_bytes(self.budget)
-        buffers = DIRECT_BYTES if run.direct else 0
-        if head.totals.merged:
-            buffers += budgets.merging_bytes(factors, run.io_threads)
-        max_window = budgets.window_bytes(self.budget, buffers)
+        max_window, factors = budgets.shares(
+            self.budget,
+            merging=bool(head.totals.merged),
+            io_threads=run.io_threads,
+            buffer_bytes=DIRECT_BYTES if run.direct else 0,
+        )
         self.staging.begin()
         outputs = self.plan.outputs()
         reused = self._check_finished(outputs)

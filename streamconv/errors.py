@@ -32,6 +32,14 @@ class StreamconvError(Exception):
         self.hint = hint
         self._errno: int | None = None
 
+    @classmethod
+    def of_system(cls, error: OSError) -> StreamconvError:
+        """Return what the system refused, as an error of ours."""
+        where = None if error.filename is None else str(error.filename)
+        told = cls(f"the system refused: {error.strerror or error}", where=where)
+        told.__cause__ = error
+        return told
+
     @property
     def errno(self) -> int | None:
         """Return the number of the system's error that led to this one, where there was one."""

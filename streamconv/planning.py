@@ -18,13 +18,12 @@ from typing import Any
 
 from streamconv._version import __version__
 from streamconv.budget import check_planning
-from streamconv.children import ask, serve
+from streamconv.children import PARSE_BYTES, ask, serve
 from streamconv.children import limited_memory as _limited_memory
 from streamconv.options import JobOptions
 from streamconv.plan import Plan
+from streamconv.source import Checkpoint
 
-# Enough for the metadata of most checkpoints, too little for a pickle that asks for the moon.
-_PARSE_BYTES = 1 << 30
 # The index of a folder of a million pieces is large, and some 15 times as large in memory; what it
 # may take follows from its size on disk.
 _PARSE_BYTES_A_BYTE = 24
@@ -79,14 +78,15 @@ def _limited_time(src: Path) -> Any:
         resource.setrlimit(resource.RLIMIT_CPU, (soft, hard))
 
 
-def _read(request: dict[str, Any], model: str | None) -> Any:
+def read_checkpoint(src: Path, model: str | None) -> Checkpoint:
+    """Read a checkpoint's metadata within what memory and time may be worth; for children only."""
     from streamconv import formats
 
-    with _limited_time(Path(request["src"])):
-        with _limited_memory(_PARSE_BYTES):
-            location = formats.find_model(Path(request["src"]), model)
+    with _limited_time(src):
+        with _limited_memory(PARSE_BYTES):
+            location = formats.find_model(src, model)
             index_nbytes = location.index_nbytes
-        with _limited_memory(max(_PARSE_BYTES, _PARSE_BYTES_A_BYTE * index_nbytes)):
+        with _limited_memory(max(PARSE_BYTES, _PARSE_BYTES_A_BYTE * index_nbytes)):
             return location.read()
 
 
@@ -94,7 +94,7 @@ def _plan(request: dict[str, Any]) -> dict[str, Any]:
     from streamconv.build_plan import build_plan
 
     job = JobOptions.from_json(request["job"])
-    checkpoint = _read(request, job.model)
+    checkpoint = read_checkpoint(Path(request["src"]), job.model)
     path = Path(request["plan_path"])
     partial = path.with_name(path.name + ".part")
     with partial.open("w", encoding="utf-8") as stream:
@@ -106,7 +106,7 @@ def _plan(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def _inspect(request: dict[str, Any]) -> dict[str, Any]:
-    c = _read(request, request["model"])
+    c = read_checkpoint(Path(request["src"]), request["model"])
     tensors = [*c.tensors.values(), *(pair[0] for pair in c.undecided.values())]
     return {
         "streamconv": __version__,

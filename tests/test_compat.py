@@ -6,7 +6,6 @@ files are copied as they are.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import subprocess
@@ -17,7 +16,6 @@ import pytest
 from filelock import FileLock
 
 import streamconv
-from streamconv import planning
 from tests.makers.fsdp import Made
 from tests.outputs import Stored, differences, read_truth
 
@@ -76,11 +74,8 @@ def test_transformers_4_loads_the_same_weights(
     transformers_4: Path,
     checkpoints: dict[str, Made],
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    planned_here: None,  # where torch and transformers 5 are loaded already
 ) -> None:
-    # Planned in this process, where torch and transformers 5 are loaded already.
-    monkeypatch.setattr(planning, "_ask", lambda request: planning._TASKS[request["task"]](request))
-    monkeypatch.setattr(planning, "_limited_memory", contextlib.nullcontext)
     names = ["fsdp2", "fsdp2-bf16", "fsdp2-tied", "fsdp1-tied-differs"]
     names += ["fsdp2-moe", "fsdp2-mixtral", "fsdp2-qwen2_moe"]
     jobs = []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import hashlib
 import json
@@ -22,7 +21,7 @@ from types import SimpleNamespace
 import pytest
 
 import streamconv
-from streamconv import convert_job, planning
+from streamconv import convert_job
 from streamconv.budget import smallest_run_bytes
 from streamconv.errors import (
     BadInputError,
@@ -48,13 +47,6 @@ from tests.outputs import (
 )
 
 LARGE_BYTES = 80_000_000
-
-
-@pytest.fixture
-def planned_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run the planning child's task in this process, without its limit on memory."""
-    monkeypatch.setattr(planning, "_ask", lambda request: planning._TASKS[request["task"]](request))
-    monkeypatch.setattr(planning, "_limited_memory", contextlib.nullcontext)
 
 
 @pytest.fixture(scope="session")

@@ -29,12 +29,9 @@ from tests.makers.fsdp import Made
 
 
 @pytest.fixture(autouse=True)
-def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+def in_this_process(planned_here: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Children's work is done here: what is patched is patched for them, too."""
-    monkeypatch.setattr(planning, "_ask", lambda request: planning._TASKS[request["task"]](request))
-    monkeypatch.setattr(planning, "_limited_memory", contextlib.nullcontext)
-    for module in (torch_check, torch_files):
-        monkeypatch.setattr(module, "limited_memory", lambda *_: contextlib.nullcontext())
+    monkeypatch.setattr(torch_files, "limited_memory", lambda *_: contextlib.nullcontext())
     monkeypatch.setattr(source, "ask", lambda module, request, doing: torch_check._check(request))
 
 

@@ -6,20 +6,17 @@ Reads one JSON request on stdin and writes events as JSON lines to stdout; the l
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import signal
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from streamconv.batch.state import output_evidence
 from streamconv.errors import StreamconvError, VerificationError
-
-_PR_SET_PDEATHSIG = 1
+from streamconv.signals import end_in_order, end_with_parent
 
 
 def command() -> list[str]:
@@ -32,16 +29,10 @@ def _say(data: dict[str, Any]) -> None:
     sys.stdout.flush()
 
 
-def _end(signum: int, _frame: FrameType | None) -> None:
-    signal.signal(signum, signal.SIG_IGN)
-    raise SystemExit(128 + signum)
-
-
 def main() -> int:
     """Do what the request on stdin asks for."""
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, _end)
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    end_in_order()
+    end_with_parent(signal.SIGTERM)
     request = json.load(sys.stdin)
     if os.getppid() != request["parent"]:
         return 1  # it ended before the line above could matter
@@ -51,9 +42,7 @@ def main() -> int:
         _say({"event": "error", **error.to_json()})
         return error.exit_code
     except OSError as error:
-        told = StreamconvError(f"the system refused: {error.strerror or error}")
-        told.where = None if error.filename is None else str(error.filename)
-        told.__cause__ = error
+        told = StreamconvError.of_system(error)
         _say({"event": "error", **told.to_json()})
         return told.exit_code
     return 0

@@ -9,7 +9,6 @@ files, so the first error is the same one whoever found it.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import fcntl
 import marshal
 import os
@@ -24,6 +23,7 @@ from typing import IO, Any
 from streamconv.dtypes import BY_NAME
 from streamconv.errors import BadInputError, StreamconvError
 from streamconv.placements import Kind, Placement
+from streamconv.signals import end_with_parent
 from streamconv.torchfile.meshes import Mesh
 from streamconv.torchfile.rankfile import LocalSpec, RankFile, RankReader, Stored
 from streamconv.torchfile.unpickle import no_garbage_collection
@@ -36,7 +36,6 @@ _PIPE_BYTES = 1 << 20
 _LENGTH_BYTES = 8
 _FACTS = [f.name for f in fields(RankFile) if f.name not in ("path", "tensors")]
 _F_SETPIPE_SZ = 1031
-_PR_SET_PDEATHSIG = 1
 
 
 def read_rank_files(reader: RankReader, files: Sequence[RankPath]) -> Iterator[RankFile]:
@@ -178,7 +177,7 @@ def _send(stdout: IO[bytes], answer: dict[str, Any]) -> None:
 
 def main() -> None:
     """Serve on the standard streams until the asking process is gone."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    end_with_parent(signal.SIGKILL)
     with contextlib.suppress(OSError):  # a small pipe only makes both wait more often
         fcntl.fcntl(1, _F_SETPIPE_SZ, _PIPE_BYTES)
     with no_garbage_collection():

@@ -166,9 +166,7 @@ def _own_reader(
     with ExitStack() as stack:
         reader = stack.enter_context(SourceReader(Path(plan.head.root), plan.head.files))
         checks = RecordChecks(reader)
-        factors = budgets.factor_bytes(budget)
-        merging = budgets.merging_bytes(factors) if plan.head.totals.merged else 0
-        max_window = budgets.window_bytes(budget, merging)
+        max_window, factors = budgets.shares(budget, merging=bool(plan.head.totals.merged))
         filler = WindowFiller(reader, checks, max_bytes=max_window, factor_bytes=factors)
         stack.callback(filler.close)
         streams: dict[Path, IO[bytes]] = {}

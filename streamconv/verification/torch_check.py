@@ -25,10 +25,11 @@ from streamconv.adapters import has_adapter
 from streamconv.boxes import Shape
 from streamconv.budget import resident_bytes
 from streamconv.build_plan import side_files
-from streamconv.children import limited_memory, serve
+from streamconv.children import serve
 from streamconv.dtypes import BY_TORCH, DType
 from streamconv.options import JobOptions
 from streamconv.plan import Plan
+from streamconv.planning import read_checkpoint
 from streamconv.recipe import AddProduct, Cast, Gather, Recipe, SourceRef, View
 from streamconv.safefile import FileTensor, read_folder
 from streamconv.sidefiles import read_config
@@ -67,13 +68,13 @@ def _check(request: dict[str, Any]) -> dict[str, Any]:
 
     job = JobOptions.from_json(request["job"])
     src = Path(request["src"])
-    with limited_memory():
-        # Untrusted files: torch sees only what the strict reader has accepted.
-        checkpoint = formats.read(src, job.model)
     answer = _Answer()
     wanted = list(_wanted(Plan(Path(request["plan_path"])), request["skip"]))
-    if checkpoint.format != "fsdp":
-        return answer.leave(wanted, f"torch has no reader for {checkpoint.format}").to_json()
+    format_name = formats.find_model(src, job.model).format
+    if format_name != "fsdp":
+        return answer.leave(wanted, f"torch has no reader for {format_name}").to_json()
+    # Untrusted files: torch sees only what the strict reader has accepted.
+    checkpoint = read_checkpoint(src, job.model)
     if checkpoint.undecided or (len(checkpoint.files) > 1 and _all_plain(checkpoint.facts)):
         return answer.leave(wanted, "plain tensors on several ranks say no placement").to_json()
     if has_adapter(checkpoint.tensors):

@@ -1,8 +1,8 @@
-"""SIGINT and SIGTERM: an orderly end where that is quick, and an end in any case.
+"""How processes end: by SIGINT and SIGTERM, in order where that is quick; and with their parent.
 
-They become ``SystemExit``, so that every ``with`` and ``finally`` on the way out runs. But Python runs
-a handler only once the main thread is back from its system call, and on a slow disk a write, a
-read or an fsync can take minutes. So the signal also wakes a thread that ends the process when
+The signals become ``SystemExit``, so that every ``with`` and ``finally`` on the way out runs. But
+Python runs a handler only once the main thread is back from its system call, and on a slow disk a
+write, a read or an fsync can take minutes. So the signal also wakes a thread that ends the process when
 the orderly end takes too long. That is no worse than kill -9, which every run survives; the
 planning child dies with its parent.
 """
@@ -19,13 +19,13 @@ from types import FrameType
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _GRACE_SECONDS = 3.0
+_PR_SET_PDEATHSIG = 1
 
 
 @contextmanager
 def heeded() -> Iterator[None]:
     """End the process, with 128 + the signal as its exit code, when one of the signals arrives."""
-    for signum in _SIGNALS:
-        signal.signal(signum, _end)
+    end_in_order()
     woken, wake = os.pipe2(os.O_CLOEXEC)
     os.set_blocking(wake, False)  # what signal.set_wakeup_fd asks for
     before = signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
@@ -35,6 +35,19 @@ def heeded() -> Iterator[None]:
     finally:
         signal.set_wakeup_fd(before)
         os.close(wake)  # the thread's cue, unless it has seen a signal
+
+
+def end_in_order() -> None:
+    """Turn the signals into ``SystemExit`` with 128 + the signal as its code."""
+    for signum in _SIGNALS:
+        signal.signal(signum, _end)
+
+
+def end_with_parent(signum: signal.Signals) -> None:
+    """Have the kernel send ``signum`` to this process when the one that started it ends."""
+    import ctypes  # which the command line does without
+
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signum)
 
 
 def _end(signum: int, _frame: FrameType | None) -> None:
