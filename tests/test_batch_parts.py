@@ -454,6 +454,7 @@ def test_a_job_file(tmp_path):
         'max-mem = "8GB"\njobs = 2\n'
         '[[run]]\nroot = "runs/a"\noutput = "/models/a"\nevery = 100\nkeep-dtype = ["*.gate.*"]\n'
         '[[run]]\nroot = "runs/b"\noutput = "b"\nmax-shard-size = "2GB"\n'
+        'hf-config = "config"\nbase = "model"\n'
     )
     made = load(file, {"jobs": 3})
     assert (made.max_mem, made.jobs) == ("8GB", 3)
@@ -461,6 +462,8 @@ def test_a_job_file(tmp_path):
     assert [r.output for r in made.run] == [Path("/models/a"), tmp_path / "b"]
     assert made.run[0].job_options().keep_dtype == ("*.gate.*",)
     assert made.run[1].job_options().max_shard_bytes == 2 * 10**9
+    assert made.run[1].job_options().hf_config == tmp_path / "config"
+    assert made.run[1].job_options().lora.base == tmp_path / "model"
 
 
 @pytest.mark.parametrize("text", ["max-mem =", "\xff"])

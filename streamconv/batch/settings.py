@@ -180,7 +180,7 @@ def load(path: Path, given: Mapping[str, Any]) -> BatchSettings:
     base = path.absolute().parent
     return made.model_copy(
         update={
-            "run": tuple(_anchored(run, base, ("root", "output", "hf_config")) for run in made.run),
+            "run": tuple(_anchored(run, base) for run in made.run),
             **{
                 key: base / value
                 for key in ("prometheus", "report")
@@ -190,9 +190,8 @@ def load(path: Path, given: Mapping[str, Any]) -> BatchSettings:
     )
 
 
-def _anchored(run: RunSettings, base: Path, keys: tuple[str, ...]) -> RunSettings:
-    paths = {k: base / v for k in keys if (v := getattr(run, k)) is not None}
-    return run.model_copy(update=paths)
+def _anchored(run: RunSettings, base: Path) -> RunSettings:
+    return run.model_copy(update={k: base / v for k, v in run if isinstance(v, Path)})
 
 
 def _refuse_overlap(made: BatchSettings, where: str | None) -> None:
