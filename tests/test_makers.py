@@ -230,7 +230,11 @@ def test_the_truth_in_hub_names_loads_as_the_truth_in_memory(made: Made) -> None
     loaded = model.state_dict()
     truth = load_file(made.truth_state)
     assert set(loaded) == set(truth)
-    assert all(same_bits(loaded[key], value) for key, value in truth.items())
+    # Releases differ in what they widen on loading: 5.24 does it to DeepSeek's router, too.
+    wide = [*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())]
+    for key, value in truth.items():
+        widened = loaded[key].dtype != value.dtype and any(part in key for part in wide)
+        assert same_bits(loaded[key], value.float() if widened else value), key
 
 
 def test_lora_truth_is_the_merged_model(checkpoints: dict[str, Made]) -> None:
