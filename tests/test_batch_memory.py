@@ -26,7 +26,9 @@ def resident(processes: list[psutil.Process]) -> tuple[int, int]:
     for p in processes:
         try:
             total += p.memory_info().rss
-            workers += "streamconv.batch.worker" in p.cmdline()
+            # A worker's child looks like the worker until it is another program: count by parent, too.
+            own = p.ppid() == processes[0].pid
+            workers += own and "streamconv.batch.worker" in p.cmdline()
         except (psutil.NoSuchProcess, psutil.ZombieProcess):
             continue
     return total, workers
