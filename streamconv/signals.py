@@ -3,8 +3,8 @@
 The signals become ``SystemExit``, so that every ``with`` and ``finally`` on the way out runs. But
 Python runs a handler only once the main thread is back from its system call, and on a slow disk a
 write, a read or an fsync can take minutes. So the signal also wakes a thread that ends the process when
-the orderly end takes too long. That is no worse than kill -9, which every run survives; the
-planning child dies with its parent.
+the orderly end takes too long. That is no worse than kill -9, which every run survives;
+children die with their parent.
 """
 
 from __future__ import annotations
@@ -18,29 +18,31 @@ from contextlib import contextmanager
 from types import FrameType
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
-_GRACE_SECONDS = 3.0
+# A stop is promised within five seconds, and a batch that stops waits for its workers first.
+GRACE_SECONDS = 4.0
+WORKER_GRACE_SECONDS = 2.5
 _PR_SET_PDEATHSIG = 1
 
 
 @contextmanager
-def heeded() -> Iterator[None]:
-    """End the process, with 128 + the signal as its exit code, when one of the signals arrives."""
-    end_in_order()
+def heeded(grace_seconds: float = GRACE_SECONDS) -> Iterator[None]:
+    """End the process, with 128 + the signal as its exit code, when one of the signals arrives.
+
+    ``grace_seconds`` is the time that an orderly end may take.
+    """
+    for signum in _SIGNALS:
+        signal.signal(signum, _end)
     woken, wake = os.pipe2(os.O_CLOEXEC)
     os.set_blocking(wake, False)  # what signal.set_wakeup_fd asks for
     before = signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
-    threading.Thread(target=_watch, args=(woken,), daemon=True, name="signal-watch").start()
+    threading.Thread(
+        target=_watch, args=(woken, grace_seconds), daemon=True, name="signal-watch"
+    ).start()
     try:
         yield
     finally:
         signal.set_wakeup_fd(before)
         os.close(wake)  # the thread's cue, unless it has seen a signal
-
-
-def end_in_order() -> None:
-    """Turn the signals into ``SystemExit`` with 128 + the signal as its code."""
-    for signum in _SIGNALS:
-        signal.signal(signum, _end)
 
 
 def end_with_parent(signum: signal.Signals) -> None:
@@ -56,10 +58,10 @@ def _end(signum: int, _frame: FrameType | None) -> None:
     raise SystemExit(128 + signum)
 
 
-def _watch(woken: int) -> None:
+def _watch(woken: int, grace_seconds: float) -> None:
     while (data := os.read(woken, 1)) and data[0] not in _SIGNALS:
         pass
     os.close(woken)
     if data:
-        time.sleep(_GRACE_SECONDS)
+        time.sleep(grace_seconds)
         os._exit(128 + data[0])

@@ -16,7 +16,7 @@ from typing import IO
 
 from streamconv.batch.state import Record
 
-_END_SECONDS = 3.0
+_END_SECONDS = 1.0
 
 
 def environment(record: Record) -> dict[str, str]:

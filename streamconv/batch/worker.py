@@ -16,7 +16,7 @@ from typing import Any
 
 from streamconv.batch.state import output_evidence
 from streamconv.errors import StreamconvError, VerificationError
-from streamconv.signals import end_in_order, end_with_parent
+from streamconv.signals import WORKER_GRACE_SECONDS, end_with_parent, heeded
 
 
 def command() -> list[str]:
@@ -31,7 +31,11 @@ def _say(data: dict[str, Any]) -> None:
 
 def main() -> int:
     """Do what the request on stdin asks for."""
-    end_in_order()
+    with heeded(WORKER_GRACE_SECONDS):
+        return _work()
+
+
+def _work() -> int:
     end_with_parent(signal.SIGTERM)
     request = json.load(sys.stdin)
     if os.getppid() != request["parent"]:
