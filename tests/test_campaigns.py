@@ -82,3 +82,12 @@ def test_signals(work: Path) -> None:
 
 def test_a_source_that_changes(work: Path) -> None:
     assert "60 changes" in sample("changes", 60, work)
+
+
+def test_zips_and_safetensors_that_lie(work: Path) -> None:
+    assert " rules, " in sample("tricks", 0, work)
+
+
+@pytest.mark.slow
+def test_the_same_bytes_whatever_the_knobs(work: Path) -> None:
+    assert "1 output," in sample("determinism", 3, work)

@@ -60,7 +60,7 @@ def _victim(work: Path, layout: str, crc: bool) -> Victim:
     folder = make_tiny(work / "victims" / name, layout, crc=crc)
     files = {p.name: p.read_bytes() for p in sorted(folder.iterdir())}
     with scratch(work) as place:
-        expected, _ = _convert(folder, place)
+        expected, _ = convert(folder, place)
     return Victim(name, crc, files, {n: _regions(folder / n) for n in files}, expected)
 
 
@@ -108,18 +108,18 @@ def mutate(victim: Victim, rng: random.Random) -> tuple[str, str, bytes, bool]:
         del data[at : at + length]
     sealed = region == "pickle" and len(data) == len(victim.files[file]) and rng.random() < 0.5
     if sealed:
-        _seal(data, place)
+        _seal(data, place, victim.regions[file]["directory"][0].start)
     return file, f"{how} in {region}", bytes(data), sealed
 
 
-def _seal(data: bytearray, pickle: range) -> None:
+def _seal(data: bytearray, pickle: range, directory: int) -> None:
     """Give the directory the checksum that the changed pickle has now."""
-    entry = data.index(b"/data.pkl", pickle.stop) + len("/data.pkl")
+    entry = data.index(b"/data.pkl", directory)
     start = data.rindex(b"PK\x01\x02", 0, entry)
     struct.pack_into("<I", data, start + 16, zlib.crc32(data[pickle.start : pickle.stop]))
 
 
-def _convert(source: Path, place: Path) -> tuple[dict[str, bytes], int]:
+def convert(source: Path, place: Path) -> tuple[dict[str, bytes], int]:
     """Plan and execute here; return the weight files and how many bytes are unverifiable."""
     plan, out = place / "plan.jsonl", place / "out"
     checkpoint = formats.read(source, None)
@@ -150,7 +150,7 @@ def _trial(victims: list[Victim], seed: int, folder: Path, number: int) -> Figur
     victim, where, sealed = _set_up(victims, seed, folder / "source", number)
     figures.add("mutants")
     try:
-        found, unverifiable = _convert(folder / "source", folder)
+        found, unverifiable = convert(folder / "source", folder)
     except StreamconvError as error:
         figures.add("refused")
         if error.exit_code not in _RIGHT_CODES:

@@ -37,7 +37,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 PERIOD = 1_048_573
-Cut = Literal["rows", "columns", "grid"]
+Cut = Literal["rows", "columns", "grid", "hybrid"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,6 +164,8 @@ def _write_rank(made: LargeMade, rank: int, world: int, cut: Cut) -> None:
     try:
         if cut == "grid":
             mesh = init_device_mesh("cpu", (world // 2, 2), mesh_dim_names=("fsdp", "tp"))
+        elif cut == "hybrid":
+            mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("ddp", "fsdp"))
         else:
             mesh = init_device_mesh("cpu", (world,), mesh_dim_names=("fsdp",))
         state: OrderedDict[str, DTensor] = OrderedDict()
@@ -194,6 +196,8 @@ def _placements(cut: Cut, ndim: int) -> list[Placement]:
             return [Shard(0)]
         case "columns":
             return [Shard(min(1, ndim - 1))]
+        case "hybrid":
+            return [Replicate(), Shard(0)]
         case "grid":
             return [Shard(0), Shard(1) if ndim > 1 else Replicate()]
 

@@ -1,0 +1,71 @@
+"""The budget holds: models of eight times the budget, in every layout, measured from outside.
+
+COUNT is how many of the budgets 512 MB, 1 GB, 2 GB and 4 GB are tried with ``convert``; at the first,
+``run PLAN`` is tried in 64 and 256 MB too. A case for which the disk has no room is counted as such.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from bench.measure import streamconv
+from scripts.campaigns.common import Figures, main, scratch
+from tests.makers.large import Cut, LargeMade, make_large
+from tests.outputs import large_differences
+
+_BUDGETS_MB = (512, 1000, 2000, 4000)
+_RUN_BUDGETS_MB = (64, 256)
+_TIMES = 8.2
+_LAYOUTS: dict[Cut, str] = {
+    "rows": "FSDP2, padded",
+    "columns": "FSDP2 on columns",
+    "hybrid": "HSDP",
+    "grid": "FSDP and TP",
+}
+
+
+def campaign(work: Path, count: int, _: int) -> Figures:
+    figures = Figures()
+    for budget in _BUDGETS_MB[:count]:
+        for cut, name in _LAYOUTS.items():
+            nbytes = int(budget * 1e6 * _TIMES)
+            sources = 2 * nbytes if cut == "hybrid" else nbytes
+            if shutil.disk_usage(work).free < sources + 1.1 * nbytes:
+                figures.add(f"no disk for {budget} MB, {name}")
+                continue
+            with scratch(work) as folder:
+                made = make_large(folder, nbytes, 8, cut=cut)
+                _convert(figures, made, folder, budget, name, deep=budget == _BUDGETS_MB[0])
+                if budget == _BUDGETS_MB[0]:
+                    _run(figures, made, folder, name)
+    return figures
+
+
+def _convert(
+    figures: Figures, made: LargeMade, folder: Path, budget: int, name: str, *, deep: bool
+) -> None:
+    done = streamconv("convert", made.source, folder / "out", "--max-mem", f"{budget}MB")
+    _judge(figures, f"convert in {budget} MB, {name}", done.peak_bytes, budget)
+    if deep and (wrong := large_differences(folder / "out", made)):
+        figures.breach(f"{name}: {wrong[:3]} differ")
+    shutil.rmtree(folder / "out")
+
+
+def _run(figures: Figures, made: LargeMade, folder: Path, name: str) -> None:
+    streamconv("plan", made.source, "-o", folder / "plan.jsonl")
+    for budget in _RUN_BUDGETS_MB:
+        done = streamconv("run", folder / "plan.jsonl", folder / "out", "--max-mem", f"{budget}MB")
+        _judge(figures, f"run in {budget} MB, {name}", done.peak_bytes, budget)
+        shutil.rmtree(folder / "out")
+
+
+def _judge(figures: Figures, what: str, peak_bytes: int, budget: int) -> None:
+    figures.add("cases")
+    figures.add(f"MB of {budget}: {what}", -(-peak_bytes // 10**6))
+    if peak_bytes > budget * 10**6:
+        figures.breach(f"{what}: {peak_bytes / 1e6:.1f} MB")
+
+
+if __name__ == "__main__":
+    main(campaign, count=2)
