@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from streamconv import budget as budgets
-from streamconv.build_plan import side_files
 from streamconv.errors import (
     BadInputError,
     BudgetError,
@@ -21,8 +20,6 @@ from streamconv.errors import (
     SourceChangedError,
 )
 from streamconv.executor import WindowFiller, write_output
-from streamconv.identity import job_identity
-from streamconv.lora_plan import adapter_inputs
 from streamconv.manifest import write_manifest
 from streamconv.options import Event, JobOptions, Result, RunOptions
 from streamconv.plan import MANIFEST, OutputFile, Plan, PlannedTensor
@@ -57,7 +54,11 @@ def identify(src: Path, job: JobOptions) -> IdentifiedJob:
 
     Raises :class:`BadInputError` where there is no checkpoint, or one of its files is damaged.
     """
+    # Not above: `run` needs none of it, and works in 64 MB.
     from streamconv import formats
+    from streamconv.build_plan import side_files
+    from streamconv.identity import job_identity
+    from streamconv.lora_plan import adapter_inputs
 
     location = formats.find_model(src, job.model)
     side_dir, side = side_files(location.root, location.side_dir, job)
