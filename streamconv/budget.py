@@ -6,6 +6,7 @@ resident set sizes over the process and its children.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from dataclasses import dataclass
 from pathlib import Path
@@ -121,8 +122,9 @@ def tree_bytes() -> int:
     while pending:
         pid = pending.pop()
         total += resident_bytes(pid)
-        for task in Path(f"/proc/{pid}/task").glob("*"):
-            pending += _read(task / "children").split()
+        with contextlib.suppress(OSError):  # it may end between two looks at it
+            for task in Path(f"/proc/{pid}/task").iterdir():
+                pending += _read(task / "children").split()
     return total
 
 

@@ -113,6 +113,16 @@ def test_a_cgroup_path_cannot_leave_the_tree(tmp_path: Path) -> None:
 # --- too small -------------------------------------------------------------------------------
 
 
+def test_a_process_that_ends_while_it_is_looked_at_counts_for_what_was_seen(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def gone(path: Path) -> None:
+        raise ProcessLookupError(str(path))
+
+    monkeypatch.setattr(Path, "iterdir", gone)
+    assert budget.tree_bytes() > 0
+
+
 def test_no_window_fits() -> None:
     resident = budget.resident_bytes()
     with pytest.raises(BudgetError, match="too small to move tensors"):

@@ -224,8 +224,8 @@ def marked(mark: str) -> list[int]:
 
 
 def hidden(folder: Path) -> list[str]:
-    """Return what a command left beside its output."""
-    return sorted(p.name for p in folder.iterdir() if p.name.startswith("."))
+    """Return what a command left beside or in its output: names that begin with a dot."""
+    return sorted(p.name for p in folder.glob(".*"))
 
 
 def is_complete(out: Path, expected: dict[str, bytes]) -> bool:

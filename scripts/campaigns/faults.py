@@ -77,12 +77,14 @@ def _fail_once(
     figures = Figures()
     with scratch(work) as folder:
         out = folder / "out"
-        outcome = strace.struck(call, f"error={error}", *command, out, "-q")
+        outcome, failed = strace.struck(call, f"error={error}", *command, out, "-q")
         where = f"{command[0]}, {error} at {call}"
         if outcome.code == 0:
             figures.add("of no consequence")
             if not is_complete(out, job.expected):
                 figures.breach(f"{where}: code 0 without the output")
+        elif str(work.parent) not in failed:
+            figures.add("struck at something else")  # a library, a pipe, /proc
         elif outcome.code in _RIGHT[error]:
             figures.add(f"refused with {outcome.code}")
             if out.exists():

@@ -114,7 +114,7 @@ def _kill_once(work: Path, scene: Scene, call: Call) -> Figures:
         out = folder / "out"
         scene.set_up(out)
         command = scene.arguments(out)
-        outcome = strace.struck(call, "signal=SIGKILL", *command)
+        outcome, _ = strace.struck(call, "signal=SIGKILL", *command)
         where = f"{scene.before or 'new'} {command[0]}, {call}"
         if outcome.code == -9:
             figures.add("killed")

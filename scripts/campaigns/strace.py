@@ -70,15 +70,19 @@ def calls(*command: object, names: Iterable[str] = (), about: str = "") -> list[
     return found
 
 
-def struck(call: Call, what: str, *command: object) -> Outcome:
-    """Run a command with ``what`` (``signal=SIGKILL``, ``error=EIO``) at one of its calls."""
-    return run(*command, wrap=wrapped(call.name, what, call.ordinal))
+def struck(call: Call, what: str, *command: object) -> tuple[Outcome, str]:
+    """Run a command with ``what`` (``signal=SIGKILL``, ``error=EIO``) at one of its calls.
 
-
-def wrapped(name: str, what: str, ordinal: int) -> list[str]:
-    """Return what makes ``what`` happen at the ``ordinal``-th call of ``name`` in a thread."""
-    inject = f"inject={name}:{what}:when={ordinal}"
-    return _strace("-o", "/dev/null", "-e", f"trace={name}", "-e", inject)
+    Returns also the line of the call that failed: every thread and child counts for itself, so it may
+    be another than ``call``.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder) / "log"
+        inject = f"inject={call.name}:{what}:when={call.ordinal}"
+        options = ("-y", "-s", "0", "-o", str(log), "-e", f"trace={call.name}", "-e", inject)
+        outcome = run(*command, wrap=_strace(*options))
+        lines = log.read_text(errors="replace").splitlines()
+    return outcome, next((line for line in lines if "(INJECTED)" in line), "")
 
 
 def _strace(*options: str) -> list[str]:
