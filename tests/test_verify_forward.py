@@ -18,6 +18,7 @@ import streamconv
 from streamconv.errors import BadInputError, BudgetError, StreamconvError, UsageError
 from streamconv.verification import forward, forward_child
 from streamconv.verification.forward import verify_forward
+from tests.hf_models import GEMMA3_VL, MODELS, QWEN3_VL_MOE, make
 from tests.makers.fsdp import Made
 from tests.test_budget import named_smallest, run
 
@@ -73,6 +74,20 @@ def test_an_output_gives_the_logits_of_the_trained_model(
         # The prompt went through the tokenizer of the folder.
         assert isinstance(found["top"][0]["token"], str)
         assert len(found["token_ids"]) > 8
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [MODELS["qwen3_vl"], MODELS["qwen2_5_vl"], GEMMA3_VL, QWEN3_VL_MOE],
+    ids=lambda spec: spec[0],
+)
+def test_models_that_also_see_are_run_on_text_alone(spec: Any, tmp_path: Path) -> None:
+    make(spec).save_pretrained(tmp_path / "model")
+    report = verify_forward(tmp_path / "model", token_ids=[3, 1, 4])
+    assert report.problems == []
+    assert report.forward is not None
+    assert report.forward["architecture"] == spec[0]
+    assert report.forward["unexpected"] == []
 
 
 def test_other_dtypes_may_differ_a_little_and_not_at_all_where_that_is_asked(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,6 +27,8 @@ from streamconv.verification import source, torch_check, torch_files
 from streamconv.verification.report import Report
 from streamconv.verification.source import verify_source
 from tests.makers.fsdp import Made
+from tests.outputs import large_checkpoint
+from tests.test_budget import LARGE_BYTES, run
 
 
 @pytest.fixture(autouse=True)
@@ -131,6 +134,25 @@ def test_files_of_other_torch_releases(name: str, shared_checkpoints: Path, tmp_
     report = verify_source(out, src)
     assert report.problems == []
     assert ("streamconv alone" in ways(report)) == (name == "t24-fsdp1")
+
+
+@pytest.mark.slow
+@pytest.mark.memory
+def test_a_source_larger_than_the_budget_is_read_by_torch_within_it(
+    tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
+) -> None:
+    base = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        base = base.parent
+    large, limit = large_checkpoint(base, LARGE_BYTES, 8), 540 * 10**6
+    out = tmp_path / "out"
+    assert run("convert", large.source, out, "--no-sync").code == 0
+    done = run("verify", out, "--source", large.source, "--max-mem", "540MB", "--json")
+    assert done.code == 0, done.err
+    checked = "\n".join(json.loads(done.out)["checked"])
+    assert f"{len(large.shapes)} tensors against the source, byte by byte, read by torch" in checked
+    assert "streamconv alone" not in checked
+    assert done.peak_bytes <= limit
 
 
 # --- bugs of the converter, injected ----------------------------------------------------------

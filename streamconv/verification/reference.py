@@ -156,7 +156,9 @@ def _difference(
             if not exact:
                 differing += int(far.sum())
             if far.any():
-                worst = max(worst, float(np.nan_to_num(distance[far], nan=np.inf).max()))
+                worst = max(
+                    worst, float(np.nan_to_num(distance[far], nan=np.inf, posinf=np.inf).max())
+                )
     if not differing:
         return None
     return _row(ours, f"{differing} elements differ, by {worst:.6g} at most", worst)

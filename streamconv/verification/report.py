@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,11 +33,23 @@ class Report:
         self.forward = other.forward or self.forward
 
     def to_json(self) -> dict[str, Any]:
-        """Return the report as plain data."""
-        return {
-            "passed": self.passed,
-            "checked": self.checked,
-            "problems": self.problems,
-            "rows": self.rows,
-            "forward": self.forward,
-        }
+        """Return the report as plain data; a number that is none, or infinite, is None."""
+        found: dict[str, Any] = _finite(
+            {
+                "passed": self.passed,
+                "checked": self.checked,
+                "problems": self.problems,
+                "rows": self.rows,
+                "forward": self.forward,
+            }
+        )
+        return found
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no word for NaN and infinity; most readers refuse what Python writes for them."""
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
