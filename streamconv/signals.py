@@ -19,8 +19,8 @@ from types import FrameType
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 # A stop is promised within five seconds, and a batch that stops waits for its workers first.
-GRACE_SECONDS = 4.0
-WORKER_GRACE_SECONDS = 2.5
+GRACE_SECONDS = 3.5
+WORKER_GRACE_SECONDS = 2.0
 _PR_SET_PDEATHSIG = 1
 
 

@@ -40,7 +40,7 @@ _BACKOFF_FACTOR = 4.0
 _BACKOFF_MAX_SECONDS = 300.0
 _SAVE_EVERY_SECONDS = 2.0
 _LISTEN_SECONDS = 0.25
-_END_SECONDS = 3.0
+_END_SECONDS = 2.5
 _READ_BYTES = 1 << 16
 
 What = Literal["started", "progress", "retry", "done", "failed", "gone", "elsewhere", "notice"]
