@@ -26,6 +26,9 @@ FILES = ("lora_train_meta.json", "lora_adapter/adapter_config.json")
 _MAX_NBYTES = 1 << 20
 _NAME = re.compile(r"\^?(?:[\w.-]|\\\.)+\$?", re.ASCII)
 _T = TypeVar("_T")
+# Those of PEFT's initializations that leave the base weights as they are; the others (PiSSA, OLoRA, …)
+# take the adapter's first values out of them.
+_KEEPS_BASE = (True, False, None, "gaussian", "eva", "orthogonal")
 _KEPT_KEYS = (
     "base_model_name_or_path",
     "bias",
@@ -48,6 +51,7 @@ class Settings:
     rslora: bool = False
     dora: bool = False
     fan_in_fan_out: bool = False
+    lora_bias: bool = False
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     kept: Mapping[str, Any] = field(default_factory=dict)
@@ -56,6 +60,27 @@ class Settings:
     def rank_of(self, module: str) -> int | None:
         """Return the rank that the settings give a module, None where they do not say."""
         return _by_pattern({**self.rank_pattern}, module, self.rank)
+
+    def check_unchanged_base(self) -> None:
+        """Raise :class:`BadInputError` where training began with other weights than the base's."""
+        how = self.kept.get("init_lora_weights")
+        if how not in _KEEPS_BASE:
+            raise BadInputError(
+                "this adapter was trained on altered base weights: added to the base model's own, it "
+                "would give another model",
+                found=f"init_lora_weights {how!r} in {FILES[1]}",
+                hint="convert a checkpoint that holds the base weights, or merge it with PEFT",
+            )
+
+    def check_biases(self) -> None:
+        """Raise :class:`BadInputError` where a folder of the adapter would lack trained biases."""
+        bias = self.kept.get("bias", "none")
+        if bias != "none":
+            raise BadInputError(
+                "the model's biases were trained too, and an adapter's folder would lack them",
+                found=f"bias {bias!r} in {FILES[1]}",
+                hint="merge it: --lora merge (and --base DIR where there are no base weights)",
+            )
 
     def scale(self, module: str, rank: int) -> float:
         """Return what the product of a module's factors is multiplied by; ``alpha`` must be known."""
@@ -112,6 +137,15 @@ def read_settings(root: Path, options: LoraOptions) -> Settings:
         if not (root / name).is_file():
             continue
         data = _object(root / name)
+        kind = data.get("peft_type")
+        if kind not in (None, "LORA"):
+            raise BadInputError(
+                "this adapter is of another kind than LoRA",
+                where=str(root / name),
+                found=f"peft_type {kind!r}"[:80],
+                expected="LORA",
+                hint="merge it with PEFT",
+            )
         for key, value in _checked(data, root / name):
             if key not in found:
                 found[key], origins[key] = value, name
@@ -224,6 +258,8 @@ def config_file(
         "use_rslora": settings.rslora,
         **settings.kept,
     }
+    if settings.lora_bias:  # the key is unknown to PEFT before 0.14, hence only where it is needed
+        config["lora_bias"] = True
     return TextFile(name, json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
 
 

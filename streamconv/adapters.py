@@ -37,6 +37,8 @@ _PART = re.compile(
 )
 _SAVED = re.compile(r"(.+)\.modules_to_save\.([^.]+)\.(.+)")
 _ORIGINAL = re.compile(r"(.+)\.original_module\.(.+)")
+# Parts of other kinds of adapters (AdaLoRA's lora_E, trained tokens): no weights of a model either.
+_FOREIGN = re.compile(r"(?:.+\.)?(?:lora_\w+|token_adapter|ranknum)(?:\..+)?")
 _MARKER = "_fsdp_wrapped_module."
 _STEP_BYTES = 1 << 20
 
@@ -94,30 +96,28 @@ def separate(checkpoint: Checkpoint) -> tuple[Checkpoint, Adapter]:
     saved: dict[str, GlobalTensor] = {}
     parts: dict[str, GlobalTensor] = {}
     targets: dict[str, Target] = {}
-    adapters: set[str] = set()
+    _one_adapter(checkpoint)
     skipped: list[Skipped] = []
     for fqn, tensor in checkpoint.tensors.items():
         name = fqn.replace(_MARKER, "").removeprefix(PREFIX)
         if match := _PART.fullmatch(name):
-            module, part, adapter, leaf = match.groups()
+            module, part, _, leaf = match.groups()
             key = f"{part}.bias" if leaf == "bias" else part
             _once(targets.setdefault(module, Target(module)).parts, key, fqn)
             parts[fqn] = tensor
-            adapters.add(adapter or "")
         elif match := _SAVED.fullmatch(name):
             _once(saved, f"{match[1]}.{match[3]}", tensor)
-            adapters.add(match[2])
         elif _ORIGINAL.fullmatch(name):
             skipped.append(Skipped(fqn, "as it was before training (modules_to_save has it anew)"))
+        elif _FOREIGN.fullmatch(name):
+            raise BadInputError(
+                "this part of an adapter is not LoRA's, and leaving it out would give another model",
+                where=fqn,
+                expected=f"{', '.join(_PARTS)} or modules_to_save",
+                hint="merge it with PEFT",
+            )
         else:
             _once(base, name.replace(".base_layer.", "."), tensor)
-    if len(adapters) > 1:
-        raise BadInputError(
-            f"{len(adapters)} adapters in one checkpoint",
-            where=str(checkpoint.root),
-            found=", ".join(sorted(a or "(no name)" for a in adapters)),
-            hint="merge all but one of them with PEFT before saving",
-        )
     for name, tensor in saved.items():
         _once(base, name, tensor)
     undecided = {
@@ -133,6 +133,19 @@ def separate(checkpoint: Checkpoint) -> tuple[Checkpoint, Adapter]:
         skipped=(*checkpoint.skipped, *skipped),
     )
     return found, Adapter(targets, saved, parts)
+
+
+def _one_adapter(checkpoint: Checkpoint) -> None:
+    names = {n.replace(_MARKER, "").removeprefix(PREFIX) for n in checkpoint.tensors}
+    adapters = {m[3] or "" for n in names if (m := _PART.fullmatch(n))}
+    adapters |= {m[2] for n in names if (m := _SAVED.fullmatch(n))}
+    if len(adapters) > 1:
+        raise BadInputError(
+            f"{len(adapters)} adapters in one checkpoint",
+            where=str(checkpoint.root),
+            found=", ".join(sorted(a or "(no name)" for a in adapters)),
+            hint="merge all but one of them with PEFT before saving",
+        )
 
 
 def _named(name: str, tensor: GlobalTensor) -> GlobalTensor:
@@ -158,6 +171,13 @@ def settle(settings: Settings, adapter: Adapter) -> Settings:
                 found=f"rank {rank} in the shape of its factors",
                 hint="do the settings belong to this checkpoint? --lora-rank overrules them",
             )
+    plain = [t for t in adapter.targets.values() if "lora_magnitude_vector" not in t.parts]
+    if plain and (settings.dora or adapter.dora):
+        raise BadInputError(
+            "an adapter of DoRA lacks magnitudes: as plain LoRA it would be another model",
+            where=next(iter(plain[0].parts.values())),
+            expected=f"{plain[0].module}.lora_magnitude_vector, too",
+        )
     if adapter.dora != settings.dora:
         settings = dataclasses.replace(settings, dora=adapter.dora)
     return settings
@@ -192,16 +212,18 @@ def updates(
     settings: Settings,
     base: Mapping[str, GlobalTensor],
     find: Callable[[str], str | None],
-    is_turned: Callable[[str], bool],
+    is_turned: Callable[[str], bool | None],
 ) -> dict[str, AddProduct]:
     """Return what is to be added to which tensor of ``base``.
 
     ``find`` returns the name in ``base`` of a weight that is called so in memory, ``is_turned`` whether
-    a module holds its weight as (in, out). Raises
+    a module holds its weight as (in, out), None where only its shape can tell. Raises
     :class:`BadInputError` for what cannot be merged: no weight to merge into, or one that is no
     matrix of floats of the right shape; DoRA; biases of adapters.
     """
     made: dict[str, AddProduct] = {}
+    shown: list[bool] = []
+    unclear: list[str] = []
     for module, target in adapter.targets.items():
         extra = sorted(p for p in target.parts if p.endswith(".bias") or "magnitude" in p)
         if extra:
@@ -214,7 +236,20 @@ def updates(
         name = find(f"{module}.weight")
         if name is None:
             raise no_weight(module)
-        made[name] = _update(adapter, target, settings, base[name], is_turned(module))
+        turned = is_turned(module)
+        made[name] = _update(adapter, target, settings, base[name], bool(turned))
+        if turned is None and not target.embedding:
+            rows, columns = base[name].shape
+            if rows == columns:
+                unclear.append(name)
+            else:
+                shown.append(rows != adapter.tensors[target.parts["lora_B"]].shape[0])
+    if unclear and any(shown):
+        raise BadInputError(
+            "the model holds weights as (in, out), and a square one does not show whether it is one",
+            where=unclear[0],
+            hint="name the folder of its config.json: --hf-config DIR",
+        )
     return made
 
 

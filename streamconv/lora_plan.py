@@ -58,10 +58,13 @@ class LoraPlan:
         )
         return adapters.attach(recipes, made)
 
-    def _turned(self, module: str, model: Model | None) -> bool:
-        """Whether a module holds its weight as (in, out): as PEFT does, by the layer's class."""
+    def _turned(self, module: str, model: Model | None) -> bool | None:
+        """Whether a module holds its weight as (in, out): as PEFT does, by the layer's class.
+
+        None where neither the class nor the settings tell.
+        """
         known = model.holds_transposed(module) if model is not None else None
-        return self.settings.fan_in_fan_out if known is None else known
+        return (self.settings.fan_in_fan_out or None) if known is None else known
 
     def tensors(self, base: Mapping[str, GlobalTensor]) -> dict[str, GlobalTensor]:
         """Return ``base`` and the adapter's tensors, by FQN: all that the outputs draw from."""
@@ -96,9 +99,12 @@ class LoraPlan:
         modules = {n.removesuffix(".weight") for n in known if n.endswith(".weight")}
         ranks = {m: adapters.rank_of(t, self.adapter) for m, t in self.adapter.targets.items()}
         saved = {name.rpartition(".")[0] for name in self.adapter.saved}
+        biases = any(p.endswith(".bias") for t in self.adapter.targets.values() for p in t.parts)
         linear = (m for m, t in self.adapter.targets.items() if not t.embedding)
         settings = dataclasses.replace(
-            self.settings, fan_in_fan_out=any(self._turned(m, model) for m in linear)
+            self.settings,
+            fan_in_fan_out=any(self._turned(m, model) for m in linear),
+            lora_bias=biases,
         )
         return adapter_config.config_file(self.folder + _CONFIG, settings, ranks, modules, saved)
 
@@ -145,10 +151,13 @@ def plan_lora(checkpoint: Checkpoint, options: LoraOptions) -> LoraPlan | None:
                 where=str(checkpoint.root),
                 found=f"{held[0]}.weight",
             )
+        settings.check_unchanged_base()
         found = _with_base(found, adapter, options.base)
     mode = options.mode
     if mode == "auto":
         mode = "merge" if held or options.base is not None else "adapter"
+    if mode != "merge":
+        settings.check_biases()
     if mode != "adapter" and not held and options.base is None:
         raise adapters.no_weight(next(iter(adapter.targets)))
     plan = LoraPlan(found, adapter, settings, mode != "adapter", mode != "merge")

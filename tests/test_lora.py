@@ -294,6 +294,119 @@ def test_what_cannot_be_merged(checkpoints, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def on_one_rank(made: Made, path: Path, change=lambda _state: None, **settings) -> Path:
+    """Write the same checkpoint as plain tensors of one rank, changed, and PEFT's settings."""
+    shutil.copytree(made.source, path, ignore=shutil.ignore_patterns("*.pt"))
+    state = load_file(made.truth_state)
+    change(state)
+    torch.save(state, path / "model_world_size_1_rank_0.pt")
+    config = path / "fsdp_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"world_size": 1}))
+    if settings:
+        (path / "lora_adapter").mkdir(exist_ok=True)
+        (path / "lora_adapter" / "adapter_config.json").write_text(json.dumps(settings))
+    return path
+
+
+def beside_each_b(state: dict[str, torch.Tensor], old: str, new: str) -> None:
+    for name in [n for n in state if ".lora_B." in n]:
+        state[name.replace(old, new)] = torch.ones(state[name].shape[0])
+
+
+def one_magnitude(state: dict[str, torch.Tensor]) -> None:
+    name = next(n for n in state if ".lora_magnitude_vector." in n)
+    del state[name]
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "settings", "message"),
+    [
+        ("fsdp2-lora", None, {"use_dora": True}, "lacks magnitudes"),
+        ("fsdp2-lora-dora", one_magnitude, {}, "lacks magnitudes"),
+        ("fsdp2-lora", None, {"peft_type": "ADALORA"}, "another kind than LoRA"),
+        ("fsdp2-lora", ("lora_B.default.weight", "lora_E.default"), {}, "is not LoRA's"),
+        (
+            "fsdp2-lora",
+            ("lora_B.default.weight", "token_adapter.trainable_tokens_delta.default"),
+            {},
+            "is not LoRA's",
+        ),
+        ("fsdp2-lora", ("lora_B.default.weight", "lora_B.other.weight"), {}, "2 adapters in one"),
+    ],
+)
+@pytest.mark.parametrize("mode", ["merge", "adapter"])
+def test_what_is_more_than_lora_is_never_taken_for_it(
+    name, change, settings, message, mode, checkpoints, tmp_path
+):
+    if isinstance(change, tuple):
+        old, new = change
+        src = on_one_rank(
+            checkpoints[name], tmp_path / "src", lambda s: beside_each_b(s, old, new), **settings
+        )
+    else:
+        src = on_one_rank(
+            checkpoints[name], tmp_path / "src", change or (lambda _: None), **settings
+        )
+    with pytest.raises(BadInputError, match=message):
+        convert(src, tmp_path / "out", lora=mode)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("how", "taken"), [("pissa", False), ("olora", False), ("gaussian", True)])
+def test_an_adapter_of_altered_base_weights_is_not_merged_into_the_base(
+    how, taken, checkpoints, tmp_path
+):
+    base = base_folder(checkpoints["fsdp2-lora"], tmp_path / "base")
+    src = on_one_rank(
+        checkpoints["fsdp2-lora-only"], tmp_path / "src", init_lora_weights=how, lora_alpha=10
+    )
+    if taken:
+        convert(src, tmp_path / "out", base=base)
+    else:
+        with pytest.raises(BadInputError, match="altered base weights"):
+            convert(src, tmp_path / "out", base=base)
+    # With the weights it was trained on, it may be of any kind.
+    whole = on_one_rank(checkpoints["fsdp2-lora"], tmp_path / "whole", init_lora_weights=how)
+    convert(whole, tmp_path / "merged")
+
+
+def test_trained_biases_are_not_lost_beside_an_adapter(checkpoints, tmp_path):
+    src = on_one_rank(checkpoints["fsdp2-lora"], tmp_path / "src", bias="all")
+    convert(src, tmp_path / "out")
+    for mode in ("adapter", "both"):
+        with pytest.raises(BadInputError, match="biases were trained"):
+            convert(src, tmp_path / mode, lora=mode)
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+@pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed but the targeted layer")
+def test_peft_loads_the_biases_of_an_adapter(checkpoints, tmp_path):
+    made = checkpoints["fsdp2-lora"]
+    src = on_one_rank(made, tmp_path / "src", lambda s: beside_each_b(s, ".weight", ".bias"))
+    convert(src, tmp_path / "out", lora="adapter")
+    base = base_folder(made, tmp_path / "base")
+    model = transformers.AutoModelForCausalLM.from_pretrained(base)
+    adapted = peft.PeftModel.from_pretrained(model, tmp_path / "out")
+    biases = [t for n, t in adapted.named_parameters() if n.endswith("lora_B.default.bias")]
+    assert len(biases) == 8
+    assert all(bool((t == 1).all()) for t in biases)
+
+
+def test_a_square_weight_of_an_unknown_model_that_transposes_is_refused(checkpoints, tmp_path):
+    made = checkpoints["fsdp2-lora-conv1d"]
+    src = copied(made, tmp_path)
+    shutil.rmtree(src / "huggingface")
+    with pytest.raises(BadInputError, match="does not show") as caught:
+        convert(src, tmp_path / "out")
+    assert "--hf-config" in caught.value.hint
+    (src / "lora_adapter").mkdir()
+    (src / "lora_adapter" / "adapter_config.json").write_text('{"fan_in_fan_out": true}')
+    convert(src, tmp_path / "out")
+    found, truth = load(tmp_path / "out"), load(made.truth_hf)
+    for name, expected in truth.items():
+        torch.testing.assert_close(found[name], expected, rtol=1e-6, atol=1e-6)
+
+
 # --- memory ----------------------------------------------------------------------------------
 
 
