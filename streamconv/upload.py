@@ -2,14 +2,18 @@
 
 The Hub keeps large files by their sha256 and takes none twice, so an upload that was cut off goes on
 where it stopped when it is made again. The token comes from where ``hf auth login`` puts it, or from
-``HF_TOKEN``; nothing here reads, prints or stores it.
+``HF_TOKEN``; nothing here prints or stores it.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from urllib.parse import urlsplit, urlunsplit
 
 from streamconv._version import __version__
 from streamconv.errors import StreamconvError, UsageError
@@ -28,14 +32,15 @@ def check_upload(repo: str) -> None:
     # Xet's uploader takes gigabytes for its buffers; plain LFS streams a file. Read on import.
     os.environ.setdefault("HF_HUB_DISABLE_XET", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    from huggingface_hub import constants, get_token
+    with _secrets_kept(repo):
+        from huggingface_hub import constants, get_token
 
-    if constants.HF_HUB_OFFLINE:
-        raise UsageError("HF_HUB_OFFLINE is set: nothing can be uploaded")
-    if not get_token():
-        raise UsageError(
-            "there is no token for the Hub", hint="`hf auth login`, or set HF_TOKEN; then again"
-        )
+        if constants.HF_HUB_OFFLINE:
+            raise UsageError("HF_HUB_OFFLINE is set: nothing can be uploaded")
+        if not get_token():
+            raise UsageError(
+                "there is no token for the Hub", hint="`hf auth login`, or set HF_TOKEN; then again"
+            )
 
 
 def upload(folder: Path, repo: str, *, private: bool = False) -> str:
@@ -46,10 +51,9 @@ def upload(folder: Path, repo: str, *, private: bool = False) -> str:
     """
     check_upload(repo)
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
 
-    api = HfApi(library_name="streamconv", library_version=__version__)
-    try:
+    with _secrets_kept(repo):
+        api = HfApi(library_name="streamconv", library_version=__version__)
         url = api.create_repo(repo, private=private, repo_type="model", exist_ok=True)
         if private and not api.repo_info(url.repo_id, repo_type="model").private:
             raise UsageError(
@@ -64,6 +68,24 @@ def upload(folder: Path, repo: str, *, private: bool = False) -> str:
             ignore_patterns=[".*"],
             commit_message=f"Upload with streamconv {__version__}",
         )
+    parts = urlsplit(str(url))
+    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
+
+
+@contextmanager
+def _secrets_kept(repo: str) -> Iterator[None]:
+    """Turn whatever the Hub's client raises into an error that holds no secret, and keep it silent.
+
+    Its messages and its log name URLs: with the password of ``HF_ENDPOINT`` in them, or signed ones.
+    So only a status or a type is told, with no cause for a traceback to show.
+    """
+    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.utils import logging as hub_logging
+
+    verbosity = hub_logging.get_verbosity()
+    hub_logging.set_verbosity(logging.CRITICAL)
+    try:
+        yield
     except HfHubHTTPError as error:
         status = error.response.status_code
         hint = _AGAIN
@@ -71,13 +93,12 @@ def upload(folder: Path, repo: str, *, private: bool = False) -> str:
             hint = "the token must be allowed to write there: `hf auth whoami`, `hf auth login`"
         raise StreamconvError(
             "the Hub refused the upload", where=repo, found=f"HTTP {status}", hint=hint
-        ) from error
+        ) from None
     except UsageError:
         raise
-    except Exception as error:
-        # Whatever the client's HTTP library raises: which one that is changes with its release. The
-        # message may hold a signed URL, so only the type is told.
+    except Exception as error:  # noqa: BLE001 - the client's HTTP library changes with its release
         raise StreamconvError(
             "the upload was cut off", where=repo, found=type(error).__name__, hint=_AGAIN
-        ) from error
-    return str(url)
+        ) from None
+    finally:
+        hub_logging.set_verbosity(verbosity)

@@ -19,14 +19,18 @@ class Hub:
     """What was uploaded, and how the hub behaves.
 
     ``large`` are contents by sha256, ``files`` those of the last commit by path, ``puts`` the sha256
-    of each large upload in order. ``refuse_put`` answers that many-th upload with 403, ``public``
-    says that the repository exists and is public, ``token`` is the only one that is let in.
+    of each large upload in order. ``refuse_put`` answers that many-th upload with ``refusal``,
+    ``public`` says that the repository exists and is public, ``token`` is the only one that is let in,
+    but for who names ``password`` in the URL. Large files go to URLs that end in ``signature``.
     """
 
     url: str = ""
     token: str = "hf_secret"
+    password: str = "me:hidden"
+    signature: str = "signed-by-the-hub"
     public: bool = False
     refuse_put: int | None = None
+    refusal: int = 403
     repos: list[dict[str, Any]] = field(default_factory=list)
     large: dict[str, bytes] = field(default_factory=dict)
     files: dict[str, bytes] = field(default_factory=dict)
@@ -50,9 +54,10 @@ def running() -> Iterator[Hub]:
         def _answer(self) -> None:
             body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
             path = self.path.partition("?")[0]
-            allowed = path.startswith("/put/") or self.headers.get("Authorization") == (
-                f"Bearer {hub.token}"
-            )
+            basic = base64.b64encode(hub.password.encode()).decode()
+            allowed = self.path.endswith(f"?{hub.signature}") or self.headers.get(
+                "Authorization"
+            ) in (f"Bearer {hub.token}", f"Basic {basic}")
             status, data = _respond(hub, self.command, path, body) if allowed else (401, {})
             raw = json.dumps(data).encode()
             self.send_response(status)
@@ -86,7 +91,8 @@ def _respond(hub: Hub, method: str, path: str, body: bytes) -> tuple[int, dict[s
         asked = json.loads(body)
         hub.repos.append(asked)
         name = f"{asked.get('organization') or 'me'}/{asked['name']}"
-        return 200, {"url": f"{hub.url}/{name}", "name": name, "id": name}
+        # The hub's own address, also where a client came through another one.
+        return 200, {"url": f"https://huggingface.co/{name}", "name": name, "id": name}
     if method == "GET" and (
         found := re.fullmatch(r"/api/models/([^/]+/[^/]+)(/revision/.*)?", path)
     ):
@@ -108,14 +114,14 @@ def _respond(hub: Hub, method: str, path: str, body: bytes) -> tuple[int, dict[s
         for o in json.loads(body)["objects"]:
             entry: dict[str, Any] = {"oid": o["oid"], "size": o["size"]}
             if o["oid"] not in hub.large:
-                entry["actions"] = {"upload": {"href": f"{hub.url}/put/{o['oid']}"}}
+                entry["actions"] = {"upload": {"href": f"{hub.url}/put/{o['oid']}?{hub.signature}"}}
             objects.append(entry)
         return 200, {"transfer": "basic", "objects": objects}
     if method == "PUT" and path.startswith("/put/"):
         oid = path.removeprefix("/put/")
         hub.puts.append(oid)
         if len(hub.puts) == hub.refuse_put:
-            return 403, {"error": "the connection is gone"}
+            return hub.refusal, {"error": "the connection is gone"}
         assert hashlib.sha256(body).hexdigest() == oid
         hub.large[oid] = body
         return 200, {}

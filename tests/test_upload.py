@@ -21,13 +21,20 @@ def hub() -> Iterator[Hub]:
         yield made
 
 
-def streamconv(hub: Hub, home: Path, *arguments: object, token: str | None = TOKEN):
+def streamconv(
+    hub: Hub,
+    home: Path,
+    *arguments: object,
+    token: str | None = TOKEN,
+    endpoint: str | None = None,
+):
     env = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING_FACE"))}
-    env |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(home)}
+    env |= {"HF_ENDPOINT": endpoint or hub.url, "HF_HOME": str(home)}
     env |= {"HF_TOKEN": token} if token else {}
     command = [sys.executable, "-m", "streamconv", *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
-    assert TOKEN not in done.stdout + done.stderr
+    for secret in (TOKEN, hub.password.split(":")[1], hub.signature):
+        assert secret not in done.stdout + done.stderr
     return done
 
 
@@ -85,3 +92,29 @@ def test_what_is_refused_before_and_instead_of_an_upload(hub, checkpoints, tmp_p
     assert "nothing was uploaded" in refused.stderr
     assert hub.files == {}
     assert hub.puts == []
+
+
+def test_neither_a_password_nor_a_signed_url_shows_in_tracebacks_or_logs(
+    hub, checkpoints, tmp_path
+):
+    source, out = checkpoints["fsdp2"].source, tmp_path / "out"
+    assert streamconv(hub, tmp_path, source, out, "--no-sync").returncode == 0
+    arguments = [source, out, "--hf-upload-path", "me/model", "--debug"]
+    endpoint = hub.url.replace("//", f"//{hub.password}@")
+    cases = [
+        (endpoint.replace(hub.password, hub.password + "x"), "HTTP 401"),
+        (endpoint.replace("@", "/@"), "was cut off"),  # no URL: who types it so sees no part of it
+        (endpoint.rpartition(":")[0] + ":9", "was cut off"),
+        (endpoint + "/elsewhere", "HTTP 404"),
+    ]
+    for wrong, message in cases:
+        failed = streamconv(hub, tmp_path, *arguments, endpoint=wrong)
+        assert failed.returncode == 1
+        assert "Traceback" in failed.stderr
+        assert message in failed.stderr
+    # The client logs what it tries again.
+    hub.refuse_put, hub.refusal = 1, 503
+    done = streamconv(hub, tmp_path, *arguments, endpoint=endpoint)
+    assert done.returncode == 0, done.stderr
+    assert len(hub.puts) == 2
+    assert f"uploaded: {hub.url}/me/model" in done.stdout
