@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import streamconv
-from streamconv import executor, planner, planning
+from streamconv import executor, planner
 from streamconv.errors import BadInputError, UsageError
 from streamconv.formats import merge
 from streamconv.recipe import Recipe
