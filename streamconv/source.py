@@ -97,25 +97,43 @@ class ShardLayout:
         return self.shape, self.boxes, self.strides, self.storage_offsets
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class ShardTable:
-    """Where the pieces of one tensor lie: column entry ``j`` belongs to box ``j`` of its layout."""
+    """Where the pieces of one tensor lie: column entry ``j`` belongs to box ``j`` of its layout.
 
-    files: array[int] = field(default_factory=lambda: array("I"))
-    keys: array[int] = field(default_factory=lambda: array("I"))
-    starts: array[int] = field(default_factory=lambda: array("Q"))
-    nbytes: array[int] = field(default_factory=lambda: array("Q"))
+    A column's integers are as narrow as what it holds allows.
+    """
+
+    files: array[int] = field(default_factory=lambda: array("H"))
+    keys: array[int] = field(default_factory=lambda: array("H"))
+    starts: array[int] = field(default_factory=lambda: array("I"))
+    nbytes: array[int] = field(default_factory=lambda: array("H"))
     crcs: array[int] = field(default_factory=lambda: array("I"))
     header_nbytes: array[int] = field(default_factory=lambda: array("H"))
 
-    def append(self, record: Record) -> None:
+    def append(
+        self, file: int, key: int, start: int, nbytes: int, crc32: int, header_nbytes: int
+    ) -> None:
         """Add the record that holds the next box."""
-        self.files.append(record.file)
-        self.keys.append(record.key)
-        self.starts.append(record.start)
-        self.nbytes.append(record.nbytes)
-        self.crcs.append(record.crc32)
-        self.header_nbytes.append(record.header_nbytes)
+        try:
+            self.files.append(file)
+            self.keys.append(key)
+            self.starts.append(start)
+            self.nbytes.append(nbytes)
+            self.crcs.append(crc32)
+            self.header_nbytes.append(header_nbytes)
+        except OverflowError:
+            self._append_wider(file, key, start, nbytes, crc32, header_nbytes)
+
+    def _append_wider(self, *entry: int) -> None:
+        complete = len(self.header_nbytes)
+        for name, value in zip(self.__slots__, entry, strict=True):
+            column = getattr(self, name)
+            del column[complete:]
+            if value.bit_length() > 8 * column.itemsize:
+                column = array("I" if value.bit_length() <= 32 else "Q", column)
+                setattr(self, name, column)
+            column.append(value)
 
     def __len__(self) -> int:
         return len(self.starts)

@@ -24,7 +24,7 @@ from streamconv.plan import Plan, PlanHead, PlanWriter, Totals
 from streamconv.reader import SourceReader
 from streamconv.recipe import AddScalar, Cast, Recipe, SourceRef, View
 from streamconv.records import RecordChecks
-from streamconv.source import GlobalTensor, Record, ShardLayout, ShardTable, SourceFile
+from streamconv.source import GlobalTensor, ShardLayout, ShardTable, SourceFile
 
 
 class Source:
@@ -52,7 +52,7 @@ class Source:
             raw = np.ascontiguousarray(piece).tobytes() + b"\xaa" * pad
             file = self.data[j % len(self.data)]
             file += b"\xee" * (j * 7 % 11)
-            table.append(Record(j % len(self.data), j, len(file), len(raw), zlib.crc32(raw), 0))
+            table.append(j % len(self.data), j, len(file), len(raw), zlib.crc32(raw), 0)
             file += raw
         layout = ShardLayout(
             array.shape,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import astuple
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from streamconv.dtypes import BF16
 from streamconv.errors import BadInputError
 from streamconv.lowering import Move, clip, lower
 from streamconv.recipe import Cast, Gather, Part, SourceRef, View
-from streamconv.source import ShardLayout
+from streamconv.source import ShardLayout, ShardTable
 
 
 def replay(moves: list[Move], numel: int, storages: list[np.ndarray]) -> np.ndarray:
@@ -186,3 +187,17 @@ def test_a_small_diagonal_is_unrolled_and_a_large_one_refused() -> None:
     large, _ = grid_layout((2000, 2000), [[], []])
     with pytest.raises(BadInputError, match="no union of at most 1024 boxes"):
         lower(View(SourceRef("w", (2000, 2000)), (2000,), (2001,)), lambda _: large)
+
+
+def test_a_table_holds_what_its_columns_were_too_narrow_for() -> None:
+    rows = [
+        (1, 2, 3, 4, 5, 6),
+        (70_000, 2, 1 << 40, 1 << 33, 0xFFFFFFFF, 6),
+        (2, 1 << 17, 5, 70_000, 0, 9),
+    ]
+    table = ShardTable()
+    for row in rows:
+        table.append(*row)
+    assert [astuple(record) for record in table] == rows
+    with pytest.raises(OverflowError):
+        table.append(0, 0, 1 << 64, 0, 0, 0)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -270,7 +270,7 @@ class Assembler:
         pieces = sorted(pieces, key=lambda p: p.box.offsets)
         table = ShardTable()
         for piece in pieces:
-            table.append(piece.record)
+            table.append(*astuple(piece.record))
         try:
             layout = ShardLayout(
                 shape,

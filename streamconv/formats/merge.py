@@ -33,15 +33,9 @@ class Pending:
 
     def append(self, file: int, stored: Stored) -> None:
         """Add what rank file number ``file`` holds."""
-        spec, key, start, nbytes, crc, header_nbytes = stored
-        table = self.table
+        spec, *place = stored
         self.specs.append(spec.index)
-        table.files.append(file)
-        table.keys.append(key)
-        table.starts.append(start)
-        table.nbytes.append(nbytes)
-        table.crcs.append(crc)
-        table.header_nbytes.append(header_nbytes)
+        self.table.append(file, *place)
 
     def release(self) -> None:
         """Forget the columns: a tensor has taken them over, or copied what it needs."""
