@@ -22,6 +22,7 @@ from streamconv.errors import BadInputError
 from streamconv.options import LoraOptions
 from streamconv.plan import TextFile
 
+PREFIX = "base_model.model."  # of every name in PEFT's model
 FILES = ("lora_train_meta.json", "lora_adapter/adapter_config.json")
 _MAX_NBYTES = 1 << 20
 _NAME = re.compile(r"\^?(?:[\w.-]|\\\.)+\$?", re.ASCII)
@@ -235,7 +236,7 @@ def config_file(
     """Return ``adapter_config.json`` for PEFT, as the file ``name`` of the output.
 
     ``ranks`` are the adapted modules with the rank of each, ``modules`` all modules of the model as far
-    as they are known, ``saved`` those that were trained whole.
+    as they are known, those that only hold others included, ``saved`` those that were trained whole.
     """
     rank = Counter(ranks.values()).most_common(1)[0][0]
     settings.scale(next(iter(ranks)), rank)  # refuses an unknown alpha
@@ -248,7 +249,7 @@ def config_file(
         "init_lora_weights": True,
         "lora_alpha": settings.alpha,
         "lora_dropout": 0.0,
-        "modules_to_save": sorted({m.rpartition(".")[2] for m in saved}) or None,
+        "modules_to_save": _saved(saved, modules) or None,
         "peft_type": "LORA",
         "r": rank,
         "rank_pattern": {f"^{m}$".replace(".", r"\."): r for m, r in ranks.items() if r != rank},
@@ -263,8 +264,22 @@ def config_file(
     return TextFile(name, json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
 
 
-def _targets(adapted: Collection[str], modules: Collection[str]) -> list[str]:
-    """Return the ends of names that mean just the adapted modules, or their whole names."""
-    ends = {m.rpartition(".")[2] for m in adapted}
-    others = {m.rpartition(".")[2] for m in modules if m not in adapted}
-    return sorted(adapted) if ends & others else sorted(ends)
+def _targets(adapted: Collection[str], modules: Collection[str]) -> list[str] | str:
+    """Return what means just the adapted modules to PEFT: ends of names, whole names, or a pattern."""
+    others = {f".{m}" for m in modules if m not in adapted}
+    for names in ({m.rpartition(".")[2] for m in adapted}, set(adapted)):
+        if not any(m.endswith(tuple(f".{n}" for n in names)) for m in others):
+            return sorted(names)
+    return "|".join(re.escape(m) for m in sorted(adapted))
+
+
+def _saved(saved: Collection[str], modules: Collection[str]) -> list[str]:
+    """Return what means just the modules that were trained whole to PEFT.
+
+    There an end of a name need not begin at a dot: "norm" means "input_layernorm", too.
+    """
+    others = {PREFIX + m for m in modules if m not in saved}
+    for names in ({m.rpartition(".")[2] for m in saved}, set(saved)):
+        if not any(m.endswith(tuple(names)) for m in others):
+            return sorted(names)
+    return sorted(PREFIX + m for m in saved)

@@ -17,14 +17,13 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from streamconv.adapter_config import Settings
+from streamconv.adapter_config import PREFIX, Settings
 from streamconv.boxes import contiguous_strides
 from streamconv.dtypes import F32
 from streamconv.errors import BadInputError
 from streamconv.recipe import AddProduct, Cast, Gather, Part, Recipe, SourceRef, View
 from streamconv.source import Checkpoint, GlobalTensor, Skipped
 
-PREFIX = "base_model.model."
 _PARTS = (
     "lora_A",
     "lora_B",
@@ -61,11 +60,13 @@ class Adapter:
     """What an adapter consists of.
 
     ``targets`` by module; ``saved`` maps the base model's names of tensors that were trained whole to
-    their tensors; ``tensors`` are the parts by FQN.
+    their tensors, and ``wrapped`` are the modules that were, which may have modules within; ``tensors``
+    are the parts by FQN.
     """
 
     targets: Mapping[str, Target]
     saved: Mapping[str, GlobalTensor]
+    wrapped: frozenset[str]
     tensors: Mapping[str, GlobalTensor]
 
     @property
@@ -94,6 +95,7 @@ def separate(checkpoint: Checkpoint) -> tuple[Checkpoint, Adapter]:
         )
     base: dict[str, GlobalTensor] = {}
     saved: dict[str, GlobalTensor] = {}
+    wrapped: set[str] = set()
     parts: dict[str, GlobalTensor] = {}
     targets: dict[str, Target] = {}
     _one_adapter(checkpoint)
@@ -107,6 +109,7 @@ def separate(checkpoint: Checkpoint) -> tuple[Checkpoint, Adapter]:
             parts[fqn] = tensor
         elif match := _SAVED.fullmatch(name):
             _once(saved, f"{match[1]}.{match[3]}", tensor)
+            wrapped.add(match[1])
         elif _ORIGINAL.fullmatch(name):
             skipped.append(Skipped(fqn, "as it was before training (modules_to_save has it anew)"))
         elif _FOREIGN.fullmatch(name):
@@ -132,7 +135,7 @@ def separate(checkpoint: Checkpoint) -> tuple[Checkpoint, Adapter]:
         ),
         skipped=(*checkpoint.skipped, *skipped),
     )
-    return found, Adapter(targets, saved, parts)
+    return found, Adapter(targets, saved, frozenset(wrapped), parts)
 
 
 def _one_adapter(checkpoint: Checkpoint) -> None:

@@ -96,9 +96,8 @@ class LoraPlan:
     def config(self, model: Model | None) -> TextFile:
         """Return the adapter's config for PEFT."""
         known = [*self.checkpoint.tensors, *(model.state_shapes if model is not None else ())]
-        modules = {n.removesuffix(".weight") for n in known if n.endswith(".weight")}
+        modules = {".".join(p[:k]) for p in (n.split(".") for n in known) for k in range(1, len(p))}
         ranks = {m: adapters.rank_of(t, self.adapter) for m, t in self.adapter.targets.items()}
-        saved = {name.rpartition(".")[0] for name in self.adapter.saved}
         biases = any(p.endswith(".bias") for t in self.adapter.targets.values() for p in t.parts)
         linear = (m for m, t in self.adapter.targets.items() if not t.embedding)
         settings = dataclasses.replace(
@@ -106,7 +105,9 @@ class LoraPlan:
             fan_in_fan_out=any(self._turned(m, model) for m in linear),
             lora_bias=biases,
         )
-        return adapter_config.config_file(self.folder + _CONFIG, settings, ranks, modules, saved)
+        return adapter_config.config_file(
+            self.folder + _CONFIG, settings, ranks, modules, self.adapter.wrapped
+        )
 
     @property
     def weights_name(self) -> str:

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import streamconv
 from streamconv.errors import BadInputError, UsageError
+from tests.makers import models
 from tests.makers.fsdp import LORA_ALPHA, LORA_RANK, Made
 from tests.makers.large import make_large
 from tests.outputs import contents, differences, read_model, read_truth
@@ -201,6 +202,78 @@ def test_an_adapter_alone_merges_into_a_base_folder(checkpoints, tmp_path):
         convert(made.source, tmp_path / "other", base=base)
     with pytest.raises(UsageError, match="overlaps"):
         convert(only.source, base, base=base, overwrite=True)
+
+
+def trained(path: Path, arch: str = "dense", **settings) -> tuple[Path, Path, torch.nn.Module]:
+    """Return a checkpoint of one rank, its base model as a folder, and PEFT's model."""
+    model = models.build(arch)
+    model.save_pretrained(path / "base")
+    adapted = peft.get_peft_model(
+        model, peft.LoraConfig(r=LORA_RANK, lora_alpha=LORA_ALPHA, **settings)
+    )
+    with torch.no_grad():
+        for name, tensor in adapted.named_parameters():
+            if "lora_" in name or "modules_to_save" in name:
+                tensor.copy_(models.values(name, tensor.shape, tensor.dtype) * 0.05)
+    src = path / "src"
+    src.mkdir()
+    torch.save(adapted.state_dict(), src / "model_world_size_1_rank_0.pt")
+    (src / "lora_train_meta.json").write_text(
+        json.dumps({"r": LORA_RANK, "lora_alpha": LORA_ALPHA})
+    )
+    shutil.copytree(
+        path / "base", src / "huggingface", ignore=shutil.ignore_patterns("*.safetensors")
+    )
+    return src, path / "base", adapted.eval()
+
+
+def logits(model) -> torch.Tensor:
+    with torch.no_grad():
+        found = model(torch.arange(20)[None]).logits
+    assert isinstance(found, torch.Tensor)
+    return found
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+@pytest.mark.parametrize(
+    ("targets", "saved", "written_targets", "written_saved"),
+    [
+        (["q_proj"], ["layers.0.mlp"], ["q_proj"], ["model.layers.0.mlp"]),
+        (["q_proj"], ["mlp"], ["q_proj"], ["mlp"]),
+        # To PEFT "norm" is the end of "input_layernorm" as well.
+        (["q_proj"], ["norm"], ["q_proj"], ["input_layernorm", "norm", "post_attention_layernorm"]),
+        (["q_proj"], ["model.norm"], ["q_proj"], ["model.norm"]),
+        (["layers.1.self_attn.q_proj"], None, ["model.layers.1.self_attn.q_proj"], None),
+        (["down_proj"], ["layers.0.mlp"], ["model.layers.1.mlp.down_proj"], ["model.layers.0.mlp"]),
+    ],
+)
+def test_peft_makes_of_an_adapter_what_was_trained(
+    targets, saved, written_targets, written_saved, tmp_path
+):
+    src, base, model = trained(tmp_path, target_modules=targets, modules_to_save=saved)
+    convert(src, tmp_path / "out", lora="both")
+    folder = tmp_path / "out" / "lora_adapter"
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert config["target_modules"] == written_targets
+    assert config["modules_to_save"] == written_saved
+    plain = transformers.AutoModelForCausalLM.from_pretrained(base)
+    expected = logits(model)
+    assert not torch.equal(expected, logits(plain))
+    assert torch.equal(logits(peft.PeftModel.from_pretrained(plain, folder).eval()), expected)
+    merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    torch.testing.assert_close(logits(merged), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_names_that_end_in_each_other():
+    from streamconv.adapter_config import _saved, _targets
+
+    modules = {"a", "a.up", "v", "v.a", "v.a.up"}
+    assert _targets({"a.up"}, modules) == r"a\.up"
+    assert _targets({"v.a.up"}, modules) == ["v.a.up"]
+    assert _targets({"a.up", "v.a.up"}, modules) == ["up"]
+    assert _saved({"a"}, modules) == ["base_model.model.a"]
+    assert _saved({"v"}, modules) == ["v"]
+    assert _saved(set(), modules) == []
 
 
 # --- refusals --------------------------------------------------------------------------------
