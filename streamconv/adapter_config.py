@@ -20,7 +20,7 @@ import xxhash
 
 from streamconv.errors import BadInputError
 from streamconv.options import LoraOptions
-from streamconv.plan import TextFile
+from streamconv.planned import TextFile
 
 PREFIX = "base_model.model."  # of every name in PEFT's model
 FILES = ("lora_train_meta.json", "lora_adapter/adapter_config.json")

@@ -202,7 +202,7 @@ def verify(
     ``token_ids``; ``reference`` then is run, too, and the logits are compared and not the tensors
     (``logits_atol``; None: 1e-5 of the largest logit, 0.05 where the dtypes differ).
     """
-    from streamconv.plan import MANIFEST
+    from streamconv.planned import MANIFEST
     from streamconv.verification.folder import verify_output
     from streamconv.verification.forward import verify_forward
     from streamconv.verification.reference import verify_reference

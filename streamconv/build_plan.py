@@ -15,7 +15,8 @@ from streamconv.identity import job_identity
 from streamconv.lora_plan import LoraPlan, adapter_inputs, plan_lora
 from streamconv.lowering import products_of, sources_of
 from streamconv.options import JobOptions
-from streamconv.plan import INDEX, OutputFile, PlanHead, PlanWriter, SideFile, TextFile, Totals
+from streamconv.plan import PlanWriter
+from streamconv.planned import INDEX, OutputFile, PlanHead, SideFile, TextFile, Totals
 from streamconv.recipe import Recipe
 from streamconv.sidefiles import (
     corrected_config,

@@ -22,7 +22,8 @@ from streamconv.errors import (
 from streamconv.executor import WindowFiller, write_output
 from streamconv.manifest import write_manifest
 from streamconv.options import Event, JobOptions, Result, RunOptions
-from streamconv.plan import MANIFEST, OutputFile, Plan, PlannedTensor
+from streamconv.plan import Plan
+from streamconv.planned import MANIFEST, OutputFile, PlannedTensor
 from streamconv.planning import make_plan
 from streamconv.reader import SourceReader
 from streamconv.records import RecordChecks

@@ -20,7 +20,7 @@ import xxhash
 from streamconv.errors import VerificationError
 from streamconv.kernels import run as run_kernel
 from streamconv.lowering import ProductAt
-from streamconv.plan import OutputFile, PlannedTensor
+from streamconv.planned import OutputFile, PlannedTensor
 from streamconv.products import Factors, add_product
 from streamconv.reader import SourceReader
 from streamconv.records import RecordChecks

@@ -13,7 +13,8 @@ from typing import Any
 import xxhash
 
 from streamconv.options import JobOptions
-from streamconv.plan import SCHEMA, SideFile
+from streamconv.plan import SCHEMA
+from streamconv.planned import SideFile
 from streamconv.source import SourceFile
 
 _DEFAULTS = JobOptions().to_json()

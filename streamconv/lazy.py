@@ -15,7 +15,8 @@ from streamconv.dtypes import DType
 from streamconv.executor import WindowFiller
 from streamconv.lowering import clip_box
 from streamconv.options import JobOptions
-from streamconv.plan import Plan, PlannedTensor
+from streamconv.plan import Plan
+from streamconv.planned import PlannedTensor
 from streamconv.planning import make_plan
 from streamconv.reader import SourceReader
 from streamconv.records import RecordChecks

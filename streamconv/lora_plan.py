@@ -13,7 +13,7 @@ from streamconv.adapters import Adapter
 from streamconv.errors import BadInputError, UsageError
 from streamconv.formats import safetensors_folder
 from streamconv.options import LoraOptions
-from streamconv.plan import SideFile, TextFile
+from streamconv.planned import SideFile, TextFile
 from streamconv.planner import Model
 from streamconv.recipe import Recipe
 from streamconv.source import Checkpoint, GlobalTensor, Skipped

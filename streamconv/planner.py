@@ -20,7 +20,8 @@ from streamconv.dtypes import BY_TORCH, DType
 from streamconv.errors import BadInputError, UsageError
 from streamconv.lowering import Move, lower, products_of, sources_of
 from streamconv.options import JobOptions, Layout
-from streamconv.plan import OutputFile, PlannedProduct, PlannedSource, PlannedTensor, PlanWriter
+from streamconv.plan import PlanWriter
+from streamconv.planned import OutputFile, PlannedProduct, PlannedSource, PlannedTensor
 from streamconv.recipe import AddProduct, Cast, Op, Recipe, SourceRef, View
 from streamconv.sizes import format_size
 from streamconv.source import Checkpoint, GlobalTensor, ShardLayout, Skipped

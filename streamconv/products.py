@@ -21,7 +21,7 @@ from streamconv.dtypes import F32, DType
 from streamconv.errors import BadInputError
 from streamconv.kernels import Array, apply, strided
 from streamconv.lowering import Dim, MoveOp, Patch, ProductAt, patches
-from streamconv.plan import PlannedTensor
+from streamconv.planned import PlannedTensor
 from streamconv.recipe import Cast
 from streamconv.windows import Segment, Window
 

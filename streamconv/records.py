@@ -14,7 +14,7 @@ from typing import Any
 
 from streamconv.crc import Coverage
 from streamconv.errors import BadInputError
-from streamconv.plan import PlannedSource
+from streamconv.planned import PlannedSource
 from streamconv.reader import SourceReader
 from streamconv.source import Record
 from streamconv.torchfile.zipdir import check_local_header

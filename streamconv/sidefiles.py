@@ -13,7 +13,7 @@ from typing import Any
 
 from streamconv.dtypes import BY_TORCH, DType
 from streamconv.errors import BadInputError, UnsafeInputError
-from streamconv.plan import MANIFEST, SideFile, TextFile
+from streamconv.planned import MANIFEST, SideFile, TextFile
 from streamconv.source import Skipped
 from streamconv.writer import hash_file
 

@@ -30,7 +30,7 @@ import filelock
 
 from streamconv.errors import BadInputError, LockedError, OutputExistsError, UsageError
 from streamconv.executor import FinishedFile
-from streamconv.plan import MANIFEST
+from streamconv.planned import MANIFEST
 from streamconv.writer import fsync_directory
 
 _AT_FDCWD = -100

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from streamconv.boxes import Shape
 from streamconv.lowering import Dim, Move, clip
-from streamconv.plan import PlannedSource, PlannedTensor
+from streamconv.planned import PlannedSource, PlannedTensor
 from streamconv.source import Record
 
 # Bytes between two wanted stretches that are cheaper to read than to seek over: records of one file

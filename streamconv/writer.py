@@ -22,7 +22,7 @@ from types import TracebackType
 import xxhash
 
 from streamconv.errors import NoSpaceError
-from streamconv.plan import OutputFile
+from streamconv.planned import OutputFile
 
 _WRITE_BYTES = 1 << 20
 _FLUSH_BYTES = 16 << 20

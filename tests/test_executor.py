@@ -20,7 +20,8 @@ from streamconv.boxes import Box, contiguous_strides
 from streamconv.dtypes import BF16, BY_NAME, F16, F32, F64, DType
 from streamconv.errors import BadInputError, SourceChangedError
 from streamconv.executor import FinishedFile, WindowFiller, write_output
-from streamconv.plan import Plan, PlanHead, PlanWriter, Totals
+from streamconv.plan import Plan, PlanWriter
+from streamconv.planned import PlanHead, Totals
 from streamconv.reader import SourceReader
 from streamconv.recipe import AddScalar, Cast, Recipe, SourceRef, View
 from streamconv.records import RecordChecks

@@ -8,7 +8,7 @@ import pytest
 
 from streamconv import identity
 from streamconv.options import JobOptions
-from streamconv.plan import SideFile
+from streamconv.planned import SideFile
 from streamconv.source import SourceFile
 
 FILES = [SourceFile("model_world_size_1_rank_0.pt", 100, 7, "ab" * 16)]

@@ -14,7 +14,8 @@ import pytest
 from streamconv import writer
 from streamconv.dtypes import F32
 from streamconv.executor import WindowFiller, filled_windows, write_output
-from streamconv.plan import OutputFile, Plan
+from streamconv.plan import Plan
+from streamconv.planned import OutputFile
 from streamconv.reader import SourceReader
 from streamconv.records import RecordChecks
 from tests.makers.large import make_large

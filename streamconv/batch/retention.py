@@ -19,7 +19,7 @@ from streamconv.batch.discover import Candidate
 from streamconv.batch.ready import read_tracker, snapshot
 from streamconv.batch.state import Record, Store
 from streamconv.errors import LockedError, StreamconvError
-from streamconv.plan import MANIFEST
+from streamconv.planned import MANIFEST
 from streamconv.sizes import format_size
 from streamconv.staging import read_manifest
 

@@ -24,7 +24,7 @@ from streamconv.batch.tasks import Task
 from streamconv.convert_job import finished_output, identify
 from streamconv.errors import LockedError, StreamconvError, UsageError
 from streamconv.identity import chosen_options
-from streamconv.plan import MANIFEST
+from streamconv.planned import MANIFEST
 
 
 class Survey:

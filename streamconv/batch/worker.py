@@ -56,7 +56,7 @@ def _convert(request: dict[str, Any]) -> dict[str, Any]:
     from streamconv import api
     from streamconv.convert_job import convert
     from streamconv.options import Event, JobOptions, RunOptions
-    from streamconv.plan import MANIFEST
+    from streamconv.planned import MANIFEST
     from streamconv.staging import read_manifest
 
     def on_event(event: Event) -> None:

@@ -14,7 +14,7 @@ import xxhash
 
 from streamconv.boxes import Box, contiguous_strides
 from streamconv.errors import BadInputError, UsageError
-from streamconv.plan import INDEX
+from streamconv.planned import INDEX
 from streamconv.safefile import FileTensor, read_header
 from streamconv.source import GlobalTensor, ShardLayout, ShardTable, SourceFile
 

@@ -14,7 +14,7 @@ from typing import Any
 import xxhash
 
 from streamconv.errors import BadInputError, StreamconvError
-from streamconv.plan import INDEX, MANIFEST
+from streamconv.planned import INDEX, MANIFEST
 from streamconv.safefile import FileTensor, read_header
 from streamconv.staging import read_manifest
 from streamconv.verification.report import Report

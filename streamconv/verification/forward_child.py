@@ -27,7 +27,7 @@ import numpy as np
 from streamconv.budget import resident_bytes
 from streamconv.children import serve
 from streamconv.errors import BadInputError, BudgetError, NoSpaceError, StreamconvError, UsageError
-from streamconv.plan import INDEX
+from streamconv.planned import INDEX
 from streamconv.safefile import FileTensor
 from streamconv.sidefiles import declared_dtype, read_config
 from streamconv.sizes import format_size

@@ -12,7 +12,7 @@ import xxhash
 
 from streamconv.dtypes import DType
 from streamconv.errors import BadInputError
-from streamconv.plan import INDEX
+from streamconv.planned import INDEX
 from streamconv.safefile import FileTensor, read_folder, read_header
 from streamconv.sidefiles import read_config
 from streamconv.verification.report import Report

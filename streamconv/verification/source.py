@@ -21,7 +21,8 @@ from streamconv.children import ask
 from streamconv.errors import BadInputError, UsageError
 from streamconv.executor import WindowFiller, filled_windows
 from streamconv.options import JobOptions
-from streamconv.plan import Plan, PlannedTensor
+from streamconv.plan import Plan
+from streamconv.planned import PlannedTensor
 from streamconv.planning import make_plan
 from streamconv.reader import SourceReader
 from streamconv.records import RecordChecks
