@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from streamconv import adapters, planner
+from streamconv import adapters, placing, planner
 from streamconv.errors import BadInputError, UsageError
 from streamconv.identity import job_identity
 from streamconv.lora_plan import LoraPlan, adapter_inputs, plan_lora
@@ -81,7 +81,7 @@ def build_plan(checkpoint: Checkpoint, job: JobOptions, stream: IO[str]) -> None
             texts=tuple(made.texts),
         )
     )
-    planner.write_sections(writer, made.placed, made.tensors)
+    placing.write_sections(writer, made.placed, made.tensors)
     writer.end()
 
 
@@ -99,7 +99,7 @@ class _Output:
     config_changes: tuple[str, ...]
     recipes: list[Recipe]
     skipped: list[Skipped]
-    placed: list[tuple[OutputFile, list[planner.Placed]]] = field(default_factory=list)
+    placed: list[tuple[OutputFile, list[placing.Placed]]] = field(default_factory=list)
     texts: list[TextFile] = field(default_factory=list)
 
 
@@ -150,7 +150,7 @@ def _plan_model(made: _Output, lora: LoraPlan | None, job: JobOptions, notices: 
         notices.append(
             f"{alias} is tied to {kept} by the config but not known to equal it: both kept"
         )
-    made.placed += planner.shard(recipes, ties, job.max_shard_bytes)
+    made.placed += placing.shard(recipes, ties, job.max_shard_bytes)
     made.skipped += [Skipped(a, f"the same storage as {k}") for a, k in ties.dropped.items()]
     made.skipped += [Skipped(a, f"tied: the same bytes as {k}") for a, k in ties.compared.items()]
     if config is not None:
@@ -166,7 +166,7 @@ def _plan_model(made: _Output, lora: LoraPlan | None, job: JobOptions, notices: 
         if text:
             made.texts.append(text)
     if len(made.placed) > 1:
-        made.texts.append(TextFile(INDEX, planner.index_json(made.placed)))
+        made.texts.append(TextFile(INDEX, placing.index_json(made.placed)))
 
 
 def _plan_adapter(made: _Output, lora: LoraPlan, job: JobOptions, notices: list[str]) -> None:
@@ -177,7 +177,7 @@ def _plan_adapter(made: _Output, lora: LoraPlan, job: JobOptions, notices: list[
         declared = declared_dtype(made.config) if made.config else None
         recipes = planner.with_dtypes(adapters.recipes(lora.adapter), job, None, declared)
         # Before the model: a folder is ready when its last file is there.
-        made.placed.insert(0, planner.single_file(lora.weights_name, recipes))
+        made.placed.insert(0, placing.single_file(lora.weights_name, recipes))
         made.texts.append(lora.config(made.model))
 
 
@@ -265,7 +265,7 @@ def _without_value_head(recipes: list[Recipe]) -> tuple[list[Recipe], list[Skipp
 
 def _totals(
     tensors: dict[str, GlobalTensor],
-    placed: list[tuple[Any, list[planner.Placed]]],
+    placed: list[tuple[Any, list[placing.Placed]]],
 ) -> Totals:
     used = {f for _, group in placed for p in group for f in sources_of(p.recipe.view)}
     written = [p for _, group in placed for p in group if p.same_as is None]

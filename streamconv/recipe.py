@@ -9,6 +9,7 @@ update (LoRA) is elementwise, too, once it is known where in its matrix an eleme
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from streamconv.boxes import Box, Shape
@@ -97,3 +98,8 @@ class Recipe:
     name: str
     dtype: DType
     view: View
+
+    @property
+    def nbytes(self) -> int:
+        """Return the bytes of the output tensor."""
+        return math.prod(self.view.shape) * self.dtype.itemsize

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
-from streamconv import planner
+from streamconv import placing, planner
 from streamconv.boxes import Box, contiguous_strides
 from streamconv.dtypes import BF16, BY_NAME, F16, F32, F64, DType
 from streamconv.errors import BadInputError, SourceChangedError
@@ -73,12 +73,12 @@ class Source:
 
 
 def make_plan(source: Source, recipes: list[Recipe], max_shard_bytes: int = 1 << 40) -> Plan:
-    placed = planner.shard(recipes, planner.Ties({}, {}, {}), max_shard_bytes)
+    placed = placing.shard(recipes, planner.Ties({}, {}, {}), max_shard_bytes)
     stream = io.StringIO()
     writer = PlanWriter(stream)
     totals = Totals(0, 0, 0, 0, 0, {}, {})
     writer.head(PlanHead(str(source.root), {}, totals, (), (), source.files(), (), ()))
-    planner.write_sections(writer, placed, source.tensors)
+    placing.write_sections(writer, placed, source.tensors)
     writer.end()
     path = source.root / "plan.jsonl"
     path.write_text(stream.getvalue(), encoding="utf-8")

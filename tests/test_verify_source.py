@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import streamconv
-from streamconv import executor, planner
+from streamconv import executor, placing
 from streamconv.errors import BadInputError, UsageError
 from streamconv.formats import merge
 from streamconv.recipe import Recipe
@@ -189,13 +189,13 @@ def swapped_shards(patch: Patch) -> None:
 
 def wrong_lowering(patch: Patch) -> None:
     """Moves out of a fused tensor take the elements one row off."""
-    real = planner.lower
+    real = placing.lower
 
     def lower(view: Any, *rest: Any) -> Iterator[Any]:
         shifted = view.offset if view.offset == 0 else view.offset - view.shape[-1]
         return real(dataclasses.replace(view, offset=shifted), *rest)
 
-    patch.setattr(planner, "lower", lower)
+    patch.setattr(placing, "lower", lower)
 
 
 def wrong_tracer(patch: Patch) -> None:
