@@ -8,6 +8,7 @@ import platform
 import re
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -40,9 +41,13 @@ def measured(
 ) -> Measured:
     """Run a command, its process tree sampled every 20 ms from outside."""
     start = time.perf_counter()
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, text=True, env=None if env is None else os.environ | env
-    ) as process:
+    # A file and not a pipe: nobody reads while the process is at work, and a full pipe would stop it.
+    with (
+        tempfile.TemporaryFile("w+") as out,
+        subprocess.Popen(
+            command, stdout=out, env=None if env is None else os.environ | env
+        ) as process,
+    ):
         tree, peak = psutil.Process(process.pid), 0
         while process.poll() is None:
             total = 0
@@ -54,10 +59,11 @@ def measured(
             peak = max(peak, total)
             time.sleep(0.02)
         seconds = time.perf_counter() - start
-        out = process.stdout.read() if process.stdout else ""
+        out.seek(0)
+        text = out.read()
     if check and process.returncode:
         sys.exit(f"{' '.join(command)}: exit {process.returncode}")
-    return Measured(seconds, peak, process.returncode, out)
+    return Measured(seconds, peak, process.returncode, text)
 
 
 def streamconv(*arguments: str | Path) -> Measured:

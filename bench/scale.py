@@ -62,18 +62,29 @@ def mount(work: Path) -> Path:
 
 def part(plan: Path, target: Path) -> tuple[int, float]:
     """Run a plan for a while and stop it; return its peak and the bytes of output it came to."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "streamconv", "run", plan, target, "--max-mem", "64MB", "--json"],
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    tree, peak, start = psutil.Process(process.pid), 0, time.monotonic()
-    while process.poll() is None and time.monotonic() < start + _PART_SECONDS:
-        peak = max(peak, tree.memory_info().rss)
-        time.sleep(0.02)
-    process.send_signal(signal.SIGTERM)
-    out, _ = process.communicate()
-    events = [json.loads(line) for line in out.splitlines()]
+    with tempfile.TemporaryFile("w+") as out:
+        process = subprocess.Popen(
+            [
+                sys.executable,
+                "-m",
+                "streamconv",
+                "run",
+                plan,
+                target,
+                "--max-mem",
+                "64MB",
+                "--json",
+            ],
+            stdout=out,
+        )
+        tree, peak, start = psutil.Process(process.pid), 0, time.monotonic()
+        while process.poll() is None and time.monotonic() < start + _PART_SECONDS:
+            peak = max(peak, tree.memory_info().rss)
+            time.sleep(0.02)
+        process.send_signal(signal.SIGTERM)
+        process.wait()
+        out.seek(0)
+        events = [json.loads(line) for line in out]
     done = max((e.get("done_bytes", 0) for e in events), default=0)
     return peak, done
 
