@@ -12,10 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from streamconv.errors import BudgetError
-from streamconv.executor import CAST_THREADS, FACTOR_READ_BYTES
-from streamconv.products import SCRATCH_BYTES
 from streamconv.sizes import format_size
-from streamconv.windows import MAX_WINDOW_BYTES, MIN_WINDOW_BYTES
+from streamconv.windows import (
+    CAST_THREADS,
+    FACTOR_READ_BYTES,
+    MAX_WINDOW_BYTES,
+    MIN_WINDOW_BYTES,
+    SCRATCH_BYTES,
+)
 
 _PAGE_BYTES = 4096
 # What a Python heap may grow by between two windows: plan lines, read lists, thread stacks.

@@ -24,15 +24,20 @@ from streamconv.planned import OutputFile, PlannedTensor
 from streamconv.products import Factors, add_product
 from streamconv.reader import SourceReader
 from streamconv.records import RecordChecks
-from streamconv.windows import SMALL_WINDOW_BYTES, Fill, Run, Window, runs, windows
+from streamconv.windows import (
+    CAST_THREADS,
+    FACTOR_READ_BYTES,
+    SMALL_WINDOW_BYTES,
+    Fill,
+    Run,
+    Window,
+    runs,
+    windows,
+)
 from streamconv.writer import ShardWriter
 
 # Bytes are summed, hashed and written in steps that are still in the CPU's cache from the one before.
 _STEP_BYTES = 1 << 20
-# Casts and products are work for the CPU and not for the disk.
-CAST_THREADS = 2
-# Factors are small and their tiles few: reads of this size are good enough, and need no more memory.
-FACTOR_READ_BYTES = 256 << 10
 
 
 @dataclass(frozen=True, slots=True)

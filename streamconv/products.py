@@ -23,15 +23,12 @@ from streamconv.kernels import Array, apply, strided
 from streamconv.lowering import Dim, MoveOp, Patch, ProductAt, patches
 from streamconv.planned import PlannedTensor
 from streamconv.recipe import Cast
-from streamconv.windows import Segment, Window
+from streamconv.windows import PRODUCT_BLOCK_ELEMENTS, Segment, Window
 
 Side = Literal["left", "right"]
 
 # A block and its temporaries stay in the second-level cache.
 _BLOCK_COLUMNS = 4096
-_BLOCK_ELEMENTS = 1 << 16
-# Per thread: the block's sum, one product of it, and the sum with the matrix.
-SCRATCH_BYTES = 4 * _BLOCK_ELEMENTS * 4
 # How many tiles are kept beside the two that each thread has in hand.
 _KEPT_TILES = 4
 
@@ -180,7 +177,9 @@ def _blocks(patch: Patch, tile: int) -> Iterator[tuple[_Cut, _Cut, int]]:
         column = patch.column + sum(steps[len(outer_rows) : len(outer_rows) + len(outer_columns)])
         dst = patch.dst_offset + sum(i * d.dst for i, d in zip(index, outer, strict=True))
         for at, columns in _cuts(column, column_dim, tile, _BLOCK_COLUMNS):
-            for i, rows in _cuts(row, row_dim, tile, max(1, _BLOCK_ELEMENTS // columns.size)):
+            for i, rows in _cuts(
+                row, row_dim, tile, max(1, PRODUCT_BLOCK_ELEMENTS // columns.size)
+            ):
                 yield rows, columns, dst + at * columns.dst + i * rows.dst
 
 

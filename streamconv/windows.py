@@ -24,6 +24,15 @@ _GOOD_READ_BYTES = 512 << 10
 MIN_WINDOW_BYTES = 1 << 20
 SMALL_WINDOW_BYTES = 4 << 20
 MAX_WINDOW_BYTES = 256 << 20
+# What is held beside the windows stands here, for the budget counts it without loading numpy.
+# Casts and products are work for the CPU and not for the disk.
+CAST_THREADS = 2
+# Factors are small and their tiles few: reads of this size are good enough, and need no more memory.
+FACTOR_READ_BYTES = 256 << 10
+# A product is added in blocks of so many elements. Per thread: the block's sum, one product of it, and
+# the sum with the matrix, in float32.
+PRODUCT_BLOCK_ELEMENTS = 1 << 16
+SCRATCH_BYTES = 4 * PRODUCT_BLOCK_ELEMENTS * 4
 
 
 @dataclass(frozen=True, slots=True)
