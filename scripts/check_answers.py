@@ -61,6 +61,18 @@ def difference(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]
     return ""
 
 
+def problem_of(src: Path, answer: Path, hf_config: Path | None) -> str:
+    """Convert ``src``; return in words how it differs from ``answer`` or why it failed, or nothing."""
+    out = Path(tempfile.mkdtemp())
+    try:
+        streamconv.convert(src, out / "model", hf_config=hf_config, sync=False)
+        return difference(tensors(out / "model"), tensors(answer))
+    except StreamconvError as error:
+        return " | ".join(str(error).splitlines())
+    finally:
+        shutil.rmtree(out)
+
+
 def main() -> int:
     """Convert and compare; see the module."""
     parser = argparse.ArgumentParser(
@@ -70,14 +82,7 @@ def main() -> int:
     root = parser.parse_args().folder
     wrong = 0
     for src, answer in checkpoints(root):
-        out = Path(tempfile.mkdtemp())
-        try:
-            streamconv.convert(src, out / "model", hf_config=answer, sync=False)
-            problem = difference(tensors(out / "model"), tensors(answer))
-        except StreamconvError as error:
-            problem = " | ".join(str(error).splitlines())
-        finally:
-            shutil.rmtree(out)
+        problem = problem_of(src, answer, answer)
         wrong += bool(problem)
         print(
             f"{'differs' if problem else 'equal  '} {src.relative_to(root)} {problem}", flush=True

@@ -85,6 +85,18 @@ def test_dtypes(save: Callable[..., Path]) -> None:
     assert {n: t.dtype.torch for n, t in checkpoint.tensors.items()} == {k: k for k in state}
 
 
+def test_pieces_as_megatron_fsdp_lists_them(save: Callable[..., Path]) -> None:
+    """Its DTensors are cut where parameters end, and its own code describes them, by plain tuples."""
+    whole = torch.randn(11, 4)
+    folder = save(a=Pieces(whole, [((0, 0), (5, 4)), ((5, 0), (6, 4))]))
+    index = folder / ".metadata"
+    changed = pickle.loads(index.read_bytes())
+    for piece in changed.state_dict_metadata["a"].chunks:
+        piece.offsets, piece.sizes = tuple(piece.offsets), tuple(piece.sizes)
+    index.write_bytes(pickle.dumps(changed, protocol=4))
+    assert torch.equal(stored(format_dcp.read(folder))["a"], whole)
+
+
 def test_the_optimizer_beside_it_is_no_second_model(save: Callable[..., Path]) -> None:
     """Accelerate writes two folders."""
     weights, optimizer = save("pytorch_model_fsdp_0"), save("optimizer_0")
@@ -145,8 +157,9 @@ def test_a_truncated_file(save: Callable[..., Path]) -> None:
     folder = save()
     path = folder / "__0_0.distcp"
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(BadInputError, match="points outside itself"):
+    with pytest.raises(BadInputError, match="points outside itself") as caught:
         format_dcp.read(folder)
+    assert "copy the whole folder again" in str(caught.value.hint)
 
 
 def test_a_missing_piece(tmp_path: Path) -> None:

@@ -159,6 +159,18 @@ def test_half_a_prediction_layer_is_named() -> None:
     assert str(caught.value).startswith(f"{len(inner)} tensors")
 
 
+def test_no_prediction_layer_where_the_config_counts_one() -> None:
+    """Reinforcement learning mostly leaves it out; a run that trained it must have it."""
+    model, tensors = tiny("deepseek_v3_mtp")
+    assert not any("multi-token" in n for n in plan(model, tensors).notices)
+    for key in [k for k in tensors if k.startswith("mtp.")]:
+        del tensors[key]
+    notices = plan(model, tensors).notices
+    assert [n for n in notices if "counts 1 layers for multi-token prediction" in n]
+    with pytest.raises(BadInputError, match="multi-token prediction are not in"):
+        plan(model, tensors, {"mtp_num_layers": 1})
+
+
 def test_parts_of_linear_attention_that_only_add_up() -> None:
     """Two parts whose rows make up for each other would be written, each row in a wrong place."""
     for name in ("qwen3_next", "qwen3_5"):

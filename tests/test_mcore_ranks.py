@@ -106,7 +106,7 @@ def test_dense(sizes: Sizes, writer: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("writer", ["verl", "megatron"])
-@pytest.mark.parametrize("kind", ["grouped", "sequential", "legacy"])
+@pytest.mark.parametrize("kind", ["grouped", "sequential", "legacy", "stacked", "joined"])
 @pytest.mark.parametrize(
     "sizes",
     [
@@ -122,6 +122,27 @@ def test_experts(sizes: Sizes, kind: str, writer: str, tmp_path: Path) -> None:
     checkpoint = check(write_ranks(tmp_path, model, sizes, writer=writer, kind=kind), model)
     parallelism = f"tp {sizes.tp}, pp {sizes.pp}, ep {sizes.ep}, etp {sizes.etp}"
     assert checkpoint.facts["parallelism"] == parallelism
+
+
+@pytest.mark.parametrize("kind", ["grouped", "stacked", "joined"])
+def test_biases_of_experts(kind: str, tmp_path: Path) -> None:
+    model = whole_model(MOE, layers=2)
+    for name in [n for n in model if ".experts.experts." in n]:
+        model[name.removesuffix("weight") + "bias"] = rand(*model[name].shape[:2])
+    check(write_ranks(tmp_path, model, Sizes(tp=2, ep=2), kind=kind), model)
+
+
+def test_stacked_experts_that_are_fewer_than_the_router_knows(tmp_path: Path) -> None:
+    def drop(state: State, rank: tuple[int, ...]) -> None:
+        for name in [n for n in state if n.endswith(".mlp.experts.linear_fc1.weight")]:
+            state[name] = state[name][1:].clone()
+
+    folder = write_ranks(tmp_path, whole_model(MOE), Sizes(ep=2), kind="stacked", change=drop)
+    with pytest.raises(
+        BadInputError, match="grouped experts whose layout cannot be told"
+    ) as caught:
+        formats.read(folder)
+    assert "2 experts, one after the other" in str(caught.value)
 
 
 @pytest.mark.parametrize("layer", [delta_layer, mamba_layer, latent_layer])

@@ -105,6 +105,13 @@ def test_heads_that_fill_the_same_rows_are_refused(run: dict[str, object], what:
         ops.qkv(Dims(HEADS, run), ROWS)
 
 
+def test_a_run_that_tells_no_heads_is_noticed(shared_checkpoints: Path, tmp_path: Path) -> None:
+    root = shared_checkpoints / "megatron/llama_tp2pp2"
+    for layout, count in (("verl_ranks", 1), ("mlm_ranks", 0)):
+        planned = streamconv.plan(root / layout, hf_config=root / "hf_answer")
+        assert sum("numbers of heads cannot be checked" in n for n in planned.head.notices) == count
+
+
 def test_only_padding_is_cut_off_the_vocabulary() -> None:
     dims = Dims({"vocab_size": 300}, {"vocab_size": 290})  # a config may count more than the run
     assert ops.vocab(dims, ROWS.new_empty(320, 64)).shape == (300, 64)
@@ -126,7 +133,9 @@ def test_the_run_is_known_without_the_file_that_names_the_layout(
     copy.chmod(0o755)
     (copy / "metadata.json").unlink()
     assert expected
-    assert dcp.read(copy).facts["megatron"] == expected
+    found = dcp.read(copy)
+    assert found.facts["megatron"] == expected
+    assert ["metadata.json" in n for n in found.notices] == [True]
 
 
 # --- where a run keeps its models -----------------------------------------------------------------
@@ -224,7 +233,7 @@ def test_a_folder_of_megatron_fsdp(tmp_path: Path) -> None:
             else:
                 state[f"{stem}{e}"] = one
     checkpoint = dcp.read(save_alone(tmp_path / "iter_0000003", state))
-    assert checkpoint.naming == "mcore"
+    assert (checkpoint.naming, checkpoint.notices) == ("mcore", ())
     found = stored(checkpoint)
     assert set(found) == set(expected)
     for name, tensor in found.items():

@@ -77,6 +77,11 @@ def convert(
         )
     family = families.choose(config, job.family)
     notices = [f"Megatron's tensors are read as the family {family.name}"]
+    if "num_attention_heads" not in megatron:
+        notices.append(
+            "the checkpoint does not tell the arguments of its run: whether config.json has the right "
+            "numbers of heads cannot be checked, for others of the same product make up the same rows"
+        )
     config, changes = _for_these_weights(config, tensors)
     head = [m[1] for name in tensors if (m := _OUTPUT.fullmatch(name))] if changes.head else []
     reference = family.reference(config)
@@ -92,7 +97,7 @@ def convert(
     vision = config.get("vision_config") if model is None else model.vision_settings
     dims = Dims(settings, megatron, vision)
     _check_layers(dims, tensors)
-    check_prediction({name: shape for name, (shape, _) in tensors.items()}, dims.layers)
+    notices += check_prediction({name: shape for name, (shape, _) in tensors.items()}, dims)
     if head:
         family = dataclasses.replace(family, rules=(*_HEAD, *family.rules))
     mapped = apply(family, dims, tensors)

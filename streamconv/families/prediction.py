@@ -11,26 +11,28 @@ from collections.abc import Mapping
 
 from streamconv.boxes import Shape
 from streamconv.errors import BadInputError
+from streamconv.families.rules import Dims
 
 _LAYER = re.compile(r"(.*?)mtp\.layers\.([0-9]+)\..+")
 
 
-def check_prediction(shapes: Mapping[str, Shape], layers: int) -> None:
-    """Compare every layer for multi-token prediction with the last of ``layers`` ordinary ones.
+def check_prediction(shapes: Mapping[str, Shape], dims: Dims) -> tuple[str, ...]:
+    """Compare every layer for multi-token prediction with the last of the ordinary ones.
 
-    Raises :class:`BadInputError` that lists what is missing or of another shape.
+    Returns what the user should know. Raises :class:`BadInputError` that lists what is missing or of
+    another shape.
     """
     found = {(m[1], m[2]) for name in shapes if (m := _LAYER.fullmatch(name))}
     for prefix, number in sorted(found):
         mtp = f"{prefix}mtp.layers.{number}."
-        expected = _expected(shapes, prefix, mtp, layers)
+        expected = _expected(shapes, prefix, mtp, dims.layers)
         missing = [name for name in expected if name not in shapes]
         if missing:
             raise BadInputError(
                 f"{len(missing)} tensors of a layer for multi-token prediction are not in the "
                 "checkpoint",
                 where=", ".join(missing[:12]),
-                expected=f"all that decoder.layers.{layers - 1} has, or no such layer",
+                expected=f"all that decoder.layers.{dims.layers - 1} has, or no such layer",
                 hint="the checkpoint is incomplete",
             )
         for name, shape in expected.items():
@@ -41,6 +43,25 @@ def check_prediction(shapes: Mapping[str, Shape], layers: int) -> None:
                     expected=str(list(shape)),
                     found=str(list(shapes[name])),
                 )
+    return _told(len(found), dims)
+
+
+def _told(found: int, dims: Dims) -> tuple[str, ...]:
+    trained, configured = dims.megatron.get("mtp_num_layers"), dims.get("num_nextn_predict_layers")
+    if type(trained) is int and trained and not found:
+        raise BadInputError(
+            "the layers for multi-token prediction are not in the checkpoint",
+            expected=f"{trained}, as the arguments of the run say",
+            found="none",
+            hint="the checkpoint is incomplete",
+        )
+    if type(configured) is not int or configured == found:
+        return ()
+    notice = (
+        f"config.json counts {configured} layers for multi-token prediction, the checkpoint has "
+        f"{found or 'none'}: to use them, num_nextn_predict_layers has to be right"
+    )
+    return (notice,)
 
 
 def _expected(shapes: Mapping[str, Shape], prefix: str, mtp: str, layers: int) -> dict[str, Shape]:

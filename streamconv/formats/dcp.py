@@ -25,7 +25,7 @@ from streamconv.formats.dcp_folder import (
     read_index,
     source_files,
 )
-from streamconv.formats.mcore_names import is_mcore
+from streamconv.formats.mcore_names import is_mcore, unwrapped
 from streamconv.formats.torch_dist import canonical_tensors, count_ranks, run_facts, side_folder
 from streamconv.source import Checkpoint, GlobalTensor, Skipped, SourceFile
 from streamconv.torchfile.dcp import DcpIndex, DcpTensor
@@ -96,6 +96,7 @@ def read(path: Path) -> Checkpoint:
         tensors=MappingProxyType(dict(tensors)),
         side_dir=side_folder(path),
         skipped=skipped,
+        notices=_notices(weights) if mcore else (),
         facts=MappingProxyType(
             {
                 "ranks": count_ranks(files),
@@ -104,6 +105,14 @@ def read(path: Path) -> Checkpoint:
         ),
         naming="mcore" if mcore else "hf",
     )
+
+
+def _notices(weights: Mapping[str, DcpTensor]) -> tuple[str, ...]:
+    """Megatron-FSDP, which leaves its wrappers in the names, writes no ``metadata.json``; others do."""
+    if any(name != unwrapped(name) for name in weights):
+        return ()
+    notice = "there is no metadata.json, which Megatron writes last: was the save not finished?"
+    return (notice,)
 
 
 def _split(index: DcpIndex) -> tuple[dict[str, DcpTensor], tuple[Skipped, ...]]:

@@ -174,6 +174,10 @@ class RecordReader:
                 )
         except StreamconvError as error:
             error.where = f"{edges.whole.name} at byte {piece.offset}, {tensor.name}"
+            error.hint = error.hint or (
+                "the file is damaged, was cut short or belongs to another save: copy the whole folder "
+                "again, .metadata too"
+            )
             raise
         start, nbytes, crc, header_nbytes = entry
         record = Record(

@@ -1,9 +1,11 @@
-"""Experts in Megatron's rank files: three ways to keep them, one tensor of all experts a layer to make.
+"""Experts in Megatron's rank files: four ways to keep them, one tensor of all experts a layer to make.
 
 ============================  ==============================================================
 ``mlp.experts.``              what it is
 ============================  ==============================================================
 ``linear_fc1.weight<e>``      Transformer Engine's grouped linear: one tensor an expert
+``linear_fc1.weight``         the same with ``moe_single_grouped_weight`` (0.19): all of a rank's
+                              experts in one tensor, ``[experts, out, in]`` or ``[experts·out, in]``
 ``local_experts.<e>.linear…`` one module an expert
 ``weight1``, ``weight2``      the older grouped GEMM: all of a rank's experts in one tensor,
                               ``[hidden, experts·width]`` in memory ``[experts, hidden, width]``,
@@ -26,17 +28,19 @@ from streamconv.errors import BadInputError
 from streamconv.formats.dcp_folder import Stored as Piece
 from streamconv.formats.replicas import Local
 
-_GROUPED = re.compile(r"(.*\.mlp\.experts\.)(linear_fc[12]\.(?:weight|bias))(\d+)", re.ASCII)
+_GROUPED = re.compile(r"(.*\.mlp\.experts\.)(linear_fc[12]\.(?:weight|bias))(\d*)", re.ASCII)
 _SEQUENTIAL = re.compile(
     r"(.*\.mlp\.experts\.)local_experts\.(\d+)\.(linear_fc[12]\.(?:weight|bias))", re.ASCII
 )
 _LEGACY = re.compile(r"(.*\.mlp\.experts\.)weight([12])", re.ASCII)
 
+_STACKED, _TRANSPOSED = -1, -2
+
 
 class ExpertKey(NamedTuple):
     """The canonical name of a parameter of all experts, and the rank's own number of one of them.
 
-    ``number`` is -1 where a tensor holds all the rank's experts.
+    ``number`` is below 0 where a tensor holds all the rank's experts, and says how.
     """
 
     name: str
@@ -48,11 +52,11 @@ def expert_key(name: str) -> ExpertKey | None:
     if ".mlp.experts." not in name:
         return None
     if match := _GROUPED.fullmatch(name):
-        return ExpertKey(f"{match[1]}experts.{match[2]}", int(match[3]))
+        return ExpertKey(f"{match[1]}experts.{match[2]}", int(match[3] or _STACKED))
     if match := _SEQUENTIAL.fullmatch(name):
         return ExpertKey(f"{match[1]}experts.{match[3]}", int(match[2]))
     if match := _LEGACY.fullmatch(name):
-        return ExpertKey(f"{match[1]}experts.linear_fc{match[2]}.weight", -1)
+        return ExpertKey(f"{match[1]}experts.linear_fc{match[2]}.weight", _TRANSPOSED)
     return None
 
 
@@ -65,7 +69,9 @@ def split_experts(
     """
     indexed: dict[str, dict[int, Local]] = {}
     for (name, number), local in held.items():
-        if number < 0:
+        if number == _STACKED:
+            yield name, _split_stacked(name, local, shapes, ranks)
+        elif number == _TRANSPOSED:
             yield name, _split_legacy(name, local, shapes, ranks)
         else:
             indexed.setdefault(name, {})[number] = local
@@ -81,12 +87,43 @@ def split_experts(
         yield name, [experts[e] for e in range(len(experts))]
 
 
+def _share(name: str, local: Local, shapes: Mapping[str, Shape], ranks: int) -> tuple[int, int]:
+    """Return how many experts a rank holds, and the width of the model, as the router says."""
+    router = shapes.get(name.partition(".experts.")[0] + ".router.weight")
+    if router is None or router[0] % ranks:
+        raise _odd(name, local, "a router beside it, whose experts the ranks share evenly")
+    return router[0] // ranks, router[1]
+
+
+def _split_stacked(name: str, local: Local, shapes: Mapping[str, Shape], ranks: int) -> list[Local]:
+    """Return each expert's weight or bias: an index of the first axis, or its share of the rows."""
+    experts, _ = _share(name, local, shapes, ranks)
+    axes = 2 if name.endswith(".weight") else 1
+    rows = 1
+    shape, strides = local.shape[1:], local.strides[1:]
+    if len(local.shape) == axes:
+        rows, rest = divmod(local.shape[0], experts)
+        if rest:
+            raise _odd(name, local, f"the rows of {experts} experts")
+        shape, strides = (rows, *shape), local.strides
+    elif len(local.shape) != axes + 1 or local.shape[0] != experts:
+        raise _odd(name, local, f"{experts} experts, one after the other")
+    return [
+        dataclasses.replace(
+            local,
+            shape=shape,
+            strides=strides,
+            storage_offset=local.storage_offset + e * rows * local.strides[0],
+        )
+        for e in range(experts)
+    ]
+
+
 def _split_legacy(name: str, local: Local, shapes: Mapping[str, Shape], ranks: int) -> list[Local]:
     """Return each expert's weight ``[out, in]`` as a view of the tensor that holds them all."""
-    router = shapes.get(name.partition(".experts.")[0] + ".router.weight")
-    if router is None or len(local.shape) != 2 or router[0] % ranks:
-        raise _odd(name, local, "a router beside it, whose experts the ranks share evenly")
-    experts, hidden = router[0] // ranks, router[1]
+    experts, hidden = _share(name, local, shapes, ranks)
+    if len(local.shape) != 2:
+        raise _odd(name, local, f"{experts} experts in one matrix")
     first = ".linear_fc1." in name
     rows, columns = local.shape
     width, rest = divmod(columns if first else rows, experts)

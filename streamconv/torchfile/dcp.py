@@ -57,7 +57,8 @@ class InertIndex(Inert):
 
 
 def _is_size(value: object) -> bool:
-    return type(value) is InertSize and all(type(n) is int for n in value)
+    # Megatron-FSDP gives the pieces of its uneven DTensors as plain tuples.
+    return type(value) in (InertSize, tuple) and all(type(n) is int for n in value)  # type: ignore[attr-defined]
 
 
 _DCP = "torch.distributed.checkpoint"

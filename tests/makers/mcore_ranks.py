@@ -258,6 +258,8 @@ def expert_state(name: str, parts: list[torch.Tensor], kind: str) -> dict[str, t
     base, _, rest = name.partition("experts.experts.")
     if kind == "grouped":
         return {f"{base}experts.{rest}{e}": p.clone() for e, p in enumerate(parts)}
+    if kind in ("stacked", "joined"):
+        return {f"{base}experts.{rest}": (torch.stack if kind == "stacked" else torch.cat)(parts)}
     if kind == "sequential":
         return {f"{base}experts.local_experts.{e}.{rest}": p.clone() for e, p in enumerate(parts)}
     # GroupedMLP: weight1 [hidden, experts·width] is used as view(experts, hidden, width), weight2
