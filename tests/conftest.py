@@ -13,6 +13,7 @@ from filelock import FileLock
 
 if TYPE_CHECKING:
     from tests.makers.fsdp import Made
+    from tests.scenes import Scene
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -44,6 +45,22 @@ def shared_checkpoints() -> Path:
     if not path.is_dir():
         pytest.skip("no ../shared/checkpoints beside the repository")
     return path
+
+
+@pytest.fixture(scope="session")
+def lone_rank_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole checkpoint in one file of a kilobyte."""
+    from tests.makers import runs
+
+    return runs.rank_file(tmp_path_factory.mktemp("ranks") / runs.RANK_FILE)
+
+
+@pytest.fixture
+def scene(tmp_path: Path, lone_rank_file: Path) -> Scene:
+    """A training run and an output folder, for a batch between them."""
+    from tests.scenes import Scene
+
+    return Scene(tmp_path, lone_rank_file)
 
 
 @pytest.fixture

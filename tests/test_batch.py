@@ -10,80 +10,20 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
 
-from streamconv.batch.cycle import Batch, Round, watch
+from streamconv.batch.cycle import Round, watch
 from streamconv.batch.pins import pin, unpin
 from streamconv.batch.schedule import Every
 from streamconv.batch.settings import settings
 from streamconv.batch.state import FOLDER, STATUS, Store, read_records
 from streamconv.errors import StreamconvError
 from tests.makers import runs
-
-REPOSITORY = Path(__file__).resolve().parents[1]
-
-
-@pytest.fixture(scope="module")
-def file(tmp_path_factory) -> Path:
-    return runs.rank_file(tmp_path_factory.mktemp("ranks") / runs.RANK_FILE)
-
-
-class Scene:
-    """A run, an output folder and what the pretended conversions do."""
-
-    def __init__(self, folder: Path, file: Path) -> None:
-        self.run, self.out, self.script = folder / "run", folder / "out", folder / "script.json"
-        self.file = file
-        self.told: list[tuple[str, str]] = []
-        self.run.mkdir(parents=True)
-
-    def step(self, *steps: int, **kwargs) -> None:
-        for step in steps:
-            runs.add_step(self.run, step, self.file, **kwargs)
-
-    def tracker(self, step: int) -> None:
-        (self.run / runs.TRACKER).write_text(str(step))
-
-    def says(self, **outcomes: list[str]) -> None:
-        self.script.write_text(json.dumps({k.removeprefix("s"): v for k, v in outcomes.items()}))
-
-    def batch(
-        self, *, fake: bool = True, shared: dict[str, Any] | None = None, **run: Any
-    ) -> Batch:
-        data = {"run": [{"root": self.run, "output": self.out, "model": "actor", **run}]}
-        return Batch(
-            settings({"max-mem": "4GB", **data, **(shared or {})}),
-            lambda what, task, text: self.told.append((what, task.record.name)),
-            command=runs.fake_worker(self.script) if fake else None,
-            backoff=lambda tries: 0.01,
-        )
-
-    def round(self, **kwargs) -> Round:
-        made = self.batch(**kwargs).round()
-        assert not made.problems
-        return made
-
-    def starts(self) -> list[str]:
-        log = self.script.parent / "starts.jsonl"
-        return (
-            [json.loads(line)["output"] for line in log.read_text().splitlines()]
-            if log.exists()
-            else []
-        )
-
-    def states(self) -> dict[int | None, str]:
-        return {r.step: r.state for r in read_records(self.out)}
-
-
-@pytest.fixture
-def scene(tmp_path, file) -> Scene:
-    return Scene(tmp_path, file)
+from tests.scenes import cli, start, wait_for
 
 
 def test_what_is_whole_is_converted_once_and_never_again(scene):
@@ -271,35 +211,6 @@ def test_a_budget_that_cannot_work_is_said_at_once(scene):
 # Two batches, and one that is killed
 
 
-def command(scene: Scene, *extra: str) -> list[str]:
-    """A batch in a process of its own, with pretended conversions."""
-    code = (
-        "import json, sys; from tests.makers import runs; from pathlib import Path\n"
-        "from streamconv.batch import worker\n"
-        f"worker.command = lambda: runs.fake_worker(Path({str(scene.script)!r}))\n"
-        "from streamconv.__main__ import main; main()"
-    )
-    args = ["batch", str(scene.run), str(scene.out), "--model", "actor", "--max-mem", "4GB"]
-    return [sys.executable, "-c", code, *args, *extra]
-
-
-def start(scene: Scene, *extra: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        command(scene, *extra),
-        cwd=REPOSITORY,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def wait_for(condition: Callable[[], bool], seconds: float = 60.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it never came to that"
-        time.sleep(0.02)
-
-
 def test_two_batches_at_once_do_no_work_twice(scene):
     scene.step(*range(10, 170, 10))
     scene.says(**{"s*": ["short-sleep"]})
@@ -404,16 +315,6 @@ def test_status_and_metrics_are_whole_files_that_say_the_same(scene, tmp_path):
     assert [c["step"] for c in status["checkpoints"]] == [10, 20]
     assert 'streamconv_checkpoints{run="run",state="failed"} 1' in prom.read_text()
     assert [p.name for p in prom.parent.iterdir()] == [prom.name]
-
-
-def cli(*args: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "streamconv", *args],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
 
 
 def test_the_status_command(scene):

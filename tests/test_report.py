@@ -296,7 +296,7 @@ def test_the_page_of_a_batch(tmp_path):
 
 def test_a_batch_writes_its_page_and_one_for_each_output(tmp_path):
     from tests.makers import runs
-    from tests.test_batch import Scene
+    from tests.scenes import Scene
 
     scene = Scene(tmp_path, runs.rank_file(tmp_path / runs.RANK_FILE))
     scene.step(10)
