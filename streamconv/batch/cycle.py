@@ -17,7 +17,7 @@ from streamconv.api import memory_bytes
 from streamconv.batch import metrics
 from streamconv.batch.hooks import Hooks
 from streamconv.batch.ledger import Ledger
-from streamconv.batch.retention import Removal, remove_output, remove_source
+from streamconv.batch.retention import Removal, finish_removals, remove_output, remove_source
 from streamconv.batch.runner import Listener, Runner, What, backoff_seconds
 from streamconv.batch.schedule import Schedule
 from streamconv.batch.settings import BatchSettings, RunSettings
@@ -162,19 +162,21 @@ class Batch:
     def _tidy(self, run: RunSettings, store: Store, survey: Survey) -> list[Removal]:
         apply = self._settings.apply
         removals = []
+        if apply:
+            finish_removals(store)
         if survey.rule.active:
             finished = [r for r in store if r.state == "done"]
             surplus = survey.rule.surplus(finished)
             removals += [remove_output(record, store, apply=apply) for record in surplus]
         if run.delete_sources:
+            ours = {n: c for n, c in survey.candidates.items() if store.get(n).state == "done"}
+            # Of those that are whole: training does not go on from a step that broke off.
             newest: dict[tuple[str, str], int] = {}
-            for c in survey.candidates.values():
+            for c in ours.values():
                 newest[c.run, c.model] = max(newest.get((c.run, c.model), -1), c.step or -1)
-            for name, c in survey.candidates.items():
-                record = store.get(name)
-                if record.state == "done":
-                    top = newest[c.run, c.model]
-                    removals.append(remove_source(record, c, top, apply=apply))
+            for name, c in ours.items():
+                top = newest[c.run, c.model]
+                removals.append(remove_source(store.get(name), store, c, top, apply=apply))
         return removals
 
     def publish(self, **more: Any) -> None:

@@ -1,8 +1,8 @@
 """Which outputs are kept, and the careful removal of the others.
 
 Nothing is removed unless asked to apply; an output only where its folder holds what its manifest
-lists and nothing else; a source only after its output was verified against it, and never the newest
-step of a run, from which training goes on.
+lists and nothing else; a source only after its output was verified against it and while that output
+is there unchanged, and never the newest whole step of a run, from which training goes on.
 """
 
 from __future__ import annotations
@@ -17,11 +17,13 @@ from urllib.parse import quote
 
 from streamconv.batch.discover import Candidate
 from streamconv.batch.ready import read_tracker, snapshot
-from streamconv.batch.state import Record, Store
+from streamconv.batch.state import Record, Store, is_intact
 from streamconv.errors import LockedError, StreamconvError
 from streamconv.planned import MANIFEST
 from streamconv.sizes import format_size
 from streamconv.staging import read_manifest
+
+_TRASH = "trash"
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +83,7 @@ def remove_output(record: Record, store: Store, *, apply: bool) -> Removal:
         return Removal("output", path, record.write_bytes, refused=refused)
     try:
         with store.holding(record.name):
-            _remove(path, store.folder / "trash" / quote(record.name, safe=""))
+            _remove(path, store.folder / _TRASH / quote(record.name, safe=""))
             for parent in path.parents:
                 if parent == store.output:
                     break
@@ -106,35 +108,58 @@ def _why_not_output(path: Path, root: Path) -> str:
     if manifest is None or "streamconv" not in manifest or "job" not in manifest:
         return "it has no manifest of ours"
     listed = {MANIFEST, *(f["name"] for f in manifest.get("files", ()))}
-    there = (p.relative_to(path).as_posix() for p in path.rglob("*") if not p.is_dir())
+    there = (
+        p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_symlink() or not p.is_dir()
+    )
     strange = [name for name in there if name not in listed]
     return f"it holds what its manifest does not list: {strange[0]}" if strange else ""
 
 
-def remove_source(record: Record, candidate: Candidate, newest: int, *, apply: bool) -> Removal:
+def remove_source(
+    record: Record, store: Store, candidate: Candidate, newest: int, *, apply: bool
+) -> Removal:
     """Remove the source of a verified output, or say what would be removed.
 
-    ``newest`` is the highest step of the run that is there.
+    ``newest`` is the highest step of the run that was converted.
     """
     path = candidate.path
     try:
-        now = snapshot(path)
+        with store.holding(record.name):
+            refused = _why_not_source(store.reload(record.name), candidate, newest)
+            nbytes = snapshot(path).nbytes
+            if apply and not refused:
+                _remove(path, _aside(path))
+    except LockedError as error:
+        return Removal("source", path, 0, refused=error.what)
     except OSError as error:
         return Removal("source", path, 0, refused=str(error.strerror))
-    refused = ""
+    return Removal("source", path, nbytes, applied=apply and not refused, refused=refused)
+
+
+def _why_not_source(record: Record, candidate: Candidate, newest: int) -> str:
     tracker = read_tracker(candidate.run_dir)
     if candidate.step is None or candidate.relative == Path():
-        refused = "it is no step of a run"
-    elif candidate.step >= newest or (tracker is not None and candidate.step == tracker.step):
-        refused = "training goes on from it"
-    elif record.state != "done" or record.verified is not True:
-        refused = "its output has not been verified against it (--verify)"
-    elif now.digest != record.snapshot:
-        refused = "it changed since it was converted"
-    if apply and not refused:
-        _remove(path, path.parent / f".{path.name}.streamconv-deleted")
-        return Removal("source", path, now.nbytes, applied=True)
-    return Removal("source", path, now.nbytes, refused=refused)
+        return "it is no step of a run"
+    if candidate.step >= newest or (tracker is not None and candidate.step == tracker.step):
+        return "training goes on from it"
+    if record.state != "done" or record.verified is not True:
+        return "its output has not been verified against it (--verify)"
+    if not is_intact(record):
+        return "its output is not as it was when it was verified"
+    if snapshot(candidate.path).digest != record.snapshot:
+        return "it changed since it was converted"
+    return ""
+
+
+def finish_removals(store: Store) -> None:
+    """Remove what a batch that was killed had put aside to remove."""
+    asides = [_aside(Path(r.source)) for r in store if r.state == "done"]
+    for path in (store.folder / _TRASH, *asides):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _aside(source: Path) -> Path:
+    return source.with_name(f".{source.name}.streamconv-deleted")
 
 
 def _remove(path: Path, aside: Path) -> None:
@@ -142,4 +167,4 @@ def _remove(path: Path, aside: Path) -> None:
     aside.parent.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(aside, ignore_errors=True)
     path.rename(aside)
-    shutil.rmtree(aside)
+    shutil.rmtree(aside, ignore_errors=True)  # another batch may be finishing it
