@@ -77,6 +77,33 @@ def finished_output(dst: Path, digest: str) -> dict[str, Any] | None:
     return manifest if same and _complete(dst, manifest) else None
 
 
+def refuse_others(dst: Path, digest: str, *, overwrite: bool) -> None:
+    """Raise :class:`OutputExistsError` where ``dst`` holds what the job must not replace."""
+    manifest = read_manifest(dst) if dst.is_dir() else None
+    if manifest is not None and not (dst / ".streamconv").exists():
+        same = manifest.get("job", {}).get("digest") == digest
+        if not overwrite:
+            raise OutputExistsError(
+                "the output folder is incomplete" if same else "the output folder is another job's",
+                where=str(dst),
+                hint="choose another folder, or replace it with --overwrite",
+            )
+    elif dst.is_dir() and staging_path(dst).parent != dst:
+        # Neither empty nor begun by us.
+        if not overwrite:
+            raise OutputExistsError(
+                "the output folder is not empty and was not made by streamconv",
+                where=str(dst),
+                hint="choose another folder, or replace it with --overwrite",
+            )
+        if not may_be_replaced(dst):
+            raise OutputExistsError(
+                "the output folder holds no model; --overwrite would delete something else",
+                where=str(dst),
+                hint="choose another folder, or empty this one",
+            )
+
+
 def convert(src: Path, dst: Path, job: JobOptions, run: RunOptions) -> Result:
     """Convert the checkpoint ``src`` into the folder ``dst``.
 
@@ -167,29 +194,7 @@ def _preflight(dst: Path, digest: str, run: RunOptions) -> Result | None:
             files=len(files),
             tensors=len(done["tensors"]),
         )
-    manifest = read_manifest(dst) if dst.is_dir() else None
-    if manifest is not None and not (dst / ".streamconv").exists():
-        same = manifest.get("job", {}).get("digest") == digest
-        if not run.overwrite:
-            raise OutputExistsError(
-                "the output folder is incomplete" if same else "the output folder is another job's",
-                where=str(dst),
-                hint="choose another folder, or replace it with --overwrite",
-            )
-    elif dst.is_dir() and staging_path(dst).parent != dst:
-        # Neither empty nor begun by us.
-        if not run.overwrite:
-            raise OutputExistsError(
-                "the output folder is not empty and was not made by streamconv",
-                where=str(dst),
-                hint="choose another folder, or replace it with --overwrite",
-            )
-        if not may_be_replaced(dst):
-            raise OutputExistsError(
-                "the output folder holds no model; --overwrite would delete something else",
-                where=str(dst),
-                hint="choose another folder, or empty this one",
-            )
+    refuse_others(dst, digest, overwrite=run.overwrite)
     return None
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 
-from streamconv.batch.state import FOLDER, Store
+from streamconv.batch.state import FOLDER, Store, read_records
 from tests.makers import runs
 from tests.scenes import Scene
 
@@ -94,3 +94,38 @@ def test_an_output_with_a_link_to_a_folder_in_it_is_not_only_ours(scene, tmp_pat
     (scene.out / "global_step_10/mine").symlink_to(tmp_path)
     (removal,) = scene.round(keep_last=1, shared={"apply": True}).removals
     assert removal.refused == "it holds what its manifest does not list: mine"
+
+
+# What is in the way
+
+
+def test_another_jobs_output_is_told_once_and_costs_no_worker(scene, tmp_path):
+    scene.step(10, 20)
+    scene.round()
+    told = tmp_path / "told"
+    hook = {"on-error": f'echo "$STREAMCONV_STEP $STREAMCONV_ERROR_KIND" >> {told}'}
+    batch = scene.batch(dtype="bfloat16", shared=hook)
+    scene.step(30)
+    scene.told.clear()
+    assert batch.round().counts == {"failed": 2, "converted": 1}
+    assert batch.round().counts == {"failed": 2, "done": 1}
+    assert scene.starts().count("global_step_10") == 1
+    assert [n for what, n in scene.told if what == "failed"] == ["global_step_10", "global_step_20"]
+    assert sorted(told.read_text().splitlines()) == ["10 output-exists", "20 output-exists"]
+    record = read_records(scene.out)[0]
+    assert (record.state, record.attempts) == ("failed", 1)
+    assert "another job's" in record.reason
+    # Out of the way, it is converted, also by a batch that watches.
+    shutil.rmtree(scene.out / "global_step_10")
+    assert batch.round().counts == {"failed": 1, "done": 1, "converted": 1}
+    before = len(scene.starts())
+    scene.round(dtype="bfloat16", overwrite=True)
+    assert scene.starts()[before:] == ["global_step_20"]
+
+
+def test_what_streamconv_did_not_make_is_in_the_way_as_well(scene):
+    scene.step(10)
+    (scene.out / "global_step_10").mkdir(parents=True)
+    (scene.out / "global_step_10/thesis.tex").touch()
+    assert scene.round().counts == {"failed": 1}
+    assert scene.starts() == []

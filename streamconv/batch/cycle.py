@@ -22,7 +22,7 @@ from streamconv.batch.runner import Listener, Runner, What, backoff_seconds
 from streamconv.batch.schedule import Schedule
 from streamconv.batch.settings import BatchSettings, RunSettings
 from streamconv.batch.state import Record, Store
-from streamconv.batch.survey import Survey
+from streamconv.batch.survey import Survey, scene
 from streamconv.batch.tasks import Task
 from streamconv.errors import StreamconvError
 
@@ -154,7 +154,7 @@ class Batch:
     def _remembering(self, what: What, task: Task, text: str) -> None:
         error = task.record.error
         if what == "failed" and error is not None and error.get("exit_code") in _FOR_GOOD:
-            self._hopeless[task.record.output] = task.record.snapshot
+            self._hopeless[task.record.output] = scene(task.record)
         if self._overview is not None:
             self._overview.listen(what, task, text)
         self._listener(what, task, text)

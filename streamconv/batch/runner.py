@@ -29,7 +29,7 @@ from streamconv.batch import worker
 from streamconv.batch.hooks import Hooks
 from streamconv.batch.ledger import Ledger
 from streamconv.batch.pins import pin, unpin
-from streamconv.batch.state import is_intact
+from streamconv.batch.state import Record, is_intact
 from streamconv.batch.tasks import Task
 from streamconv.convert_job import identify
 from streamconv.errors import LockedError, StreamconvError
@@ -99,6 +99,9 @@ class Runner:
         self._waiting = list(tasks)
         told = time.monotonic()
         try:
+            for task in list(self._waiting):
+                if task.refused is not None:
+                    self._refuse(task, task.refused)
             # All at once: rotation will not wait until it is their turn.
             for task in self._waiting:
                 if task.pin:
@@ -128,6 +131,18 @@ class Runner:
             self._waiting.remove(task)
             if not self._launch(task, share):
                 self._ledger.release(task.key)
+
+    def _refuse(self, task: Task, error: StreamconvError) -> None:
+        self._waiting.remove(task)
+        try:
+            with task.store.holding(task.record.name):
+                _failed(task.record, error.to_json())
+                task.store.save(task.record)
+        except LockedError as held:
+            self._end(task, "elsewhere", held.what)
+        else:
+            self._hooks.add(task.record)
+            self._end(task, "failed", str(error))
 
     def _launch(self, task: Task, share: int) -> bool:
         """Start a worker; False where another batch has the output, or has done it meanwhile."""
@@ -285,14 +300,13 @@ class Runner:
 
     def _fail(self, running: _Running, error: dict[str, Any]) -> None:
         task, record = running.task, running.task.record
-        gone = not _still_there(task.pinned or task.candidate.path)
-        record.state = "gone" if gone else "failed"
-        record.error, record.reason = error, _one_line(error)
         record.seconds = time.monotonic() - running.started
+        gone = not _still_there(task.pinned or task.candidate.path)
         if gone:
+            record.state, record.error = "gone", error
             record.reason = "the source went away while it was converted"
         else:
-            record.attempts += 1
+            _failed(record, error)
         self._close(running)
         self._hooks.add(record)
         self._end(task, "gone" if gone else "failed", str(StreamconvError.from_json(error)))
@@ -354,6 +368,12 @@ class Runner:
             self._unpin(task)
         self._hooks.stop()
         self._selector.close()
+
+
+def _failed(record: Record, error: dict[str, Any]) -> None:
+    record.state, record.error, record.reason = "failed", error, _one_line(error)
+    record.attempts += 1
+    record.finished_at = time.time()
 
 
 def _still_there(path: Path) -> bool:

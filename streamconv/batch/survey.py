@@ -21,7 +21,7 @@ from streamconv.batch.selection import named, namer
 from streamconv.batch.settings import RunSettings
 from streamconv.batch.state import FOLDER, Record, Store, is_intact, output_evidence
 from streamconv.batch.tasks import Task
-from streamconv.convert_job import finished_output, identify
+from streamconv.convert_job import finished_output, identify, refuse_others
 from streamconv.errors import LockedError, StreamconvError, UsageError
 from streamconv.identity import chosen_options
 from streamconv.planned import MANIFEST
@@ -32,9 +32,8 @@ class Survey:
 
     ``tasks`` is what there is to do, ``counts`` how many outputs are in which state,
     ``candidates`` all that were chosen, by output name, ``problems`` what could not be looked at.
-    ``hopeless`` are outputs whose conversion
-    failed for good in this process, with the snapshot of their source: nothing is gained by trying
-    the same bytes again.
+    ``hopeless`` are outputs whose conversion failed for good in this process, with what :func:`scene`
+    said then: nothing is gained by trying the same again.
     """
 
     def __init__(
@@ -87,7 +86,11 @@ class Survey:
         if known and self._is_done(record):
             self.counts["done"] += 1
             return
-        if known and record.state == "failed" and self._hopeless.get(record.output) == seen.digest:
+        if (
+            known
+            and record.state == "failed"
+            and self._hopeless.get(record.output) == scene(record)
+        ):
             self.counts["failed"] += 1
             return
         if known and record.state == "pruned":
@@ -132,8 +135,19 @@ class Survey:
             self.counts["done"] += 1
         else:
             record.state, record.reason = "queued", verdict.reason
-            self.tasks.append(self._task(record, c))
+            task = self._task(record, c)
+            if digest:
+                task.refused = self._refusal(record, digest[0])
+            self.tasks.append(task)
         self._store.save(record)
+
+    def _refusal(self, record: Record, digest: str) -> StreamconvError | None:
+        """Return why the output is in the way: that needs no process to be found out."""
+        try:
+            refuse_others(Path(record.output), digest, overwrite=self._run.overwrite)
+        except StreamconvError as error:
+            return error
+        return None
 
     def _adopt(self, record: Record, digest: str) -> bool:
         """Take an output for done whose record was lost, or whose source only looks different."""
@@ -205,6 +219,14 @@ class Survey:
                 record.state = "gone"
                 record.reason = "the source went away before it was converted"
                 self._store.save(record)
+
+
+def scene(record: Record) -> str:
+    """Return what a conversion meets: how its source looks, and what is where its output goes."""
+    try:
+        return f"{record.snapshot} {Path(record.output).lstat().st_mtime_ns}"
+    except OSError:
+        return record.snapshot
 
 
 def _options_digest(run: RunSettings) -> str:

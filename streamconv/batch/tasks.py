@@ -8,6 +8,7 @@ from typing import Any
 
 from streamconv.batch.discover import Candidate
 from streamconv.batch.state import Record, Store
+from streamconv.errors import StreamconvError
 from streamconv.options import JobOptions
 
 
@@ -17,6 +18,7 @@ class Task:
 
     ``request`` holds the options of the run that change no byte. ``pin``: link the source first,
     into one of ``pin_places``; ``pinned`` is where it was linked. ``report``: the page to write.
+    ``refused``: why it cannot be converted, where that showed without reading it.
     ``tries`` counts the starts of this round, ``not_before`` (monotonic seconds)
     is when the next may be, ``alone`` says that it needs the whole budget.
     """
@@ -31,6 +33,7 @@ class Task:
     pin_places: tuple[Path, ...] = ()
     pinned: Path | None = None
     report: Path | None = None
+    refused: StreamconvError | None = None
     tries: int = 0
     not_before: float = 0.0
     alone: bool = False
