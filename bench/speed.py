@@ -11,6 +11,7 @@ import argparse
 import shutil
 import statistics
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,20 +45,26 @@ WORKS = (
 
 
 def ratio(
-    work: Work, made: LargeMade, plan: Path, folder: Path, *, cold: bool
+    files: Sequence[Path], plan: Path, folder: Path, flags: Sequence[str], *, cold: bool
 ) -> tuple[float, int]:
-    """Return the ratio of one round, and the peak."""
-    files = sorted(made.source.glob("*.pt"))
+    """Return the ratio of one round, and the peak; ``flags`` are those of ``run``."""
     if not cold:
         warm(files)
     before = cat(files, folder / "cat", cold=cold)
     if cold:
         drop(files)
-    flags = work.run if cold else (*work.run, "--no-sync")
-    ours = streamconv("run", plan, folder / "out", "--max-mem", "64MB", *flags)
+    sync = () if cold else ("--no-sync",)
+    ours = streamconv("run", plan, folder / "out", *flags, *sync)
     shutil.rmtree(folder / "out")
     after = cat(files, folder / "cat", cold=cold)
     return (before + after) / 2 / ours.last["seconds"], ours.peak_bytes
+
+
+def told(rounds: Sequence[tuple[float, int]], aim: float) -> str:
+    """Return the median and the range of the ratios of some rounds, beside the aim."""
+    ratios = [r for r, _ in rounds]
+    median, low, high = statistics.median(ratios), min(ratios), max(ratios)
+    return f"{median:.2f} ({low:.2f} to {high:.2f}), aim {aim}"
 
 
 def main() -> None:
@@ -85,13 +92,13 @@ def main() -> None:
             streamconv("plan", made[key].source, "-o", plan, *work.plan)
             cells, peaks = [], []
             for cold, aim in ((False, work.warm), (True, work.cold)):
+                files = sorted(made[key].source.glob("*.pt"))
+                flags = ("--max-mem", "64MB", *work.run)
                 rounds = [
-                    ratio(work, made[key], plan, folder, cold=cold) for _ in range(options.rounds)
+                    ratio(files, plan, folder, flags, cold=cold) for _ in range(options.rounds)
                 ]
-                ratios = [r for r, _ in rounds]
                 peaks += [p for _, p in rounds]
-                median, low, high = statistics.median(ratios), min(ratios), max(ratios)
-                cells.append(f"{median:.2f} ({low:.2f} to {high:.2f}), aim {aim}")
+                cells.append(told(rounds, aim))
             rows.append((work.name, *cells, f"{max(peaks) / 1e6:.1f} MB"))
             print(*rows[-1], sep=" | ", flush=True)
     finally:

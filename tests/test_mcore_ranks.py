@@ -402,6 +402,28 @@ def test_arguments_that_contradict_the_files(
     refused(folder, "contradict the arguments")
 
 
+@pytest.mark.parametrize(
+    ("one", "two"), [("mp_rank_00_000", "mp_rank_01_000"), ("mp_rank_01_001", "mp_rank_01_002")]
+)
+def test_rank_files_in_each_others_folders(one: str, two: str, tmp_path: Path) -> None:
+    """Their parameters are alike: only the number of the process that wrote it tells a file's place."""
+    sizes = Sizes(tp=2, pp=4)
+    model = whole_model(layers=4)
+    folder = write_ranks(tmp_path, model, sizes, writer="megatron")
+    for path in folder.rglob("*.pt"):
+        tp, pp = map(int, path.parent.name.split("_")[2:])
+        content = torch.load(path, weights_only=False)
+        content["args"].rank = tp + sizes.tp * pp
+        torch.save(content, path)
+    check(folder, model)
+    first, second = (folder / name / "model_optim_rng.pt" for name in (one, two))
+    first.rename(folder / "kept")
+    second.rename(first)
+    (folder / "kept").rename(second)
+    with pytest.raises(BadInputError, match="lies in the folder of another rank"):
+        formats.read(folder)
+
+
 def test_files_of_two_runs(tmp_path: Path) -> None:
     folder = write_ranks(tmp_path, whole_model(), Sizes(tp=2), writer="megatron")
     file = folder / "mp_rank_01/model_optim_rng.pt"

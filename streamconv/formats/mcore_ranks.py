@@ -141,6 +141,7 @@ def read(path: Path) -> Checkpoint:
         files = [read_stage_file(reader, file, why_no_weight) for _, file in listed]
         args = _common_args(files)
         run = _Run.of([numbers for numbers, _ in listed], files, args)
+        run.check_places(files)
         compare = Comparer([file.path for file in files])
         stages, layers = number_layers(run.stages(files))
         etp = run.etp(stages, compare)
@@ -277,6 +278,30 @@ class _Run:
                 expected=", ".join(missing[:8]),
                 hint="copy the missing folders; the checkpoint cannot be converted without them",
             )
+
+    def check_places(self, files: Sequence[StageFile]) -> None:
+        """Refuse files that lie in each other's folders, where Megatron-LM's arguments show it.
+
+        They tell each process's own number, of which tensor parallelism is the last digit, and which
+        grows with the pipeline stage. Tools that write all files from one process give all the same.
+        """
+        numbers = [n for f in files if type(n := f.args.get("rank")) is int]
+        if len(set(numbers)) < len(files):
+            return
+        before: dict[tuple[int, int], int] = {}
+        for rank, number, file in sorted(
+            zip(self.ranks, numbers, files, strict=True), key=lambda placed: placed[0]
+        ):
+            least = before.get((rank.tp, rank.ep), -1)
+            before[rank.tp, rank.ep] = number
+            if number % self.tp != rank.tp or number < least:
+                raise BadInputError(
+                    "a rank file lies in the folder of another rank",
+                    where=str(file.path),
+                    expected=f"a process of tensor-parallel rank {rank.tp} and pipeline rank {rank.pp}",
+                    found=f"process {number} of the run",
+                    hint="files were swapped or renamed: copy the checkpoint again",
+                )
 
     def sizes(self, etp: int) -> dict[str, object]:
         """Return the parallel sizes under the names that the arguments have."""
