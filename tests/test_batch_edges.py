@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import errno
+import json
+import os
 import shutil
+import subprocess
+from pathlib import Path
 
-from streamconv.batch.state import FOLDER, Store, read_records
+from streamconv.batch.state import FOLDER, STATUS, Store, read_records
 from tests.makers import runs
-from tests.scenes import Scene
+from tests.scenes import Scene, cli
 
 
 def verified(scene: Scene, *steps: int) -> None:
@@ -129,3 +134,95 @@ def test_what_streamconv_did_not_make_is_in_the_way_as_well(scene):
     (scene.out / "global_step_10/thesis.tex").touch()
     assert scene.round().counts == {"failed": 1}
     assert scene.starts() == []
+
+
+# Odd names
+
+
+ODD = [
+    os.fsdecode(b"not-utf8-\xff"),
+    "a\nline",
+    "escape\x1b[31m",
+    "sp ace",
+    "\u00e9" * 100 + "/" + "\u00e9" * 100,
+]
+
+
+def test_names_may_be_long_and_odd(scene, tmp_path, lone_rank_file):
+    for name in ODD:
+        folder = scene.run / name / "global_step_1/actor"
+        folder.mkdir(parents=True)
+        os.link(lone_rank_file, folder / runs.RANK_FILE)
+        runs.age(folder)
+    prom = tmp_path / "m.prom"
+    shared = {"prometheus": str(prom), "on-done": "true", "report": str(tmp_path / "r.html")}
+    assert scene.round(shared=shared, pin=True).counts == {"converted": len(ODD)}
+    assert scene.round(keep_last=1, verify=False).counts == {"done": len(ODD)}
+    assert {c["run"] for c in json.loads((scene.out / STATUS).read_text())["checkpoints"]} == {*ODD}
+    prom.read_text(encoding="utf-8")
+    shown = cli("status", str(scene.out))
+    assert shown.returncode == 0, shown.stderr
+    assert "\x1b" not in shown.stdout
+    assert shown.stdout.count("done") == len(ODD) + 1
+    assert cli("status", str(scene.out), "--json").returncode == 0
+
+
+def test_a_terminal_is_told_nothing_but_text(scene, lone_rank_file):
+    for name in ODD:
+        folder = scene.run / name / "global_step_1/actor"
+        folder.mkdir(parents=True)
+        os.link(lone_rank_file, folder / runs.RANK_FILE)
+    scene.says(**{"s*": ["bad-input"]})
+    done = cli("batch", str(scene.run), str(scene.out), "--settle", "0s", "--max-mem", "4GB")
+    assert "internal" not in done.stderr
+    assert "\x1b" not in done.stdout + done.stderr
+    assert done.stderr.count("escape\\x1b[31m/global_step_1") > 0
+    assert done.stderr.count("a\\nline/global_step_1") > 0
+
+
+# Odd disks
+
+
+def test_what_watches_a_batch_does_not_stop_it(scene, tmp_path):
+    scene.step(10)
+    (tmp_path / "file").touch()
+    shared = {"prometheus": str(tmp_path / "file/m"), "report": str(tmp_path / "file/r.html")}
+    made = scene.batch(shared=shared).round()
+    assert (made.counts, made.exit_code) == ({"converted": 1}, 3)
+    assert "the system refused" in str(made.problems[0])
+
+
+def test_a_full_disk_costs_what_is_remembered_and_no_conversion(scene, monkeypatch):
+    scene.step(10, 20)
+
+    def full(path: Path, text: str) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr("streamconv.batch.state.write_whole", full)
+    made = scene.batch().round()
+    assert (made.counts, made.exit_code) == ({"converted": 2}, 3)
+    assert [p.exit_code for p in made.problems] == [7]
+    assert (scene.out / "global_step_20/model.safetensors").is_file()
+
+
+def test_a_process_that_cannot_be_started_is_a_failure_of_its_output(scene, monkeypatch):
+    scene.step(10, 20)
+    real, tries = subprocess.Popen, []
+
+    def scarce(*args, **kwargs):
+        tries.append(1)
+        if len(tries) == 1:
+            raise OSError(errno.EAGAIN, "Resource temporarily unavailable")
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(subprocess, "Popen", scarce)
+    assert scene.round().counts == {"failed": 1, "converted": 1}
+    assert scene.round().counts == {"done": 1, "converted": 1}
+
+
+def test_a_read_only_output_folder_is_an_error_and_no_traceback(scene):
+    scene.step(10)
+    done = cli("batch", str(scene.run), "/proc/streamconv-out")
+    assert done.returncode == 1
+    assert "internal" not in done.stderr
+    assert done.stderr.startswith("error: the system refused")

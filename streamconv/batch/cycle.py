@@ -6,10 +6,11 @@ import os
 import socket
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from streamconv import budget as budgets
@@ -25,6 +26,7 @@ from streamconv.batch.state import Record, Store
 from streamconv.batch.survey import Survey, scene
 from streamconv.batch.tasks import Task
 from streamconv.errors import StreamconvError
+from streamconv.writer import no_space
 
 if TYPE_CHECKING:
     from streamconv.batch.overview import Overview
@@ -73,6 +75,7 @@ class Batch:
         self._stores = [Store(run.output.absolute()) for run in settings.run]
         self._began = time.time()
         self._overview: Overview | None = None
+        self._trouble: OSError | None = None
         if settings.report is not None:
             from streamconv.batch.overview import Overview
 
@@ -82,6 +85,7 @@ class Batch:
     def round(self) -> Round:
         """Look at every run once, convert what is ready, apply retention."""
         started = time.monotonic()
+        self._trouble = None
         made = Round(budget_bytes=self.budget_bytes)
         surveys = [
             (run, store, survey)
@@ -96,13 +100,25 @@ class Batch:
                 made.removals += self._tidy(run, store, survey)
         except StreamconvError as error:
             made.problems.append(error)
-        finally:
-            made.seconds = time.monotonic() - started
-            self.publish()
+        except OSError as error:
+            made.problems.append(_refused(error))
+        made.seconds = time.monotonic() - started
+        self.publish()
         made.records = [record for store in self._stores for record in store]
         if self._overview is not None:
-            self._overview.write(made)
+            with self._minding():
+                self._overview.write(made)
+        troubles = [*(store.trouble for store in self._stores), self._trouble]
+        made.problems += [_refused(trouble) for trouble in troubles if trouble is not None]
         return made
+
+    @contextmanager
+    def _minding(self) -> Iterator[None]:
+        """Keep what the system refused to those who look on: that ends no conversion."""
+        try:
+            yield
+        except OSError as error:
+            self._trouble = error
 
     def _look(self, run: RunSettings, store: Store, made: Round) -> Survey | None:
         s = self._settings
@@ -121,9 +137,7 @@ class Batch:
             made.problems.append(error)
             return None
         except OSError as error:
-            what = f"the system refused: {error.strerror or error}"
-            told = StreamconvError(what, where=str(error.filename or run.output))
-            made.problems.append(told)
+            made.problems.append(_refused(error, run.output))
             return None
         made.counts += survey.counts
         made.problems += survey.problems
@@ -195,7 +209,14 @@ class Batch:
                 store.publish(facts)
         if self._settings.prometheus is not None:
             records = [record for store in self._stores for record in store]
-            metrics.write(self._settings.prometheus, records)
+            with self._minding():
+                metrics.write(self._settings.prometheus, records)
+
+
+def _refused(error: OSError, where: Path | None = None) -> StreamconvError:
+    told = StreamconvError.of_system(error)
+    told.where = told.where or (None if where is None else str(where))
+    return no_space(error, Path(told.where or "")) or told
 
 
 def watch(

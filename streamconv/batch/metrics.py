@@ -70,4 +70,5 @@ def write(path: Path, records: Iterable[Record]) -> None:
 
 
 def _escaped(text: str) -> str:
+    text = text.encode(errors="backslashreplace").decode()  # a name that is no text
     return text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")

@@ -13,11 +13,10 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import quote
 
 from streamconv.batch.discover import Candidate
 from streamconv.batch.ready import read_tracker, snapshot
-from streamconv.batch.state import Record, Store, is_intact
+from streamconv.batch.state import Record, Store, file_name, is_intact
 from streamconv.errors import LockedError, StreamconvError
 from streamconv.planned import MANIFEST
 from streamconv.sizes import format_size
@@ -83,7 +82,7 @@ def remove_output(record: Record, store: Store, *, apply: bool) -> Removal:
         return Removal("output", path, record.write_bytes, refused=refused)
     try:
         with store.holding(record.name):
-            _remove(path, store.folder / _TRASH / quote(record.name, safe=""))
+            _remove(path, store.folder / _TRASH / file_name(record.name))
             for parent in path.parents:
                 if parent == store.output:
                     break

@@ -101,6 +101,7 @@ class Runner:
         try:
             for task in list(self._waiting):
                 if task.refused is not None:
+                    self._waiting.remove(task)
                     self._refuse(task, task.refused)
             # All at once: rotation will not wait until it is their turn.
             for task in self._waiting:
@@ -129,20 +130,28 @@ class Runner:
             if share is None:
                 continue
             self._waiting.remove(task)
-            if not self._launch(task, share):
+            try:
+                launched = self._launch(task, share)
+            except OSError as error:  # no process to be had, or no file for its lock
+                launched = False
+                self._refuse(task, StreamconvError.of_system(error))
+            if not launched:
                 self._ledger.release(task.key)
 
     def _refuse(self, task: Task, error: StreamconvError) -> None:
-        self._waiting.remove(task)
+        """Note a failure that needed no process."""
         try:
             with task.store.holding(task.record.name):
                 _failed(task.record, error.to_json())
                 task.store.save(task.record)
         except LockedError as held:
             self._end(task, "elsewhere", held.what)
-        else:
-            self._hooks.add(task.record)
-            self._end(task, "failed", str(error))
+            return
+        except OSError as locking:
+            task.store.trouble = locking
+            _failed(task.record, error.to_json())
+        self._hooks.add(task.record)
+        self._end(task, "failed", str(error))
 
     def _launch(self, task: Task, share: int) -> bool:
         """Start a worker; False where another batch has the output, or has done it meanwhile."""
@@ -167,15 +176,11 @@ class Runner:
         record.host, record.pid = socket.gethostname(), os.getpid()
         task.store.save(record)
         self._tell("started", task, "")
-        # Not a pipe: nobody reads it before the end, and a full pipe would stop the worker.
-        err = tempfile.TemporaryFile()  # noqa: SIM115 - closed when the worker has ended
-        process = subprocess.Popen(
-            self._command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=err,
-            start_new_session=True,  # Ctrl-C is ours to hand on
-        )
+        try:
+            process, err = self._worker()
+        except OSError:
+            lock.release()
+            raise
         request = {
             "parent": os.getpid(),
             "source": str(task.pinned or task.candidate.path),
@@ -195,6 +200,23 @@ class Runner:
         self._running[task.key] = running
         self._selector.register(process.stdout, selectors.EVENT_READ, running)
         return True
+
+    def _worker(self) -> tuple[subprocess.Popen[bytes], IO[bytes]]:
+        """Start a worker; return it and the file with what it says on stderr."""
+        # Not a pipe: nobody reads it before the end, and a full pipe would stop the worker.
+        err = tempfile.TemporaryFile()  # noqa: SIM115 - closed when the worker has ended
+        try:
+            process = subprocess.Popen(
+                self._command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=err,
+                start_new_session=True,  # Ctrl-C is ours to hand on
+            )
+        except OSError:
+            err.close()
+            raise
+        return process, err
 
     def _pin(self, task: Task) -> None:
         source = task.candidate.path

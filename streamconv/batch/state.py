@@ -26,12 +26,15 @@ from typing import Any, Literal
 from urllib.parse import quote
 
 import filelock
+import xxhash
 
 from streamconv._version import __version__
 from streamconv.errors import LockedError
 
 STATUS = "status.json"
 FOLDER = ".streamconv-batch"
+# File systems take 255; a suffix and a process's number come on top.
+_MAX_NAME_BYTES = 180
 State = Literal["waiting", "queued", "running", "done", "failed", "gone", "pruned"]
 
 
@@ -97,9 +100,11 @@ class Store:
         self.output = output
         self.folder = output / FOLDER
         self._records: dict[str, Record] = {}
+        self.trouble: OSError | None = None
 
     def begin(self) -> None:
         """Make the folders and read the records that are there."""
+        self.trouble = None
         for name in ("jobs", "locks"):
             (self.folder / name).mkdir(parents=True, exist_ok=True)
         self._records = {r.name: r for r in read_records(self.output)}
@@ -122,16 +127,26 @@ class Store:
         return self.get(name)
 
     def save(self, record: Record) -> None:
-        """Make a record appear on disk, whole."""
+        """Make a record appear on disk, whole.
+
+        Where the disk takes none it is still known here, and ``trouble`` says why: no conversion is
+        ended for the sake of what is remembered of it.
+        """
         self._records[record.name] = record
-        write_whole(self._path(record.name), json.dumps(record.to_json(), ensure_ascii=False))
+        self._write(self._path(record.name), record.to_json())
+
+    def _write(self, path: Path, data: dict[str, Any], indent: int | None = None) -> None:
+        try:
+            write_whole(path, json.dumps(data, ensure_ascii=False, indent=indent))
+        except OSError as error:
+            self.trouble = error
 
     def _path(self, name: str) -> Path:
-        return self.folder / "jobs" / f"{quote(name, safe='')}.json"
+        return self.folder / "jobs" / f"{file_name(name)}.json"
 
     def claim(self, name: str) -> filelock.BaseFileLock:
         """Return the held lock of an output; raises :class:`LockedError` where another has it."""
-        lock = filelock.FileLock(self.folder / "locks" / f"{quote(name, safe='')}.lock", timeout=0)
+        lock = filelock.FileLock(self.folder / "locks" / f"{file_name(name)}.lock", timeout=0)
         try:
             lock.acquire()
         except filelock.Timeout as error:
@@ -148,7 +163,7 @@ class Store:
             lock.release()
 
     def publish(self, facts: dict[str, Any]) -> None:
-        """Write ``status.json``: ``facts`` about the batch, and every record."""
+        """Write ``status.json``: ``facts`` about the batch, and every record; see :meth:`save`."""
         records = sorted(self, key=order)
         data = {
             "streamconv": __version__,
@@ -157,7 +172,19 @@ class Store:
             "batch": facts,
             "checkpoints": [r.to_json() for r in records],
         }
-        write_whole(self.output / STATUS, json.dumps(data, ensure_ascii=False, indent=1))
+        self._write(self.output / STATUS, data, indent=1)
+
+
+def file_name(name: str) -> str:
+    """Return what a file or folder about the output ``name`` is called: no path, and short enough.
+
+    >>> file_name("run/global_step_10")
+    'run%2Fglobal_step_10'
+    """
+    quoted = quote(os.fsencode(name), safe="")
+    if len(quoted) <= _MAX_NAME_BYTES:
+        return quoted
+    return f"{quoted[:_MAX_NAME_BYTES]}-{xxhash.xxh3_64_hexdigest(os.fsencode(name))}"
 
 
 def order(record: Record) -> tuple[str, int, str, str]:
@@ -217,10 +244,13 @@ def is_intact(record: Record) -> bool:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file that others read at any moment: they see the old one or the new one."""
+    """Write a file that others read at any moment: they see the old one or the new one.
+
+    Bytes of a file's name that are no text are written as JSON escapes lone surrogates.
+    """
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        partial.write_text(text, encoding="utf-8")
+        partial.write_text(text, encoding="utf-8", errors="backslashreplace")
         partial.replace(path)
     except BaseException:
         with contextlib.suppress(OSError):

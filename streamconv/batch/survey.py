@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 import xxhash
 
@@ -19,7 +18,7 @@ from streamconv.batch.ready import Snapshot, Tracker, judge, read_tracker, snaps
 from streamconv.batch.retention import Rule
 from streamconv.batch.selection import named, namer
 from streamconv.batch.settings import RunSettings
-from streamconv.batch.state import FOLDER, Record, Store, is_intact, output_evidence
+from streamconv.batch.state import FOLDER, Record, Store, file_name, is_intact, output_evidence
 from streamconv.batch.tasks import Task
 from streamconv.convert_job import finished_output, identify, refuse_others
 from streamconv.errors import LockedError, StreamconvError, UsageError
@@ -184,7 +183,7 @@ class Survey:
             run_options=dict(self._run_options),
             verify=self._run.verify,
             pin=self._run.pin,
-            pin_places=tuple(p / quote(record.name, safe="") for p in places),
+            pin_places=tuple(p / file_name(record.name) for p in places),
         )
 
     def _tracker(self, run_dir: Path) -> Tracker | None:
@@ -209,16 +208,21 @@ class Survey:
 
     def _note_vanished(self) -> None:
         """Say of what was to be done, but has no source any more, that it is gone."""
-        for record in self._store:
-            unfinished = record.state in ("waiting", "queued", "failed")
-            if (
-                unfinished
-                and record.name not in self.candidates
-                and not Path(record.source).exists()
-            ):
-                record.state = "gone"
-                record.reason = "the source went away before it was converted"
-                self._store.save(record)
+        for name in [r.name for r in self._store if self._has_vanished(r)]:
+            # Another batch may be at it, or have done it meanwhile.
+            with suppress(LockedError), self._store.holding(name):
+                record = self._store.reload(name)
+                if self._has_vanished(record):
+                    record.state = "gone"
+                    record.reason = "the source went away before it was converted"
+                    self._store.save(record)
+
+    def _has_vanished(self, record: Record) -> bool:
+        return (
+            record.state in ("waiting", "queued", "failed")
+            and record.name not in self.candidates
+            and not Path(record.source).exists()
+        )
 
 
 def scene(record: Record) -> str:

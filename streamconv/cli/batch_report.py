@@ -10,7 +10,7 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from streamconv.batch.state import Record
-from streamconv.cli.output import say_json, tell
+from streamconv.cli.output import harmless, one_line, say_json, tell
 from streamconv.durations import format_duration
 from streamconv.sizes import format_size
 
@@ -45,7 +45,7 @@ class BatchLines:
 
     def __call__(self, what: What, task: Task, text: str) -> None:
         """Tell a line, or keep silent."""
-        record, name = task.record, task.record.name
+        record, name = task.record, one_line(task.record.name)
         if what == "failed":
             tell(f"error: {name}: {text}")
         elif self._quiet:
@@ -157,7 +157,7 @@ def print_status(records: Sequence[Record]) -> None:
             state = f"failed ×{r.attempts}"  # type: ignore[assignment]
         finished = r.state == "done"
         table.add_row(
-            Text(r.name),
+            Text(one_line(r.name)),
             "" if r.step is None else str(r.step),
             Text(state, style=_COLOURS.get(r.state, "")),
             format_size(r.write_bytes) if finished else "",
@@ -172,7 +172,7 @@ def print_status(records: Sequence[Record]) -> None:
     if reasons:
         console.print()
     for name, reason in reasons:
-        console.print(Text(f"{name}: {reason}"))
+        console.print(Text(harmless(f"{one_line(name)}: {reason}")))
     counts = Counter(r.state for r in records)
     console.print()
     console.print(Text(", ".join(f"{n} {state}" for state, n in sorted(counts.items()))))

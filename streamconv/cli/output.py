@@ -3,27 +3,46 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Mapping
 from typing import Any
 
 from streamconv.errors import StreamconvError
 
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
 
 def say(text: str) -> None:
-    """Write a line of the result to stdout."""
-    sys.stdout.write(text + "\n")
+    """Write lines of the result to stdout."""
+    sys.stdout.write(harmless(text) + "\n")
 
 
 def tell(text: str) -> None:
-    """Write a line about the way there to stderr."""
-    sys.stderr.write(text + "\n")
+    """Write lines about the way there to stderr."""
+    sys.stderr.write(harmless(text) + "\n")
     sys.stderr.flush()
+
+
+def harmless(text: str) -> str:
+    """Return ``text`` without what drives a terminal or is no text: names of files may hold both.
+
+    >>> print(harmless("a\\x1b[31mb"))
+    a\\x1b[31mb
+    """
+    text = _CONTROLS.sub(lambda found: repr(found[0])[1:-1], text)
+    return text.encode(errors="backslashreplace").decode()
+
+
+def one_line(text: str) -> str:
+    """Return a name as one line, however odd."""
+    return harmless(text.replace("\n", "\\n"))
 
 
 def say_json(data: Mapping[str, Any], *, indent: int | None = None) -> None:
     """Write one JSON object to stdout, at once: somebody may be waiting for the line."""
-    sys.stdout.write(json.dumps(data, indent=indent, ensure_ascii=False) + "\n")
+    text = json.dumps(data, indent=indent, ensure_ascii=False)
+    sys.stdout.write(text.encode(errors="backslashreplace").decode() + "\n")
     sys.stdout.flush()
 
 
