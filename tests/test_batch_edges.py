@@ -9,6 +9,8 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import pytest
+
 from streamconv.batch.state import FOLDER, STATUS, Store, read_records
 from tests.makers import runs
 from tests.scenes import Scene, cli
@@ -226,3 +228,50 @@ def test_a_read_only_output_folder_is_an_error_and_no_traceback(scene):
     assert done.returncode == 1
     assert "internal" not in done.stderr
     assert done.stderr.startswith("error: the system refused")
+
+
+# Odd hooks
+
+
+def hooked(scene: Scene, command: str, **shared: str) -> list[str]:
+    made = scene.batch(shared={"on-done": command, **shared}).round()
+    assert made.counts == {"converted": 1}
+    assert scene.states() == {10: "done"}
+    return [str(p) for p in made.problems]
+
+
+def test_a_hook_that_hangs_is_ended_with_all_that_it_started(scene, tmp_path):
+    scene.step(10)
+    pid = tmp_path / "pid"
+    stubborn = f"trap '' TERM; echo $$ > {pid}; sleep 300 & wait; sleep 300"
+    (problem,) = hooked(scene, f"( {stubborn} )", **{"hook-limit": "1s"})
+    assert "--on-done was ended after 1 s" in problem
+    with pytest.raises(ProcessLookupError):
+        os.killpg(os.getpgid(int(pid.read_text())), 0)
+
+
+def test_a_hook_may_talk_much_and_strangely(scene):
+    scene.step(10)
+    talk = "head -c 3000000 /dev/zero >&2; printf '\\n\\377\\033[31mred' >&2; exit 3"
+    (problem,) = hooked(scene, talk)
+    assert problem.endswith("--on-done ended with exit code 3: \ufffd\x1b[31mred")
+
+
+def test_a_hook_that_cannot_be_started_is_told(scene, monkeypatch):
+    scene.step(10)
+    real = subprocess.Popen
+
+    def scarce(*args, **kwargs):
+        if kwargs.get("shell"):
+            raise OSError(errno.ENOMEM, "Cannot allocate memory")
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(subprocess, "Popen", scarce)
+    assert hooked(scene, "true") == [
+        "global_step_10: --on-done could not be started: Cannot allocate memory"
+    ]
+
+
+def test_a_job_file_that_is_not_there_is_called_that(tmp_path):
+    done = cli("batch", str(tmp_path / "jobs.toml"))
+    assert (done.returncode, "no such job file" in done.stderr) == (5, True)

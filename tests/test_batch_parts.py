@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
@@ -215,7 +216,7 @@ def test_the_last_ones_are_counted_by_run_and_model():
     assert Filter(last=1).choose(mixed) == mixed[1:]
 
 
-@pytest.mark.parametrize("text", ["", "a", ":", "1-5", "5:x"])
+@pytest.mark.parametrize("text", ["", "a", ":", "1-5", "5:x", "900:100"])
 def test_what_is_no_range_of_steps_is_refused(text):
     with pytest.raises(UsageError):
         parse_steps(text)
@@ -235,7 +236,10 @@ def test_names_of_outputs(template, model, name):
     assert namer(template, model)(candidate("a/global_step_100/actor")) == name
 
 
-@pytest.mark.parametrize("template", ["{stepp}", "{step.__class__}", "{0}", "{", "{run!r:x}}"])
+@pytest.mark.parametrize(
+    "template",
+    ["{stepp}", "{step.__class__}", "{0}", "{", "{run!r:x}}", "{run:d}", "{step:%Q}"],
+)
 def test_templates_that_will_not_do(template):
     with pytest.raises(UsageError):
         namer(template, None)
@@ -245,6 +249,13 @@ def test_templates_that_will_not_do(template):
 def test_names_that_lead_astray(template):
     with pytest.raises(UsageError, match="will not do"):
         namer(template, None)(candidate("a/global_step_100/actor"))
+
+
+def test_a_step_that_is_none_fits_no_format_of_numbers():
+    numbered = candidate("global_step_7/actor")
+    assert namer("{step:06d}", None)(numbered) == "000007"
+    with pytest.raises(UsageError, match="not a template"):
+        namer("{step:06d}", None)(replace(numbered, step=None))
 
 
 def test_two_checkpoints_of_one_name_are_refused():
@@ -446,6 +457,17 @@ def test_bad_settings_are_refused_with_a_word_of_help(data, words):
     with pytest.raises(UsageError) as told:
         settings(data)
     assert words in str(told.value)
+
+
+def test_one_output_folder_is_one_by_whatever_name(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "models")
+    file = tmp_path / "jobs.toml"
+    for other in (str(tmp_path / "models"), "x/../models", "link"):
+        file.write_text(
+            f'[[run]]\nroot = "a"\noutput = "models"\n[[run]]\nroot = "b"\noutput = "{other}"\n'
+        )
+        with pytest.raises(UsageError, match="same output folder"):
+            load(file, {})
 
 
 def test_a_job_file(tmp_path):

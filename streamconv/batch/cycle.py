@@ -25,6 +25,7 @@ from streamconv.batch.settings import BatchSettings, RunSettings
 from streamconv.batch.state import Record, Store
 from streamconv.batch.survey import Survey, scene
 from streamconv.batch.tasks import Task
+from streamconv.durations import parse_duration
 from streamconv.errors import StreamconvError
 from streamconv.writer import no_space
 
@@ -147,7 +148,7 @@ class Batch:
         s = self._settings
         own = budgets.resident_bytes()
         ledger = Ledger(self.budget_bytes, own, budgets.PLANNING_FLOOR_BYTES, s.jobs)
-        hooks = Hooks(s.on_done, s.on_error)
+        hooks = Hooks(s.on_done, s.on_error, parse_duration(s.hook_limit))
         runner = Runner(
             ledger,
             hooks,

@@ -26,7 +26,7 @@ import filelock
 
 from streamconv import formats
 from streamconv.batch import worker
-from streamconv.batch.hooks import Hooks
+from streamconv.batch.hooks import Hooks, last_line
 from streamconv.batch.ledger import Ledger
 from streamconv.batch.pins import pin, unpin
 from streamconv.batch.state import Record, is_intact
@@ -344,13 +344,12 @@ class Runner:
         if running.last:
             return running.last
         code = running.process.returncode
-        running.err.seek(0)
-        said = running.err.read().decode(errors="replace").strip().splitlines()[-1:]
+        said = last_line(running.err)
         name = signal.Signals(-code).name if code < 0 else f"exit code {code}"
         crash = StreamconvError(
             "the conversion's process ended without a word",
             where=running.task.record.source,
-            found="; ".join([name, *said]),
+            found=f"{name}; {said}" if said else name,
             hint="SIGKILL is most often the machine out of memory" if code == -9 else None,
         )
         return {**crash.to_json(), "kind": "crashed"}

@@ -38,6 +38,8 @@ def parse_steps(text: str) -> Steps:
                 f"not a range of steps: {text!r}", expected="such as 100:900, 500: or 100,200"
             )
         begin, end = (int(e) if e else None for e in ends)
+        if begin is not None and end is not None and begin > end:
+            raise UsageError(f"not a range of steps: {item!r}", hint=f"{end}:{begin}")
         ranges.append((begin, end))
     return Steps(tuple(ranges))
 
@@ -92,7 +94,8 @@ def namer(template: str | None, filtered_model: str | None) -> Callable[[Candida
         root = c.path if c.relative == Path() else c.path.parents[len(c.relative.parts) - 1]
         inside = c.step_dir.is_relative_to(root) and c.step_dir != root
         step_path = c.step_dir.relative_to(root) if inside else Path(c.step_dir.name)
-        text = template.format(
+        text = _filled(
+            template,
             run=c.run,
             step="none" if c.step is None else c.step,
             step_dir=c.step_dir.name,
@@ -117,6 +120,15 @@ def _check_template(template: str) -> None:
                 f"unknown field in the template: {{{field}}}",
                 expected=", ".join(f"{{{f}}}" for f in _FIELDS),
             )
+    _filled(template, **dict.fromkeys(_FIELDS, "x") | {"step": 1})
+
+
+def _filled(template: str, **facts: str | int) -> str:
+    try:
+        return template.format(**facts)
+    except (ValueError, LookupError) as error:
+        # A step that is none is a word, which {step:06d} cannot show.
+        raise UsageError(f"not a template: {template!r}", found=str(error)) from None
 
 
 def _checked_name(text: str, c: Candidate) -> str:

@@ -139,6 +139,7 @@ class BatchSettings(_Strict):
     apply: bool = False
     on_done: str | None = None
     on_error: str | None = None
+    hook_limit: _Duration = "1h"
     prometheus: Path | None = None
     report: Path | None = None
     no_sync: bool = False
@@ -153,12 +154,19 @@ class BatchSettings(_Strict):
         return parse_schedule(self.watch) if self.watch else None
 
 
-def settings(data: Mapping[str, Any], *, where: str | None = None) -> BatchSettings:
-    """Return validated settings; raises :class:`UsageError` that names every bad key."""
+def settings(
+    data: Mapping[str, Any], *, where: str | None = None, base: Path | None = None
+) -> BatchSettings:
+    """Return validated settings; raises :class:`UsageError` that names every bad key.
+
+    The paths of runs are relative to ``base``, where it is given.
+    """
     try:
         made = BatchSettings.model_validate(data)
     except pydantic.ValidationError as error:
         raise _told(error, where) from None
+    if base is not None:
+        made = made.model_copy(update={"run": tuple(_anchored(run, base) for run in made.run)})
     _refuse_overlap(made, where)
     return made
 
@@ -176,16 +184,13 @@ def load(path: Path, given: Mapping[str, Any]) -> BatchSettings:
         raise BadInputError(
             f"the job file cannot be read: {error.strerror}", where=str(path)
         ) from error
-    made = settings({**data, **given}, where=str(path))
     base = path.absolute().parent
+    made = settings({**data, **given}, where=str(path), base=base)
     return made.model_copy(
         update={
-            "run": tuple(_anchored(run, base) for run in made.run),
-            **{
-                key: base / value
-                for key in ("prometheus", "report")
-                if key not in given and (value := getattr(made, key)) is not None
-            },
+            key: base / value
+            for key in ("prometheus", "report")
+            if key not in given and (value := getattr(made, key)) is not None
         }
     )
 
@@ -198,7 +203,7 @@ def _refuse_overlap(made: BatchSettings, where: str | None) -> None:
     """Two runs in one output folder would mistake each other's outputs for their own."""
     outputs: dict[Path, RunSettings] = {}
     for run in made.run:
-        output = run.output.absolute()
+        output = run.output.resolve()
         if output in outputs:
             raise UsageError(
                 "two runs have the same output folder",
@@ -206,7 +211,7 @@ def _refuse_overlap(made: BatchSettings, where: str | None) -> None:
                 found=str(run.output),
                 hint="give each a folder of its own",
             )
-        if run.output.resolve() == run.root.resolve():
+        if output == run.root.resolve():
             raise UsageError("the output folder is the run itself", where=str(run.output))
         outputs[output] = run
 

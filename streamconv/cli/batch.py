@@ -39,7 +39,7 @@ from streamconv.cli.app import (
     app,
 )
 from streamconv.cli.output import say, say_json, tell
-from streamconv.errors import UsageError
+from streamconv.errors import BadInputError, UsageError
 
 
 def _option(flag: str, text: str, metavar: str | None = None) -> Any:
@@ -116,6 +116,9 @@ def batch(
     ] = None,
     on_error: Annotated[
         str | None, _option("--on-error", "Run this for each failure.", "CMD")
+    ] = None,
+    hook_limit: Annotated[
+        str | None, _option("--hook-limit", "How long such a command may take (1h).", "TIME")
     ] = None,
     prometheus: Annotated[
         Path | None, _option("--prometheus", "Keep metrics in this text file.", "FILE")
@@ -210,6 +213,8 @@ def _settings(root: Path, dst: Path | None, options: Mapping[str, Any]) -> Any:
                 hint=f"say them in a [[run]] of {root}",
             )
         return load(root, given)
+    if dst is None and root.suffix == ".toml":
+        raise BadInputError("there is no such job file", where=str(root))
     if dst is None:
         raise UsageError(
             "where to? a run needs an output folder", hint=f"streamconv batch {root} DST"
@@ -228,7 +233,6 @@ def status(
     """Show how the conversions of a batch stand."""
     from streamconv.batch.state import FOLDER, read_records
     from streamconv.cli.batch_report import print_status, status_json
-    from streamconv.errors import BadInputError
 
     if not (dst / FOLDER).is_dir():
         raise BadInputError(

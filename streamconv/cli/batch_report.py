@@ -59,6 +59,8 @@ class BatchLines:
             speed = f" in {format_duration(record.seconds)}" if record.seconds else ""
             verified = ", verified" if record.verified else ""
             tell(f"{name}: done, {format_size(record.write_bytes)}{speed}{verified}")
+            for notice in record.notices:
+                tell(f"{name}: notice: {notice}")
         else:
             tell(f"{name}: {what if what != 'elsewhere' else 'left to another'}: {text}")
 
