@@ -80,6 +80,11 @@ CASES = (
         "0.12.0",
     ),
     Case("qwen3_next", "--case qwen3_next --tp 2 --ep 2", "0.16.0"),
+    Case(
+        "mixtral, older optimizer state",
+        "--case mixtral --tp 2 --pp 2 --ep 2 --optim default",
+        until="0.15.3",
+    ),
     Case("qwen3_moe, singleton", "--case qwen3_moe --tp 2 --ep 2 --metadata singleton", "0.14.0"),
     Case("deepseek_v3, whole queries", "--case deepseek_v3 --tp 2 --ep 2 --set q_lora_rank=null"),
 )
