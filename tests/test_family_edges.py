@@ -159,6 +159,21 @@ def test_half_a_prediction_layer_is_named() -> None:
     assert str(caught.value).startswith(f"{len(inner)} tensors")
 
 
+def test_rows_that_are_taken_for_padding_are_told() -> None:
+    model, tensors = tiny("llama")
+    size = model.config["vocab_size"]
+    for rows, facts, told in (
+        (size, {}, 0),
+        (size + 3, {}, 1),
+        (size + 3, {"vocab_size": size}, 0),
+    ):
+        for name in ("embedding.word_embeddings.weight", "output_layer.weight"):
+            tensors[name] = torch.zeros(rows, tensors[name].shape[1], dtype=tensors[name].dtype)
+        notices = plan(model, tensors, facts).notices
+        assert sum(n.startswith("the last 3 of ") for n in notices) == told
+        assert sum("rows of the vocabulary" in n for n in notices) == told
+
+
 def test_no_prediction_layer_where_the_config_counts_one() -> None:
     """Reinforcement learning mostly leaves it out; a run that trained it must have it."""
     model, tensors = tiny("deepseek_v3_mtp")

@@ -21,6 +21,7 @@ from streamconv.tracing.hf import MetaModel, build_meta
 
 _LAYER = re.compile(r"(?:language_model\.)?decoder\.layers\.([0-9]+)\.")
 _OUTPUT = re.compile(r"(?:language_model\.)?output_layer\.(weight|bias)")
+_EMBEDDING = re.compile(r"(?:language_model\.)?embedding\.word_embeddings\.weight")
 _HEAD = tuple(
     rule(f"{prefix}output_layer.{kind}", f"score.{kind}", copy)
     for prefix in ("", "language_model.")
@@ -97,6 +98,7 @@ def convert(
     vision = config.get("vision_config") if model is None else model.vision_settings
     dims = Dims(settings, megatron, vision)
     _check_layers(dims, tensors)
+    notices += _cut_rows(dims, tensors)
     notices += check_prediction({name: shape for name, (shape, _) in tensors.items()}, dims)
     if head:
         family = dataclasses.replace(family, rules=(*_HEAD, *family.rules))
@@ -152,6 +154,18 @@ def _for_these_weights(
         config.pop("label2id", None)
         told.append("config.json: num_labels set to 1, this is a value model")
     return config, _Changes(tuple(told), head)
+
+
+def _cut_rows(dims: Dims, tensors: Headers) -> tuple[str, ...]:
+    """Tell what is taken for padding of the vocabulary where the run does not say how large it is."""
+    rows = next((s[0] for n, (s, _) in tensors.items() if _EMBEDDING.fullmatch(n)), 0)
+    if rows <= dims.vocab or type(dims.megatron.get("vocab_size")) is int:
+        return ()
+    notice = (
+        f"the last {rows - dims.vocab} of {rows} rows of the vocabulary are left out as padding, for "
+        f"config.json says vocab_size {dims.vocab}; the checkpoint does not tell how many there were"
+    )
+    return (notice,)
 
 
 def _check_layers(dims: Dims, tensors: Headers) -> None:
