@@ -68,11 +68,15 @@ def list_side_files(folder: Path, *, root: Path | None) -> Iterator[SideFile]:
     ``root`` is the checkpoint's folder, out of which no link may lead; None for a folder that the
     user named, such as a snapshot in the Hub cache, which is made of links.
     """
+    # A folder beside the weights (torch DCP) is a part of the checkpoint as well.
+    within = folder.parent.resolve() / folder.name
+    if root is not None and folder.is_relative_to(root):
+        within = root.resolve()
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder)
         if any(part.startswith(".") or part == "__pycache__" for part in name.parts):
             continue
-        if root is not None and not path.resolve().is_relative_to(root.resolve()):
+        if root is not None and not path.resolve().is_relative_to(within):
             raise UnsafeInputError(
                 "a link leads out of the checkpoint", where=str(path), found=str(path.resolve())
             )

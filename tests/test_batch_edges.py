@@ -198,12 +198,12 @@ def test_a_full_disk_costs_what_is_remembered_and_no_conversion(scene, monkeypat
     scene.step(10, 20)
 
     def full(path: Path, text: str) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("streamconv.batch.state.write_whole", full)
     made = scene.batch().round()
     assert (made.counts, made.exit_code) == ({"converted": 2}, 3)
-    assert [p.exit_code for p in made.problems] == [7]
+    assert [(p.exit_code, p.where) for p in made.problems] == [(7, str(scene.out / STATUS))]
     assert (scene.out / "global_step_20/model.safetensors").is_file()
 
 
@@ -275,3 +275,37 @@ def test_a_hook_that_cannot_be_started_is_told(scene, monkeypatch):
 def test_a_job_file_that_is_not_there_is_called_that(tmp_path):
     done = cli("batch", str(tmp_path / "jobs.toml"))
     assert (done.returncode, "no such job file" in done.stderr) == (5, True)
+
+
+# Many, and of many kinds
+
+
+@pytest.mark.slow
+def test_a_dozen_real_checkpoints_of_three_kinds(tmp_path, checkpoints):
+    """Each is converted, and to the bits of its model; the next batch starts no process."""
+    from tests.outputs import differences, read_model, read_truth
+
+    run, out = tmp_path / "run", tmp_path / "out"
+    fsdp, lora = checkpoints["fsdp2-w2"], checkpoints["fsdp1-lora"]
+    for step in range(1, 9):
+        shutil.copytree(fsdp.source, run / f"fsdp/global_step_{step}/actor")
+    for step in (1, 2):
+        shutil.copytree(lora.source, run / f"lora/global_step_{step}/actor")
+        shutil.copytree(fsdp.dcp, run / f"dcp/step-{step}/pytorch_model_fsdp_0")
+        shutil.copytree(fsdp.source / "huggingface", run / f"dcp/step-{step}/huggingface")
+    command = ["batch", str(run), str(out), "--jobs", "2", "--max-mem", "2GB", "--settle", "0s"]
+    first = cli(*command, "--json", seconds=540)
+    assert first.returncode == 0, first.stderr
+    told = json.loads(first.stdout.splitlines()[-1])
+    assert told["counts"] == {"converted": 12}
+    assert told["peak_bytes"] <= told["budget_bytes"]
+    whole = read_truth(fsdp.truth_hf)
+    names = [f"fsdp/global_step_{n}/actor" for n in range(1, 9)]
+    names += [f"dcp/step-{n}/pytorch_model_fsdp_0" for n in (1, 2)]
+    for name in names:
+        assert differences(read_model(out / name), whole) == [], name
+    merged = [read_model(out / f"lora/global_step_{n}/actor") for n in (1, 2)]
+    assert differences(*merged) == []
+    again = cli(*command, "--json")
+    assert [json.loads(line)["event"] for line in again.stdout.splitlines()] == ["round"]
+    assert json.loads(again.stdout)["counts"] == {"done": 12}

@@ -720,3 +720,24 @@ def test_a_resumed_run_tells_what_it_did_not_do_itself(checkpoints, tmp_path, mo
     progress = [e.facts for e in events if e.kind == "progress"]
     assert result.reused_bytes > 0
     assert {f["reused_bytes"] for f in progress} == {result.reused_bytes}
+
+
+def test_side_files_beside_the_weights_may_be_there_but_not_elsewhere(tmp_path):
+    """As with torch DCP, whose folder holds nothing but the weights."""
+    from streamconv.errors import UnsafeInputError
+    from streamconv.sidefiles import list_side_files
+
+    weights, beside = tmp_path / "step/pytorch_model_fsdp_0", tmp_path / "step/huggingface"
+    weights.mkdir(parents=True)
+    beside.mkdir()
+    (beside / "config.json").write_text("{}")
+    assert [f.name for f in list_side_files(beside, root=weights)] == ["config.json"]
+    (tmp_path / "secret").write_text("x")
+    (beside / "vocab.txt").symlink_to(tmp_path / "secret")
+    with pytest.raises(UnsafeInputError, match="leads out"):
+        list(list_side_files(beside, root=weights))
+    (beside / "vocab.txt").unlink()
+    beside.rename(tmp_path / "moved")
+    beside.symlink_to(tmp_path / "moved")
+    with pytest.raises(UnsafeInputError, match="leads out"):
+        list(list_side_files(beside, root=weights))

@@ -217,7 +217,10 @@ class Batch:
 def _refused(error: OSError, where: Path | None = None) -> StreamconvError:
     told = StreamconvError.of_system(error)
     told.where = told.where or (None if where is None else str(where))
-    return no_space(error, Path(told.where or "")) or told
+    full = no_space(error, Path())
+    if full is not None:
+        full.where = told.where
+    return full or told
 
 
 def watch(

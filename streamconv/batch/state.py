@@ -139,6 +139,7 @@ class Store:
         try:
             write_whole(path, json.dumps(data, ensure_ascii=False, indent=indent))
         except OSError as error:
+            error.filename = error.filename or str(path)  # a write on a full disk names none
             self.trouble = error
 
     def _path(self, name: str) -> Path:

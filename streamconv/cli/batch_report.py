@@ -42,6 +42,7 @@ class BatchLines:
     def __init__(self, *, quiet: bool) -> None:
         self._quiet = quiet
         self._last: dict[str, float] = {}
+        self._noticed: set[str] = set()
 
     def __call__(self, what: What, task: Task, text: str) -> None:
         """Tell a line, or keep silent."""
@@ -59,7 +60,9 @@ class BatchLines:
             speed = f" in {format_duration(record.seconds)}" if record.seconds else ""
             verified = ", verified" if record.verified else ""
             tell(f"{name}: done, {format_size(record.write_bytes)}{speed}{verified}")
-            for notice in record.notices:
+            # Once each: the checkpoints of a run have the same to say.
+            for notice in [n for n in record.notices if n not in self._noticed]:
+                self._noticed.add(notice)
                 tell(f"{name}: notice: {notice}")
         else:
             tell(f"{name}: {what if what != 'elsewhere' else 'left to another'}: {text}")

@@ -25,6 +25,7 @@ VALUE_OPTIONS = frozenset(
         "--lora-rank",
         "--value-head",
         "--hf-upload-path",
+        "--hook-limit",
         "--checksum",
         "--io-threads",
         "--output",
