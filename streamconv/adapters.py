@@ -11,13 +11,15 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from streamconv.adapter_config import PREFIX, Settings
+import numpy as np
+
+from streamconv.adapter_config import FILES, PREFIX, Settings
 from streamconv.boxes import contiguous_strides
 from streamconv.dtypes import F32
 from streamconv.errors import BadInputError
@@ -172,7 +174,8 @@ def settle(settings: Settings, adapter: Adapter) -> Settings:
                 where=next(iter(target.parts.values())),
                 expected=f"rank {said}",
                 found=f"rank {rank} in the shape of its factors",
-                hint="do the settings belong to this checkpoint? --lora-rank overrules them",
+                hint="do the settings belong to this checkpoint? --lora-rank N overrules r, but not "
+                f"rank_pattern in {FILES[1]}",
             )
     plain = [t for t in adapter.targets.values() if "lora_magnitude_vector" not in t.parts]
     if plain and (settings.dora or adapter.dora):
@@ -350,16 +353,38 @@ def changes_nothing(adapter: Adapter, paths: Sequence[Path]) -> bool:
     """
     if adapter.saved:
         return False
-    factors = [
+    # The sign of a zero is no change either, but PEFT's zeros have none.
+    return not any(
+        piece.count(0) != len(piece)
+        for tensor in _second_factors(adapter)
+        for piece in _stored(tensor, paths)
+    )
+
+
+def not_finite(adapter: Adapter, paths: Sequence[Path]) -> list[str]:
+    """Return the names of every B that holds NaN or an infinity; reads them all."""
+    return [
+        tensor.fqn
+        for tensor in _second_factors(adapter)
+        if tensor.dtype.castable
+        and not all(
+            np.isfinite(np.frombuffer(piece, tensor.dtype.to_numpy()).astype(np.float64)).all()
+            for piece in _stored(tensor, paths)
+        )
+    ]
+
+
+def _second_factors(adapter: Adapter) -> list[GlobalTensor]:
+    return [
         adapter.tensors[fqn]
         for target in adapter.targets.values()
         for part, fqn in target.parts.items()
         if part in ("lora_B", "lora_embedding_B")
     ]
-    return not any(_has_value(tensor, paths) for tensor in factors)
 
 
-def _has_value(tensor: GlobalTensor, paths: Sequence[Path]) -> bool:
+def _stored(tensor: GlobalTensor, paths: Sequence[Path]) -> Iterator[bytes]:
+    """Yield the stored bytes of a tensor, some elements at a time."""
     layout = tensor.layout
     walk = zip(layout.boxes, layout.strides, layout.storage_offsets, tensor.shards, strict=True)
     for box, strides, offset, record in walk:
@@ -371,8 +396,7 @@ def _has_value(tensor: GlobalTensor, paths: Sequence[Path]) -> bool:
             left = (last + 1) * tensor.dtype.itemsize
             while left:
                 piece = stream.read(min(left, _STEP_BYTES))
-                # The sign of a zero is no change either, but PEFT's zeros have none.
-                if not piece or piece.count(0) != len(piece):
-                    return True
+                if len(piece) < min(left, _STEP_BYTES):
+                    raise BadInputError("the file became shorter", where=str(paths[record.file]))
+                yield piece
                 left -= len(piece)
-    return False

@@ -137,12 +137,14 @@ def _sources(
 def _plan_model(made: _Output, lora: LoraPlan | None, job: JobOptions, notices: list[str]) -> None:
     """Add the model's files: the weights, merged where there is an adapter, index and config."""
     config, model = made.config, made.model
+    if lora is not None:
+        made.tensors = lora.with_tied(made.tensors, model)
     recipes = made.recipes or _recipes(made.tensors, model, job, notices)
     if job.value_head == "drop":
         recipes, dropped = _without_value_head(recipes)
         made.skipped += dropped
     if lora is not None:
-        recipes = lora.merged(recipes, model)
+        recipes = lora.merged(recipes, made.tensors, model)
     declared = declared_dtype(config) if config else None
     recipes = planner.with_dtypes(recipes, job, model, declared)
     ties = planner.decide_ties(recipes, model, made.tensors)

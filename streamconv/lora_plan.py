@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,15 +37,40 @@ class LoraPlan:
     settings: Settings
     merge: bool
     hand_on: bool
+    diverged: Sequence[str]
+    """Tensors of an adapter that is handed on which are not finite: a merge would refuse them."""
 
     @property
     def folder(self) -> str:
         """Return where in the output the adapter goes, empty or ending in a slash."""
         return f"{ADAPTER_FOLDER}/" if self.merge else ""
 
-    def merged(self, recipes: list[Recipe], model: Model | None) -> list[Recipe]:
+    def with_tied(
+        self, base: Mapping[str, GlobalTensor], model: Model | None
+    ) -> dict[str, GlobalTensor]:
+        """Return the base weights with those that are there by another name only, tied to them.
+
+        An adapted one is no longer the other's equal, so the output holds both.
+        """
+        found = dict(base)
+        if model is None:
+            return found
+        held = {model.hub_name(n) or n: n for n in base}
+        for module in self.adapter.targets:
+            name = model.hub_name(f"{module}.weight")
+            if name is None or name in held:
+                continue
+            for other in (n for pair in model.tied if name in pair for n in pair if n in held):
+                tensor = base[held[other]]
+                # A table of its own: the plan knows sources by their tables.
+                table = dataclasses.replace(tensor.shards)
+                found[name] = dataclasses.replace(tensor, fqn=name, shards=table)
+        return found
+
+    def merged(
+        self, recipes: list[Recipe], base: Mapping[str, GlobalTensor], model: Model | None
+    ) -> list[Recipe]:
         """Return the recipes of the model with the adapter merged in."""
-        base = self.checkpoint.tensors
 
         def find(name: str) -> str | None:
             if name in base or model is None:
@@ -91,7 +116,13 @@ class LoraPlan:
             (False, True): "written as a PEFT adapter",
             (True, True): f"merged into the base weights, and written to {ADAPTER_FOLDER}/",
         }
-        return [f"{what}: {done[self.merge, self.hand_on]}"]
+        told = [f"{what}: {done[self.merge, self.hand_on]}"]
+        if self.diverged:
+            told.append(
+                f"{len(self.diverged)} tensors of the adapter hold NaN or infinities, "
+                f"{self.diverged[0]} among them: training diverged"
+            )
+        return told
 
     def config(self, model: Model | None) -> TextFile:
         """Return the adapter's config for PEFT."""
@@ -161,7 +192,6 @@ def plan_lora(checkpoint: Checkpoint, options: LoraOptions) -> LoraPlan | None:
         settings.check_biases()
     if mode != "adapter" and not held and options.base is None:
         raise adapters.no_weight(next(iter(adapter.targets)))
-    plan = LoraPlan(found, adapter, settings, mode != "adapter", mode != "merge")
     paths = [checkpoint.root / f.path for f in checkpoint.files]
     if not options.allow_zero and adapters.changes_nothing(adapter, paths):
         raise BadInputError(
@@ -170,7 +200,8 @@ def plan_lora(checkpoint: Checkpoint, options: LoraOptions) -> LoraPlan | None:
             found=f"{len(adapter.targets)} adapted modules",
             hint="the checkpoint does not hold what was trained; --allow-zero-delta takes it as it is",
         )
-    return plan
+    diverged = adapters.not_finite(adapter, paths) if mode == "adapter" else ()
+    return LoraPlan(found, adapter, settings, mode != "adapter", mode != "merge", diverged)
 
 
 def _refuse_options(checkpoint: Checkpoint, options: LoraOptions) -> None:

@@ -276,6 +276,24 @@ def test_names_that_end_in_each_other():
     assert _saved(set(), modules) == []
 
 
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+@pytest.mark.filterwarnings("ignore:Model with `tie_word_embeddings=True`")
+def test_an_adapted_head_that_was_tied_is_merged_from_the_embedding(tmp_path):
+    src, base, model = trained(tmp_path, "tied", target_modules=["lm_head", "q_proj"])
+    state = torch.load(src / "model_world_size_1_rank_0.pt")
+    adapter = {n: t for n, t in state.items() if "lora_" in n}
+    torch.save(adapter, src / "model_world_size_1_rank_0.pt")
+    assert "lm_head.weight" not in load(base)
+    convert(src, tmp_path / "out", base=base)
+    found = load(tmp_path / "out")
+    assert torch.equal(found["model.embed_tokens.weight"], load(base)["model.embed_tokens.weight"])
+    assert not torch.equal(found["model.embed_tokens.weight"], found["lm_head.weight"])
+    merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    torch.testing.assert_close(logits(merged), logits(model), rtol=1e-3, atol=1e-3)
+    assert streamconv.verify(tmp_path / "out", source=src).passed
+
+
 # --- refusals --------------------------------------------------------------------------------
 
 
@@ -325,6 +343,33 @@ def test_settings_that_disagree(checkpoints, tmp_path):
         "10 in lora_train_meta.json, 16 in lora_adapter/adapter_config.json"
     )
     convert(src, tmp_path / "out", lora_alpha=16)
+
+
+def test_a_rank_that_a_pattern_says_is_named_as_such(checkpoints, tmp_path):
+    src = on_one_rank(checkpoints["fsdp2-lora"], tmp_path / "src", r=4, rank_pattern={"q_proj": 8})
+    for options in ({}, {"lora_rank": 4}):
+        with pytest.raises(BadInputError, match="rank is not what") as caught:
+            convert(src, tmp_path / "out", **options)
+        assert "not rank_pattern in lora_adapter/adapter_config.json" in caught.value.hint
+
+
+def test_an_adapter_that_diverged_is_not_merged_and_not_handed_on_in_silence(checkpoints, tmp_path):
+    made = checkpoints["fsdp2-lora"]
+    name = f"{PREFIX}model.layers.1.self_attn.q_proj.lora_B.default.weight"
+
+    def diverge(state: dict[str, torch.Tensor]) -> None:
+        state[name][3, 2] = torch.nan
+
+    src = on_one_rank(made, tmp_path / "src", diverge)
+    with pytest.raises(BadInputError, match="not finite"):
+        convert(src, tmp_path / "merged")
+    result = convert(src, tmp_path / "out", lora="adapter")
+    told = [n for n in result.notices if "training diverged" in n]
+    assert len(told) == 1
+    assert told[0].startswith(f"1 tensors of the adapter hold NaN or infinities, {name}")
+    assert not any(
+        "diverged" in n for n in convert(made.source, tmp_path / "b", lora="adapter").notices
+    )
 
 
 def test_changed_settings_make_another_job(checkpoints, tmp_path):
