@@ -98,8 +98,9 @@ def convert(
 def convert_all(src: StrPath, dst: StrPath, **options: Any) -> dict[str, Result]:
     """Convert every model of a training step (actor, critic) into a folder of its own below ``dst``.
 
-    ``options`` are those of :func:`convert`. Raises as it does; the models before the one that failed
-    are finished then, and the same call again goes on with it.
+    ``options`` are those of :func:`convert`; of a ``report`` each model gets its own, ``report.html``
+    becoming ``report-actor.html`` and so on. Raises as :func:`convert` does; the models before the one
+    that failed are finished then, and the same call again goes on with it.
     """
     from streamconv.formats import model_names
 
@@ -108,7 +109,17 @@ def convert_all(src: StrPath, dst: StrPath, **options: Any) -> dict[str, Result]
         raise UsageError(
             "there is one model here, or none", where=str(src), hint="leave out --model"
         )
-    return {name: convert(src, Path(dst) / name, **{**options, "model": name}) for name in names}
+    report = options.pop("report", None)
+    page = Path(report) if report is not None else None
+    return {
+        name: convert(
+            src,
+            Path(dst) / name,
+            **{**options, "model": name},
+            report=page and page.with_name(f"{page.stem}-{name}{page.suffix}"),
+        )
+        for name in names
+    }
 
 
 def upload(folder: StrPath, repo: str, *, private: bool = False) -> str:

@@ -11,6 +11,7 @@ from streamconv.dtypes import BF16, DType
 from streamconv.lazy import LazyTensor, open_checkpoint
 from streamconv.options import JobOptions
 from streamconv.safefile import FileTensor, read_folder
+from streamconv.verification.distance import further_apart
 
 _BLOCK_NBYTES = 4 << 20
 # torch.testing.assert_close in verl's merger.
@@ -56,10 +57,7 @@ def _distance(tensor: LazyTensor, other: FileTensor) -> float:
             there = np.frombuffer(stream.read((hi - lo) * row_nbytes), other.dtype.to_numpy())
             here = tensor[lo:hi] if tensor.shape else tensor[...]
             a, b = _values(here, tensor.dtype), _values(there, other.dtype)
-            apart = np.abs(a - b)
-            bad = ~((apart <= _TOLERANCE + _TOLERANCE * np.abs(b)) | (np.isnan(a) & np.isnan(b)))
-            if bad.any():
-                worst = max(worst, float(np.nan_to_num(apart[bad], nan=np.inf).max()))
+            worst = max(worst, further_apart(a, b, _TOLERANCE, _TOLERANCE)[1])
     return worst
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 import streamconv
@@ -55,6 +56,21 @@ def test_merge_takes_verls_words_and_gives_bfloat16(checkpoints, tmp_path):
         command("verl", "merge", "--backend", "ddp", "--local_dir", made.source)
 
 
+def test_infinities_and_nans_are_alike(tmp_path):
+    values = torch.tensor([1.0, torch.inf, -torch.inf, torch.nan])
+    src, there = tmp_path / "actor", tmp_path / "there"
+    for folder in (src, there):
+        folder.mkdir()
+    torch.save({"w": values}, src / "model_world_size_1_rank_0.pt")
+    test = ["verl", "test", "--backend", "fsdp", "--local_dir", src, "--test_hf_dir", there]
+    save_file({"w": values}, there / "model.safetensors")
+    assert command(*test).exit_code == 0
+    save_file({"w": values.abs()}, there / "model.safetensors")
+    done = command(*test)
+    assert done.exit_code == 5
+    assert "w: values differ by up to inf" in done.stdout
+
+
 def test_an_old_checkpoint_takes_its_config_from_elsewhere(checkpoints, tmp_path):
     """Neither fsdp_config.json nor huggingface/, as verl's legacy merger met them."""
     made = checkpoints["fsdp1"]
@@ -98,6 +114,19 @@ def test_actor_and_critic_one_or_both(step, checkpoints, tmp_path):
     assert differences(read_model(tmp_path / "one"), truth) == []
     with pytest.raises(UsageError, match="one model here"):
         streamconv.convert_all(step / "actor", tmp_path / "none")
+
+
+def test_each_of_several_models_has_its_own_report(step, tmp_path):
+    page = tmp_path / "pages" / "report.html"
+    done = command("convert", step, tmp_path / "out", "--model", "all", "--report", page)
+    assert done.exit_code == 0, done.output
+    assert sorted(p.name for p in page.parent.iterdir()) == [
+        "report-actor.html",
+        "report-critic.html",
+    ]
+    for name in ("actor", "critic"):
+        text = (page.parent / f"report-{name}.html").read_text()
+        assert str(tmp_path / "out" / name) in text
 
 
 @pytest.mark.parametrize(

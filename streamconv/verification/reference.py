@@ -15,6 +15,7 @@ from streamconv.errors import BadInputError
 from streamconv.planned import INDEX
 from streamconv.safefile import FileTensor, read_folder, read_header
 from streamconv.sidefiles import read_config
+from streamconv.verification.distance import further_apart
 from streamconv.verification.report import Report
 
 _STEP_BYTES = 1 << 20
@@ -144,21 +145,14 @@ def _difference(
             if ours.dtype == theirs.dtype and x == y:
                 continue
             left, right = _numbers(x, ours.dtype), _numbers(y, theirs.dtype)
-            same = (left == right) | (np.isnan(left) & np.isnan(right))
             if exact:
                 # Equal numbers with other bits: -0.0, or another NaN.
                 bits = np.frombuffer(x, np.uint8) != np.frombuffer(y, np.uint8)
                 differing += int((bits.reshape(-1, ours.dtype.itemsize).any(axis=1)).sum())
-            with np.errstate(invalid="ignore"):
-                distance = np.where(same, 0.0, np.abs(left - right))
-                bound = atol + rtol * np.abs(right)
-                far = ~same & ~(distance <= np.where(np.isfinite(bound), bound, atol))
+            far, apart = further_apart(left, right, atol, rtol)
+            worst = max(worst, apart)
             if not exact:
-                differing += int(far.sum())
-            if far.any():
-                worst = max(
-                    worst, float(np.nan_to_num(distance[far], nan=np.inf, posinf=np.inf).max())
-                )
+                differing += far
     if not differing:
         return None
     return _row(ours, f"{differing} elements differ, by {worst:.6g} at most", worst)
