@@ -19,6 +19,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import transformers
 
 import streamconv
 from streamconv import convert_job
@@ -741,3 +742,29 @@ def test_side_files_beside_the_weights_may_be_there_but_not_elsewhere(tmp_path):
     beside.symlink_to(tmp_path / "moved")
     with pytest.raises(UnsafeInputError, match="leads out"):
         list(list_side_files(beside, root=weights))
+
+
+@pytest.mark.parametrize("name", ["fsdp2-qwen2_5_vl", "fsdp2-qwen3_vl"])
+def test_a_processor_goes_with_the_model(name, checkpoints, tmp_path):
+    """The files that a processor of a vision-language model is saved in, by any release."""
+    src = Path(shutil.copytree(checkpoints[name].source, tmp_path / "actor"))
+    template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    written = {
+        "preprocessor_config.json": '{"image_processor_type": "Qwen2VLImageProcessor"}',
+        "video_preprocessor_config.json": '{"video_processor_type": "Qwen2VLVideoProcessor"}',
+        "processor_config.json": '{"processor_class": "Qwen2_5_VLProcessor"}',
+        "chat_template.json": json.dumps({"chat_template": template}),
+        "chat_template.jinja": template,
+        "additional_chat_templates/tool_use.jinja": template,
+    }
+    for file, text in written.items():
+        path = src / "huggingface" / file
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+    convert(src, tmp_path / "out")
+    for file, text in written.items():
+        assert (tmp_path / "out" / file).read_text() == text, file
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    asked = tokenizer.apply_chat_template([{"role": "user", "content": "ab"}], tokenize=False)
+    assert asked == "ab"
+    assert streamconv.verify(tmp_path / "out").passed
