@@ -117,7 +117,7 @@ def test_the_bytes_depend_on_neither_budget_nor_threads(name, checkpoints, tmp_p
     convert(made.source, tmp_path / "whole")
     # Tiles, blocks and windows that end in the middle of rows.
     monkeypatch.setattr(products, "_BLOCK_COLUMNS", 7)
-    monkeypatch.setattr(products, "_BLOCK_ELEMENTS", 23)
+    monkeypatch.setattr(products, "PRODUCT_BLOCK_ELEMENTS", 23)
     monkeypatch.setattr(budget, "window_bytes", lambda *_: 1000)
     monkeypatch.setattr(budget, "factor_bytes", lambda *_: 500)
     convert(made.source, tmp_path / "tiled", io_threads=3)
