@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import re
@@ -37,9 +38,13 @@ class Measured:
 
 
 def measured(
-    command: Sequence[str], *, check: bool = True, env: dict[str, str] | None = None
+    command: Sequence[str],
+    *,
+    check: bool = True,
+    env: dict[str, str] | None = None,
+    seconds: float = math.inf,
 ) -> Measured:
-    """Run a command, its process tree sampled every 20 ms from outside."""
+    """Run a command, its process tree sampled every 20 ms from outside; end it after ``seconds``."""
     start = time.perf_counter()
     # A file and not a pipe: nobody reads while the process is at work, and a full pipe would stop it.
     with (
@@ -57,18 +62,22 @@ def measured(
             except psutil.NoSuchProcess:
                 pass
             peak = max(peak, total)
+            if time.perf_counter() > start + seconds:
+                process.terminate()
+                process.wait()
             time.sleep(0.02)
-        seconds = time.perf_counter() - start
+        took = time.perf_counter() - start
         out.seek(0)
         text = out.read()
     if check and process.returncode:
         sys.exit(f"{' '.join(command)}: exit {process.returncode}")
-    return Measured(seconds, peak, process.returncode, text)
+    return Measured(took, peak, process.returncode, text)
 
 
-def streamconv(*arguments: str | Path) -> Measured:
-    """Run a command of streamconv with ``--json``."""
-    return measured([sys.executable, "-m", "streamconv", *map(str, arguments), "--json"])
+def streamconv(*arguments: str | Path, seconds: float = math.inf) -> Measured:
+    """Run a command of streamconv with ``--json``, to its end or for ``seconds``."""
+    command = [sys.executable, "-m", "streamconv", *map(str, arguments), "--json"]
+    return measured(command, check=seconds == math.inf, seconds=seconds)
 
 
 def drop(files: Iterable[Path]) -> None:

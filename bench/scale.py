@@ -13,15 +13,11 @@ import argparse
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
-import time
 from dataclasses import dataclass
 from pathlib import Path
-
-import psutil
 
 from bench.measure import conditions, record, streamconv, table
 from bench.sparse import SparseMade, make_sparse, wrong_sentinels
@@ -62,31 +58,10 @@ def mount(work: Path) -> Path:
 
 def part(plan: Path, target: Path) -> tuple[int, float]:
     """Run a plan for a while and stop it; return its peak and the bytes of output it came to."""
-    with tempfile.TemporaryFile("w+") as out:
-        process = subprocess.Popen(
-            [
-                sys.executable,
-                "-m",
-                "streamconv",
-                "run",
-                plan,
-                target,
-                "--max-mem",
-                "64MB",
-                "--json",
-            ],
-            stdout=out,
-        )
-        tree, peak, start = psutil.Process(process.pid), 0, time.monotonic()
-        while process.poll() is None and time.monotonic() < start + _PART_SECONDS:
-            peak = max(peak, tree.memory_info().rss)
-            time.sleep(0.02)
-        process.send_signal(signal.SIGTERM)
-        process.wait()
-        out.seek(0)
-        events = [json.loads(line) for line in out]
+    run = streamconv("run", plan, target, "--max-mem", "64MB", seconds=_PART_SECONDS)
+    events = [json.loads(line) for line in run.out.splitlines()]
     done = max((e.get("done_bytes", 0) for e in events), default=0)
-    return peak, done
+    return run.peak_bytes, done
 
 
 def checked(output: Path, made: SparseMade) -> str:
