@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from streamconv.batch.discover import Candidate
-from streamconv.batch.ready import read_tracker, snapshot
+from streamconv.batch.ready import Snapshot, read_tracker, snapshot
 from streamconv.batch.state import Record, Store, file_name, is_intact
 from streamconv.errors import LockedError, StreamconvError
 from streamconv.planned import MANIFEST
@@ -124,18 +124,18 @@ def remove_source(
     path = candidate.path
     try:
         with store.holding(record.name):
-            refused = _why_not_source(store.reload(record.name), candidate, newest)
-            nbytes = snapshot(path).nbytes
+            now = snapshot(path)
+            refused = _why_not_source(store.reload(record.name), candidate, newest, now)
             if apply and not refused:
                 _remove(path, _aside(path))
     except LockedError as error:
         return Removal("source", path, 0, refused=error.what)
     except OSError as error:
         return Removal("source", path, 0, refused=str(error.strerror))
-    return Removal("source", path, nbytes, applied=apply and not refused, refused=refused)
+    return Removal("source", path, now.nbytes, applied=apply and not refused, refused=refused)
 
 
-def _why_not_source(record: Record, candidate: Candidate, newest: int) -> str:
+def _why_not_source(record: Record, candidate: Candidate, newest: int, now: Snapshot) -> str:
     tracker = read_tracker(candidate.run_dir)
     if candidate.step is None or candidate.relative == Path():
         return "it is no step of a run"
@@ -145,7 +145,7 @@ def _why_not_source(record: Record, candidate: Candidate, newest: int) -> str:
         return "its output has not been verified against it (--verify)"
     if not is_intact(record):
         return "its output is not as it was when it was verified"
-    if snapshot(candidate.path).digest != record.snapshot:
+    if now.digest != record.snapshot:
         return "it changed since it was converted"
     return ""
 
