@@ -30,7 +30,11 @@ def harmless(text: str) -> str:
     >>> print(harmless("a\\x1b[31mb"))
     a\\x1b[31mb
     """
-    text = _CONTROLS.sub(lambda found: repr(found[0])[1:-1], text)
+    return _encodable(_CONTROLS.sub(lambda found: repr(found[0])[1:-1], text))
+
+
+def _encodable(text: str) -> str:
+    """Return ``text`` with escapes for the bytes of a file's name that are no text."""
     return text.encode(errors="backslashreplace").decode()
 
 
@@ -41,8 +45,7 @@ def one_line(text: str) -> str:
 
 def say_json(data: Mapping[str, Any], *, indent: int | None = None) -> None:
     """Write one JSON object to stdout, at once: somebody may be waiting for the line."""
-    text = json.dumps(data, indent=indent, ensure_ascii=False)
-    sys.stdout.write(text.encode(errors="backslashreplace").decode() + "\n")
+    sys.stdout.write(_encodable(json.dumps(data, indent=indent, ensure_ascii=False)) + "\n")
     sys.stdout.flush()
 
 
