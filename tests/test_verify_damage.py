@@ -193,6 +193,18 @@ def test_a_tied_weight_may_be_left_out_of_one(tmp_path: Path) -> None:
     assert verify_reference(ours, differs).problems == ["lm_head.weight: missing here"]
 
 
+def test_a_missing_norm_is_no_tied_weight(tmp_path: Path) -> None:
+    ones = np.ones(4, np.float32)
+    norms = {f"model.layers.{k}.input_layernorm.weight": ones for k in range(2)}
+    square = np.zeros((4, 4), np.float32)
+    norms |= {f"model.layers.{k}.o_proj.weight": square for k in range(2)}
+    theirs = save(tmp_path / "theirs", norms, tie_word_embeddings=True)
+    for name in list(norms)[1::2]:
+        rest = {n: t for n, t in norms.items() if n != name}
+        ours = save(tmp_path / name, rest, tie_word_embeddings=True)
+        assert verify_reference(ours, theirs).problems == [f"{name}: missing here"]
+
+
 def test_infinities_and_nans_agree_with_themselves_only(tmp_path: Path) -> None:
     x = np.array([np.inf, -np.inf, np.nan, 1], np.float32)
     ours = save(tmp_path / "ours", {"x": x})

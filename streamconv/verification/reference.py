@@ -20,6 +20,8 @@ from streamconv.verification.report import Report
 
 _STEP_BYTES = 1 << 20
 _STEP_ELEMENTS = 1 << 17
+# What models tie are embeddings, to one another and to the head.
+_EMBEDDINGS = ("embed", "wte")
 
 
 def verify_reference(
@@ -102,10 +104,18 @@ def _tied_to(
     alike = [
         t
         for name, t in held.items()
-        if name in other and (t.dtype, t.shape) == (tensor.dtype, tensor.shape)
+        if name in other
+        and (t.dtype, t.shape) == (tensor.dtype, tensor.shape)
+        # The norms and biases of many layers are equal, too, and nobody fills them.
+        and len(t.shape) > 1
+        and (_is_embedding(name) or _is_embedding(tensor.name))
     ]
     digest = _digest(tensor) if alike else ""
     return next((t.name for t in alike if _digest(t) == digest), None)
+
+
+def _is_embedding(name: str) -> bool:
+    return name == "shared.weight" or any(word in name for word in _EMBEDDINGS)
 
 
 def _digest(tensor: FileTensor) -> str:
