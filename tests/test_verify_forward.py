@@ -131,6 +131,18 @@ def test_logits_that_are_no_numbers_fail(model: Path) -> None:
     assert report.problems == ["the logits hold NaN or infinity"]
 
 
+def test_a_reference_of_infinite_logits_agrees_with_nothing(model: Path, tmp_path: Path) -> None:
+    other = Path(shutil.copytree(model, tmp_path / "other"))
+    change(other, lambda t: t["lm_head.weight"][7].fill_(torch.inf))
+    report = verify_forward(model, reference=other, token_ids=[1, 2])
+    assert "the logits of the reference hold NaN or infinity" in report.problems
+    logits = np.zeros((1, 4), np.float32)
+    infinite = np.array([[np.inf, 0, 0, 0]], np.float32)
+    with np.errstate(invalid="ignore"):
+        found = forward._compare(logits, infinite, same_dtype=True, atol=None)
+    assert not found["passed"]
+
+
 def test_a_classifier_of_other_tokens_is_not_compared(
     checkpoints: dict[str, Made], model: Path
 ) -> None:

@@ -10,6 +10,7 @@ the last one), ``peak_bytes``, ``budget_bytes``, and ``reference`` where there i
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -149,7 +150,7 @@ def _compare(ours: Array, theirs: Array, *, same_dtype: bool, atol: float | None
         "largest_logit": largest,
         "kl": None if one else kl / len(ours),
         "top1": None if one else same_top / len(ours),
-        "passed": bool(max_abs <= tolerance),
+        "passed": bool(math.isfinite(max_abs) and max_abs <= tolerance),
     }
 
 
@@ -167,6 +168,9 @@ def _judge_reference(
         report.problems.append(
             f"the reference itself lacks {len(theirs['missing']) + len(theirs['mismatched'])} weights"
         )
+    if not theirs["finite"]:
+        # Infinite logits would make any difference a tolerated one.
+        report.problems.append("the logits of the reference hold NaN or infinity")
     if "shapes" in found:
         ours, other = found["shapes"]
         report.problems.append(f"the logits have the shape {ours}, those of the reference {other}")
