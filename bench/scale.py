@@ -1,4 +1,4 @@
-"""Models that no test machine has room for: ``python -m bench.scale [--only 8B] [--work DIR]``.
+"""Models that no test machine has room for: ``python -m bench.scale [--only "in 64"] [--work DIR]``.
 
 Rank files are sparse (see :mod:`bench.sparse`); the output goes to a btrfs with compression in a
 file, mounted in a mount namespace of this process, so that 141 GB take a few. Each model is planned
@@ -34,6 +34,10 @@ class Case:
     world: int
     whole: bool = True
     converted: bool = True
+
+    @property
+    def name(self) -> str:
+        return f"{self.model} in {self.world} files"
 
 
 CASES = (
@@ -78,7 +82,7 @@ def measure(case: Case, work: Path, out: Path) -> list[object]:
     try:
         planning = streamconv("plan", made.source, "-o", plan)
         row: list[object] = [
-            f"{case.model} in {case.world} files",
+            case.name,
             f"{made.nbytes / 1e9:.1f} GB, {made.tensors}",
             f"{planning.seconds:.1f} s, {planning.peak_bytes / 1e6:.0f} MB",
             f"{plan.stat().st_size / 1e6:.1f} MB",
@@ -119,14 +123,14 @@ def main() -> None:
         os.execvp("unshare", ["unshare", "-m", sys.executable, "-m", "bench.scale", *sys.argv[1:]])
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, default=None)
-    parser.add_argument("--only", default="", help="a model; the results are not recorded")
+    parser.add_argument("--only", default="", help="part of a row's name; nothing is recorded")
     options = parser.parse_args()
     work = Path(tempfile.mkdtemp(prefix="streamconv-scale-", dir=options.work))
     try:
         out = mount(work)
         rows = []
         for case in CASES:
-            if options.only in ("", case.model):
+            if options.only in case.name:
                 rows.append(measure(case, work, out))
                 print(*rows[-1], sep=" | ", flush=True)
         subprocess.run(["umount", out], check=True)
