@@ -8,7 +8,8 @@ median counts. Draws peers.svg and writes the tables of RESULTS.md and README. v
     V/bin/pip install --no-deps verl==0.9.1 tensordict==0.10.0 ray …
 
 torch's and Accelerate's tools read torch DCP folders, so they get the same weights as one of those,
-written by one process. verl casts to bfloat16, so ours does beside it.
+written by one process; torch's consolidation reads what its HuggingFace writer left on eight ranks.
+verl casts to bfloat16, so ours does beside it.
 """
 
 from __future__ import annotations
@@ -27,13 +28,14 @@ from bench.measure import RESULTS, Measured, conditions, measured, record, table
 
 PLOT = Path(__file__).with_name("peers.svg")
 README = RESULTS.parents[1] / "README.md"
+_WORLD = 8
 
 
 @dataclass(frozen=True, slots=True)
 class Tool:
     """A tool, and the command that has it read a folder and write into another.
 
-    ``source`` is ``ranks`` or ``dcp``; ``ours`` marks streamconv's rows.
+    ``source`` is ``ranks``, ``dcp`` or ``shards``; ``ours`` marks streamconv's rows.
     """
 
     name: str
@@ -66,6 +68,7 @@ def tools(verl: str | None) -> list[Tool]:
         Tool("streamconv, 450 MB", "ranks", _ours("--max-mem", "450MB"), ours=True),
         Tool("load all, cat, save_file", "ranks", _here("naive")),
         Tool("torch dcp_to_torch_save", "dcp", _here("dcp")),
+        Tool("torch consolidate_safetensors_files", "shards", _here("consolidate")),
         Tool("accelerate merge_fsdp_weights", "dcp", _here("accelerate")),
         Tool(
             "streamconv to bfloat16, 450 MB",
@@ -110,6 +113,17 @@ def dcp(src: Path, dst: Path) -> None:
     dcp_to_torch_save(src, dst / "model.pt")
 
 
+def consolidate(src: Path, dst: Path) -> None:
+    """Run torch's consolidation, with as many threads as this machine has cores."""
+    from safetensors import safe_open
+    from torch.distributed.checkpoint import _consolidate_hf_safetensors as hf
+
+    dst.mkdir(parents=True)
+    with safe_open(next(src.glob("*.safetensors")), "pt") as shard:
+        names = dict.fromkeys(shard.keys(), 1)
+    hf.consolidate_safetensors_files(str(src), str(dst), names, num_threads=os.cpu_count() or 1)
+
+
 def accelerate(src: Path, dst: Path) -> None:
     """Run Accelerate's merge."""
     from accelerate.utils import merge_fsdp_weights
@@ -117,7 +131,7 @@ def accelerate(src: Path, dst: Path) -> None:
     merge_fsdp_weights(str(src), str(dst), safe_serialization=True)
 
 
-TASKS = {"naive": naive, "dcp": dcp, "accelerate": accelerate}
+TASKS = {"naive": naive, "dcp": dcp, "consolidate": consolidate, "accelerate": accelerate}
 
 
 def make(folder: Path, nbytes: int) -> dict[str, Path]:
@@ -127,12 +141,37 @@ def make(folder: Path, nbytes: int) -> dict[str, Path]:
 
     from tests.makers.large import make_large
 
-    made = make_large(folder / "run", nbytes, 8)
+    made = make_large(folder / "run", nbytes, _WORLD)
     state = {name: made.expected(name) for name in made.shapes}
     checkpoint.save({"model": state}, checkpoint_id=folder / "dcp", no_dist=True)
     del state
-    assert torch.get_default_dtype() == torch.float32
-    return {"ranks": made.source, "dcp": folder / "dcp"}
+    shards, store = folder / "shards", folder / "store"
+    torch.multiprocessing.spawn(_save_shards, (made.source, shards, store), nprocs=_WORLD)
+    return {"ranks": made.source, "dcp": folder / "dcp", "shards": shards}
+
+
+def _save_shards(rank: int, source: Path, out: Path, store: Path) -> None:
+    """On each rank: save what its rank file holds with torch's HuggingFace writer."""
+    import torch
+    import torch.distributed as dist
+    import torch.distributed.checkpoint as checkpoint
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor
+
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=_WORLD)
+    mesh = init_device_mesh("cpu", (_WORLD,))
+    path = source / f"model_world_size_{_WORLD}_rank_{rank}.pt"
+    state = {
+        # Meshes of a rank file are those of the process that wrote it.
+        name: DTensor.from_local(
+            t._local_tensor, mesh, t.placements, run_check=False, shape=t.shape, stride=t.stride()
+        )
+        for name, t in torch.load(path, weights_only=False, mmap=True).items()
+    }
+    writer = checkpoint.HuggingFaceStorageWriter(str(out), save_distributed=True)
+    checkpoint.save(state, storage_writer=writer)
+    dist.destroy_process_group()
 
 
 def draw(found: dict[str, dict[float, Measured]]) -> None:
