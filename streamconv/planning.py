@@ -8,6 +8,7 @@ writes the plan to a file, and answers with one line of JSON.
 from __future__ import annotations
 
 import contextlib
+import gc
 import math
 import os
 import resource
@@ -137,4 +138,6 @@ def _inspect(request: dict[str, Any]) -> dict[str, Any]:
 _TASKS = {"plan": _plan, "inspect": _inspect}
 
 if __name__ == "__main__":
+    # Short-lived, and next to nothing it makes is garbage: looking for some costs a sixth of its time.
+    gc.disable()
     sys.exit(serve(_TASKS))

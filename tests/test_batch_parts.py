@@ -364,7 +364,7 @@ def test_a_snapshot_sees_every_change(tmp_path):
     steps=st.lists(st.tuples(st.integers(0, 12), st.booleans()), max_size=40),
 )
 def test_the_shares_never_exceed_the_budget(total, own, jobs, steps):
-    floor = 430 * 10**6
+    floor = 440 * 10**6
     if total < own + floor + 40 * 10**6:
         total += own + floor + 40 * 10**6
     ledger = Ledger(total, own, floor, jobs)
@@ -384,10 +384,10 @@ def test_the_shares_never_exceed_the_budget(total, own, jobs, steps):
 
 def test_the_smallest_budget_that_is_named_works():
     with pytest.raises(BudgetError) as told:
-        Ledger(100 * 10**6, 50 * 10**6, 430 * 10**6, 4)
+        Ledger(100 * 10**6, 50 * 10**6, 440 * 10**6, 4)
     words = str(told.value).split()
     named_bytes = int(words[words.index("--max-mem") + 1].removesuffix("MB")) * 10**6
-    assert Ledger(named_bytes, 50 * 10**6, 430 * 10**6, 4).slots == 1
+    assert Ledger(named_bytes, 50 * 10**6, 440 * 10**6, 4).slots == 1
 
 
 def test_a_job_that_needs_everything_waits_until_it_is_alone():
