@@ -16,7 +16,7 @@ from streamconv.lora_plan import LoraPlan, adapter_inputs, plan_lora
 from streamconv.lowering import products_of, sources_of
 from streamconv.options import JobOptions
 from streamconv.plan import PlanWriter
-from streamconv.planned import INDEX, OutputFile, PlanHead, SideFile, TextFile, Totals
+from streamconv.planned import INDEX, OutputFile, PlanHead, SideFile, TextFile, Totals, WrittenFile
 from streamconv.recipe import Recipe
 from streamconv.sidefiles import (
     corrected_config,
@@ -78,8 +78,9 @@ def build_plan(checkpoint: Checkpoint, job: JobOptions, stream: IO[str]) -> None
             skipped=(*skipped, *planner.unused(made.tensors, recipes, {s.name for s in skipped})),
             files=checkpoint.files,
             side=tuple(s for s in side if s.name not in written),
-            texts=tuple(made.texts),
-        )
+            written=tuple(WrittenFile(t.name, len(t.content.encode())) for t in made.texts),
+        ),
+        made.texts,
     )
     placing.write_sections(writer, made.placed, made.tensors)
     writer.end()

@@ -36,7 +36,7 @@ from streamconv.staging import (
     read_manifest,
     staging_path,
 )
-from streamconv.writer import DIRECT_BYTES, hash_file, no_space, write_file
+from streamconv.writer import DIRECT_BYTES, hash_file, no_space, write_text
 
 _COPY_BYTES = 1 << 20
 
@@ -331,7 +331,8 @@ class _Conversion:
         write_manifest(
             self.staging.files / MANIFEST,
             self.plan,
-            {o.name: self.staging.finished[o.name] for o in outputs},
+            [self.staging.finished[o.name] for o in outputs],
+            self.staging.tensor_digests,
             side,
             {
                 "seconds": round(result.seconds, 3),
@@ -419,14 +420,14 @@ class _Conversion:
             if hash_file(target) != side.xxh3:
                 raise SourceChangedError("a side file changed meanwhile", where=side.path)
             yield side.name, side.nbytes, side.xxh3
-        for text in self.plan.head.texts:
-            path = self.staging.files / text.name
+        for written in self.plan.head.written:
+            path = self.staging.files / written.name
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_file(path, text.content.encode(), sync=self.run.sync)
-            yield text.name, path.stat().st_size, hash_file(path)
+            write_text(path, self.plan.content(written.name), sync=self.run.sync)
+            yield written.name, written.nbytes, hash_file(path)
 
     def _publish(self, outputs: list[OutputFile]) -> None:
-        index = [t.name for t in self.plan.head.texts if t.name.endswith(".index.json")]
+        index = [w.name for w in self.plan.head.written if w.name.endswith(".index.json")]
         self.staging.publish(
             last=index[0] if index else outputs[-1].name, overwrite=self.run.overwrite
         )

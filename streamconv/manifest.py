@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,8 @@ from streamconv.plan import Plan
 def write_manifest(
     path: Path,
     plan: Plan,
-    finished: Mapping[str, FinishedFile],
+    finished: Iterable[FinishedFile],
+    digests: Callable[[str], Mapping[str, str]],
     side: Iterable[tuple[str, int, str]],
     run: Mapping[str, Any],
     *,
@@ -28,14 +29,14 @@ def write_manifest(
 ) -> None:
     """Write the manifest of a finished output.
 
-    ``finished`` are the weight files by name, ``side`` the other files as (name, bytes, xxh3_128),
-    ``run`` the timings, budget and peak of this run.
+    ``finished`` are the weight files, ``digests`` returns those of the tensors of one of them, ``side``
+    are the other files as (name, bytes, xxh3_128), ``run`` the timings, budget and peak of this run.
     """
     head = plan.head
     files: list[dict[str, Any]] = [
         {"name": f.name, "nbytes": f.nbytes, "xxh3_128": f.xxh3}
         | ({"sha256": f.sha256} if f.sha256 else {})
-        for f in finished.values()
+        for f in finished
     ]
     files += [{"name": n, "nbytes": size, "xxh3_128": digest} for n, size, digest in side]
     top: dict[str, Any] = {
@@ -52,7 +53,7 @@ def write_manifest(
         out.write(text[: text.rindex("\n}")] + ',\n "tensors": {')
         separator = "\n"
         for output, tensors in plan.sections():
-            hashes = finished[output.name].tensors
+            hashes = digests(output.name)
             for t in tensors:
                 if t.same_as:
                     continue

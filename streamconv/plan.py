@@ -7,7 +7,8 @@ One line is one JSON object whose first key says what it is. The order is fixed:
     {"totals": {…}}  {"notices": […]}  {"skipped": […]}
     {"file": "model_world_size_8_rank_0.pt", …}   source files, numbered in this order from 0
     {"side": "tokenizer.json", …}                 files copied byte for byte
-    {"text": "config.json", "content": …}         files written by us
+    {"text": "config.json", "nbytes": …}          files written by us, each followed by its content
+      {"piece": …}                                in pieces, so that no line is long
     {"output": "model-00001-of-00002.safetensors", "header": …}
       {"source": 3, "fqn": …, "files": […], …}    where a tensor's shards lie (one column each)
       {"pattern": 7, "moves": [[…], …]}           strided copies; shared by tensors cut alike
@@ -45,11 +46,14 @@ from streamconv.planned import (
     SideFile,
     TextFile,
     Totals,
+    WrittenFile,
 )
 from streamconv.recipe import AddScalar, Cast
 from streamconv.source import ShardTable, Skipped, SourceFile
 
 SCHEMA = 1
+_PIECE = '{"piece"'
+_PIECE_CHARACTERS = 1 << 16
 # Left free beyond what an output needs: the journal, the manifest, the directories themselves.
 _DISK_MARGIN_BYTES = 4 << 20
 
@@ -107,8 +111,8 @@ class PlanWriter:
         self._lines += 1
         self._stream.write(text)
 
-    def head(self, head: PlanHead) -> None:
-        """Write everything that comes before the first section."""
+    def head(self, head: PlanHead, texts: Iterable[TextFile]) -> None:
+        """Write everything that comes before the first section; ``texts`` are ``head.written``."""
         self._line({"streamconv_plan": SCHEMA, "root": head.root})
         self._line({"job": head.job})
         self._line({"totals": asdict(head.totals)})
@@ -120,8 +124,10 @@ class PlanWriter:
             self._line(
                 {"side": side.name, "path": side.path, "nbytes": side.nbytes, "xxh3": side.xxh3}
             )
-        for text in head.texts:
-            self._line({"text": text.name, "content": text.content})
+        for written, text in zip(head.written, texts, strict=True):
+            self._line({"text": written.name, "nbytes": written.nbytes})
+            for at in range(0, len(text.content), _PIECE_CHARACTERS):
+                self._line({"piece": text.content[at : at + _PIECE_CHARACTERS]})
 
     def output(self, output: OutputFile) -> None:
         """Begin a section."""
@@ -245,9 +251,11 @@ class Plan:
 
     def _read_head(self) -> PlanHead:
         found: dict[str, Any] = {}
-        files, side, texts = [], [], []
+        files, side, written = [], [], []
         with self.path.open(encoding="utf-8") as stream:
             for line in stream:
+                if line.startswith(_PIECE):
+                    continue
                 if line.startswith(('{"output"', '{"end"')):
                     break
                 data = json.loads(line)
@@ -257,7 +265,7 @@ class Plan:
                 elif kind == "side":
                     side.append(SideFile(data["side"], data["path"], data["nbytes"], data["xxh3"]))
                 elif kind == "text":
-                    texts.append(TextFile(data["text"], data["content"]))
+                    written.append(WrittenFile(data["text"], data["nbytes"]))
                 else:
                     found |= data
         return PlanHead(
@@ -268,7 +276,7 @@ class Plan:
             skipped=tuple(Skipped(n, r) for n, r in found["skipped"]),
             files=tuple(files),
             side=tuple(side),
-            texts=tuple(texts),
+            written=tuple(written),
         )
 
     def outputs(self) -> list[OutputFile]:
@@ -287,9 +295,20 @@ class Plan:
         return (
             sum(o.nbytes for o in self.outputs() if o.name not in done)
             + sum(s.nbytes for s in self.head.side)
-            + sum(len(t.content.encode()) for t in self.head.texts)
+            + sum(w.nbytes for w in self.head.written)
             + _DISK_MARGIN_BYTES
         )
+
+    def content(self, name: str) -> Iterator[str]:
+        """Yield the content of the written file ``name``, piece by piece."""
+        lines = self._lines()
+        for line in lines:
+            if line.startswith('{"text"') and json.loads(line)["text"] == name:
+                break
+        for line in lines:
+            if not line.startswith(_PIECE):
+                break
+            yield json.loads(line)["piece"]
 
     def _lines(self) -> Iterator[str]:
         with self.path.open(encoding="utf-8") as stream:

@@ -90,10 +90,18 @@ class SideFile:
 
 @dataclass(frozen=True, slots=True)
 class TextFile:
-    """A file whose content the plan holds."""
+    """A file that is made while planning; the plan holds its content."""
 
     name: str
     content: str
+
+
+@dataclass(frozen=True, slots=True)
+class WrittenFile:
+    """What a plan's head says of such a file. The index of a large model is megabytes."""
+
+    name: str
+    nbytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,4 +150,4 @@ class PlanHead:
     skipped: tuple[Skipped, ...]
     files: tuple[SourceFile, ...]
     side: tuple[SideFile, ...]
-    texts: tuple[TextFile, ...]
+    written: tuple[WrittenFile, ...]

@@ -22,7 +22,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -114,8 +114,9 @@ def locked(target: Path) -> Iterator[None]:
 class Staging:
     """The staging folder of one target, for one job.
 
-    ``finished`` are the output files that an earlier run completed, by name, ``crc_journal`` what
-    that run knew of half-read records.
+    ``finished`` are the output files that are complete, by name; the digests of their tensors stay in
+    the journal (:meth:`tensor_digests`), as a large model has many. ``crc_journal`` is what an earlier
+    run knew of half-read records.
     """
 
     def __init__(self, target: Path, *, sync: bool) -> None:
@@ -128,43 +129,59 @@ class Staging:
         self._sync = sync
         self.finished: dict[str, FinishedFile] = {}
         self.crc_journal: list[list[Any]] = []
+        self._lines: dict[str, int] = {}
+        self._journal_nbytes = 0
 
     def begin(self) -> None:
         """Make the folder and read the journal of an earlier run, if there is one."""
         self.files.mkdir(parents=True, exist_ok=True)
         if not self._journal.exists():
             return
-        for line in self._journal.read_text(encoding="utf-8").splitlines():
-            try:
-                data = json.loads(line)
-            except ValueError:
-                break  # the line that was being written when the power went
-            self.finished[data["file"]["name"]] = FinishedFile(**data["file"])
-            self.crc_journal = data["records"]
+        with self._journal.open("rb") as stream:
+            for line in stream:
+                try:
+                    data = json.loads(line)
+                except ValueError:
+                    break  # it was being written when the power went
+                if not line.endswith(b"\n"):
+                    break
+                self._keep(FinishedFile(**data["file"]), len(line))
+                self.crc_journal = data["records"]
+        os.truncate(self._journal, self._journal_nbytes)
 
     def record(self, finished: FinishedFile, records: list[list[Any]]) -> None:
         """Journal a finished file (which is durable by now) and the half-read records."""
-        line = json.dumps({"file": asdict(finished), "records": records}) + "\n"
-        with self._journal.open("a", encoding="utf-8") as stream:
+        line = json.dumps({"file": asdict(finished), "records": records}).encode() + b"\n"
+        with self._journal.open("ab") as stream:
             stream.write(line)
             stream.flush()
             if self._sync:
                 os.fsync(stream.fileno())
-        self.finished[finished.name] = finished
+        self._keep(finished, len(line))
+
+    def _keep(self, finished: FinishedFile, line_nbytes: int) -> None:
+        self.finished[finished.name] = replace(finished, tensors={})
+        self._lines[finished.name] = self._journal_nbytes
+        self._journal_nbytes += line_nbytes
+
+    def _journaled(self, name: str) -> dict[str, Any]:
+        with self._journal.open("rb") as stream:
+            stream.seek(self._lines[name])
+            data: dict[str, Any] = json.loads(stream.readline())
+        return data
+
+    def tensor_digests(self, name: str) -> dict[str, str]:
+        """Return the xxh3_128 of each tensor of a finished file."""
+        return dict(self._journaled(name)["file"]["tensors"])
 
     def forget(self, name: str) -> None:
         """Take back a finished file whose bytes are not there any more, and all that came after it."""
-        kept = []
-        for finished in self.finished.values():
-            if finished.name == name:
-                break
-            kept.append(finished)
-        self.finished = {f.name: f for f in kept}
-        self.crc_journal = []
-        lines = self._journal.read_text(encoding="utf-8").splitlines(keepends=True)[: len(kept)]
-        if lines:
-            self.crc_journal = json.loads(lines[-1])["records"]
-        self._journal.write_text("".join(lines), encoding="utf-8")
+        names = list(self.finished)
+        before = names[: names.index(name)]
+        self.crc_journal = self._journaled(before[-1])["records"] if before else []
+        self._journal_nbytes = self._lines[name]
+        os.truncate(self._journal, self._journal_nbytes)
+        self.finished = {n: self.finished[n] for n in before}
 
     def half_done_bytes(self) -> int:
         """Return the size of what a stopped run left: it is written anew in the room that it takes."""

@@ -16,6 +16,7 @@ import fcntl
 import hashlib
 import mmap
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 
@@ -230,11 +231,11 @@ def fsync_directory(path: Path) -> None:
         os.close(fd)
 
 
-def write_file(path: Path, data: bytes, *, sync: bool) -> None:
-    """Write a small file whole, durably with ``sync``; raises :class:`NoSpaceError`."""
+def write_text(path: Path, pieces: Iterable[str], *, sync: bool) -> None:
+    """Write a file of UTF-8, durably with ``sync``; raises :class:`NoSpaceError`."""
     try:
-        with path.open("wb") as stream:
-            stream.write(data)
+        with path.open("w", encoding="utf-8", newline="") as stream:
+            stream.writelines(pieces)
             stream.flush()
             if sync:
                 os.fsync(stream.fileno())

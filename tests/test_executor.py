@@ -21,11 +21,12 @@ from streamconv.dtypes import BF16, BY_NAME, F16, F32, F64, DType
 from streamconv.errors import BadInputError, SourceChangedError
 from streamconv.executor import FinishedFile, WindowFiller, write_output
 from streamconv.plan import Plan, PlanWriter
-from streamconv.planned import PlanHead, Totals
+from streamconv.planned import PlanHead, TextFile, Totals, WrittenFile
 from streamconv.reader import SourceReader
 from streamconv.recipe import AddScalar, Cast, Recipe, SourceRef, View
 from streamconv.records import RecordChecks
 from streamconv.source import GlobalTensor, ShardLayout, ShardTable, SourceFile
+from streamconv.writer import write_text
 
 
 class Source:
@@ -77,12 +78,35 @@ def make_plan(source: Source, recipes: list[Recipe], max_shard_bytes: int = 1 <<
     stream = io.StringIO()
     writer = PlanWriter(stream)
     totals = Totals(0, 0, 0, 0, 0, {}, {})
-    writer.head(PlanHead(str(source.root), {}, totals, (), (), source.files(), (), ()))
+    writer.head(PlanHead(str(source.root), {}, totals, (), (), source.files(), (), ()), ())
     placing.write_sections(writer, placed, source.tensors)
     writer.end()
     path = source.root / "plan.jsonl"
     path.write_text(stream.getvalue(), encoding="utf-8")
     return Plan(path)
+
+
+def test_a_plan_holds_long_files_in_short_lines(tmp_path: Path) -> None:
+    texts = [
+        TextFile("empty.json", ""),
+        TextFile("index.json", "".join(f'"weight {k} \u00fc": "\\n",\r\n' for k in range(20_000))),
+        TextFile("piece", '{"piece": 1}'),
+    ]
+    written = tuple(WrittenFile(t.name, len(t.content.encode())) for t in texts)
+    path = tmp_path / "plan.jsonl"
+    with path.open("w", encoding="utf-8") as stream:
+        writer = PlanWriter(stream)
+        totals = Totals(0, 0, 0, 0, 0, {}, {})
+        writer.head(PlanHead("/", {}, totals, (), (), (), (), written), texts)
+        writer.end()
+    plan = Plan(path)
+    assert plan.head.written == written
+    assert plan.disk_bytes() > sum(w.nbytes for w in written) > 300_000
+    assert [len(list(plan.content(t.name))) for t in texts] == [0, 8, 1]
+    for text in texts:
+        write_text(tmp_path / text.name, plan.content(text.name), sync=False)
+        assert (tmp_path / text.name).read_bytes() == text.content.encode()
+    assert max(map(len, path.read_text(encoding="utf-8").splitlines())) < 200_000
 
 
 def execute(plan: Plan, out: Path, window: int, io_threads: int = 1) -> dict[str, FinishedFile]:

@@ -39,7 +39,7 @@ def test_a_child_that_dies_is_bad_input(
     dying = tmp_path / "python"
     dying.write_text(f"#!/bin/sh\nkill -{signum} $$\n")
     dying.chmod(0o755)
-    monkeypatch.setattr(planning.sys, "executable", str(dying))
+    monkeypatch.setattr(sys, "executable", str(dying))
     with pytest.raises(BadInputError, match=told) as caught:
         planning.inspect_checkpoint(tmp_path)
     assert caught.value.found == f"SIG{signum}"

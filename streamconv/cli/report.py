@@ -48,7 +48,7 @@ def plan_report(plan: Plan, dst: Path | None, budget_bytes: int | None = None) -
             {"name": o.name, "nbytes": o.nbytes, "tensors": o.tensors} for o in plan.outputs()
         ],
         "side_files": [{"name": s.name, "nbytes": s.nbytes} for s in head.side],
-        "written_files": [t.name for t in head.texts],
+        "written_files": [w.name for w in head.written],
         "source_files": [{"path": f.path, "nbytes": f.nbytes} for f in head.files],
         "disk_needed_bytes": plan.disk_bytes(),
         "disk_free_bytes": disk_free_bytes(dst) if dst is not None else None,
