@@ -62,7 +62,8 @@ def main() -> None:
     work = Path(tempfile.mkdtemp(prefix="streamconv-latency-", dir=options.work))
     rows = []
     try:
-        made = make_large(work / "run", options.bytes, options.world)
+        # As wide as there are ranks, so that each holds a piece of nearly every tensor.
+        made = make_large(work / "run", options.bytes, options.world, hidden_size=options.world)
         plan = make_plan(made.source)
         for name, one_by_one, threads in (
             ("tensor by tensor", True, 1),

@@ -15,9 +15,12 @@ from streamconv.lowering import Dim, Move, clip
 from streamconv.planned import PlannedSource, PlannedTensor
 from streamconv.source import Record
 
-# Bytes between two wanted stretches that are cheaper to read than to seek over: records of one file
-# lie about 200 bytes apart (a zip header and torch's padding).
+# Bytes between two wanted stretches that are cheaper to read than to seek over. Records of one file
+# lie about 200 bytes apart (a zip header and torch's padding), and with very many ranks there are
+# small ones between that hold nothing but padding. Within a record the gaps of a column come in
+# thousands, so less is read for nothing there.
 _GAP_BYTES = 4096
+_RECORD_GAP_BYTES = 16 << 10
 # A read of this size amortizes what a read costs, also on storage with a millisecond of latency.
 _GOOD_READ_BYTES = 512 << 10
 # Up to here a window grows for nothing; it stays in the CPU's cache on its way to the file.
@@ -198,9 +201,10 @@ def runs(window: Window, max_run_bytes: int) -> list[Run]:
     group: list[Fill] = []
     hi = 0
     for fill in fills:
+        inside = group and fill.record.start == group[-1].record.start
         if group and (
             fill.record.file != group[0].record.file
-            or fill.begin > hi + _GAP_BYTES
+            or fill.begin > hi + (_GAP_BYTES if inside else _RECORD_GAP_BYTES)
             or max(hi, fill.hi) - group[0].lo > max_run_bytes
         ):
             result.append(Run(group[0].record.file, group[0].begin, hi, tuple(group)))
