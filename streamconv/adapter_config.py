@@ -23,6 +23,10 @@ from streamconv.options import LoraOptions
 from streamconv.planned import TextFile
 
 PREFIX = "base_model.model."  # of every name in PEFT's model
+WEIGHTS = "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
+# Beside an adapter these would say that the folder is a model.
+OF_A_MODEL = ("config.json", "generation_config.json")
 FILES = ("lora_train_meta.json", "lora_adapter/adapter_config.json")
 _MAX_NBYTES = 1 << 20
 _NAME = re.compile(r"\^?(?:[\w.-]|\\\.)+\$?", re.ASCII)

@@ -6,6 +6,7 @@ available (``"80%"``). Every function raises the errors of :mod:`streamconv.erro
 
 from __future__ import annotations
 
+import math
 import shutil
 import tempfile
 import weakref
@@ -213,17 +214,29 @@ def verify(
     ``token_ids``; ``reference`` then is run, too, and the logits are compared and not the tensors
     (``logits_atol``; None: 1e-5 of the largest logit, 0.05 where the dtypes differ).
     """
+    from streamconv.budget import available_bytes
     from streamconv.planned import MANIFEST
     from streamconv.verification.folder import verify_output
     from streamconv.verification.forward import verify_forward
     from streamconv.verification.reference import verify_reference
     from streamconv.verification.report import Report
+    from streamconv.verification.room import check_room
     from streamconv.verification.source import verify_source
 
     _check_forward_options(forward, prompt, token_ids, logits_atol)
+    _check_tolerances(atol, rtol, logits_atol)
+    if (atol or rtol) and (reference is None or forward):
+        raise UsageError(
+            "--atol and --rtol are for tensors: they need --reference, and no --forward"
+        )
+    if logits_atol is not None and reference is None:
+        raise UsageError("--logits-atol needs --reference")
+    if hf_config is not None and source is None:
+        raise UsageError("--hf-config needs --source")
     report, here = Report(), Path(folder)
     budget = memory_bytes(max_mem)
     other = Path(reference) if reference is not None else None
+    check_room([here, *([other] if other is not None else [])], budget or available_bytes()[0])
     foreign = forward and not (here / MANIFEST).is_file()
     if foreign and source is None:
         report.checked.append(f"note: no {MANIFEST} here, so the files themselves are not checked")
@@ -255,6 +268,12 @@ def _check_forward_options(
         raise UsageError("a prompt, token ids and a tolerance of logits need --forward")
     if prompt is not None and token_ids is not None:
         raise UsageError("both a prompt and token ids are given", hint="leave one of them out")
+
+
+def _check_tolerances(*values: float | None) -> None:
+    for value in values:
+        if value is not None and not 0 <= value < math.inf:  # nor a NaN
+            raise UsageError("a tolerance is a number from 0 on", found=str(value))
 
 
 def inspect(src: StrPath, *, model: str | None = None) -> dict[str, Any]:

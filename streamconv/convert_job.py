@@ -18,9 +18,10 @@ from streamconv.errors import (
     NoSpaceError,
     OutputExistsError,
     SourceChangedError,
+    StreamconvError,
 )
 from streamconv.executor import WindowFiller, write_output
-from streamconv.manifest import write_manifest
+from streamconv.manifest import read_manifest, write_manifest
 from streamconv.options import Event, JobOptions, Result, RunOptions
 from streamconv.plan import Plan
 from streamconv.planned import MANIFEST, OutputFile, PlannedTensor
@@ -33,7 +34,6 @@ from streamconv.staging import (
     check_target,
     locked,
     may_be_replaced,
-    read_manifest,
     staging_path,
 )
 from streamconv.writer import DIRECT_BYTES, hash_file, no_space, write_text
@@ -70,21 +70,22 @@ def identify(src: Path, job: JobOptions) -> IdentifiedJob:
 
 def finished_output(dst: Path, digest: str) -> dict[str, Any] | None:
     """Return the manifest of ``dst`` where it is the whole output of the job; None otherwise."""
-    manifest = read_manifest(dst) if dst.is_dir() else None
+    try:
+        manifest = read_manifest(dst)
+    except StreamconvError:
+        return None  # a damaged output is no whole one
     if manifest is None or (dst / ".streamconv").exists():
         return None
-    same = manifest.get("job", {}).get("digest") == digest
+    same = manifest["job"]["digest"] == digest
     return manifest if same and _complete(dst, manifest) else None
 
 
 def refuse_others(dst: Path, digest: str, *, overwrite: bool) -> None:
     """Raise :class:`OutputExistsError` where ``dst`` holds what the job must not replace."""
-    manifest = read_manifest(dst) if dst.is_dir() else None
-    if manifest is not None and not (dst / ".streamconv").exists():
-        same = manifest.get("job", {}).get("digest") == digest
+    if os.path.lexists(dst / MANIFEST) and not (dst / ".streamconv").exists():
         if not overwrite:
             raise OutputExistsError(
-                "the output folder is incomplete" if same else "the output folder is another job's",
+                _which_job(dst, digest),
                 where=str(dst),
                 hint="choose another folder, or replace it with --overwrite",
             )
@@ -102,6 +103,15 @@ def refuse_others(dst: Path, digest: str, *, overwrite: bool) -> None:
                 where=str(dst),
                 hint="choose another folder, or empty this one",
             )
+
+
+def _which_job(dst: Path, digest: str) -> str:
+    try:
+        manifest = read_manifest(dst)
+    except StreamconvError as error:
+        return f"the output folder cannot be told from another job's: {error.what}"
+    same = manifest is not None and manifest["job"]["digest"] == digest
+    return "the output folder is incomplete" if same else "the output folder is another job's"
 
 
 def convert(src: Path, dst: Path, job: JobOptions, run: RunOptions) -> Result:

@@ -19,10 +19,6 @@ from streamconv.recipe import Recipe
 from streamconv.source import Checkpoint, GlobalTensor, Skipped
 
 ADAPTER_FOLDER = "lora_adapter"
-_WEIGHTS = "adapter_model.safetensors"
-_CONFIG = "adapter_config.json"
-# Beside an adapter these would say that the folder is a model.
-_OF_A_MODEL = ("config.json", "generation_config.json")
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,17 +133,17 @@ class LoraPlan:
             lora_bias=biases,
         )
         return adapter_config.config_file(
-            self.folder + _CONFIG, settings, ranks, modules, self.adapter.wrapped
+            self.folder + adapter_config.CONFIG, settings, ranks, modules, self.adapter.wrapped
         )
 
     @property
     def weights_name(self) -> str:
         """Return the output file of the adapter's tensors."""
-        return self.folder + _WEIGHTS
+        return self.folder + adapter_config.WEIGHTS
 
     def side(self, side: list[SideFile]) -> list[SideFile]:
         """Return the side files that belong to the output."""
-        return side if self.merge else [s for s in side if s.name not in _OF_A_MODEL]
+        return side if self.merge else [s for s in side if s.name not in adapter_config.OF_A_MODEL]
 
 
 def adapter_inputs(root: Path, options: LoraOptions) -> list[tuple[str | int, ...]]:

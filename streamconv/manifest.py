@@ -1,20 +1,137 @@
 """The manifest, ``streamconv.json``: which source made which model, and what every byte must hash to.
 
 Written line by line from the plan and the journal, so that a model of any size needs no memory for
-it. Deterministic but for the ``run`` block.
+it. Deterministic but for the ``run`` block. Whoever reads one finds it whole, of the right types, and
+with names that stay in the folder, or gets an error: an output may come from a stranger.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from streamconv._version import __version__
+from streamconv.errors import BadInputError
 from streamconv.executor import FinishedFile
+from streamconv.jsonfile import COUNT, FLAG, NUMBER, TEXT, Leaf, mismatches, read_json
 from streamconv.plan import Plan
+from streamconv.planned import MANIFEST
+
+# A million tensors; whoever needs less memory than that checks the file's size before.
+MAX_MANIFEST_BYTES = 256 << 20
+_LONGEST_NAME = 255  # of one component, on all file systems that matter
+_LONGEST_PATH = 1024
+
+
+def _is_inside(value: Any) -> bool:
+    """Whether a name is that of a file in the folder, written in the one way that we write it."""
+    if not isinstance(value, str):
+        return False
+    try:
+        raw = os.fsencode(value)
+    except UnicodeEncodeError:
+        return False
+    parts = value.split("/")
+    return (
+        len(raw) <= _LONGEST_PATH
+        and b"\0" not in raw
+        and all(part not in ("", ".", "..") for part in parts)
+        and all(len(os.fsencode(part)) <= _LONGEST_NAME for part in parts)
+        and value != MANIFEST
+    )
+
+
+_NAME = Leaf("the name of a file in this folder", _is_inside)
+_XXH3 = Leaf("an xxh3_128", lambda v: _is_hex(v, 32))
+_SHAPE = {
+    "streamconv": TEXT,
+    "job": {
+        "format": TEXT,
+        "options": {
+            "layout": TEXT,
+            "dtype": TEXT,
+            "keep_dtype": [TEXT],
+            "max_shard_bytes": COUNT,
+            "strict": FLAG,
+            "family?": TEXT.or_null(),
+            "lora?": {
+                "mode?": TEXT,
+                "base?": TEXT.or_null(),
+                "alpha?": NUMBER.or_null(),
+                "rank?": COUNT.or_null(),
+                "rslora?": FLAG,
+                "allow_zero?": FLAG,
+            },
+            "value_head?": TEXT,
+        },
+        "source": [(TEXT, COUNT, TEXT)],
+        "side": [(_NAME, _XXH3)],
+        "given?": {"hf_config?": TEXT.or_null(), "model?": TEXT.or_null()},
+        "base?": TEXT.or_null(),
+        "digest": _XXH3,
+    },
+    "plan_digest": TEXT,
+    "unverifiable_bytes": COUNT,
+    "notices": [TEXT],
+    "skipped": [(TEXT, TEXT)],
+    "files": [
+        {
+            "name": _NAME,
+            "nbytes": COUNT,
+            "xxh3_128": _XXH3,
+            "sha256?": Leaf("a sha256", lambda v: _is_hex(v, 64)),
+        }
+    ],
+    "tensors": {
+        str: {"file": _NAME, "dtype": TEXT, "shape": [COUNT], "xxh3_128": _XXH3, "sources": [TEXT]}
+    },
+    "run?": {
+        "seconds?": NUMBER,
+        "peak_bytes?": COUNT,
+        "budget_bytes?": COUNT,
+        "read_bytes?": COUNT,
+        "source?": TEXT,
+    },
+}
+
+
+def _is_hex(value: Any, length: int) -> bool:
+    return isinstance(value, str) and re.fullmatch(f"[0-9a-f]{{{length}}}", value) is not None
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """Return the manifest of a finished output folder, None where there is none.
+
+    Every key that :func:`write_manifest` writes is there with its type, all names of files are those
+    of files in the folder, each listed once. Raises :class:`BadInputError` where that is not so, and
+    :class:`UnsafeInputError` for a monstrous file.
+    """
+    path = folder / MANIFEST
+    if not os.path.lexists(path):
+        return None
+    try:
+        manifest: dict[str, Any] = read_json(path, most_bytes=MAX_MANIFEST_BYTES, unique=True)
+    except OSError as error:
+        raise BadInputError(
+            "the manifest cannot be read", where=str(path), found=str(error)
+        ) from error
+    wrong = next(mismatches(manifest, _SHAPE), None)
+    if wrong is None:
+        count = Counter(f["name"] for f in manifest["files"])
+        wrong = next((f"files: {n} is listed twice" for n, k in count.items() if k > 1), None)
+    if wrong is not None:
+        raise BadInputError(
+            "the manifest is not one that streamconv writes",
+            where=str(path),
+            found=wrong,
+            hint="the folder is damaged or was changed: convert the checkpoint again",
+        )
+    return manifest
 
 
 def write_manifest(

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from streamconv.errors import UsageError
 from streamconv.lowering import Move, lower, products_of, sources_of
 from streamconv.plan import PlanWriter
-from streamconv.planned import OutputFile, PlannedProduct, PlannedSource, PlannedTensor
+from streamconv.planned import SINGLE, OutputFile, PlannedProduct, PlannedSource, PlannedTensor
 from streamconv.planner import Ties
 from streamconv.recipe import AddProduct, Op, Recipe, SourceRef, View
 from streamconv.sizes import format_size
@@ -54,11 +54,7 @@ def shard(
         aliases.setdefault(kept, []).append(by_name[alias])
     result = []
     for k, group in enumerate(groups):
-        name = (
-            "model.safetensors"
-            if len(groups) == 1
-            else f"model-{k + 1:05d}-of-{len(groups):05d}.safetensors"
-        )
+        name = SINGLE if len(groups) == 1 else f"model-{k + 1:05d}-of-{len(groups):05d}.safetensors"
         placed: list[Placed] = []
         at = 0
         for r in sorted(group, key=lambda r: -r.dtype.itemsize):

@@ -14,6 +14,7 @@ from streamconv.lowering import Move
 from streamconv.source import ShardTable, Skipped, SourceFile
 
 # Names that an output folder gives to what is no tensor and no side file.
+SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 MANIFEST = "streamconv.json"
 

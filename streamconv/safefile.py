@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from typing import Any
 from streamconv.boxes import Shape
 from streamconv.dtypes import BY_NAME, DType
 from streamconv.errors import BadInputError, UnsafeInputError
+from streamconv.jsonfile import TEXT, mismatches, read_json, unique_keys
+from streamconv.planned import INDEX, SINGLE
 
 MAX_HEADER_BYTES = 100_000_000  # safetensors/src/tensor.rs
 
@@ -30,6 +33,19 @@ class FileTensor:
     begin: int
     end: int
 
+    def pieces(self, step: int) -> Iterator[bytes]:
+        """Yield the bytes in pieces of ``step``; raises :class:`BadInputError` where some are gone."""
+        with self.path.open("rb", buffering=0) as stream:
+            stream.seek(self.begin)
+            left = self.end - self.begin
+            while left:
+                piece = stream.read(min(step, left))
+                # A local file gives all that it has; one cut off in an element is no tensor.
+                if len(piece) < min(step, left):
+                    raise BadInputError("the file became shorter", where=str(self.path))
+                left -= len(piece)
+                yield piece
+
 
 def read_header(path: Path) -> dict[str, FileTensor]:
     """Return the tensors of a safetensors file by name, in the order of their bytes.
@@ -37,6 +53,8 @@ def read_header(path: Path) -> dict[str, FileTensor]:
     Raises :class:`BadInputError` for a damaged file, :class:`UnsafeInputError` for an oversized
     header.
     """
+    if not path.is_file():  # opening a pipe would wait for a writer
+        raise BadInputError("this is no file", where=str(path))
     size = path.stat().st_size
     with path.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
@@ -51,7 +69,7 @@ def read_header(path: Path) -> dict[str, FileTensor]:
     try:
         if size < 8 or len(raw) != length:
             raise ValueError("the file is cut off in its header")
-        header = json.loads(raw, object_pairs_hook=_unique)
+        header = json.loads(raw, object_pairs_hook=unique_keys)
         header.pop("__metadata__", None)
         tensors = [_tensor(path, n, t, 8 + length) for n, t in header.items()]
         tensors.sort(key=lambda t: (t.begin, t.end))
@@ -69,13 +87,6 @@ def read_header(path: Path) -> dict[str, FileTensor]:
     return {t.name: t for t in tensors}
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("a name occurs twice")
-    return found
-
-
 def _tensor(path: Path, name: str, entry: dict[str, Any], base: int) -> FileTensor:
     dtype = BY_NAME[entry["dtype"]]
     shape = tuple(entry["shape"])
@@ -87,13 +98,52 @@ def _tensor(path: Path, name: str, entry: dict[str, Any], base: int) -> FileTens
     return FileTensor(name, path, dtype, shape, base + begin, base + end)
 
 
+def read_index(path: Path) -> tuple[dict[str, str], object]:
+    """Return of an index which file holds each tensor, and the bytes of all tensors as it has them.
+
+    Raises :class:`BadInputError` for a damaged index.
+    """
+    index = read_json(path, most_bytes=MAX_HEADER_BYTES)
+    wrong = next(mismatches(index, {"weight_map": {str: TEXT}}), None)
+    if wrong is not None:
+        raise BadInputError("the index cannot be read", where=str(path), found=wrong)
+    metadata = index.get("metadata")
+    return index["weight_map"], metadata.get("total_size") if isinstance(metadata, dict) else None
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Return the weight files that a loader of this folder takes: the single one goes before an index.
+
+    Without either all safetensors files. Raises :class:`BadInputError` for a damaged index, and for
+    one that names what is no file of this folder.
+    """
+    single, index = folder / SINGLE, folder / INDEX
+    if single.is_file():
+        return [single]
+    if not index.is_file():
+        return sorted(folder.glob("*.safetensors"))
+    names = sorted(set(read_index(index)[0].values()))
+    absent = [n for n in names if Path(n).name != n or not (folder / n).is_file()]
+    if absent:
+        raise BadInputError(
+            "the index names a file that is not there", where=str(index), found=absent[0][:200]
+        )
+    return [folder / name for name in names]
+
+
 def read_folder(folder: Path, *, nested: bool = False) -> dict[str, FileTensor]:
     """Return all tensors of a model folder; raises where a name occurs in two files.
 
     ``nested``: those of its sub-folders (an adapter's), too.
     """
+    paths = (folder.rglob if nested else folder.glob)("*.safetensors")
+    return read_files(sorted(paths), folder)
+
+
+def read_files(paths: Iterable[Path], folder: Path) -> dict[str, FileTensor]:
+    """Return all tensors of these files of a folder; raises where a name occurs in two of them."""
     found: dict[str, FileTensor] = {}
-    for path in sorted((folder.rglob if nested else folder.glob)("*.safetensors")):
+    for path in paths:
         for name, tensor in read_header(path).items():
             if name in found:
                 raise BadInputError(

@@ -13,6 +13,7 @@ from typing import Any
 
 from streamconv.dtypes import BY_TORCH, DType
 from streamconv.errors import BadInputError, UnsafeInputError
+from streamconv.jsonfile import read_json
 from streamconv.planned import MANIFEST, SideFile, TextFile
 from streamconv.source import Skipped
 from streamconv.writer import hash_file
@@ -39,18 +40,7 @@ def read_config(folder: Path) -> dict[str, Any] | None:
     path = folder / "config.json"
     if not path.is_file():
         return None
-    if path.stat().st_size > _MAX_CONFIG_BYTES:
-        raise UnsafeInputError(
-            "config.json is too large",
-            where=str(path),
-            expected=f"at most {_MAX_CONFIG_BYTES} bytes",
-        )
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise BadInputError(
-            "config.json is not valid JSON", where=str(path), found=str(error)
-        ) from error
+    config = read_json(path, most_bytes=_MAX_CONFIG_BYTES)
     if not isinstance(config, dict):
         raise BadInputError("config.json holds no JSON object", where=str(path))
     if not isinstance(config.get("model_type", ""), str):

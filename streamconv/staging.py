@@ -28,7 +28,7 @@ from typing import Any
 
 import filelock
 
-from streamconv.errors import BadInputError, LockedError, OutputExistsError, UsageError
+from streamconv.errors import LockedError, OutputExistsError, UsageError
 from streamconv.executor import FinishedFile
 from streamconv.planned import MANIFEST
 from streamconv.writer import fsync_directory
@@ -242,20 +242,6 @@ def _exchange(new: Path, old: Path, aside: Path) -> None:
             raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(old))
     old.rename(aside)
     new.rename(old)
-
-
-def read_manifest(target: Path) -> dict[str, Any] | None:
-    """Return the manifest of a finished output folder, None where there is none."""
-    path = target / MANIFEST
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        raise BadInputError(
-            "the manifest cannot be read", where=str(path), found=str(error)
-        ) from error
-    return data if isinstance(data, dict) else None
 
 
 def may_be_replaced(target: Path) -> bool:

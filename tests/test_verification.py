@@ -42,6 +42,27 @@ def test_a_fresh_output_agrees_with_everything(converted: tuple[Path, Made]) -> 
     assert any("against the source, byte by byte" in c for c in report.checked)
 
 
+def test_an_adapter_alone_agrees_with_its_manifest(
+    checkpoints: dict[str, Made], tmp_path: Path
+) -> None:
+    """The source's config.json is a model's: beside an adapter it would be wrong."""
+    source = checkpoints["fsdp2-lora"].source
+    streamconv.convert(source, tmp_path / "out", lora="adapter", sync=False)
+    assert not (tmp_path / "out" / "config.json").exists()
+    report = streamconv.verify(tmp_path / "out", source=source)
+    assert report.problems == []
+
+
+def test_an_output_without_a_config_is_told(checkpoints: dict[str, Made], tmp_path: Path) -> None:
+    source = tmp_path / "actor"
+    shutil.copytree(checkpoints["fsdp2"].source, source)
+    shutil.rmtree(source / "huggingface")
+    streamconv.convert(source, tmp_path / "out", sync=False)
+    report = verify_output(tmp_path / "out")
+    assert report.passed
+    assert any("no config.json" in c for c in report.checked)
+
+
 @pytest.mark.parametrize("at", ["first", "last"])
 def test_a_flipped_bit_in_the_output_is_found(folder: Path, at: str) -> None:
     path = next(folder.glob("model-00001-*.safetensors"))

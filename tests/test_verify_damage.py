@@ -118,8 +118,24 @@ def other_sha256(folder: Path) -> list[str]:
     return [f"{FIRST}: sha256"]
 
 
+def a_stray_folder_and_links(folder: Path) -> list[str]:
+    (folder / "empty" / "deep").mkdir(parents=True)
+    (folder / "elsewhere").symlink_to(folder.parent)
+    (folder / "nowhere").symlink_to(folder / "gone")
+    return [f"{name}: not in the manifest" for name in ("empty/deep/", "elsewhere", "nowhere")]
+
+
+def a_file_that_loaders_take_in_place_of_the_index(folder: Path) -> list[str]:
+    shutil.copy(folder / FIRST, folder / "model.safetensors")
+    return [
+        "model.safetensors: not in the manifest",
+        "model.safetensors.index.json: beside model.safetensors, which loaders take",
+    ]
+
+
 DAMAGE = [one_bit, other_header, broken_header, cut_off, swapped_files, a_tensor_twice, no_index]
 DAMAGE += [no_config, broken_tokenizer, a_stray_file_in_a_subfolder, other_sha256]
+DAMAGE += [a_stray_folder_and_links, a_file_that_loaders_take_in_place_of_the_index]
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
@@ -158,6 +174,14 @@ def test_how_the_reference_is_cut_into_files_does_not_matter(
         verify_reference(folder, reference)
 
 
+def test_of_a_single_file_and_an_index_a_loader_takes_the_file(
+    folder: Path, tmp_path: Path
+) -> None:
+    reference = Path(shutil.copytree(folder, tmp_path / "reference"))
+    save_file({"other": np.zeros(3, np.float32)}, reference / "model.safetensors")
+    assert "other: missing here" in verify_reference(folder, reference).problems
+
+
 def save(folder: Path, tensors: dict[str, np.ndarray], **config: object) -> Path:
     folder.mkdir()
     save_file(tensors, folder / "model.safetensors")
@@ -172,6 +196,15 @@ def test_dtypes_may_differ_within_a_tolerance(tmp_path: Path) -> None:
     assert verify_reference(ours, theirs).problems == ["x: bfloat16, there float32"]
     assert verify_reference(ours, theirs, rtol=2**-8).problems == []
     assert "differ" in verify_reference(ours, theirs, rtol=2**-12).problems[0]
+
+
+def test_integers_are_equal_or_they_are_not(tmp_path: Path) -> None:
+    x = np.array([1, 2**53, -5], np.int64)
+    theirs = save(tmp_path / "theirs", {"x": x})
+    for name, other in (("near", x + 1), ("narrow", x.astype(np.float64))):
+        ours = save(tmp_path / name, {"x": other})
+        assert len(verify_reference(ours, theirs, atol=10.0).problems) == 1
+    assert verify_reference(theirs, theirs, atol=10.0).problems == []
 
 
 def test_a_tied_weight_may_be_left_out_of_one(tmp_path: Path) -> None:

@@ -16,7 +16,9 @@ from safetensors.torch import load_file, save_file
 
 import streamconv
 from streamconv.errors import BadInputError, BudgetError, StreamconvError, UsageError
+from streamconv.safefile import read_header
 from streamconv.verification import forward, forward_child
+from streamconv.verification.finite import not_finite
 from streamconv.verification.forward import verify_forward
 from tests.hf_models import GEMMA3_VL, MODELS, QWEN3_VL_MOE, make
 from tests.makers.fsdp import Made
@@ -128,7 +130,38 @@ def test_weights_that_would_be_random_fail_and_superfluous_ones_are_told(model: 
 def test_logits_that_are_no_numbers_fail(model: Path) -> None:
     change(model, lambda t: t["model.norm.weight"].fill_(torch.nan))
     report = verify_forward(model, token_ids=[1, 2])
-    assert report.problems == ["the logits hold NaN or infinity"]
+    assert report.problems == [
+        "model.norm.weight: holds NaN or infinity",
+        "the logits hold NaN or infinity",
+    ]
+
+
+def test_weights_that_are_no_numbers_fail_where_these_tokens_do_not_meet_them(model: Path) -> None:
+    change(model, lambda t: t["model.embed_tokens.weight"][77, 3].fill_(torch.inf))
+    change(model, lambda t: t.update({"left_over": torch.full((3,), torch.nan)}))
+    report = verify_forward(model, token_ids=[1, 2])
+    assert report.problems == ["model.embed_tokens.weight: holds NaN or infinity"]
+    assert report.forward is not None
+    assert report.forward["finite"]
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        *(torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.complex64),
+        *(torch.float8_e5m2, torch.float8_e4m3fn, torch.float8_e8m0fnu),
+    ],
+    ids=str,
+)
+def test_what_is_not_finite_is_found_in_every_type(dtype: torch.dtype, tmp_path: Path) -> None:
+    path = tmp_path / "t.safetensors"
+    largest = torch.finfo(dtype).max
+    fine = torch.tensor([1.0, 0.5, largest, 0.25], dtype=torch.float64).repeat(5).to(dtype)
+    bad = {"nan": torch.tensor([1.0] * 7 + [torch.nan]).to(dtype)}
+    if dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e5m2):
+        bad["inf"] = torch.tensor([-torch.inf] + [1.0] * 9).to(dtype)
+    save_file({"fine": fine, "count": torch.full((9,), -1), **bad}, path)
+    assert sorted(not_finite(read_header(path).values())) == sorted(bad)
 
 
 def test_a_reference_of_infinite_logits_agrees_with_nothing(model: Path, tmp_path: Path) -> None:
@@ -197,6 +230,42 @@ def test_prompts_and_ids_that_make_no_sense(model: Path) -> None:
     assert found["token_ids"] == [1, 8, 15, 22, 29, 36, 43, 50]
     with pytest.raises(UsageError, match="need --forward"):
         streamconv.verify(model, prompt="hello")
+
+
+def test_a_tokenizer_of_more_tokens_than_the_model_has(
+    checkpoints: dict[str, Made], model: Path
+) -> None:
+    from tokenizers import Tokenizer
+
+    path = str(model / "tokenizer.json")
+    source = checkpoints["fsdp2"].source
+    tokenizer = Tokenizer.from_file(str(source / "huggingface" / "tokenizer.json"))
+    tokenizer.add_tokens([f"<more-{k}>" for k in range(600)])
+    tokenizer.save(path)
+    report = verify_forward(model, prompt="hello")
+    assert report.problems == []
+    assert any("the model has 509 embeddings" in c for c in report.checked)
+    with pytest.raises(
+        BadInputError, match="tokens that the model has no embeddings for"
+    ) as caught:
+        verify_forward(model, prompt="hello <more-599>")
+    assert "'<more-599>'" in (caught.value.found or "")
+
+
+def test_options_that_would_be_left_unheeded_are_refused(model: Path) -> None:
+    for options in (
+        {"atol": 0.1},
+        {"rtol": 0.1, "forward": True, "reference": model},
+        {"logits_atol": 0.1, "forward": True},
+        {"hf_config": model},
+    ):
+        with pytest.raises(UsageError, match="need"):
+            streamconv.verify(model, **options)
+    for value in (float("nan"), float("inf"), -1.0):
+        for option in ("atol", "rtol", "logits_atol"):
+            options = {option: value, "reference": model, "forward": option == "logits_atol"}
+            with pytest.raises(UsageError, match="a number from 0 on"):
+                streamconv.verify(model, **options)
 
 
 def test_a_folder_that_is_no_model(tmp_path: Path) -> None:

@@ -18,9 +18,9 @@ from streamconv.batch.discover import Candidate
 from streamconv.batch.ready import Snapshot, read_tracker, snapshot
 from streamconv.batch.state import Record, Store, file_name, is_intact
 from streamconv.errors import LockedError, StreamconvError
+from streamconv.manifest import read_manifest
 from streamconv.planned import MANIFEST
 from streamconv.sizes import format_size
-from streamconv.staging import read_manifest
 
 _TRASH = "trash"
 
@@ -104,9 +104,9 @@ def _why_not_output(path: Path, root: Path) -> str:
         manifest = read_manifest(path)
     except StreamconvError as error:
         return error.what
-    if manifest is None or "streamconv" not in manifest or "job" not in manifest:
+    if manifest is None:
         return "it has no manifest of ours"
-    listed = {MANIFEST, *(f["name"] for f in manifest.get("files", ()))}
+    listed = {MANIFEST, *(f["name"] for f in manifest["files"])}
     there = (
         p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_symlink() or not p.is_dir()
     )

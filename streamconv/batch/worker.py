@@ -55,9 +55,9 @@ def _work() -> int:
 def _convert(request: dict[str, Any]) -> dict[str, Any]:
     from streamconv import api
     from streamconv.convert_job import convert
+    from streamconv.manifest import read_manifest
     from streamconv.options import Event, JobOptions, RunOptions
     from streamconv.planned import MANIFEST
-    from streamconv.staging import read_manifest
 
     def on_event(event: Event) -> None:
         _say({"event": event.kind, "text": event.text, **event.facts})

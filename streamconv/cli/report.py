@@ -207,6 +207,7 @@ def _forward(found: Mapping[str, Any]) -> list[str]:
 
 def render_verification(report: Report) -> str:
     """Return what a verification found, worst tensors first."""
+    count = len(report.problems)
     lines = [f"checked  {c}" for c in report.checked]
     if report.rows:
         lines += ["", f"{'max |difference|':>16}  tensor"]
@@ -220,6 +221,6 @@ def render_verification(report: Report) -> str:
     if len(others) > _LISTED_PROBLEMS:
         lines.append(f"problem  … and {len(others) - _LISTED_PROBLEMS} more")
     lines.append(
-        "verified: all of it agrees" if report.passed else f"{len(report.problems)} problems"
+        "verified: all of it agrees" if report.passed else f"{count} problem{'s' * (count != 1)}"
     )
     return "\n".join(lines)

@@ -1,12 +1,12 @@
 """A HuggingFace folder of safetensors files as a source: the base model that an adapter is merged into.
 
-Which files count is what ``model.safetensors.index.json`` says; without one, ``model.safetensors`` or
-the only safetensors file. There are no checksums in them: a change shows by size and time alone.
+Which files count is what a loader takes: ``model.safetensors``, what ``model.safetensors.index.json``
+says, or the only safetensors file. There are no checksums in them: a change shows by size and time
+alone.
 """
 
 from __future__ import annotations
 
-import json
 from array import array
 from pathlib import Path
 
@@ -14,11 +14,9 @@ import xxhash
 
 from streamconv.boxes import Box, contiguous_strides
 from streamconv.errors import BadInputError, UsageError
-from streamconv.planned import INDEX
-from streamconv.safefile import FileTensor, read_header
+from streamconv.planned import INDEX, SINGLE
+from streamconv.safefile import FileTensor, read_header, read_index, weight_files
 from streamconv.source import GlobalTensor, ShardLayout, ShardTable, SourceFile
-
-_MAX_INDEX_NBYTES = 256 << 20
 
 
 def identify(folder: Path) -> tuple[SourceFile, ...]:
@@ -47,51 +45,21 @@ def read(folder: Path, first_file: int) -> tuple[tuple[SourceFile, ...], dict[st
 def _files(folder: Path) -> list[Path]:
     if not folder.is_dir():
         raise UsageError("--base names no folder", where=str(folder))
-    weight_map = _weight_map(folder)
-    if weight_map is not None:
-        names = sorted(set(weight_map.values()))
-        absent = [n for n in names if "/" in n or not (folder / n).is_file()]
-        if absent:
-            raise BadInputError(
-                f"the index names {len(absent)} files that are not there",
-                where=str(folder / INDEX),
-                found=", ".join(absent[:5]),
-            )
-        return [folder / n for n in names]
-    files = sorted(folder.glob("*.safetensors"))
-    whole = folder / "model.safetensors"
-    if whole in files:
-        return [whole]
-    if len(files) != 1:
+    files = weight_files(folder)
+    if len(files) != 1 and not (folder / INDEX).is_file():
         raise UsageError(
             "--base names no folder of a model in safetensors files",
             where=str(folder),
-            expected=f"{INDEX}, or model.safetensors",
+            expected=f"{INDEX}, or {SINGLE}",
             found=", ".join(f.name for f in files[:5]) or "no safetensors file",
         )
     return files
 
 
-def _weight_map(folder: Path) -> dict[str, str] | None:
-    path = folder / INDEX
-    if not path.is_file():
-        return None
-    try:
-        if path.stat().st_size > _MAX_INDEX_NBYTES:
-            raise ValueError("too large")
-        found = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        if not all(isinstance(v, str) for v in found.values()):
-            raise TypeError("a file name that is no string")
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise BadInputError(
-            "the index of the weights cannot be read", where=str(path), found=str(error)[:200]
-        ) from error
-    return dict(found)
-
-
 def _check_index(folder: Path, found: dict[str, GlobalTensor]) -> None:
-    weight_map = _weight_map(folder)
-    absent = [n for n in weight_map or () if n not in found]
+    if (folder / SINGLE).is_file() or not (folder / INDEX).is_file():
+        return
+    absent = [n for n in read_index(folder / INDEX)[0] if n not in found]
     if absent:
         raise BadInputError(
             f"{len(absent)} tensors of the index are in no file",

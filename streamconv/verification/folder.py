@@ -6,17 +6,18 @@ Every weight file is read once: its digest and those of its tensors are taken as
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import xxhash
 
+from streamconv.adapter_config import OF_A_MODEL, WEIGHTS
 from streamconv.errors import BadInputError, StreamconvError
-from streamconv.planned import INDEX, MANIFEST
-from streamconv.safefile import FileTensor, read_header
-from streamconv.staging import read_manifest
+from streamconv.jsonfile import read_json
+from streamconv.manifest import MAX_MANIFEST_BYTES, read_manifest
+from streamconv.planned import INDEX, MANIFEST, SINGLE
+from streamconv.safefile import FileTensor, read_header, read_index
 from streamconv.verification.report import Report
 
 _STEP_BYTES = 1 << 20
@@ -52,10 +53,7 @@ def verify_output(folder: Path) -> Report:
         tensors |= found
         report.problems += _file_problems(path, name, entry, found, listed)
     report.checked.append(f"{len(files)} files against the manifest")
-    present = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if not p.is_dir()}
-    report.problems += [
-        f"{name}: not in the manifest" for name in sorted(present - files.keys() - {MANIFEST})
-    ]
+    report.problems += [f"{name}: not in the manifest" for name in _strays(folder, files)]
     _compare_headers(folder, tensors, listed, unreadable, report)
     report.checked.append(f"{len(listed)} tensors against the manifest")
     if not unreadable:
@@ -68,33 +66,29 @@ def verify_output(folder: Path) -> Report:
 
 def manifest_of(folder: Path) -> dict[str, Any]:
     """Return the manifest of an output; raises :class:`BadInputError` where it is none of ours."""
-    manifest = read_manifest(folder) if folder.is_dir() else None
+    manifest = read_manifest(folder)
     if manifest is None:
         raise BadInputError(
-            f"no {MANIFEST} here: this folder was not made by streamconv", where=str(folder)
-        )
-    try:
-        whole = (
-            isinstance(manifest["tensors"], dict)
-            and all(
-                isinstance(t[k], str)
-                for t in manifest["tensors"].values()
-                for k in ("dtype", "file", "xxh3_128")
-            )
-            and all(
-                isinstance(f["name"], str) and isinstance(f["xxh3_128"], str)
-                for f in manifest["files"]
-            )
-            and isinstance(manifest["job"]["options"], dict)
-            and all(isinstance(name, str) for name, _ in manifest["job"]["side"])
-        )
-    except (KeyError, TypeError, ValueError):
-        whole = False
-    if not whole:
-        raise BadInputError(
-            "the manifest is not one that streamconv writes", where=str(folder / MANIFEST)
+            f"no {MANIFEST} here: this folder was not made by streamconv"
+            if folder.is_dir()
+            else "there is no such folder",
+            where=str(folder),
         )
     return manifest
+
+
+def _strays(folder: Path, files: Collection[str]) -> Iterator[str]:
+    """Yield what lies in the folder that no conversion put there: files, links, empty folders."""
+    expected = {MANIFEST, *files}
+    expected |= {parent.as_posix() for name in files for parent in PurePosixPath(name).parents}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if name in expected:
+            continue
+        if path.is_symlink() or not path.is_dir():
+            yield name
+        elif not any(path.iterdir()):
+            yield f"{name}/"
 
 
 def _file_problems(
@@ -193,11 +187,9 @@ def _check_index(folder: Path, tensors: Mapping[str, FileTensor], report: Report
             report.problems.append(f"{INDEX}: missing, with {len(files)} weight files")
         return
     try:
-        index = json.loads(path.read_text(encoding="utf-8"))
-        weight_map = dict(index["weight_map"])
-        total = index["metadata"]["total_size"]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        report.problems.append(f"{INDEX}: cannot be read ({error})")
+        weight_map, total = read_index(path)
+    except StreamconvError as error:
+        report.problems.append(f"{INDEX}: cannot be read ({error.found or error.what})")
         return
     wrong = [
         n
@@ -207,21 +199,28 @@ def _check_index(folder: Path, tensors: Mapping[str, FileTensor], report: Report
     report.problems += [f"{INDEX}: {n} is not where it says" for n in sorted(wrong)]
     if total != sum(t.end - t.begin for t in tensors.values()):
         report.problems.append(f"{INDEX}: total_size {total} is not the sum of the tensors")
+    if (folder / SINGLE).is_file() and files != {SINGLE}:
+        report.problems.append(f"{INDEX}: beside {SINGLE}, which loaders take in its place")
     report.checked.append("the index against the files")
 
 
 def _check_side_files(folder: Path, manifest: Mapping[str, Any], report: Report) -> None:
     """Config and tokenizer must be there where the source had them, and be readable."""
     side = [name for name, _ in manifest["job"]["side"]]
-    files = {f["name"] for f in manifest["files"]}
-    for name in side:
-        path = folder / name
-        if not path.is_file():
-            if name not in files:  # otherwise it is missing as a file already
-                report.problems.append(f"{name}: the source had it, the output does not")
-        elif name.endswith(".json"):
+    files = [f["name"] for f in manifest["files"]]
+    report.problems += [
+        f"{name}: the source had it, the output does not"
+        for name in side
+        if name not in files
+        and not (folder / name).is_file()
+        and not (WEIGHTS in files and name in OF_A_MODEL)
+    ]
+    for name in files:
+        if name.endswith(".json") and name != INDEX and (folder / name).is_file():
             try:
-                json.loads(path.read_text(encoding="utf-8"))
-            except (ValueError, RecursionError) as error:
-                report.problems.append(f"{name}: no valid JSON ({str(error)[:100]})")
+                read_json(folder / name, most_bytes=MAX_MANIFEST_BYTES)
+            except StreamconvError as error:
+                report.problems.append(f"{name}: no valid JSON ({(error.found or '')[:100]})")
+    if not {"config.json", WEIGHTS} & {*files}:
+        report.checked.append("note: there is no config.json, so no loader knows what this is")
     report.checked.append(f"{len(side)} config, tokenizer and other side files")

@@ -2,7 +2,8 @@
 
 The child holds the weights; where they exceed the budget they stay on disk and come in one module at
 a time. What it found is plain data: ``architecture``, ``dtype``, ``offloaded``, ``token_ids``,
-``missing``, ``unexpected`` and ``mismatched`` names, ``finite``, ``top`` (the likeliest tokens after
+``rows`` (embeddings), ``tokens`` (of the tokenizer), ``missing``, ``unexpected``, ``mismatched`` and
+``not_finite`` names, ``finite`` (the logits), ``top`` (the likeliest tokens after
 the last one), ``peak_bytes``, ``budget_bytes``, and ``reference`` where there is one to compare with:
 ``max_abs``, ``tolerance``, ``kl`` (nats, mean over the tokens, reference against output), ``top1``
 (share of tokens with the same likeliest class).
@@ -109,9 +110,15 @@ def _judge(found: dict[str, Any], report: Report) -> None:
         f"{found['architecture']} loaded as {found['dtype']} and run {how} on "
         f"{len(found['token_ids'])} tokens"
     )
+    if found["tokens"] is not None and found["tokens"] > found["rows"]:
+        report.checked.append(
+            f"note: the tokenizer knows {found['tokens']} tokens, the model has {found['rows']} "
+            "embeddings: the others end in an error"
+        )
     for key, what in (
         ("missing", "not in the files, so the model would start with a random one"),
         ("mismatched", "of another shape than the model's"),
+        ("not_finite", "holds NaN or infinity"),
     ):
         names = found[key]
         report.problems += [f"{n}: {what}" for n in names[:_LISTED]]

@@ -31,6 +31,7 @@ from streamconv.planned import INDEX
 from streamconv.safefile import FileTensor
 from streamconv.sidefiles import declared_dtype, read_config
 from streamconv.sizes import format_size
+from streamconv.verification.finite import not_finite
 from streamconv.verification.reference import weights_of
 
 DEFAULT_PROMPT = "The quick brown fox jumps over the lazy dog"
@@ -67,6 +68,8 @@ def _run(request: dict[str, Any]) -> dict[str, Any]:
         )
         logits = _logits(model, ids)
     np.save(request["logits_path"], logits)
+    unexpected = sorted(info["unexpected_keys"])
+    used = [t for name, t in weights.items() if name not in set(unexpected)]
     mismatched = sorted(
         f"{name} {list(here)} for {list(there)}" for name, here, there in info["mismatched_keys"]
     )
@@ -75,8 +78,11 @@ def _run(request: dict[str, Any]) -> dict[str, Any]:
         "dtype": name,
         "offloaded": offload,
         "token_ids": ids,
+        "rows": meta.module.get_input_embeddings().weight.shape[0],
+        "tokens": tokenizer.get_vocab_size() if tokenizer is not None else None,
         "missing": sorted(info["missing_keys"]),
-        "unexpected": sorted(info["unexpected_keys"]),
+        "unexpected": unexpected,
+        "not_finite": sorted(not_finite(used)),
         "mismatched": mismatched,
         "finite": bool(np.isfinite(logits).all()),
         "top": _top(logits[-1], tokenizer),
@@ -125,6 +131,14 @@ def _token_ids(request: Mapping[str, Any], folder: Path, module: Any) -> tuple[l
         ids = [int(i) for i in given]
     elif tokenizer is not None:
         ids = list(tokenizer.encode(DEFAULT_PROMPT if prompt is None else prompt).ids)
+        if beyond := [i for i in ids if i >= vocabulary]:
+            raise BadInputError(
+                "the tokenizer gives tokens that the model has no embeddings for",
+                where=str(path),
+                expected=f"ids from 0 to {vocabulary - 1}",
+                found=f"{beyond[0]} ({tokenizer.id_to_token(beyond[0])!r})",
+                hint="it is another model's, or the weights are; --token-ids runs them without it",
+            )
     elif prompt is not None:
         raise UsageError(
             "a prompt needs a tokenizer",

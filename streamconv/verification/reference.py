@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import xxhash
 
 from streamconv.dtypes import DType
 from streamconv.errors import BadInputError
-from streamconv.planned import INDEX
-from streamconv.safefile import FileTensor, read_folder, read_header
+from streamconv.safefile import FileTensor, read_files, weight_files
 from streamconv.sidefiles import read_config
 from streamconv.verification.distance import further_apart
 from streamconv.verification.report import Report
@@ -29,7 +27,8 @@ def verify_reference(
 ) -> Report:
     """Compare with another folder of safetensors: exactly, or within ``atol + rtol * |reference|``.
 
-    Dtypes may differ only where a tolerance is given. A tied weight may be left out of one of them.
+    Dtypes may differ only where a tolerance is given; integers must be equal in any case. A tied
+    weight may be left out of one of them.
     ``rows`` lists the tensors that differ with their largest absolute difference, worst first.
     """
     ours, theirs = weights_of(folder), weights_of(reference)
@@ -54,31 +53,14 @@ def verify_reference(
 
 
 def weights_of(folder: Path) -> dict[str, FileTensor]:
-    """Return the tensors of a model folder, those of the index where it has one.
+    """Return the tensors of a model folder, as many as a loader takes.
 
     Raises :class:`BadInputError` where it holds no safetensors.
     """
     if not folder.is_dir():
         raise BadInputError("there is no such model folder", where=str(folder))
-    found: dict[str, FileTensor] = {}
-    index = folder / INDEX
-    if index.is_file():
-        # Beside the model's files some folders hold the same weights in another layout.
-        try:
-            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise BadInputError(
-                "the index cannot be read", where=str(index), found=str(error)[:200]
-            ) from error
-        for name in sorted(map(str, names)):
-            path = folder / name
-            if Path(name).name != name or not path.is_file():
-                raise BadInputError(
-                    "the index names a file that is not there", where=str(index), found=name[:200]
-                )
-            found |= read_header(path)
-    else:
-        found = read_folder(folder)
+    # Beside the model's files some folders hold the same weights in another layout.
+    found = read_files(weight_files(folder), folder)
     if not found:
         raise BadInputError(
             "no safetensors files in this folder",
@@ -120,52 +102,44 @@ def _is_embedding(name: str) -> bool:
 
 def _digest(tensor: FileTensor) -> str:
     digest = xxhash.xxh3_128()
-    with tensor.path.open("rb", buffering=0) as stream:
-        for piece in _pieces(stream, tensor, _STEP_BYTES):
-            digest.update(piece)
+    for piece in tensor.pieces(_STEP_BYTES):
+        digest.update(piece)
     return digest.hexdigest()
-
-
-def _pieces(stream: IO[bytes], tensor: FileTensor, step: int) -> Iterator[bytes]:
-    stream.seek(tensor.begin)
-    left = tensor.end - tensor.begin
-    while left:
-        piece = stream.read(min(step, left))
-        if not piece:
-            raise BadInputError("the file became shorter", where=str(tensor.path))
-        left -= len(piece)
-        yield piece
 
 
 def _difference(
     ours: FileTensor, theirs: FileTensor, atol: float, rtol: float
 ) -> dict[str, Any] | None:
-    exact = not atol and not rtol
+    # Nothing rounds integers.
+    exact = not (atol or rtol) or not (_rounded(ours.dtype) and _rounded(theirs.dtype))
     if ours.shape != theirs.shape:
         return _row(ours, f"shape {list(ours.shape)}, there {list(theirs.shape)}", float("inf"))
     if exact and ours.dtype != theirs.dtype:
         return _row(ours, f"{ours.dtype}, there {theirs.dtype}", float("inf"))
     worst, differing = 0.0, 0
-    with ours.path.open("rb") as a, theirs.path.open("rb") as b:
-        for x, y in zip(
-            _pieces(a, ours, _STEP_ELEMENTS * ours.dtype.itemsize),
-            _pieces(b, theirs, _STEP_ELEMENTS * theirs.dtype.itemsize),
-            strict=True,
-        ):
-            if ours.dtype == theirs.dtype and x == y:
-                continue
-            left, right = _numbers(x, ours.dtype), _numbers(y, theirs.dtype)
-            if exact:
-                # Equal numbers with other bits: -0.0, or another NaN.
-                bits = np.frombuffer(x, np.uint8) != np.frombuffer(y, np.uint8)
-                differing += int((bits.reshape(-1, ours.dtype.itemsize).any(axis=1)).sum())
-            far, apart = further_apart(left, right, atol, rtol)
-            worst = max(worst, apart)
-            if not exact:
-                differing += far
+    for x, y in zip(
+        ours.pieces(_STEP_ELEMENTS * ours.dtype.itemsize),
+        theirs.pieces(_STEP_ELEMENTS * theirs.dtype.itemsize),
+        strict=True,
+    ):
+        if ours.dtype == theirs.dtype and x == y:
+            continue
+        left, right = _numbers(x, ours.dtype), _numbers(y, theirs.dtype)
+        if exact:
+            # Equal numbers with other bits: -0.0, or another NaN.
+            bits = np.frombuffer(x, np.uint8) != np.frombuffer(y, np.uint8)
+            differing += int((bits.reshape(-1, ours.dtype.itemsize).any(axis=1)).sum())
+        far, apart = further_apart(left, right, *((0.0, 0.0) if exact else (atol, rtol)))
+        worst = max(worst, apart)
+        if not exact:
+            differing += far
     if not differing:
         return None
     return _row(ours, f"{differing} elements differ, by {worst:.6g} at most", worst)
+
+
+def _rounded(dtype: DType) -> bool:
+    return dtype.name.startswith(("F", "BF", "C"))
 
 
 def _row(tensor: FileTensor, what: str, worst: float) -> dict[str, Any]:

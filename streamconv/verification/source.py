@@ -29,6 +29,7 @@ from streamconv.records import RecordChecks
 from streamconv.safefile import FileTensor, read_folder
 from streamconv.verification.folder import manifest_of
 from streamconv.verification.report import Report
+from streamconv.writer import hash_file
 
 _STEP_BYTES = 1 << 20
 
@@ -103,31 +104,47 @@ def _ways(ways: Mapping[str, int], differing: int) -> Iterator[str]:
 
 def _job(manifest: Mapping[str, Any], src: Path, hf_config: Path | None) -> JobOptions:
     """Return the options that the output was made with."""
-    given = manifest["job"].get("given") or {}
-    config = given.get("hf_config")
-    if hf_config is None and isinstance(config, str):
-        hf_config = Path(config)
-        if not hf_config.is_dir():
+    job = manifest["job"]
+    given = job.get("given", {})
+    if hf_config is None and given.get("hf_config"):
+        hf_config = _same_config(Path(given["hf_config"]), dict(job["side"]).get("config.json"))
+    options = {**job["options"], "hf_config": None, "model": None}
+    if base := job.get("base"):
+        if not Path(base).is_dir():
             raise UsageError(
-                "the folder that this output's config came from is gone",
-                where=config,
-                hint="--hf-config DIR says where it is now",
+                "the base model that this output's adapter was merged into is gone",
+                where=base,
+                hint="put it there again, a link will do",
             )
-    options = {**manifest["job"]["options"], "hf_config": None, "model": None}
-    if base := manifest["job"].get("base"):
-        options["lora"] = {**options["lora"], "base": base}
+        options["lora"] = {**options.get("lora", {}), "base": base}
     try:
-        job = JobOptions.from_json(options)
-    except (KeyError, TypeError) as error:
-        raise BadInputError("the manifest names options that are not known") from error
-    return dataclasses.replace(job, hf_config=hf_config, model=_model(src, given.get("model")))
+        made = JobOptions.from_json(options)
+    except (TypeError, UsageError) as error:
+        raise BadInputError(
+            "the manifest names options that are not known", found=str(error)
+        ) from error
+    return dataclasses.replace(made, hf_config=hf_config, model=_model(src, given.get("model")))
 
 
-def _model(src: Path, given: object) -> str | None:
+def _same_config(folder: Path, digest: str | None) -> Path:
+    """Return ``folder``, which a manifest names: looked at only where its config is that output's."""
+    path = folder / "config.json"
+    there = path.is_file()
+    if digest is None or not there or hash_file(path) != digest:
+        raise UsageError(
+            "the folder that this output's config came from "
+            + ("holds another by now" if there else "is gone"),
+            where=str(folder),
+            hint="--hf-config DIR says where it is now",
+        )
+    return folder
+
+
+def _model(src: Path, given: str | None) -> str | None:
     """Return which model of ``src`` is meant: none where ``src`` is that model's own folder."""
     from streamconv import formats
 
-    if not isinstance(given, str):
+    if given is None:
         return None
     try:
         formats.find_model(src, given)
