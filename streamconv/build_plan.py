@@ -51,8 +51,11 @@ def build_plan(checkpoint: Checkpoint, job: JobOptions, stream: IO[str]) -> None
     if lora is not None and not lora.merge:
         made.skipped = lora.base_skipped()
     else:
+        _refuse_unknown_names(checkpoint, made, job)
         _plan_model(made, lora, job, notices)
-        made.skipped += left_out(folder) if folder and folder != job.lora.base else ()
+        made.skipped += (
+            left_out(folder, checkpoint.root) if folder and folder != job.lora.base else ()
+        )
     if lora is not None:
         _plan_adapter(made, lora, job, notices)
     recipes = [p.recipe for _, group in made.placed for p in group]
@@ -194,6 +197,27 @@ def _of_family(
     return convert(headers, config, megatron if isinstance(megatron, Mapping) else {}, job)
 
 
+def _refuse_unknown_names(checkpoint: Checkpoint, made: _Output, job: JobOptions) -> None:
+    """Refuse names that are no model's on the Hub, or may not be, where no model tells."""
+    if made.model is not None or checkpoint.naming == "mcore" or job.layout == "memory":
+        return
+    from streamconv.tracing.hf_names import wrapped
+
+    strange = [*made.tensors] if checkpoint.naming == "trainer" else wrapped(made.tensors)
+    if not strange:
+        return
+    config = made.config
+    raise BadInputError(
+        "what the model calls its tensors is not known, and the checkpoint has names of its trainer's",
+        where=str(checkpoint.root),
+        expected="in huggingface/ or beside the weights, config.json of a model that transformers has",
+        found=f"{strange[0]}, and "
+        + ("no config.json" if config is None else f"the model type {config.get('model_type')!r}"),
+        hint="--hf-config DIR names a folder that has it, and the tokenizer; "
+        "--layout memory writes the tensors under the names that they have",
+    )
+
+
 def _refuse_family(job: JobOptions) -> None:
     if job.family is not None:
         raise UsageError(
@@ -209,9 +233,9 @@ def side_files(
     if job.hf_config is not None:
         if not job.hf_config.is_dir():
             raise UsageError("--hf-config names no folder", where=str(job.hf_config))
-        return job.hf_config, list(list_side_files(job.hf_config, root=None))
+        return job.hf_config, list(list_side_files(job.hf_config, root=root, named=True))
     if side_dir is None and job.lora.base is not None:
-        return job.lora.base, list(list_side_files(job.lora.base, root=None))
+        return job.lora.base, list(list_side_files(job.lora.base, root=root, named=True))
     if side_dir is None:
         return None, []
     return side_dir, list(list_side_files(side_dir, root=root))

@@ -116,6 +116,13 @@ def check_recipes(
         and not any(p.fullmatch(n) for p in extras)
     ]
     notices = []
+    if made and len(unknown) == len(made):
+        raise BadInputError(
+            f"no tensor of the checkpoint is one of {model.architecture}'s",
+            where=_listed(unknown),
+            expected=_listed(list(expected)),
+            hint="check that config.json belongs to this checkpoint (--hf-config DIR names another)",
+        )
     if (missing or wrong) and not model.certain:
         notices.append(
             f"{len(missing)} tensors that {model.architecture} has are not in the checkpoint and "

@@ -30,6 +30,26 @@ _WEIGHT_SUFFIXES = {
     ".distcp",
     ".onnx",
 }
+# What save_pretrained of models, tokenizers and processors writes, custom code included.
+_NAMES = (
+    "config.json",
+    "generation_config.json",
+    "*processor_config.json",
+    "tokenizer*",
+    "vocab.*",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+    "additional_chat_templates/*",
+    "*.jinja",
+    "*.model",
+    "*.tiktoken",
+    "configuration_*.py",
+    "modeling_*.py",
+    "tokenization_*.py",
+    "*processing_*.py",
+)
 _MAX_CONFIG_BYTES = 16 << 20
 # transformers 5 writes ``dtype``, 4 wrote ``torch_dtype``; both read both.
 _DTYPE_KEYS = ("dtype", "torch_dtype")
@@ -52,21 +72,23 @@ def read_config(folder: Path) -> dict[str, Any] | None:
     return config
 
 
-def list_side_files(folder: Path, *, root: Path | None) -> Iterator[SideFile]:
+def list_side_files(folder: Path, *, root: Path, named: bool = False) -> Iterator[SideFile]:
     """Yield the files to copy, in order of their names.
 
-    ``root`` is the checkpoint's folder, out of which no link may lead; None for a folder that the
-    user named, such as a snapshot in the Hub cache, which is made of links.
+    ``root`` is the checkpoint's folder, out of which no link may lead, unless the user has ``named``
+    the folder: a snapshot in the Hub cache is made of links.
     """
     # A folder beside the weights (torch DCP) is a part of the checkpoint as well.
     within = folder.parent.resolve() / folder.name
-    if root is not None and folder.is_relative_to(root):
+    if folder.is_relative_to(root):
         within = root.resolve()
-    for path in sorted(folder.rglob("*")):
+    if holds_weights(folder, root):
+        within = folder.resolve()
+    for path in _candidates(folder, root):
         name = path.relative_to(folder)
         if any(part.startswith(".") or part == "__pycache__" for part in name.parts):
             continue
-        if root is not None and not path.resolve().is_relative_to(within):
+        if not named and not path.resolve().is_relative_to(within):
             raise UnsafeInputError(
                 "a link leads out of the checkpoint", where=str(path), found=str(path.resolve())
             )
@@ -79,9 +101,22 @@ def list_side_files(folder: Path, *, root: Path | None) -> Iterator[SideFile]:
         yield SideFile(name.as_posix(), where, path.stat().st_size, hash_file(path))
 
 
-def left_out(folder: Path) -> Iterator[Skipped]:
+def holds_weights(folder: Path, root: Path) -> bool:
+    """Whether ``folder`` is no folder of side files but the checkpoint's own, or one above it."""
+    return root.resolve().is_relative_to(folder.resolve())
+
+
+def _candidates(folder: Path, root: Path) -> list[Path]:
+    """Return what may be a side file, in order: among a trainer's files, what has a known name."""
+    if not holds_weights(folder, root):
+        return sorted(folder.rglob("*"))
+    return sorted({p for name in _NAMES for p in folder.glob(name)})
+
+
+def left_out(folder: Path, root: Path) -> Iterator[Skipped]:
     """Yield the weight files of ``folder``, which are not copied: the rank files are newer."""
-    for path in sorted(folder.rglob("*")):
+    inside = folder.glob("*.safetensors") if holds_weights(folder, root) else folder.rglob("*")
+    for path in sorted(inside):
         if path.is_file() and _is_weights(path.name):
             name = f"{folder.name}/{path.relative_to(folder).as_posix()}"
             yield Skipped(name, "weights beside the config; the output's come from the rank files")

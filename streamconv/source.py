@@ -210,8 +210,9 @@ class Checkpoint:
     ``undecided`` holds tensors that can be read in two ways, (as pieces along dim 0, as replicas);
     the model's expected shapes decide. ``facts`` are for ``inspect``: JSON-able things worth telling.
     ``side_dir`` is the folder with config.json, tokenizer and so on, or None. ``naming`` says whose
-    names the tensors have: HuggingFace's, or Megatron-Core's, which a family turns into the former
-    (:mod:`streamconv.families`).
+    names the tensors have: HuggingFace's, Megatron-Core's, which a family turns into the former
+    (:mod:`streamconv.families`), or those of a state dict that a trainer made up, in which a model's
+    most often lie below a key (:mod:`streamconv.tracing.hf_names` finds them).
     """
 
     root: Path
@@ -225,7 +226,7 @@ class Checkpoint:
     skipped: tuple[Skipped, ...] = ()
     notices: tuple[str, ...] = ()
     facts: Mapping[str, object] = field(default_factory=lambda: MappingProxyType({}))
-    naming: Literal["hf", "mcore"] = "hf"
+    naming: Literal["hf", "mcore", "trainer"] = "hf"
 
     @cached_property
     def nbytes(self) -> int:

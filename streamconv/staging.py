@@ -78,6 +78,8 @@ def check_target(target: Path, source: Path, side_dir: Path | None = None) -> No
     if side_dir is None:
         return
     real_side = side_dir.resolve()
+    if source.resolve().is_relative_to(real_side):
+        return  # of a folder that holds the weights, too, single files are taken
     if real_side.is_relative_to(real_target) or real_target.is_relative_to(real_side):
         raise UsageError(
             "the output folder overlaps the one with config and tokenizer",

@@ -59,6 +59,62 @@ def test_converts_like_the_model_itself(checkpoints: dict[str, Made], tmp_path: 
     assert differences(read_model(tmp_path / "out"), read_model(made.truth_hf)) == []
 
 
+@pytest.mark.parametrize("place", [".", "..", "huggingface", "../huggingface"])
+@pytest.mark.usefixtures("planned_here")
+def test_the_config_is_found_in_the_folder_above_it_or_beside(
+    place: str, checkpoints: dict[str, Made], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of what a trainer keeps there only what belongs to a model is copied."""
+    made = checkpoints["fsdp2-w3"]
+    assert made.dcp is not None
+    assert made.truth_hf is not None
+    weights = Path(shutil.copytree(made.dcp, tmp_path / "step" / "pytorch_model_fsdp_0"))
+    side = weights / place
+    shutil.copytree(made.source / "huggingface", side, dirs_exist_ok=True)
+    if not place.endswith("huggingface"):
+        (side / "trainer_state.json").write_text("{}")
+        (side / "training_args.bin").write_bytes(b"x")
+        (side / "logs.jinja").mkdir()
+        (side / "elsewhere").symlink_to("/etc")
+    monkeypatch.chdir(weights)
+    out = tmp_path / "step" / "hf"
+    streamconv.convert(Path(), out, sync=False)
+    assert differences(read_model(out), read_model(made.truth_hf)) == []
+    assert _names(out) >= _names(made.source / "huggingface")
+    assert not {"trainer_state.json", "training_args.bin", "elsewhere"} & _names(out)
+    assert streamconv.convert(weights, out, sync=False).status == "nothing-to-do"
+
+
+def _names(folder: Path) -> set[str]:
+    return {p.name for p in folder.iterdir()}
+
+
+@pytest.mark.parametrize("config", [None, '{"learning_rate": 1}', '{"model_type": "nobodys"}'])
+@pytest.mark.usefixtures("planned_here")
+def test_names_that_no_model_vouches_for_are_refused(
+    config: str | None, save: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Whoever saved a state dict chose its keys; a folder of such names loads nowhere."""
+    folder = save(**{"model.lm_head.weight": torch.zeros(4, 3)})
+    if config is not None:
+        (folder / "config.json").write_text(config)
+    with pytest.raises(BadInputError, match="what the model calls its tensors is not known") as why:
+        streamconv.convert(folder, tmp_path / "out", sync=False)
+    assert "--hf-config DIR" in str(why.value.hint)
+    assert not (tmp_path / "out").exists()
+    streamconv.convert(folder, tmp_path / "out", layout="memory", sync=False)
+    assert set(read_model(tmp_path / "out")) == {"model.lm_head.weight"}
+
+
+def test_a_config_that_cannot_be_read_is_an_error(
+    save: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = save()
+    (folder / "config.json").write_text("{")
+    with pytest.raises(BadInputError, match="not valid JSON"):
+        streamconv.convert(folder, tmp_path / "out", sync=False)
+
+
 @pytest.fixture
 def save(tmp_path: Path) -> Callable[..., Path]:
     def run(name: str = "plain", /, **state: Any) -> Path:
@@ -135,7 +191,7 @@ def test_an_index_without_a_save_id_is_told_by_its_age(save: Callable[..., Path]
 
 def test_another_index_after_planning_is_noticed(save: Callable[..., Path], tmp_path: Path) -> None:
     folder = save()
-    streamconv.plan(folder, output=tmp_path / "plan")
+    streamconv.plan(folder, output=tmp_path / "plan", layout="memory")
     index = folder / ".metadata"
     index.write_bytes(index.read_bytes().replace(b"1.0.0", b"1.0.1"))
     with pytest.raises(SourceChangedError, match="not the one that was planned"):
@@ -200,7 +256,7 @@ def test_a_damaged_byte_is_found_by_its_checksum(save: Callable[..., Path], tmp_
     data[record.start + 17] ^= 1
     path.write_bytes(data)
     with pytest.raises(BadInputError, match="do not match their CRC-32") as caught:
-        streamconv.convert(folder, tmp_path / "out", sync=False)
+        streamconv.convert(folder, tmp_path / "out", layout="memory", sync=False)
     assert "__0_0.distcp, a, record archive/data/0" in str(caught.value.where)
 
 

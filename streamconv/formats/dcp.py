@@ -26,7 +26,7 @@ from streamconv.formats.dcp_folder import (
     source_files,
 )
 from streamconv.formats.mcore_names import is_mcore, unwrapped
-from streamconv.formats.torch_dist import canonical_tensors, count_ranks, run_facts, side_folder
+from streamconv.formats.torch_dist import canonical_tensors, count_ranks, run_facts, side_of
 from streamconv.source import Checkpoint, GlobalTensor, Skipped, SourceFile
 from streamconv.torchfile.dcp import DcpIndex, DcpTensor
 
@@ -48,7 +48,7 @@ def detect(path: Path) -> str | None:
 
 def side_dir(path: Path) -> Path | None:
     """Return the folder with config and tokenizer beside or above the weights, where it is there."""
-    return side_folder(path)
+    return side_of(path)
 
 
 def index_file(path: Path) -> Path:
@@ -94,7 +94,7 @@ def read(path: Path) -> Checkpoint:
         format=NAME,
         files=files,
         tensors=MappingProxyType(dict(tensors)),
-        side_dir=side_folder(path),
+        side_dir=side_of(path),
         skipped=skipped,
         notices=_notices(weights) if mcore else (),
         facts=MappingProxyType(
@@ -103,7 +103,7 @@ def read(path: Path) -> Checkpoint:
                 **({"megatron": run_facts(path, index)} if mcore else {}),
             }
         ),
-        naming="mcore" if mcore else "hf",
+        naming="mcore" if mcore else "trainer",
     )
 
 

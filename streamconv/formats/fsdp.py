@@ -27,6 +27,7 @@ from types import MappingProxyType
 from streamconv.errors import BadInputError
 from streamconv.formats.identity import identify_file
 from streamconv.formats.merge import Cut, Merger, Pending
+from streamconv.formats.side_folder import side_folder
 from streamconv.source import Checkpoint, GlobalTensor, Skipped, SourceFile
 from streamconv.torchfile.meshes import Mesh
 from streamconv.torchfile.rankfile import LocalSpec, RankFile, RankReader
@@ -50,9 +51,8 @@ def detect(path: Path) -> str | None:
 
 
 def side_dir(path: Path) -> Path | None:
-    """Return ``huggingface/`` (config, tokenizer) where it is there."""
-    folder = path / "huggingface"
-    return folder if folder.is_dir() else None
+    """Return the folder with config and tokenizer, where it is there."""
+    return side_folder(path)
 
 
 def identify(path: Path) -> tuple[SourceFile, ...]:

@@ -35,7 +35,7 @@ from streamconv.formats.mcore_stages import (
     number_layers,
 )
 from streamconv.formats.replicas import Comparer
-from streamconv.formats.torch_dist import side_folder
+from streamconv.formats.torch_dist import side_of
 from streamconv.source import Checkpoint, Skipped, SourceFile
 from streamconv.torchfile.rankfile import RankReader, Stored
 from streamconv.torchfile.stagefile import StageFile, read_stage_file
@@ -65,8 +65,8 @@ def detect(path: Path) -> str | None:
 
 
 def side_dir(path: Path) -> Path | None:
-    """Return the folder with config and tokenizer that verl writes, where it is there."""
-    return side_folder(_data_folder(path) or path)
+    """Return the folder with config and tokenizer, where it is there."""
+    return side_of(_data_folder(path) or path)
 
 
 def identify(path: Path) -> tuple[SourceFile, ...]:

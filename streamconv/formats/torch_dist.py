@@ -28,6 +28,7 @@ from streamconv.formats.dcp_folder import (
     source_files,
 )
 from streamconv.formats.mcore_names import Place, place, why_no_weight
+from streamconv.formats.side_folder import above, side_folder
 from streamconv.source import Checkpoint, GlobalTensor, Skipped, SourceFile
 from streamconv.torchfile.dcp import DcpIndex, DcpTensor
 
@@ -35,7 +36,6 @@ NAME = "torch_dist"
 
 _SIGN = "metadata.json"
 _SUBFOLDERS = (".", "dist_ckpt", "model/dist_ckpt")
-_SIDE_FOLDERS = ("huggingface", "hf_config_and_tokenizer")
 _MAX_SIGN_NBYTES = 1 << 16
 
 
@@ -66,20 +66,16 @@ def _backend(folder: Path) -> str | None:
 
 
 def side_dir(path: Path) -> Path | None:
-    """Return the folder with config and tokenizer that verl writes, where it is there."""
-    return side_folder(_data_folder(path) or path)
+    """Return the folder with config and tokenizer, where it is there."""
+    return side_of(_data_folder(path) or path)
 
 
-def side_folder(folder: Path) -> Path | None:
-    """Return the folder with config and tokenizer beside or above the data in ``folder``."""
-    above = [folder, folder.parent]
-    if folder.parent.name == "model":
-        above.append(folder.parent.parent)
-    for base in above:
-        for name in _SIDE_FOLDERS:
-            if (base / name).is_dir():
-                return base / name
-    return None
+def side_of(folder: Path) -> Path | None:
+    """Return the folder with config and tokenizer in or above the folder of the data."""
+    places = [folder, above(folder)]
+    if places[-1].name == "model":
+        places.append(above(places[-1]))
+    return side_folder(*places)
 
 
 def index_file(path: Path) -> Path:
@@ -124,7 +120,7 @@ def read(path: Path) -> Checkpoint:
         format=NAME,
         files=files,
         tensors=MappingProxyType(tensors),
-        side_dir=side_folder(folder),
+        side_dir=side_of(folder),
         skipped=skipped,
         facts=MappingProxyType(
             {
@@ -178,7 +174,7 @@ def split_weights(index: DcpIndex) -> tuple[dict[str, DcpTensor], tuple[Skipped,
 
 
 def _no_weights(folder: Path, skipped: tuple[Skipped, ...]) -> BadInputError:
-    side = side_folder(folder)
+    side = side_of(folder)
     found = ", ".join(f"{s.name}: {s.reason}" for s in skipped)
     if side is not None and any(side.glob("*.safetensors")):
         return BadInputError(

@@ -49,6 +49,15 @@ def read_names(
     return Names(canonical, tuple(notices))
 
 
+def wrapped(names: Iterable[str]) -> list[str]:
+    """Return the names that no model on the Hub has, whatever the model: wrappers made them."""
+    return [
+        name
+        for name in names
+        if name != _without_markers(name) or name.startswith(("module.", "app.", "model.model."))
+    ]
+
+
 def _without_markers(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in _MARKERS)
 

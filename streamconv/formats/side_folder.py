@@ -1,0 +1,43 @@
+"""Where a checkpoint keeps config and tokenizer: in a folder of their own, or among its other files.
+
+verl writes ``huggingface/`` (before 0.5 ``hf_config_and_tokenizer/`` for Megatron). Where there is
+none, a ``config.json`` beside the weights counts if it is a model's: trainers call their own so, too.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+_OWN = ("huggingface", "hf_config_and_tokenizer")
+_CONFIG = "config.json"
+_MAX_CONFIG_NBYTES = 16 << 20
+
+
+def side_folder(*places: Path) -> Path | None:
+    """Return the folder with config and tokenizer in the first of ``places`` that has one."""
+    for place in places:
+        own = next((place / name for name in _OWN if (place / name).is_dir()), None)
+        if own is not None:
+            return own
+        if _is_model_config(place / _CONFIG):
+            return place
+    return None
+
+
+def above(folder: Path) -> Path:
+    """Return the folder that holds ``folder``; that of ``.``, too."""
+    return folder.resolve().parent if folder.name in ("", "..") else folder.parent
+
+
+def _is_model_config(file: Path) -> bool:
+    """Whether a file is the config of a model; one that cannot be read is reported by its reader."""
+    if not file.is_file():
+        return False
+    if file.stat().st_size > _MAX_CONFIG_NBYTES:
+        return True
+    try:
+        config = json.loads(file.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return True
+    return isinstance(config, dict) and "model_type" in config
