@@ -13,7 +13,6 @@ from typing import Any
 
 from streamconv import budget as budgets
 from streamconv.errors import (
-    BadInputError,
     BudgetError,
     NoSpaceError,
     OutputExistsError,
@@ -24,7 +23,7 @@ from streamconv.executor import WindowFiller, write_output
 from streamconv.manifest import read_manifest, write_manifest
 from streamconv.options import Event, JobOptions, Result, RunOptions
 from streamconv.plan import Plan
-from streamconv.planned import MANIFEST, OutputFile, PlannedTensor
+from streamconv.planned import MANIFEST, OutputFile, PlannedTensor, SideFile
 from streamconv.planning import make_plan
 from streamconv.reader import SourceReader
 from streamconv.records import RecordChecks
@@ -36,6 +35,7 @@ from streamconv.staging import (
     may_be_replaced,
     staging_path,
 )
+from streamconv.unfinished import discard_leftover, staged_plan
 from streamconv.writer import DIRECT_BYTES, hash_file, no_space, write_text
 
 _COPY_BYTES = 1 << 20
@@ -43,11 +43,20 @@ _COPY_BYTES = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class IdentifiedJob:
-    """Which checkpoint a path means, and what makes its conversion this job and no other."""
+    """Which checkpoint a path means, and what makes its conversion this job and no other.
+
+    ``identity`` is that of :mod:`streamconv.identity`, ``side`` the files beside the weights.
+    """
 
     root: Path
     side_dir: Path | None
-    digest: str
+    side: tuple[SideFile, ...]
+    identity: dict[str, Any]
+
+    @property
+    def digest(self) -> str:
+        """Return what stands for all of the identity."""
+        return str(self.identity["digest"])
 
 
 def identify(src: Path, job: JobOptions) -> IdentifiedJob:
@@ -65,7 +74,7 @@ def identify(src: Path, job: JobOptions) -> IdentifiedJob:
     side_dir, side = side_files(location.root, location.side_dir, job)
     inputs = adapter_inputs(location.root, job.lora)
     identity = job_identity(location.format, location.identify(), side, job, inputs)
-    return IdentifiedJob(location.root, side_dir, identity["digest"])
+    return IdentifiedJob(location.root, side_dir, tuple(side), identity)
 
 
 def finished_output(dst: Path, digest: str) -> dict[str, Any] | None:
@@ -128,8 +137,10 @@ def convert(src: Path, dst: Path, job: JobOptions, run: RunOptions) -> Result:
         if done:
             return done
         staging = Staging(dst, sync=run.sync)
-        plan = _staged_plan(staging, source.digest, run)
-        if plan is None:
+        plan = staged_plan(staging, source.root, source.identity, run)
+        if plan is not None:
+            plan.find_sources(source.root, source.side)
+        else:
             run.on_event(Event("phase", "plan"))
             budgets.check_planning(budget)
             staging.begin()
@@ -161,7 +172,7 @@ def run_plan(plan_path: Path, dst: Path, run: RunOptions) -> Result:
         if done:
             return done
         staging = Staging(dst, sync=run.sync)
-        staged = _staged_plan(staging, plan.head.job["digest"], run, plan.digest)
+        staged = staged_plan(staging, Path(plan.head.root), plan.head.job, run, plan.digest)
         if staged is None:
             staging.begin()
             partial = staging.plan_path.with_name(staging.plan_path.name + ".part")
@@ -195,7 +206,7 @@ def _preflight(dst: Path, digest: str, run: RunOptions) -> Result | None:
     """Return a result where there is nothing to do; refuse another job's folder."""
     done = finished_output(dst, digest)
     if done is not None:
-        _discard_leftover(dst, digest)
+        discard_leftover(dst, digest)
         files = done["files"]
         return Result(
             "nothing-to-do",
@@ -208,55 +219,11 @@ def _preflight(dst: Path, digest: str, run: RunOptions) -> Result | None:
     return None
 
 
-def _readable_plan(staging: Staging) -> Plan | None:
-    """Return the staged plan; None where there is none, or one that nobody can go on with.
-
-    A crash may have cut it off, or another release have written it.
-    """
-    try:
-        return Plan(staging.plan_path)
-    except BadInputError:
-        return None
-
-
-def _discard_leftover(dst: Path, digest: str) -> None:
-    """Remove what a run that was killed right after publishing left beside its output."""
-    staging = Staging(dst, sync=False)
-    plan = _readable_plan(staging)
-    if plan is None or plan.head.job["digest"] == digest:
-        staging.discard()
-    # Otherwise it is another job's, begun with --overwrite: its own command finishes it.
-
-
 def _complete(dst: Path, manifest: dict[str, Any]) -> bool:
     return all(
         (dst / f["name"]).is_file() and (dst / f["name"]).stat().st_size == f["nbytes"]
         for f in manifest["files"]
     )
-
-
-def _staged_plan(
-    staging: Staging, digest: str, run: RunOptions, plan_digest: str | None = None
-) -> Plan | None:
-    """Return the plan of an interrupted run of this job; refuse or discard another job's.
-
-    ``plan_digest`` asks for that very plan: one job can be planned differently by other releases,
-    and the files that the journal names are finished only for the plan they were made by.
-    """
-    plan = _readable_plan(staging)
-    if plan is None:
-        staging.discard()
-        return None
-    if plan.head.job["digest"] == digest and plan_digest in (None, plan.digest):
-        return plan
-    if not run.overwrite:
-        raise OutputExistsError(
-            "an unfinished run of another job is staged for this output",
-            where=str(staging.root),
-            hint="finish it with its own command, or start afresh with --overwrite",
-        )
-    staging.discard()
-    return None
 
 
 @dataclass

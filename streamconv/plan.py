@@ -234,6 +234,15 @@ class Plan:
                 hint="make it anew with `streamconv plan SRC -o PLAN`",
             ) from error
 
+    def find_sources(self, root: Path, side: Iterable[SideFile]) -> None:
+        """Read from ``root`` and ``side``: the very files that were planned, wherever they are now."""
+        there = {(s.name, s.xxh3): s for s in side}
+        self.head = replace(
+            self.head,
+            root=str(root.absolute()),
+            side=tuple(there.get((s.name, s.xxh3), s) for s in self.head.side),
+        )
+
     def _check_digest(self) -> str:
         digest = xxhash.xxh3_128()
         with self.path.open("rb") as stream:

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+import streamconv
+from streamconv import convert_job
 from streamconv.batch.state import FOLDER, STATUS, Store, read_records
 from tests.makers import runs
 from tests.scenes import Scene, cli
@@ -275,6 +277,26 @@ def test_a_hook_that_cannot_be_started_is_told(scene, monkeypatch):
 def test_a_job_file_that_is_not_there_is_called_that(tmp_path):
     done = cli("batch", str(tmp_path / "jobs.toml"))
     assert (done.returncode, "no such job file" in done.stderr) == (5, True)
+
+
+@pytest.mark.usefixtures("planned_here")
+def test_a_source_that_is_written_anew_while_its_output_is_staged(scene, monkeypatch):
+    """A batch that was killed, a trainer that went back a few steps: the next batch begins afresh."""
+    scene.step(10)
+    source, out = scene.run / "global_step_10/actor", scene.out / "global_step_10"
+
+    def killed(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(convert_job, "write_output", killed)
+        with pytest.raises(KeyboardInterrupt):
+            streamconv.convert(source, out)
+    assert (scene.out / ".global_step_10.streamconv/plan.jsonl").is_file()
+    (source / runs.RANK_FILE).unlink()
+    runs.rank_file(source / runs.RANK_FILE, 2.0)
+    runs.age(source)
+    assert scene.round(fake=False, verify=True).counts == {"converted": 1}
 
 
 # Many, and of many kinds

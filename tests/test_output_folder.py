@@ -332,6 +332,41 @@ def test_an_unfinished_run_of_another_job_is_refused(checkpoints, tmp_path, monk
     assert_whole(out, made)
 
 
+@pytest.mark.parametrize(
+    "change", ["rewritten", "other side file", "gone, and another in its place"]
+)
+@pytest.mark.usefixtures("planned_here")
+def test_an_unfinished_run_of_what_is_no_more_is_begun_afresh(
+    change, checkpoints, tmp_path, monkeypatch
+):
+    """Not even its own command could finish it."""
+    made, other, out = checkpoints["fsdp2"], checkpoints["fsdp2-tied"], tmp_path / "out"
+    source = copied(made, tmp_path)
+    stop_after(1, monkeypatch, lambda: convert(source, out))
+    if change == "rewritten":
+        shutil.rmtree(source)
+        shutil.copytree(other.source, source)
+    elif change == "other side file":
+        (source / "huggingface" / "vocab.txt").write_text("new")
+    else:
+        shutil.rmtree(source)
+        source = other.source
+    assert convert(source, out).reused_bytes == 0
+    assert_whole(out, made if change == "other side file" else other)
+
+
+@pytest.mark.usefixtures("planned_here")
+def test_a_checkpoint_that_was_moved_meanwhile_resumes(checkpoints, tmp_path, monkeypatch):
+    """As do the hard links of a batch: each process has a folder of its own for them."""
+    made, out = checkpoints["fsdp2"], tmp_path / "out"
+    source = copied(made, tmp_path)
+    stop_after(2, monkeypatch, lambda: convert(source, out))
+    source = source.rename(tmp_path / "moved")
+    assert convert(source, out).reused_bytes > 0
+    assert_whole(out, made)
+    assert json.loads((out / MANIFEST).read_text())["run"]["source"] == str(source)
+
+
 def start(source: Path, out: Path, *options: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-m", "streamconv", "convert", source, out, *options],
