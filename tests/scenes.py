@@ -50,7 +50,7 @@ class Scene:
 
     def round(self, **kwargs) -> Round:
         made = self.batch(**kwargs).round()
-        assert not made.problems
+        assert not made.problems, made.problems
         return made
 
     def starts(self) -> list[str]:

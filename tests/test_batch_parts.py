@@ -165,7 +165,7 @@ def test_a_step_given_as_the_root(tmp_path):
 def test_outputs_and_links_are_not_looked_into(tmp_path):
     tree(tmp_path, f"global_step_1/{RANKS}", f"out/global_step_1/{RANKS}")
     (tmp_path / "latest").symlink_to("global_step_1")
-    assert [f[0] for f in found(tmp_path, avoid=tmp_path / "out")] == ["global_step_1"]
+    assert [f[0] for f in found(tmp_path, avoid=[tmp_path / "out"])] == ["global_step_1"]
 
 
 def test_a_folder_that_cannot_be_looked_into_is_told(tmp_path):

@@ -18,11 +18,12 @@ from streamconv.api import memory_bytes
 from streamconv.batch import metrics
 from streamconv.batch.hooks import Hooks
 from streamconv.batch.ledger import Ledger
+from streamconv.batch.places import refuse_inside_checkpoint
 from streamconv.batch.retention import Removal, finish_removals, remove_output, remove_source
 from streamconv.batch.runner import Listener, Runner, What, backoff_seconds
 from streamconv.batch.schedule import Schedule
 from streamconv.batch.settings import BatchSettings, RunSettings
-from streamconv.batch.state import Record, Store
+from streamconv.batch.state import STATUS, Record, Store
 from streamconv.batch.survey import Survey, scene
 from streamconv.batch.tasks import Task
 from streamconv.durations import parse_duration
@@ -131,8 +132,16 @@ class Batch:
             "io_threads": s.io_threads,
         }
         try:
+            refuse_inside_checkpoint(run.output, run.root)
             store.begin()
-            survey = Survey(run, store, options, self._hopeless)
+            survey = Survey(
+                run,
+                store,
+                options,
+                self._hopeless,
+                outputs=[other.output for other in self._settings.run],
+                own_files=lambda name: self._own_files(store, name),
+            )
             survey.look()
         except StreamconvError as error:
             made.problems.append(error)
@@ -143,6 +152,15 @@ class Batch:
         made.counts += survey.counts
         made.problems += survey.problems
         return survey
+
+    def _own_files(self, store: Store, name: str) -> dict[Path, str]:
+        s = self._settings
+        found = {store.output / STATUS: "status"}
+        if s.prometheus is not None:
+            found[s.prometheus] = "metrics"
+        if s.report is not None and self._overview is not None:
+            found |= {self._overview.page_of(store, name): "pages", s.report: "report"}
+        return found
 
     def _convert(self, made: Round) -> None:
         s = self._settings

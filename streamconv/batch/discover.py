@@ -16,11 +16,12 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from streamconv import formats
+from streamconv.batch.state import holds_batch
 from streamconv.errors import BadInputError, StreamconvError
 
 # Deep enough for ROOT/project/experiment/global_step_N/actor.
@@ -58,17 +59,18 @@ class Candidate:
 def discover(
     root: Path,
     *,
-    avoid: Path | None = None,
+    avoid: Collection[Path] = (),
     on_problem: Callable[[StreamconvError], None] = lambda _: None,
 ) -> list[Candidate]:
     """Return the checkpoints below ``root``, by run, step and model.
 
-    ``avoid`` is a folder not to look into: the outputs. ``on_problem`` is told of folders that cannot
+    ``avoid`` are folders not to look into: the outputs. Those of other batches are known by what a
+    batch keeps there. ``on_problem`` is told of folders that cannot
     be looked into; one that goes while it is looked at is none.
     """
     if not root.is_dir():
         raise BadInputError("there is no such folder", where=str(root))
-    hidden = avoid.resolve() if avoid is not None else None
+    hidden = {path.resolve() for path in avoid}
     found = list(_walk(root, root, hidden, 0, on_problem))
     return sorted(found, key=lambda c: (c.run, -1 if c.step is None else c.step, c.model))
 
@@ -86,7 +88,7 @@ def step_number(name: str) -> int | None:
 def _walk(
     root: Path,
     folder: Path,
-    avoid: Path | None,
+    avoid: Collection[Path],
     depth: int,
     on_problem: Callable[[StreamconvError], None],
 ) -> Iterator[Candidate]:
@@ -119,7 +121,7 @@ def _walk(
         return
     for name in below:
         path = folder / name
-        if avoid is not None and path.resolve() == avoid:
+        if path.resolve() in avoid or holds_batch(path):
             continue
         yield from _walk(root, path, avoid, depth + 1, on_problem)
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from streamconv.batch.discover import Candidate
+from streamconv.batch.places import output_inside
 from streamconv.batch.ready import Snapshot, read_tracker, snapshot
 from streamconv.batch.state import Record, Store, file_name, is_intact
 from streamconv.errors import LockedError, StreamconvError
@@ -147,7 +148,8 @@ def _why_not_source(record: Record, candidate: Candidate, newest: int, now: Snap
         return "its output is not as it was when it was verified"
     if now.digest != record.snapshot:
         return "it changed since it was converted"
-    return ""
+    output = output_inside(candidate.path)
+    return f"an output lies in it: {output}" if output is not None else ""
 
 
 def finish_removals(store: Store) -> None:

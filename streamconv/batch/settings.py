@@ -27,6 +27,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt
 
 from streamconv.batch.schedule import Schedule, parse_schedule
 from streamconv.batch.selection import Filter, Steps, namer, parse_steps
+from streamconv.batch.state import STATUS
 from streamconv.durations import parse_duration
 from streamconv.errors import BadInputError, UsageError
 from streamconv.options import DTypeChoice, JobOptions, Layout, LoraMode, LoraOptions, ValueHead
@@ -201,9 +202,9 @@ def _anchored(run: RunSettings, base: Path) -> RunSettings:
 
 def _refuse_overlap(made: BatchSettings, where: str | None) -> None:
     """Two runs in one output folder would mistake each other's outputs for their own."""
-    outputs: dict[Path, RunSettings] = {}
+    outputs: list[Path] = []
     for run in made.run:
-        output = run.output.resolve()
+        output, root = run.output.resolve(), run.root.resolve()
         if output in outputs:
             raise UsageError(
                 "two runs have the same output folder",
@@ -211,9 +212,28 @@ def _refuse_overlap(made: BatchSettings, where: str | None) -> None:
                 found=str(run.output),
                 hint="give each a folder of its own",
             )
-        if output == run.root.resolve():
+        if any(output in other.parents or other in output.parents for other in outputs):
+            raise UsageError(
+                "the output folder of one run lies in that of another",
+                where=where,
+                found=str(run.output),
+                hint="give each a folder of its own, side by side",
+            )
+        if output == root:
             raise UsageError("the output folder is the run itself", where=str(run.output))
-        outputs[output] = run
+        if output in root.parents:
+            raise UsageError(
+                "the output folder contains the run",
+                where=str(run.output),
+                found=str(run.root),
+                hint="outputs would lie among the checkpoints: choose a folder beside it, or in it",
+            )
+        outputs.append(output)
+    own = [p.resolve() for p in (made.report, made.prometheus) if p is not None]
+    own += [output / STATUS for output in outputs]
+    twice = next((p for p in own if own.count(p) > 1), None)
+    if twice is not None:
+        raise UsageError("two files of the batch would be one", where=str(twice))
 
 
 def _told(error: pydantic.ValidationError, where: str | None) -> UsageError:

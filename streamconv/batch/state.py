@@ -193,6 +193,11 @@ def order(record: Record) -> tuple[str, int, str, str]:
     return (record.run, -1 if record.step is None else record.step, record.model, record.name)
 
 
+def holds_batch(folder: Path) -> bool:
+    """Whether ``folder`` is the output folder of a batch."""
+    return (folder / FOLDER / "jobs").is_dir()
+
+
 def read_records(output: Path) -> list[Record]:
     """Return the records of an output folder as they are now, by run and step.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import xxhash
 
 from streamconv.batch import pins
 from streamconv.batch.discover import Candidate, discover
+from streamconv.batch.places import refuse_own_files
 from streamconv.batch.ready import Snapshot, Tracker, judge, read_tracker, snapshot
 from streamconv.batch.retention import Rule
 from streamconv.batch.selection import named, namer
@@ -31,6 +32,8 @@ class Survey:
 
     ``tasks`` is what there is to do, ``counts`` how many outputs are in which state,
     ``candidates`` all that were chosen, by output name, ``problems`` what could not be looked at.
+    ``outputs`` are the output folders of all runs, which are not looked into; ``own_files`` returns
+    what the batch writes on account of an output, and what each file is.
     ``hopeless`` are outputs whose conversion failed for good in this process, with what :func:`scene`
     said then: nothing is gained by trying the same again.
     """
@@ -41,11 +44,16 @@ class Survey:
         store: Store,
         run_options: Mapping[str, Any],
         hopeless: Mapping[str, str],
+        *,
+        outputs: Collection[Path] = (),
+        own_files: Callable[[str], Mapping[Path, str]] = lambda _: {},
     ) -> None:
         self._run = run
         self._store = store
         self._run_options = {**run_options, "overwrite": run.overwrite}
         self._hopeless = hopeless
+        self._outputs = {run.output, *outputs}
+        self._own_files = own_files
         self._job = run.job_options()
         self._options = _options_digest(run)
         self._trackers: dict[Path, Tracker | None] = {}
@@ -62,9 +70,13 @@ class Survey:
             raise UsageError("--hf-config names no folder", where=str(run.hf_config))
         for place in (self._store.folder, run.root / FOLDER):
             pins.remove_left_behind(place)
-        all_found = discover(run.root, avoid=run.output, on_problem=self.problems.append)
+        all_found = discover(run.root, avoid=self._outputs, on_problem=self.problems.append)
         found = run.filter.choose(all_found)
         self.candidates = named(found, namer(run.name, run.model))
+        own = {
+            path: what for name in self.candidates for path, what in self._own_files(name).items()
+        }
+        refuse_own_files(self._store.output, self.candidates, own)
         for name, candidate in self.candidates.items():
             self._consider(name, candidate)
         if self.rule.active:

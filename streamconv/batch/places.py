@@ -1,0 +1,69 @@
+"""Where a batch may put its outputs: not into checkpoints, nor over files of its own."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from streamconv import formats
+from streamconv.batch.discover import step_number
+from streamconv.batch.state import holds_batch
+from streamconv.errors import StreamconvError, UsageError
+from streamconv.planned import MANIFEST
+
+
+def refuse_inside_checkpoint(output: Path, root: Path) -> None:
+    """Refuse an output folder that lies in a checkpoint, or in a step of the run in ``root``.
+
+    It would look like a change of the checkpoint, and go when that is rotated away.
+    """
+    output, root = output.resolve(), root.resolve()
+    # Above the run as well as the output, a folder is whatever it is to others.
+    for folder in [f for f in (output, *output.parents) if f not in root.parents]:
+        in_step = root in folder.parents and step_number(folder.name) is not None
+        if in_step or _is_checkpoint(folder):
+            raise UsageError(
+                "the output folder lies in a checkpoint",
+                where=str(output),
+                found=f"{folder}, which is {'a training step' if in_step else 'a checkpoint'}",
+                hint="choose a folder beside the run",
+            )
+
+
+def _is_checkpoint(folder: Path) -> bool:
+    try:
+        return formats.detect(folder) is not None
+    except (StreamconvError, OSError):
+        return False  # not to be looked into; whoever reads it says why
+
+
+def refuse_own_files(output: Path, names: Iterable[str], own: Mapping[Path, str]) -> None:
+    """Refuse names of outputs that take the place of a file of the batch's, or would hold it.
+
+    ``own`` are those files, with what they are.
+    """
+    folder = output.resolve()
+    outputs = {folder / name for name in names}
+    files = {path.resolve(): what for path, what in own.items()}
+    over = [o for o in outputs if any(p in files for p in (o, *o.parents))]
+    around = [o for f in files for o in f.parents if o in outputs]
+    for path in sorted({*over, *around}):
+        what = next(w for f, w in files.items() if path.is_relative_to(f) or f.is_relative_to(path))
+        raise UsageError(
+            f"an output would be where the batch keeps its {what}",
+            where=str(path),
+            hint="choose another --name, or another place for that file",
+        )
+
+
+def output_inside(folder: Path) -> Path | None:
+    """Return an output of streamconv's, or the folder of a batch, that lies in ``folder``."""
+    for where, below, names in os.walk(folder):
+        place = Path(where)
+        if MANIFEST in names and any(n.endswith(".safetensors") for n in names):
+            return place
+        if holds_batch(place):
+            return place
+        below.sort()
+    return None
