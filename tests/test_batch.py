@@ -513,6 +513,13 @@ def test_real_conversions_and_a_lost_state(scene):
     assert 0 < made.peak_bytes <= made.budget_bytes
     for record in read_records(scene.out):
         assert (record.state, record.verified, record.tensors) == ("done", True, 1)
+    # An output that was put in its place and not compared yet is not in its own way.
+    for record in read_records(scene.out):
+        record.verified, record.state = None, "queued" if record.step == 10 else "done"
+        Store(scene.out).save(record)
+    made = scene.round(fake=False, verify=True)
+    assert made.counts == {"converted": 2}, scene.told
+    assert [r.verified for r in read_records(scene.out)] == [True, True]
     # Without its records it reads the manifests, and starts nothing.
     shutil.rmtree(scene.out / FOLDER)
     made = scene.round(fake=False)

@@ -154,8 +154,10 @@ class Survey:
 
     def _refusal(self, record: Record, digest: str) -> StreamconvError | None:
         """Return why the output is in the way: that needs no process to be found out."""
+        output = Path(record.output)
         try:
-            refuse_others(Path(record.output), digest, overwrite=self._run.overwrite)
+            if finished_output(output, digest) is None:
+                refuse_others(output, digest, overwrite=self._run.overwrite)
         except StreamconvError as error:
             return error
         return None
