@@ -7,6 +7,7 @@ resident set sizes over the process and its children.
 from __future__ import annotations
 
 import contextlib
+import resource
 import threading
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,10 +44,13 @@ _MEMINFO = Path("/proc/meminfo")
 def available_bytes(cgroup_root: Path = _CGROUP, own_cgroup: str | None = None) -> tuple[int, str]:
     """Return what may be used by default, and where the limit comes from.
 
-    The smaller of the machine's available memory and what the cgroups (v1 or v2, this one's and its
-    ancestors') leave, less 15 %.
+    The smallest of the machine's available memory, what the cgroups (v1 or v2, this one's and its
+    ancestors') leave and what a process may map, less 15 %.
     """
     limits = [(memory_state().available_bytes, "available memory")]
+    mappable, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if mappable != resource.RLIM_INFINITY:
+        limits.append((mappable, "the limit of `ulimit -v`"))
     limits += _cgroup_limits(cgroup_root, own_cgroup or _read(Path("/proc/self/cgroup")))
     nbytes, source = min(limits)
     return int(nbytes * (1 - _HEADROOM)), source

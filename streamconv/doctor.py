@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from streamconv._version import __version__
-from streamconv.errors import StreamconvError
+from streamconv.errors import BudgetError, StreamconvError
 from streamconv.sizes import format_size
 
 _LIBRARIES = ("torch", "transformers", "safetensors", "numpy", "isal", "xxhash", "ml_dtypes")
@@ -32,7 +32,8 @@ def examine(
     ``exit_code`` is 0, or what a conversion of ``src`` would end with. The disks of the working
     folder, ``src`` and ``dst`` are measured for a moment.
     """
-    from streamconv.budget import available_bytes
+    from streamconv.budget import available_bytes, check_planning
+    from streamconv.filesystems import why_not_writable
     from streamconv.speed import checksum_speed
 
     memory, limit = available_bytes()
@@ -42,6 +43,15 @@ def examine(
     problems += [f"{name} is not installed" for name, version in versions.items() if not version]
     if soft < _FEW_OPEN_FILES:
         problems.append(f"only {soft} files may be open at once: `ulimit -n 1024` raises it")
+    refused = why_not_writable(dst) if dst is not None else None
+    if refused is not None:
+        problems.append(f"the output cannot be written: {refused}")
+    code = 1 if problems else 0
+    try:
+        check_planning(memory)
+    except BudgetError as too_small:
+        problems.append(str(too_small))
+        code = code or too_small.exit_code
     found: dict[str, Any] = {
         "streamconv": __version__,
         "python": platform.python_version(),
@@ -60,7 +70,7 @@ def examine(
         "filesystems": _filesystems(src, dst),
         "source": None,
         "problems": problems,
-        "exit_code": 1 if problems else 0,
+        "exit_code": code,
     }
     if src is not None:
         found["source"], error = _try(src, model)

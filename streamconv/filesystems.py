@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 from dataclasses import dataclass
@@ -51,6 +52,16 @@ def nearest(path: Path) -> Path:
     while not here.exists():
         here = here.parent
     return here
+
+
+def why_not_writable(path: Path) -> str | None:
+    """Return why nothing can be written at ``path``, which need not exist yet; None where it can be."""
+    here = nearest(path)
+    if not here.is_dir():
+        return f"{here} is no folder"
+    if os.statvfs(here).f_flag & os.ST_RDONLY:
+        return f"the file system of {here} is read-only"
+    return None if os.access(here, os.W_OK | os.X_OK) else f"no permission to write in {here}"
 
 
 def filesystem_of(path: Path, mountinfo: Path = _MOUNTINFO) -> FileSystem:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from streamconv import budget as budgets
 from streamconv import speed
-from streamconv.filesystems import FileSystem, filesystem_of
+from streamconv.filesystems import FileSystem, filesystem_of, why_not_writable
 from streamconv.plan import Plan
 from streamconv.sizes import format_size
 
@@ -59,7 +59,14 @@ def forecast(plan: Plan, dst: Path, budget_bytes: int, *, measure_seconds: float
         source=source,
         output=output,
         warnings=tuple(
-            warnings(source, output, plan.disk_bytes(), budget_bytes, one_disk=one_disk)
+            warnings(
+                source,
+                output,
+                plan.disk_bytes(),
+                budget_bytes,
+                one_disk=one_disk,
+                refused=why_not_writable(dst),
+            )
         ),
     )
 
@@ -92,9 +99,12 @@ def warnings(
     budget_bytes: int,
     *,
     one_disk: bool,
+    refused: str | None = None,
 ) -> list[str]:
-    """Return what will hurt, as sentences."""
+    """Return what will hurt, as sentences; ``refused`` is why nothing can be written."""
     found = []
+    if refused is not None:
+        found.append(f"the output cannot be written: {refused}")
     if one_disk:
         found.append("source and output are on one file system: reading and writing take turns")
     for what, system in (("the source", source), ("the output", output)):

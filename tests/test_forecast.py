@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -178,6 +181,35 @@ def test_doctor_measures_the_disks(tmp_path, monkeypatch):
     shown = dict(doctor.rows(found))
     assert "writes" in shown["disk of output"]
     assert "transformers" in shown["loads the result"]
+
+
+def test_doctor_says_what_would_keep_a_conversion_from_ending(tmp_path):
+    """Limits that are another process's: its own would be too small for this one."""
+    taken = tmp_path / "file"
+    taken.touch()
+    source = runs.rank_file(tmp_path / "actor" / runs.RANK_FILE).parent
+    command = [sys.executable, "-m", "streamconv", "doctor", str(source), str(taken / "out")]
+    script = f"ulimit -v 400000; exec {shlex.join(command)} --json"
+    done = subprocess.run(["sh", "-c", script], capture_output=True, text=True, check=False)
+    found = json.loads(done.stdout)
+    assert found["default_budget_from"] == "the limit of `ulimit -v`"
+    assert found["default_budget_bytes"] <= 400_000 * 1024
+    refused, too_small = found["problems"]
+    assert refused == f"the output cannot be written: {taken} is no folder"
+    assert "at least 430 MB" in too_small
+    assert done.returncode == 1
+
+
+def test_a_disk_that_takes_nothing_is_told(monkeypatch, tmp_path):
+    from streamconv import filesystems
+
+    assert filesystems.why_not_writable(tmp_path / "new/out") is None
+    read_only = SimpleNamespace(f_flag=os.ST_RDONLY)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "statvfs", lambda _: read_only)
+        assert "is read-only" in filesystems.why_not_writable(tmp_path / "new/out")
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    assert "no permission" in filesystems.why_not_writable(tmp_path / "new/out")
 
 
 def test_plan_says_how_long_and_what_to_mind(tmp_path):
