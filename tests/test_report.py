@@ -305,7 +305,13 @@ def test_a_batch_writes_its_page_and_one_for_each_output(tmp_path):
     assert "global_step_10" in page.read_text()
     single = tmp_path / "pages/report/out/global_step_10.html"
     assert "layer.weight" in single.read_text()
-    assert ("a", {"href": "report/out/global_step_10.html"}) in Page(page).tags
+    tags = Page(page).tags
+    assert ("a", {"href": "report/out/global_step_10.html"}) in tags
+    # A column's head stands above its numbers.
+    heads, cells = (
+        ["number" in a.get("class", "") for t, a in tags if t == k] for k in ("th", "td")
+    )
+    assert heads == cells
     # A round with nothing to do writes it anew, and still knows the page of the output.
     page.unlink()
     assert scene.round(shared={"report": str(page)}).counts == {"done": 1}
