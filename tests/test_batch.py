@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -525,3 +526,20 @@ def test_real_conversions_and_a_lost_state(scene):
     made = scene.round(fake=False)
     assert made.counts == {"done": 2}
     assert made.tasks == []
+
+
+def test_the_job_file_of_the_readme_is_taken_by_the_command(scene):
+    scene.step(100, 150)
+    text = (Path(__file__).parents[1] / "README.md").read_text()
+    (example,) = re.findall(r"```toml\n(.*?)```", text, re.DOTALL)
+    places = {"/runs/qwen-grpo": str(scene.run), "/models/qwen-grpo": str(scene.out)}
+    for place, here in places.items():
+        assert place in example
+        example = example.replace(place, here)
+    jobs = scene.run / "jobs.toml"
+    jobs.write_text(example.replace('watch = "10m"\n', "").replace("64GB", "4GB"))
+    done = cli("batch", str(jobs), "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])["counts"] == {"converted": 1}
+    refused = cli("batch", str(jobs), "--lora", "adapter")
+    assert (refused.returncode, "--lora" in refused.stderr) == (2, True)

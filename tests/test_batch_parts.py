@@ -459,6 +459,12 @@ def test_bad_settings_are_refused_with_a_word_of_help(data, words):
     assert words in str(told.value)
 
 
+def test_what_is_wrong_with_a_run_is_told_once():
+    with pytest.raises(UsageError) as caught:
+        settings({"run": [{**RUN, "evry": 10}]})
+    assert caught.value.found == "unknown key run.0.evry: did you mean every?"
+
+
 def test_one_output_folder_is_one_by_whatever_name(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "models")
     file = tmp_path / "jobs.toml"

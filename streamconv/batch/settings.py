@@ -237,7 +237,10 @@ def _refuse_overlap(made: BatchSettings, where: str | None) -> None:
 
 
 def _told(error: pydantic.ValidationError, where: str | None) -> UsageError:
-    problems = [_problem(e["type"], [str(p) for p in e["loc"]], e["msg"]) for e in error.errors()]
+    errors = error.errors()
+    # pydantic counts only the runs that are good; that one of them is not is said already.
+    told = [e for e in errors if e["type"] != "too_short"] or errors
+    problems = [_problem(e["type"], [str(p) for p in e["loc"]], e["msg"]) for e in told]
     what = "unknown settings" if all("unknown key" in p for p in problems) else "bad settings"
     return UsageError(f"{what} for a batch", where=where, found="; ".join(problems))
 

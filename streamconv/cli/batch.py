@@ -186,11 +186,13 @@ def batch(
 
 def _settings(root: Path, dst: Path | None, options: Mapping[str, Any]) -> Any:
     """Return the settings that a command line amounts to, or a job file with some of it on top."""
-    from streamconv.batch.settings import BatchSettings, load, settings
+    from streamconv.batch.settings import BatchSettings, RunSettings, load, settings
 
     # What may be said beside a job file, which says the rest.
     shared_keys = BatchSettings.model_fields.keys() - {"run"}
-    defaults = {"max_shard_size": "5GB", "dtype": "keep", "layout": "hub", "io_threads": 1}
+    fields = RunSettings.model_fields | BatchSettings.model_fields
+    # An option that says what goes without saying was most likely not given.
+    defaults = {key: field.default for key, field in fields.items()}
     given = {
         key: value
         for key, value in options.items()
