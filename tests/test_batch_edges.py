@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import shutil
+import socket
 import subprocess
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import pytest
 
 import streamconv
 from streamconv import convert_job
+from streamconv.batch import tasks
 from streamconv.batch.state import FOLDER, STATUS, Store, read_records
 from tests.makers import runs
 from tests.scenes import Scene, cli
@@ -297,6 +299,70 @@ def test_a_source_that_is_written_anew_while_its_output_is_staged(scene, monkeyp
     runs.rank_file(source / runs.RANK_FILE, 2.0)
     runs.age(source)
     assert scene.round(fake=False, verify=True).counts == {"converted": 1}
+
+
+def interrupted(scene: Scene) -> None:
+    """Leave the records as a batch does that was killed while it compared."""
+    store = Store(scene.out)
+    store.begin()
+    for record in store:
+        record.state, record.verified, record.pid = "running", None, 0
+        record.host = socket.gethostname()
+        store.save(record)
+
+
+def test_what_was_interrupted_and_has_lost_its_source_is_gone(scene):
+    scene.step(10)
+    scene.round()
+    interrupted(scene)
+    shutil.rmtree(scene.out / "global_step_10")
+    shutil.rmtree(scene.run / "global_step_10")
+    scene.step(20)
+    scene.round()
+    assert scene.states() == {10: "gone", 20: "done"}
+
+
+@pytest.mark.parametrize("source", ["the same", "another since"])
+@pytest.mark.usefixtures("planned_here")
+def test_a_whole_output_that_has_lost_its_source_is_done_but_not_verified(scene, source):
+    """Unless what went away was another one, which came after it."""
+    scene.step(10, 20)
+    scene.round(fake=False)
+    interrupted(scene)
+    if source == "another since":
+        again = runs.rank_file(scene.run / "global_step_10/actor/new.pt", 2.0)
+        again.replace(again.with_name(runs.RANK_FILE))
+        assert scene.batch(settle="1h").round().counts["waiting"] == 1
+    shutil.rmtree(scene.run / "global_step_10")
+    assert scene.round(fake=False, verify=True).counts == {"converted": 1}
+    first, second = read_records(scene.out)
+    assert (second.state, second.verified) == ("done", True)
+    assert (first.state, first.verified) == ("done" if source == "the same" else "gone", None)
+    assert "went away before it was co" in first.reason
+    assert "went away" in cli("status", str(scene.out)).stdout
+
+
+def test_a_source_that_goes_while_its_output_is_compared(scene, monkeypatch):
+    """The conversion has ended by then, and the output is whole."""
+    scene.step(10)
+    scene.says(s10=["bad-input"])
+    made = {"files": [{"name": "model.safetensors", "nbytes": 3}], "tensors": {"a": {}}}
+
+    def listen(what, task, text):
+        scene.told.append((what, text))
+        if what == "started":
+            task.output.mkdir()
+            (task.output / "model.safetensors").write_bytes(b"abc")
+            (task.output / "streamconv.json").write_text(json.dumps(made))
+            shutil.rmtree(scene.run / "global_step_10")
+
+    batch = scene.batch(verify=True)
+    monkeypatch.setattr(batch, "_listener", listen)
+    monkeypatch.setattr(tasks, "finished_output", lambda path, digest: made if digest else None)
+    assert batch.round().counts == {"converted": 1}
+    (record,) = read_records(scene.out)
+    assert (record.state, record.verified, record.write_bytes) == ("done", None, 3)
+    assert "went away" in record.reason
 
 
 # Many, and of many kinds

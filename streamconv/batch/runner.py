@@ -30,7 +30,7 @@ from streamconv.batch.hooks import Hooks, last_line
 from streamconv.batch.ledger import Ledger
 from streamconv.batch.pins import pin, unpin
 from streamconv.batch.state import Record, is_intact
-from streamconv.batch.tasks import Task
+from streamconv.batch.tasks import UNCOMPARED, Task, take_over_finished
 from streamconv.convert_job import identify
 from streamconv.errors import LockedError, StreamconvError
 
@@ -324,6 +324,11 @@ class Runner:
         task, record = running.task, running.task.record
         record.seconds = time.monotonic() - running.started
         gone = not _still_there(task.pinned or task.candidate.path)
+        if gone and take_over_finished(record, record.job, UNCOMPARED if task.verify else ""):
+            self._close(running)
+            self._hooks.add(record)
+            self._end(task, "done", "")
+            return
         if gone:
             record.state, record.error = "gone", error
             record.reason = "the source went away while it was converted"
@@ -381,8 +386,7 @@ class Runner:
             except subprocess.TimeoutExpired:
                 running.process.kill()
                 running.process.wait()
-            running.task.record.state = "queued"
-            running.task.record.reason = "interrupted; the next batch goes on with it"
+            running.task.record.interrupt()
             self._close(running)
             self._unpin(running.task)
         for task in self._waiting:

@@ -30,6 +30,7 @@ import xxhash
 
 from streamconv._version import __version__
 from streamconv.errors import LockedError
+from streamconv.planned import MANIFEST
 
 STATUS = "status.json"
 FOLDER = ".streamconv-batch"
@@ -46,7 +47,8 @@ class Record:
     ``failed``, ``gone`` (the source went before it could be converted), ``pruned`` (removed by
     retention). ``attempts`` counts failures since the last success. ``snapshot`` is the digest of how
     the source looked, ``seen_at`` since when it looks so; ``options`` the digest of what decides the
-    output. ``evidence`` is what a finished output looked like: see :func:`output_evidence`.
+    output, ``job`` that of the conversion that was to be made last. ``evidence`` is what a finished
+    output looked like: see :func:`output_evidence`.
     ``seconds`` is how long all of it took, planning included, ``bytes_per_second`` how fast bytes
     moved. Times are seconds since the epoch.
     """
@@ -64,6 +66,7 @@ class Record:
     snapshot: str = ""
     seen_at: float = 0.0
     options: str = ""
+    job: str = ""
     evidence: list[list[Any]] = field(default_factory=list)
     started_at: float | None = None
     finished_at: float | None = None
@@ -81,6 +84,26 @@ class Record:
     error: dict[str, Any] | None = None
     host: str = ""
     pid: int = 0
+
+    def interrupt(self) -> None:
+        """Note that the conversion was ended before its end."""
+        self.state, self.reason = "queued", "interrupted; the next batch goes on with it"
+
+    def take_over(self, manifest: dict[str, Any], reason: str = "") -> None:
+        """Take the output for done that is there, and tell what its manifest says of it.
+
+        Raises ``OSError`` where a file of it is missing.
+        """
+        output = Path(self.output)
+        self.evidence = output_evidence(output, [*(f["name"] for f in manifest["files"]), MANIFEST])
+        self.state, self.reason, self.error, self.attempts = "done", reason, None, 0
+        self.write_bytes = sum(f["nbytes"] for f in manifest["files"])
+        self.tensors = len(manifest["tensors"])
+        run = manifest.get("run", {})
+        self.seconds, self.read_bytes = run.get("seconds", 0.0), run.get("read_bytes", 0)
+        self.bytes_per_second = self.read_bytes / self.seconds if self.seconds else None
+        self.peak_bytes, self.budget_bytes = run.get("peak_bytes", 0), run.get("budget_bytes", 0)
+        self.finished_at = (output / MANIFEST).stat().st_mtime
 
     def to_json(self) -> dict[str, Any]:
         """Return the record as plain data."""
@@ -120,9 +143,11 @@ class Store:
         return record
 
     def reload(self, name: str) -> Record:
-        """Return the record as another batch may have left it meanwhile."""
+        """Return the record as another batch may have left it meanwhile; the output's lock is held."""
         read = _read_record(self._path(name))
         if read is not None:
+            if read.state == "running":
+                read.interrupt()  # whoever ran it would hold the lock
             self._records[name] = read
         return self.get(name)
 
@@ -208,7 +233,7 @@ def read_records(output: Path) -> list[Record]:
     records = [r for p in paths if (r := _read_record(p)) is not None]
     for record in records:
         if record.state == "running" and not _alive(record):
-            record.state, record.reason = "queued", "interrupted; the next batch goes on with it"
+            record.interrupt()
     return sorted(records, key=order)
 
 

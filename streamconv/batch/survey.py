@@ -19,12 +19,11 @@ from streamconv.batch.ready import Snapshot, Tracker, judge, read_tracker, snaps
 from streamconv.batch.retention import Rule
 from streamconv.batch.selection import named, namer
 from streamconv.batch.settings import RunSettings
-from streamconv.batch.state import FOLDER, Record, Store, file_name, is_intact, output_evidence
-from streamconv.batch.tasks import Task
+from streamconv.batch.state import FOLDER, Record, Store, file_name, is_intact
+from streamconv.batch.tasks import UNCOMPARED, Task, take_over_finished
 from streamconv.convert_job import finished_output, identify, refuse_others
 from streamconv.errors import LockedError, StreamconvError, UsageError
 from streamconv.identity import chosen_options
-from streamconv.planned import MANIFEST
 
 
 class Survey:
@@ -139,6 +138,7 @@ class Survey:
             now_ns=time.time_ns(),
             check_whole=lambda: digest.append(identify(c.path, self._job).digest),
         )
+        record.job = digest[0] if digest else ""
         if not verdict.ready:
             record.state, record.reason = "waiting", verdict.reason
             self.counts["waiting"] += 1
@@ -164,27 +164,8 @@ class Survey:
 
     def _adopt(self, record: Record, digest: str) -> bool:
         """Take an output for done whose record was lost, or whose source only looks different."""
-        output = Path(record.output)
-        try:
-            manifest = finished_output(output, digest)
-        except StreamconvError:
-            return False
-        if manifest is None or (self._run.verify and record.verified is not True):
-            return False
-        record.state, record.reason, record.error, record.attempts = "done", "", None, 0
-        files = manifest["files"]
-        record.evidence = output_evidence(output, [*(f["name"] for f in files), MANIFEST])
-        record.write_bytes = sum(f["nbytes"] for f in files)
-        record.tensors = len(manifest["tensors"])
-        run = manifest.get("run", {})
-        record.seconds, record.read_bytes = run.get("seconds", 0.0), run.get("read_bytes", 0)
-        record.bytes_per_second = record.read_bytes / record.seconds if record.seconds else None
-        record.peak_bytes, record.budget_bytes = (
-            run.get("peak_bytes", 0),
-            run.get("budget_bytes", 0),
-        )
-        record.finished_at = (output / MANIFEST).stat().st_mtime
-        return True
+        wanting = self._run.verify and record.verified is not True
+        return not wanting and take_over_finished(record, digest)
 
     def _task(self, record: Record, c: Candidate) -> Task:
         root = self._run.root.absolute()
@@ -227,8 +208,10 @@ class Survey:
             with suppress(LockedError), self._store.holding(name):
                 record = self._store.reload(name)
                 if self._has_vanished(record):
-                    record.state = "gone"
-                    record.reason = "the source went away before it was converted"
+                    why = UNCOMPARED if self._run.verify else ""
+                    if not take_over_finished(record, record.job, why):
+                        record.state = "gone"
+                        record.reason = "the source went away before it was converted"
                     self._store.save(record)
 
     def _has_vanished(self, record: Record) -> bool:

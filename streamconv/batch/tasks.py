@@ -8,8 +8,11 @@ from typing import Any
 
 from streamconv.batch.discover import Candidate
 from streamconv.batch.state import Record, Store
+from streamconv.convert_job import finished_output
 from streamconv.errors import StreamconvError
 from streamconv.options import JobOptions
+
+UNCOMPARED = "its source went away before it was compared with it"
 
 
 @dataclass(slots=True)
@@ -47,3 +50,17 @@ class Task:
     def key(self) -> str:
         """Return what tells this task from every other of the batch."""
         return self.record.output
+
+
+def take_over_finished(record: Record, digest: str, reason: str = "") -> bool:
+    """Take an output for done that is the whole one of the job ``digest``; else do nothing."""
+    if not digest:
+        return False
+    try:
+        manifest = finished_output(Path(record.output), digest)
+        if manifest is None:
+            return False
+        record.take_over(manifest, reason)
+    except (StreamconvError, OSError):
+        return False
+    return True

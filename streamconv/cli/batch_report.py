@@ -173,7 +173,7 @@ def print_status(records: Sequence[Record]) -> None:
             f"{datetime.fromtimestamp(r.finished_at):%Y-%m-%d %H:%M}" if r.finished_at else "",  # noqa: DTZ006 - local time, for people
         )
     console.print(table)
-    reasons = [(r.name, r.reason) for r in records if r.reason and r.state != "done"]
+    reasons = [(r.name, r.reason) for r in records if r.reason]
     if reasons:
         console.print()
     for name, reason in reasons:
