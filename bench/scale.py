@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -63,6 +64,8 @@ def mount(work: Path) -> Path:
 def part(plan: Path, target: Path) -> tuple[int, float]:
     """Run a plan for a while and stop it; return its peak and the bytes of output it came to."""
     run = streamconv("run", plan, target, "--max-mem", "64MB", seconds=_PART_SECONDS)
+    if run.code != 128 + signal.SIGTERM:
+        sys.exit(f"the run was not at work when it was to be stopped: exit {run.code}")
     events = [json.loads(line) for line in run.out.splitlines()]
     done = max((e.get("done_bytes", 0) for e in events), default=0)
     return run.peak_bytes, done
