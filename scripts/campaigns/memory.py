@@ -9,6 +9,8 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import torch.distributed.checkpoint as dcp
+
 from bench.measure import streamconv
 from scripts.campaigns.common import Figures, main, scratch
 from tests.makers.large import Cut, LargeMade, make_large
@@ -17,18 +19,19 @@ from tests.outputs import large_differences
 _BUDGETS_MB = (512, 1000, 2000, 4000)
 _RUN_BUDGETS_MB = (64, 256)
 _TIMES = 8.2
-_LAYOUTS: dict[Cut, str] = {
-    "rows": "FSDP2, padded",
-    "columns": "FSDP2 on columns",
-    "hybrid": "HSDP",
-    "grid": "FSDP and TP",
+_LAYOUTS: dict[str, Cut] = {
+    "FSDP2, padded": "rows",
+    "FSDP2 on columns": "columns",
+    "HSDP": "hybrid",
+    "FSDP and TP": "grid",
+    "torch DCP": "rows",
 }
 
 
 def campaign(work: Path, count: int, _: int) -> Figures:
     figures = Figures()
     for budget in _BUDGETS_MB[:count]:
-        for cut, name in _LAYOUTS.items():
+        for name, cut in _LAYOUTS.items():
             nbytes = int(budget * 1e6 * _TIMES)
             sources = 2 * nbytes if cut == "hybrid" else nbytes
             if shutil.disk_usage(work).free < sources + 1.1 * nbytes:
@@ -36,10 +39,22 @@ def campaign(work: Path, count: int, _: int) -> Figures:
                 continue
             with scratch(work) as folder:
                 made = make_large(folder, nbytes, 8, cut=cut)
+                if name == "torch DCP":
+                    made = _as_dcp(made)
                 _convert(figures, made, folder, budget, name, deep=budget == _BUDGETS_MB[0])
                 if budget == _BUDGETS_MB[0]:
                     _run(figures, made, folder, name)
     return figures
+
+
+def _as_dcp(made: LargeMade) -> LargeMade:
+    """Put torch's own distributed checkpoint of the same weights in the place of the rank files."""
+    state = {name: made.expected(name) for name in made.shapes}
+    for rank_file in made.source.glob("*.pt"):
+        rank_file.unlink()
+    (made.source / "fsdp_config.json").unlink()
+    dcp.save(state, checkpoint_id=made.source, no_dist=True)
+    return made
 
 
 def _convert(
