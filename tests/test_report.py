@@ -19,6 +19,7 @@ from streamconv.report.conversion import by_layer, convert_reported, write_repor
 from streamconv.report.overview import write_overview
 from streamconv.report.throughput import rates
 from streamconv.report.timeline import Sample, Timeline
+from tests.makers import runs
 
 HOSTILE = "</script><script>document.title='owned'</script>&\"'"
 CHROMIUM = next(
@@ -48,24 +49,13 @@ def make_output(folder: Path, tensors: int = 30) -> Path:
         "file": "model-0.safetensors", "dtype": "BF16", "shape": [100, 32], "xxh3_128": "f" * 32,
         "sources": ["model.embed_tokens.weight"],
     }  # fmt: skip
-    manifest = {
-        "streamconv": "0.1.0",
-        "job": {
-            "format": "fsdp",
-            "digest": "ab" * 16,
-            "options": {"strict": False},
-            "source": [[1, 2, 3]],
-        },
-        "plan_digest": "cd" * 16,
-        "unverifiable_bytes": 0,
-        "notices": [HOSTILE],
-        "skipped": [["optim.pt", "optimizer state"]],
-        "files": [
-            {"name": f"model-{i}.safetensors", "nbytes": 5, "xxh3_128": "0" * 32} for i in range(3)
-        ],
-        "tensors": entries,
-        "run": {"source": "/runs/x/actor"},
-    }
+    manifest = runs.manifest(
+        {f"model-{i}.safetensors": 5 for i in range(3)},
+        notices=[HOSTILE],
+        skipped=[["optim.pt", "optimizer state"]],
+        tensors=entries,
+        run={"source": "/runs/x/actor"},
+    )
     (folder / "streamconv.json").write_text(json.dumps(manifest))
     return folder
 
@@ -140,7 +130,7 @@ def test_what_a_checkpoint_says_is_text(tmp_path):
     first = next(iter(manifest["tensors"].values()))
     manifest["tensors"] = {f"{HOSTILE}.{i}.weight": first for i in range(2)}
     manifest["files"][0]["name"] = HOSTILE
-    manifest["job"]["options"] = {HOSTILE: [HOSTILE]}
+    manifest["job"]["options"][HOSTILE] = [HOSTILE]
     (folder / "streamconv.json").write_text(json.dumps(manifest))
     path = tmp_path / "report.html"
     write_report(path, result(folder), Timeline())

@@ -92,9 +92,8 @@ def _finish(source: Path, output: Path) -> None:
     partial.mkdir(parents=True)
     shutil.copy(source / RANK_FILE, partial / "model.safetensors")
     names = ["model.safetensors"]
-    files = [{"name": n, "nbytes": (partial / n).stat().st_size} for n in names]
-    manifest = {"streamconv": "0", "job": {"digest": ""}, "files": files, "tensors": {}}
-    (partial / "streamconv.json").write_text(json.dumps(manifest))
+    files = {n: (partial / n).stat().st_size for n in names}
+    (partial / "streamconv.json").write_text(json.dumps(manifest(files)))
     partial.rename(output)
     stats = [(n, (output / n).stat()) for n in [*names, "streamconv.json"]]
     _say(
@@ -109,6 +108,34 @@ def _finish(source: Path, output: Path) -> None:
         write_bytes=1000,
         peak_bytes=10**8,
     )
+
+
+def manifest(files: dict[str, int], **more: object) -> dict[str, object]:
+    """Return a manifest that lists these files and their sizes, as whole as a conversion's."""
+    job = {
+        "format": "fsdp",
+        "options": {
+            "layout": "hub",
+            "dtype": "keep",
+            "keep_dtype": [],
+            "max_shard_bytes": 5 * 10**9,
+            "strict": False,
+        },
+        "source": [["model_world_size_1_rank_0.pt", 3, "0" * 32]],
+        "side": [],
+        "digest": "ab" * 16,
+    }
+    return {
+        "streamconv": "0.1.0",
+        "job": job,
+        "plan_digest": "cd" * 16,
+        "unverifiable_bytes": 0,
+        "notices": [],
+        "skipped": [],
+        "files": [{"name": n, "nbytes": k, "xxh3_128": "0" * 32} for n, k in files.items()],
+        "tensors": {},
+        **more,
+    }
 
 
 def _say(**event: object) -> None:
