@@ -195,7 +195,12 @@ def _checked(data: Mapping[str, Any], path: Path) -> Iterator[tuple[str, Any]]:
             continue
         if not check(value):
             raise BadInputError(
-                f"the adapter's {key} makes no sense", where=str(path), found=repr(value)[:80]
+                f"the adapter's {key} makes no sense",
+                where=str(path),
+                expected="names of modules or their ends (regular expressions are not evaluated)"
+                if key.endswith("_pattern")
+                else None,
+                found=repr(value)[:80],
             )
         yield key, value
 

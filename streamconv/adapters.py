@@ -125,6 +125,7 @@ def separate(checkpoint: Checkpoint) -> tuple[Checkpoint, Adapter]:
             _once(base, name.replace(".base_layer.", "."), tensor)
     for name, tensor in saved.items():
         _once(base, name, tensor)
+    _refuse_adapted_parameters(targets, base)
     undecided = {
         n.replace(_MARKER, "").removeprefix(PREFIX).replace(".base_layer.", "."): pair
         for n, pair in checkpoint.undecided.items()
@@ -138,6 +139,23 @@ def separate(checkpoint: Checkpoint) -> tuple[Checkpoint, Adapter]:
         skipped=(*checkpoint.skipped, *skipped),
     )
     return found, Adapter(targets, saved, frozenset(wrapped), parts)
+
+
+def _refuse_adapted_parameters(targets: Mapping[str, Target], base: Iterable[str]) -> None:
+    """Refuse PEFT's target_parameters: its factors look like a module's, but mean something else."""
+    held: dict[str, set[str]] = {}
+    for name in base:
+        module, _, leaf = name.rpartition(".")
+        held.setdefault(module, set()).add(leaf)
+    for module, target in targets.items():
+        others = held.get(module, set()) - {"bias"}
+        if module.endswith(".base_layer") or (others and "weight" not in others):
+            raise BadInputError(
+                "this adapter changes parameters, such as those of fused experts, and not a module",
+                where=next(iter(target.parts.values())),
+                expected="adapters of modules that have a weight",
+                hint="merge it with PEFT",
+            )
 
 
 def _one_adapter(checkpoint: Checkpoint) -> None:
@@ -202,13 +220,14 @@ def rank_of(target: Target, adapter: Adapter) -> int:
             expected=f"{target.module}.{missing[0]}, too",
         )
     a, b = (adapter.tensors[target.parts[p]] for p in (first, second))
-    if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != b.shape[1] or not a.shape[0]:
+    # Those of a convolution have more dimensions.
+    axes = {len(a.shape), len(b.shape)}
+    if len(axes) > 1 or min(axes) < 2 or a.shape[0] != b.shape[1] or not a.shape[0]:
         raise BadInputError(
             "the factors of an adapter do not fit together",
             where=target.module,
             expected="A of (rank, in) and B of (out, rank)",
             found=f"A {list(a.shape)}, B {list(b.shape)}",
-            hint="adapters of convolutions are not supported; --lora adapter hands them on",
         )
     return a.shape[0]
 
@@ -278,6 +297,14 @@ def _update(
         b = adapter.tensors[target.parts["lora_embedding_B"]]
     else:
         a, b = (adapter.tensors[target.parts[p]] for p in ("lora_A", "lora_B"))
+    if len(a.shape) != 2:
+        raise BadInputError(
+            "the adapter of a convolution cannot be merged",
+            where=weight.fqn,
+            expected="A of (rank, in) and B of (out, rank)",
+            found=f"A {list(a.shape)}, B {list(b.shape)}",
+            hint="take the adapter by itself with --lora adapter and merge it with PEFT",
+        )
     straight = (b.shape[0], a.shape[1])
     turned = turned or target.embedding or weight.shape == straight[::-1] != straight
     expected = straight[::-1] if turned else straight

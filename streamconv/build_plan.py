@@ -141,12 +141,11 @@ def _sources(
 def _plan_model(made: _Output, lora: LoraPlan | None, job: JobOptions, notices: list[str]) -> None:
     """Add the model's files: the weights, merged where there is an adapter, index and config."""
     config, model = made.config, made.model
+    if job.value_head == "drop":
+        _drop_value_head(made)
     if lora is not None:
         made.tensors = lora.with_tied(made.tensors, model)
     recipes = made.recipes or _recipes(made.tensors, model, job, notices)
-    if job.value_head == "drop":
-        recipes, dropped = _without_value_head(recipes)
-        made.skipped += dropped
     if lora is not None:
         recipes = lora.merged(recipes, made.tensors, model)
     declared = declared_dtype(config) if config else None
@@ -273,21 +272,19 @@ def _recipes(
     return list(recipes)
 
 
-def _without_value_head(recipes: list[Recipe]) -> tuple[list[Recipe], list[Skipped]]:
+def _drop_value_head(made: _Output) -> None:
     """Leave out the head of trl's AutoModelForCausalLMWithValueHead, which other loaders refuse."""
-    kept, dropped = [], []
-    for recipe in recipes:
-        if "v_head" in recipe.name.split("."):
-            dropped += [Skipped(n, "--value-head drop") for n in sources_of(recipe.view)]
-        else:
-            kept.append(recipe)
+    dropped = [n for n in made.tensors if "v_head" in n.split(".")]
     if not dropped:
-        score = any(r.name.split(".")[-2:-1] == ["score"] for r in recipes)
+        names = [*made.tensors, *(r.name for r in made.recipes)]
+        score = any(n.split(".")[-2:-1] == ["score"] for n in names)
         raise UsageError(
             "--value-head drop is given, but this model has no v_head",
             found="a score head, without which it is no model that loads" if score else None,
         )
-    return kept, dropped
+    for name in dropped:
+        del made.tensors[name]
+        made.skipped.append(Skipped(name, "--value-head drop"))
 
 
 def _totals(

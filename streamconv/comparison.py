@@ -10,8 +10,9 @@ import numpy as np
 from streamconv.dtypes import BF16, DType
 from streamconv.lazy import LazyTensor, open_checkpoint
 from streamconv.options import JobOptions
-from streamconv.safefile import FileTensor, read_folder
+from streamconv.safefile import FileTensor
 from streamconv.verification.distance import further_apart
+from streamconv.verification.reference import weights_of
 
 _BLOCK_NBYTES = 4 << 20
 # torch.testing.assert_close in verl's merger.
@@ -22,11 +23,12 @@ def compare_with_model(src: Path, folder: Path, *, hf_config: Path | None = None
     """Return what differs between a checkpoint and a model folder, both taken as bfloat16.
 
     ``tensors`` counts what was compared, ``problems`` are lines: names that only one of them has, other
-    shapes, values further apart than 1e-6 (absolute and relative, together).
+    shapes, values further apart than 1e-6 (absolute and relative, together). Raises
+    :class:`BadInputError` where ``folder`` holds no safetensors.
     """
     problems = []
     compared = 0
-    reference = read_folder(folder)
+    reference = weights_of(folder)
     job = JobOptions(dtype="bfloat16", hf_config=hf_config)
     with open_checkpoint(src, job) as checkpoint:
         problems += [f"{n}: not in the checkpoint" for n in reference if n not in checkpoint]

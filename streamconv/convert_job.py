@@ -18,6 +18,7 @@ from streamconv.errors import (
     OutputExistsError,
     SourceChangedError,
     StreamconvError,
+    UnfitValuesError,
 )
 from streamconv.executor import WindowFiller, write_output
 from streamconv.manifest import read_manifest, write_manifest
@@ -242,8 +243,8 @@ class _Conversion:
         try:
             with _full_disk_told(self.dst):
                 return self._execute()
-        except SourceChangedError:
-            # Nobody can go on with this plan: what it speaks of is gone.
+        except (SourceChangedError, UnfitValuesError):
+            # Nobody can go on with this plan: what it speaks of is gone, or is not fit for it.
             self.staging.discard()
             raise
         except NoSpaceError as error:

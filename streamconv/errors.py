@@ -128,6 +128,12 @@ class SourceChangedError(BadInputError):
     kind = "source-changed"
 
 
+class UnfitValuesError(BadInputError):
+    """What the job asks for cannot be made of the weights' values: it fails as often as it is run."""
+
+    kind = "unfit-values"
+
+
 class VerificationError(BadInputError):
     """An output differs from its manifest, its source or its reference."""
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from streamconv.dtypes import DType
-from streamconv.errors import BadInputError
+from streamconv.errors import UnfitValuesError
 from streamconv.lowering import Dim, MoveOp
 from streamconv.recipe import AddScalar, Cast
 
@@ -46,7 +46,7 @@ def run(
     """Copy the walk ``dims`` from ``data`` into ``out``, applying ``ops`` to each element.
 
     Both walks begin at the first byte of their buffer; neither need be aligned. Raises
-    :class:`BadInputError`, naming ``what``, where a cast would turn a finite value into an infinite
+    :class:`UnfitValuesError`, naming ``what``, where a cast would turn a finite value into an infinite
     one.
     """
     if not ops:
@@ -132,7 +132,7 @@ def _check_cast(op: Cast, value: Array, out: Array, what: str) -> None:
     lost = (magnitude == infinity) & np.isfinite(value)
     if lost.any():
         worst = float(np.abs(value[lost].astype(np.float64)).max())
-        raise BadInputError(
+        raise UnfitValuesError(
             f"a finite value does not fit into {op.dtype}",
             where=what,
             expected=f"values that {op.dtype} can hold",

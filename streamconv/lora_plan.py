@@ -113,6 +113,12 @@ class LoraPlan:
             (True, True): f"merged into the base weights, and written to {ADAPTER_FOLDER}/",
         }
         told = [f"{what}: {done[self.merge, self.hand_on]}"]
+        heads = [] if self.merge else [*filter(_of_a_value_head, self.checkpoint.tensors)]
+        if any(n not in self.adapter.saved for n in heads):
+            told.append(
+                f"the adapter's folder does not hold the value head ({heads[0]}), which a base model "
+                "lacks, too: --lora merge or both keeps it"
+            )
         if self.diverged:
             told.append(
                 f"{len(self.diverged)} tensors of the adapter hold NaN or infinities, "
@@ -198,6 +204,10 @@ def plan_lora(checkpoint: Checkpoint, options: LoraOptions) -> LoraPlan | None:
         )
     diverged = adapters.not_finite(adapter, paths) if mode == "adapter" else ()
     return LoraPlan(found, adapter, settings, mode != "adapter", mode != "merge", diverged)
+
+
+def _of_a_value_head(name: str) -> bool:
+    return not {"score", "v_head"}.isdisjoint(name.split("."))
 
 
 def _refuse_options(checkpoint: Checkpoint, options: LoraOptions) -> None:

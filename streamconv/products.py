@@ -18,7 +18,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from streamconv.dtypes import F32, DType
-from streamconv.errors import BadInputError
+from streamconv.errors import UnfitValuesError
 from streamconv.kernels import Array, apply, strided
 from streamconv.lowering import Dim, MoveOp, Patch, ProductAt, patches
 from streamconv.planned import PlannedTensor
@@ -105,7 +105,7 @@ def add_product(
     """Copy the walk ``dims`` from ``data`` into ``out`` with the product added.
 
     As :func:`streamconv.kernels.run`; the first of ``ops`` is the :class:`ProductAt`, and
-    ``src_offset`` the storage element at which ``data`` begins. Raises :class:`BadInputError` where
+    ``src_offset`` the storage element at which ``data`` begins. Raises :class:`UnfitValuesError` where
     the update is not finite, or the sum does not fit the output's type.
     """
     at = ops[0]
@@ -121,7 +121,7 @@ def add_product(
             right = factors.tile(tensor, at.product, "right", columns.tile)[:, columns.within]
             update = _product(left, right, tensor.products[at.product].scale)
             if not np.isfinite(update).all():
-                raise BadInputError(
+                raise UnfitValuesError(
                     "the update of an adapter is not finite",
                     where=tensor.name,
                     hint="the adapter's own values are infinite, NaN or too large: training diverged",

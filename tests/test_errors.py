@@ -16,6 +16,7 @@ CODES = {
     "BudgetError": 4,
     "BadInputError": 5,
     "SourceChangedError": 5,
+    "UnfitValuesError": 5,
     "VerificationError": 5,
     "UnsafeInputError": 6,
     "NoSpaceError": 7,

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 import streamconv
 from streamconv.cli import conversion
 from streamconv.cli.app import app
-from streamconv.errors import UsageError
+from streamconv.errors import BadInputError, UsageError
 from tests.outputs import cast, differences, read_model, read_truth
 
 pytestmark = pytest.mark.usefixtures("planned_here")
@@ -52,6 +52,10 @@ def test_merge_takes_verls_words_and_gives_bfloat16(checkpoints, tmp_path):
     assert other.exit_code == 5
     assert "values differ by up to" in other.stdout
 
+    with pytest.raises(BadInputError, match="no such model folder"):
+        command(*test, tmp_path / "nowhere")
+    with pytest.raises(BadInputError, match="no safetensors files"):
+        command(*test, made.source)
     with pytest.raises(UsageError, match="unknown backend"):
         command("verl", "merge", "--backend", "ddp", "--local_dir", made.source)
 
@@ -103,7 +107,12 @@ def test_actor_and_critic_one_or_both(step, checkpoints, tmp_path):
     with pytest.raises(UsageError, match="2 models to choose from") as caught:
         command("convert", step, tmp_path / "out")
     assert caught.value.found == "actor, critic"
-    assert caught.value.hint == "say which: --model actor|critic, or --model all"
+    assert caught.value.hint == (
+        "say which: --model actor|critic, or its folder; `convert` has --model all, too"
+    )
+    with pytest.raises(UsageError, match="no model 'all'") as caught:
+        command("plan", step, "--model", "all")
+    assert caught.value.hint == "only `convert` takes all of them"
 
     assert command("convert", step.parent, tmp_path / "one", "--model", "critic").exit_code == 0
     done = command("convert", step, tmp_path / "out", "--model", "all")
@@ -150,10 +159,12 @@ def test_a_value_head_is_kept_or_dropped(checkpoints, tmp_path):
     truth = read_truth(made.truth_hf)
     heads = {n for n in truth if n.startswith("v_head.")}
     assert heads == {"v_head.summary.weight", "v_head.summary.bias"}
-    streamconv.convert(made.source, tmp_path / "kept", sync=False)
+    kept = streamconv.convert(made.source, tmp_path / "kept", sync=False)
+    assert len([n for n in kept.notices if "v_head" in n]) == 1
     assert differences(read_model(tmp_path / "kept"), truth) == []
     plan = streamconv.plan(made.source, value_head="drop")
-    assert {s.name for s in plan.head.skipped} >= heads
+    assert {s.name for s in plan.head.skipped} == heads
+    assert not any("v_head" in n for n in plan.head.notices)
     streamconv.convert(made.source, tmp_path / "dropped", value_head="drop", sync=False)
     without = {n: t for n, t in truth.items() if n not in heads}
     assert differences(read_model(tmp_path / "dropped"), without) == []

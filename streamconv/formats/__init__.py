@@ -83,6 +83,7 @@ def find_model(path: Path, model: str | None = None) -> Location:
             f"there is no model {model!r} in this checkpoint",
             where=str(path),
             found=", ".join(found) or "no model in a folder of its own",
+            hint="only `convert` takes all of them" if model == "all" and found else None,
         )
     if len(found) == 1:
         return next(iter(found.values()))
@@ -91,7 +92,7 @@ def find_model(path: Path, model: str | None = None) -> Location:
             f"{len(found)} models to choose from",
             where=str(path),
             found=", ".join(found),
-            hint=f"say which: --model {'|'.join(found)}, or --model all",
+            hint=f"say which: --model {'|'.join(found)}, or its folder; `convert` has --model all, too",
         )
     return _in_run(path, model)
 

@@ -229,11 +229,6 @@ class MetaModel:
     def _hub_recipes(self, given: Headers, notices: list[str]) -> list[Recipe]:
         group_of = self._group_of(given)
         unknown = [name for name in given if name not in group_of]
-        if unknown:
-            notices.append(
-                f"{len(unknown)} tensors are not the model's and keep their names"
-                f" (such as {unknown[0]})"
-            )
         made = [hf_convert.identity(name, name, *given[name]) for name in unknown]
         held: dict[int, dict[str, tuple[Shape, DType]]] = {}
         for name, header in given.items():
