@@ -84,7 +84,7 @@ def list_side_files(folder: Path, *, root: Path, named: bool = False) -> Iterato
         within = root.resolve()
     if holds_weights(folder, root):
         within = folder.resolve()
-    for path in _candidates(folder, root):
+    for path in candidates(folder, root):
         name = path.relative_to(folder)
         if any(part.startswith(".") or part == "__pycache__" for part in name.parts):
             continue
@@ -106,7 +106,7 @@ def holds_weights(folder: Path, root: Path) -> bool:
     return root.resolve().is_relative_to(folder.resolve())
 
 
-def _candidates(folder: Path, root: Path) -> list[Path]:
+def candidates(folder: Path, root: Path) -> list[Path]:
     """Return what may be a side file, in order: among a trainer's files, what has a known name."""
     if not holds_weights(folder, root):
         return sorted(folder.rglob("*"))

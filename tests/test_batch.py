@@ -137,6 +137,31 @@ def test_pins_hold_what_is_read_and_not_the_optimizer(tmp_path, monkeypatch):
     assert (source / "model.pt").stat().st_nlink == 1
 
 
+@pytest.mark.parametrize("beside", ["huggingface", "."])
+@pytest.mark.usefixtures("planned_here")
+def test_what_lies_beside_a_dcp_folder_is_pinned_with_it(beside, tmp_path, checkpoints, scene):
+    """Rotation takes all of the step away, the model's config too."""
+    made = checkpoints["fsdp2-w2"]
+    step = scene.run / "checkpoint-10"
+    shutil.copytree(made.dcp, step / "pytorch_model_fsdp_0")
+    shutil.copytree(made.source / "huggingface", step / beside, dirs_exist_ok=True)
+    (step / "trainer_state.json").write_text("{}")
+    for path in [*step.rglob("*"), step]:
+        os.utime(path, (1_700_000_000, 1_700_000_000))
+    batch = scene.batch(fake=False, pin=True, model=None)
+
+    def rotating(what, task, text):
+        scene.told.append((what, text))
+        if what == "started":
+            shutil.rmtree(step)
+
+    batch._listener = rotating
+    assert batch.round().counts == {"converted": 1}, scene.told
+    assert [what for what, _ in scene.told if what == "notice"] == []
+    assert (scene.out / "checkpoint-10/pytorch_model_fsdp_0/config.json").is_file()
+    assert not [*scene.out.glob(f"{FOLDER}/pins/*")]
+
+
 def test_a_place_on_another_file_system_is_no_place_for_pins(tmp_path, monkeypatch):
     def refuse(*args, **kwargs):
         raise OSError(18, "Invalid cross-device link")

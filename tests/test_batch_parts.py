@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from streamconv.batch import metrics
 from streamconv.batch.discover import Candidate, discover
 from streamconv.batch.ledger import Ledger
-from streamconv.batch.ready import Snapshot, Tracker, judge, read_tracker, snapshot
+from streamconv.batch.ready import Snapshot, Tracker, judge, look_at, read_tracker, snapshot
 from streamconv.batch.retention import Rule
 from streamconv.batch.schedule import Cron, Every, parse_schedule
 from streamconv.batch.selection import Filter, named, namer, parse_steps
@@ -339,6 +339,28 @@ def test_trackers(tmp_path, name, text, step):
     (tmp_path / name).write_text(text)
     tracker = read_tracker(tmp_path)
     assert (tracker.step if tracker else None) == step
+
+
+def test_a_config_that_comes_later_or_changes_is_seen(tmp_path):
+    """A trainer may write it after the weights, beside their folder."""
+    weights = tmp_path / "step_1" / "pytorch_model_fsdp_0"
+    tree(tmp_path, "step_1/pytorch_model_fsdp_0/.metadata", "step_1/trainer_state.json")
+    looks = []
+
+    def look() -> None:
+        (c,) = discover(tmp_path)
+        looks.append(look_at(c))
+
+    look()
+    (weights.parent / "config.json").write_text('{"model_type": "llama"}')
+    look()
+    assert looks[-1].newest_ns >= (weights.parent / "config.json").stat().st_mtime_ns
+    (weights.parent / "trainer_state.json").write_text("more")
+    look()
+    assert looks[-1].digest == looks[-2].digest
+    (weights.parent / "tokenizer.json").write_text("{}")
+    look()
+    assert len({seen.digest for seen in looks}) == 3
 
 
 def test_a_snapshot_sees_every_change(tmp_path):

@@ -39,7 +39,8 @@ class Candidate:
     ``path`` is its folder, ``relative`` the same below the root (``.`` where it is the root).
     ``run`` is what stands before the step's folder (the root's name where nothing does),
     ``step_dir`` the step's folder and ``step`` its number, ``model`` what stands behind it
-    (``actor``; empty where the step's folder is the checkpoint itself).
+    (``actor``; empty where the step's folder is the checkpoint itself). ``beside`` is the folder with
+    config and tokenizer where that is not in ``path``.
     """
 
     path: Path
@@ -49,6 +50,7 @@ class Candidate:
     step_dir: Path
     model: str
     format: str
+    beside: Path | None = None
 
     @property
     def run_dir(self) -> Path:
@@ -103,7 +105,7 @@ def _walk(
         on_problem(error)
         return
     if location is not None:
-        yield _candidate(root, folder, location.format)
+        yield _candidate(root, location)
         return
     if depth == _MAX_DEPTH:
         return
@@ -130,7 +132,8 @@ def _unreadable(folder: Path, error: OSError) -> StreamconvError:
     return StreamconvError(f"a folder cannot be read: {error.strerror}", where=str(folder))
 
 
-def _candidate(root: Path, path: Path, format_name: str) -> Candidate:
+def _candidate(root: Path, location: formats.Location) -> Candidate:
+    path, side = location.root, location.side_dir
     relative = path.relative_to(root)
     parts = relative.parts
     step_at = next(
@@ -153,5 +156,6 @@ def _candidate(root: Path, path: Path, format_name: str) -> Candidate:
         step_number(step_dir.name),
         step_dir,
         "/".join(model_parts),
-        format_name,
+        location.format,
+        None if side is None or side.is_relative_to(path) else side,
     )

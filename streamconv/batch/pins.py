@@ -35,11 +35,14 @@ def remove_left_behind(place: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def pin(source: Path, needed: Collection[str], places: Iterable[Path]) -> Path:
+def pin(
+    source: Path, needed: Collection[str], places: Iterable[Path], beside: Collection[Path] = ()
+) -> Path:
     """Link the files of ``source`` into the first of ``places`` on its file system; return where.
 
-    ``needed`` are the weight files, relative to ``source``. The pinned folder has the name of the
-    source's, for names tell formats. Raises :class:`StreamconvError` where no place will do.
+    ``needed`` are the weight files, relative to ``source``, ``beside`` what belongs to it and lies in
+    the folder that holds it (config, tokenizer). The pinned folder has the name of the source's, for
+    names tell formats. Raises :class:`StreamconvError` where no place will do.
     """
     reasons = []
     for place in places:
@@ -47,6 +50,10 @@ def pin(source: Path, needed: Collection[str], places: Iterable[Path]) -> Path:
         try:
             target.mkdir(parents=True)
             _link_tree(source, target, set(needed))
+            for path in beside:
+                link = place / path.relative_to(source.absolute().parent)
+                link.parent.mkdir(parents=True, exist_ok=True)
+                os.link(path, link, follow_symlinks=False)
         except OSError as error:
             shutil.rmtree(place, ignore_errors=True)
             reasons.append(f"{place}: {error.strerror or error}")

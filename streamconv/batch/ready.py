@@ -14,7 +14,7 @@ the second half of the first rule.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +22,7 @@ import xxhash
 
 from streamconv.batch.discover import Candidate, step_number
 from streamconv.errors import StreamconvError
+from streamconv.sidefiles import candidates
 
 _TRACKERS = ("latest_checkpointed_iteration.txt", "latest")
 _MAX_TRACKER_BYTES = 4096
@@ -38,6 +39,23 @@ class Snapshot:
     digest: str
     newest_ns: int
     nbytes: int
+
+
+def look_at(candidate: Candidate) -> Snapshot:
+    """Return how a checkpoint looks now, with what belongs to it and lies beside its folder.
+
+    Raises ``OSError`` where it goes meanwhile.
+    """
+    seen = snapshot(candidate.path)
+    if candidate.beside is None:
+        return seen
+    entries = [seen.digest]
+    newest = seen.newest_ns
+    for path in candidates(candidate.beside, candidate.path):
+        status = path.lstat()
+        newest = max(newest, status.st_mtime_ns)
+        entries.append(f"{path.name}\0{status.st_size}\0{status.st_mtime_ns}")
+    return Snapshot(_digest(entries), newest, seen.nbytes)
 
 
 def snapshot(folder: Path) -> Snapshot:
@@ -57,8 +75,12 @@ def snapshot(folder: Path) -> Snapshot:
                 else:
                     total += status.st_size
                     entries.append(f"{entry.path[prefix:]}\0{status.st_size}\0{status.st_mtime_ns}")
-    digest = xxhash.xxh3_64_hexdigest("\n".join(sorted(entries)).encode(errors="surrogateescape"))
-    return Snapshot(digest, newest, total)
+    return Snapshot(_digest(entries), newest, total)
+
+
+def _digest(entries: Iterable[str]) -> str:
+    text = "\n".join(sorted(entries))
+    return xxhash.xxh3_64_hexdigest(text.encode(errors="surrogateescape"))
 
 
 @dataclass(frozen=True, slots=True)

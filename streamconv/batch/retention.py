@@ -16,7 +16,7 @@ from pathlib import Path
 
 from streamconv.batch.discover import Candidate
 from streamconv.batch.places import output_inside
-from streamconv.batch.ready import Snapshot, read_tracker, snapshot
+from streamconv.batch.ready import Snapshot, look_at, read_tracker
 from streamconv.batch.state import Record, Store, file_name, is_intact
 from streamconv.errors import LockedError, StreamconvError
 from streamconv.manifest import read_manifest
@@ -125,7 +125,7 @@ def remove_source(
     path = candidate.path
     try:
         with store.holding(record.name):
-            now = snapshot(path)
+            now = look_at(candidate)
             refused = _why_not_source(store.reload(record.name), candidate, newest, now)
             if apply and not refused:
                 _remove(path, _aside(path))

@@ -221,12 +221,14 @@ class Runner:
     def _pin(self, task: Task) -> None:
         source = task.candidate.path
         try:
-            wanted = identify(source, task.job).digest
+            wanted = identify(source, task.job)
             location = formats.find_model(source)
             below = [f.path for f in location.identify()]
             needed = [(location.root / path).relative_to(source).as_posix() for path in below]
-            pinned = pin(source, needed, task.pin_places)
-            if identify(pinned, task.job).digest == wanted:
+            side = [Path(s.path) for s in wanted.side] if task.job.hf_config is None else []
+            beside = [path for path in side if _is_beside(path, source.absolute())]
+            pinned = pin(source, needed, task.pin_places, beside)
+            if identify(pinned, task.job).digest == wanted.digest:
                 task.pinned = pinned
                 return
             unpin(pinned)
@@ -393,6 +395,10 @@ class Runner:
             self._unpin(task)
         self._hooks.stop()
         self._selector.close()
+
+
+def _is_beside(path: Path, source: Path) -> bool:
+    return path.is_relative_to(source.parent) and not path.is_relative_to(source)
 
 
 def _failed(record: Record, error: dict[str, Any]) -> None:

@@ -15,7 +15,7 @@ import xxhash
 from streamconv.batch import pins
 from streamconv.batch.discover import Candidate, discover
 from streamconv.batch.places import refuse_own_files
-from streamconv.batch.ready import Snapshot, Tracker, judge, read_tracker, snapshot
+from streamconv.batch.ready import Snapshot, Tracker, judge, look_at, read_tracker, snapshot
 from streamconv.batch.retention import Rule
 from streamconv.batch.selection import named, namer
 from streamconv.batch.settings import RunSettings
@@ -85,7 +85,7 @@ class Survey:
     def _consider(self, name: str, c: Candidate) -> None:
         record = self._store.get(name)
         try:
-            seen = snapshot(c.path)
+            seen = look_at(c)
         except FileNotFoundError:
             return  # it went this moment
         except OSError as error:
