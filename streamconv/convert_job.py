@@ -81,7 +81,7 @@ def identify(src: Path, job: JobOptions) -> IdentifiedJob:
 def finished_output(dst: Path, digest: str) -> dict[str, Any] | None:
     """Return the manifest of ``dst`` where it is the whole output of the job; None otherwise."""
     try:
-        manifest = read_manifest(dst)
+        manifest = read_manifest(dst, entries=False)
     except StreamconvError:
         return None  # a damaged output is no whole one
     if manifest is None or (dst / ".streamconv").exists():
@@ -117,7 +117,7 @@ def refuse_others(dst: Path, digest: str, *, overwrite: bool) -> None:
 
 def _which_job(dst: Path, digest: str) -> str:
     try:
-        manifest = read_manifest(dst)
+        manifest = read_manifest(dst, entries=False)
     except StreamconvError as error:
         return f"the output folder cannot be told from another job's: {error.what}"
     same = manifest is not None and manifest["job"]["digest"] == digest

@@ -41,11 +41,16 @@ NUMBER = Leaf("a number", lambda v: type(v) is float or (type(v) is int and abs(
 FLAG = Leaf("true or false", lambda v: isinstance(v, bool))
 
 
-def read_json(path: Path, *, most_bytes: int, unique: bool = False) -> Any:
-    """Return what a file says.
+def read_json(
+    path: Path,
+    *,
+    most_bytes: int,
+    make: Callable[[list[tuple[str, Any]]], Any] | None = None,
+) -> Any:
+    """Return what a file says; ``make`` makes an object of its pairs of names and values.
 
     Raises :class:`UnsafeInputError` for more than ``most_bytes``, :class:`BadInputError` for what is no
-    JSON, nests too deep, or is no file at all, and with ``unique`` where a key occurs twice.
+    JSON, nests too deep, or is no file at all, and where ``make`` raises ``ValueError``.
     """
     if not path.is_file():  # opening a pipe would wait for a writer
         raise BadInputError(f"{path.name} is no file", where=str(path))
@@ -59,7 +64,7 @@ def read_json(path: Path, *, most_bytes: int, unique: bool = False) -> Any:
         )
     try:
         text = path.read_text(encoding="utf-8")
-        return json.loads(text, object_pairs_hook=unique_keys if unique else None)
+        return json.loads(text, object_pairs_hook=make)
     except (ValueError, RecursionError) as error:
         raise BadInputError(
             f"{path.name} is not valid JSON", where=str(path), found=str(error)[:200]

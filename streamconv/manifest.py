@@ -18,7 +18,7 @@ from typing import Any
 from streamconv._version import __version__
 from streamconv.errors import BadInputError
 from streamconv.executor import FinishedFile
-from streamconv.jsonfile import COUNT, FLAG, NUMBER, TEXT, Leaf, mismatches, read_json
+from streamconv.jsonfile import COUNT, FLAG, NUMBER, TEXT, Leaf, mismatches, read_json, unique_keys
 from streamconv.plan import Plan
 from streamconv.planned import MANIFEST
 
@@ -48,7 +48,7 @@ def _is_inside(value: Any) -> bool:
 
 _NAME = Leaf("the name of a file in this folder", _is_inside)
 _XXH3 = Leaf("an xxh3_128", lambda v: _is_hex(v, 32))
-_SHAPE = {
+_SHAPE: dict[str, Any] = {
     "streamconv": TEXT,
     "job": {
         "format": TEXT,
@@ -100,27 +100,40 @@ _SHAPE = {
 }
 
 
+_ENTRY = _SHAPE["tensors"][str].keys()
+_SHAPE_WITHOUT_ENTRIES = _SHAPE | {"tensors": {str: Leaf("an entry", lambda v: v is None)}}
+
+
+def _without_entries(pairs: list[tuple[str, Any]]) -> dict[str, Any] | None:
+    found = unique_keys(pairs)
+    return None if found.keys() >= _ENTRY else found
+
+
 def _is_hex(value: Any, length: int) -> bool:
     return isinstance(value, str) and re.fullmatch(f"[0-9a-f]{{{length}}}", value) is not None
 
 
-def read_manifest(folder: Path) -> dict[str, Any] | None:
+def read_manifest(folder: Path, *, entries: bool = True) -> dict[str, Any] | None:
     """Return the manifest of a finished output folder, None where there is none.
 
-    Every key that :func:`write_manifest` writes is there with its type, all names of files are those
-    of files in the folder, each listed once. Raises :class:`BadInputError` where that is not so, and
+    Without ``entries`` it lists the names of the tensors with nothing about them: what there is about
+    those of a large model would take more memory than the smallest budget. Every key that
+    :func:`write_manifest` writes is there with its type, all names of files are those of files in the
+    folder, each listed once. Raises :class:`BadInputError` where that is not so, and
     :class:`UnsafeInputError` for a monstrous file.
     """
     path = folder / MANIFEST
     if not os.path.lexists(path):
         return None
     try:
-        manifest: dict[str, Any] = read_json(path, most_bytes=MAX_MANIFEST_BYTES, unique=True)
+        manifest: dict[str, Any] = read_json(
+            path, most_bytes=MAX_MANIFEST_BYTES, make=unique_keys if entries else _without_entries
+        )
     except OSError as error:
         raise BadInputError(
             "the manifest cannot be read", where=str(path), found=str(error)
         ) from error
-    wrong = next(mismatches(manifest, _SHAPE), None)
+    wrong = next(mismatches(manifest, _SHAPE if entries else _SHAPE_WITHOUT_ENTRIES), None)
     if wrong is None:
         count = Counter(f["name"] for f in manifest["files"])
         wrong = next((f"files: {n} is listed twice" for n, k in count.items() if k > 1), None)

@@ -281,3 +281,15 @@ def test_a_config_that_the_budget_has_no_room_for_is_not_parsed(folder: Path) ->
         with pytest.raises(BudgetError, match="too small for what manifest") as caught:
             streamconv.verify(folder, max_mem="800MB", **options)
         assert "--max-mem" in (caught.value.hint or "")
+
+
+def test_without_entries_it_still_names_every_tensor(folder: Path) -> None:
+    whole = read_manifest(folder)
+    short = read_manifest(folder, entries=False)
+    assert whole is not None
+    assert short == whole | {"tensors": dict.fromkeys(whole["tensors"])}
+    entry = next(iter(whole["tensors"].values()))
+    del entry["file"]
+    (folder / MANIFEST).write_text(json.dumps(whole))
+    with pytest.raises(BadInputError, match="not one that streamconv writes"):
+        read_manifest(folder, entries=False)
