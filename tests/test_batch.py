@@ -330,6 +330,27 @@ def test_a_hook_that_fails_is_no_secret(scene):
     assert scene.states() == {10: "done"}
 
 
+def test_a_zero_is_said(scene):
+    """0 is equal to False in Python: no retry is not the same as nothing said."""
+    scene.step(10)
+    scene.says(s10=["EIO", "ok"])
+    process = start(scene, "--retries", "0")
+    _, err = process.communicate(timeout=60)
+    assert (process.returncode, len(scene.starts())) == (3, 1), err
+    done = cli("batch", str(scene.run), str(scene.out), "--jobs", "0")
+    assert (done.returncode, "jobs: " in done.stderr) == (2, True)
+
+
+def test_what_is_remembered_and_told_has_whole_paths(scene, monkeypatch):
+    scene.step(10)
+    monkeypatch.chdir(scene.run.parent)
+    scene.run, scene.out = Path(scene.run.name), Path(scene.out.name)
+    scene.round()
+    (record,) = read_records(scene.out)
+    assert record.source == str(Path.cwd() / "run/global_step_10/actor")
+    assert Path(record.output).is_absolute()
+
+
 def test_status_and_metrics_are_whole_files_that_say_the_same(scene, tmp_path):
     scene.step(10, 20)
     scene.says(s20=["bad-input"])

@@ -69,7 +69,10 @@ class Survey:
             raise UsageError("--hf-config names no folder", where=str(run.hf_config))
         for place in (self._store.folder, run.root / FOLDER):
             pins.remove_left_behind(place)
-        all_found = discover(run.root, avoid=self._outputs, on_problem=self.problems.append)
+        # Absolute: records and hooks are read from other working folders.
+        all_found = discover(
+            run.root.absolute(), avoid=self._outputs, on_problem=self.problems.append
+        )
         found = run.filter.choose(all_found)
         self.candidates = named(found, namer(run.name, run.model))
         own = {

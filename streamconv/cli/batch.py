@@ -196,7 +196,8 @@ def _settings(root: Path, dst: Path | None, options: Mapping[str, Any]) -> Any:
     given = {
         key: value
         for key, value in options.items()
-        if value not in (None, False) and value != defaults.get(key) and value != []
+        # Not "in (None, False)": a 0 is equal to False, and no less said.
+        if value is not None and value is not False and value not in ([], defaults.get(key))
     }
     every = given.get("every")
     if every is not None and not every.isdecimal():
