@@ -90,7 +90,10 @@ def list_side_files(folder: Path, *, root: Path, named: bool = False) -> Iterato
             continue
         if not named and not path.resolve().is_relative_to(within):
             raise UnsafeInputError(
-                "a link leads out of the checkpoint", where=str(path), found=str(path.resolve())
+                "a link leads out of the checkpoint",
+                where=str(path),
+                found=str(path.resolve()),
+                hint="if you trust it, name a folder yourself: --hf-config DIR",
             )
         if not path.is_file() or _is_weights(path.name):
             continue
