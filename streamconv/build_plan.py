@@ -200,14 +200,14 @@ def _refuse_unknown_names(checkpoint: Checkpoint, made: _Output, job: JobOptions
     """Refuse names that are no model's on the Hub, or may not be, where no model tells."""
     if made.model is not None or checkpoint.naming == "mcore" or job.layout == "memory":
         return
-    from streamconv.tracing.hf_names import wrapped
+    from streamconv.tracing.hf_names import doubtful
 
-    strange = [*made.tensors] if checkpoint.naming == "trainer" else wrapped(made.tensors)
+    strange = [*made.tensors] if checkpoint.naming == "trainer" else doubtful(made.tensors)
     if not strange:
         return
     config = made.config
     raise BadInputError(
-        "what the model calls its tensors is not known, and the checkpoint has names of its trainer's",
+        "what the Hub calls these tensors is not known: the names may be the trainer's",
         where=str(checkpoint.root),
         expected="in huggingface/ or beside the weights, config.json of a model that transformers has",
         found=f"{strange[0]}, and "
