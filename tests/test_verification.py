@@ -53,6 +53,32 @@ def test_an_adapter_alone_agrees_with_its_manifest(
     assert report.problems == []
 
 
+def test_an_unfinished_conversion_is_told_from_a_strange_folder(tmp_path: Path) -> None:
+    for target in (tmp_path / "beside", tmp_path / "inside"):
+        target.mkdir()
+        with pytest.raises(BadInputError, match="was not made by streamconv"):
+            verify_output(target)
+    (tmp_path / "inside" / ".streamconv").mkdir()
+    (tmp_path / "gone" / "x").mkdir(parents=True)
+    (tmp_path / ".gone.streamconv").mkdir()
+    for name in ("inside", "gone"):
+        with pytest.raises(BadInputError, match="is not finished"):
+            verify_output(tmp_path / name)
+    with pytest.raises(BadInputError, match="no such folder"):
+        verify_output(tmp_path / "nowhere")
+
+
+def test_a_config_that_changed_in_the_source_is_told(
+    checkpoints: dict[str, Made], tmp_path: Path
+) -> None:
+    source = Path(shutil.copytree(checkpoints["fsdp2"].source, tmp_path / "actor"))
+    streamconv.convert(source, tmp_path / "out", sync=False)
+    path = source / "huggingface" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"rms_norm_eps": 0.5}))
+    report = streamconv.verify(tmp_path / "out", source=source)
+    assert report.problems == ["config.json: the source has another one than it was made of"]
+
+
 def test_an_output_without_a_config_is_told(checkpoints: dict[str, Made], tmp_path: Path) -> None:
     source = tmp_path / "actor"
     shutil.copytree(checkpoints["fsdp2"].source, source)

@@ -272,6 +272,17 @@ def test_a_folder_that_is_no_model(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "qwen2"}')
     with pytest.raises(BadInputError, match="no safetensors files"):
         verify_forward(tmp_path)
+    with pytest.raises(BadInputError, match="no such model folder"):
+        verify_forward(tmp_path / "nowhere")
+
+
+def test_an_adapter_is_no_model_to_run(checkpoints: dict[str, Made], tmp_path: Path) -> None:
+    streamconv.convert(
+        checkpoints["fsdp2-lora"].source, tmp_path / "out", lora="adapter", sync=False
+    )
+    with pytest.raises(BadInputError, match=r"no config\.json") as caught:
+        verify_forward(tmp_path / "out")
+    assert caught.value.found == "a LoRA adapter"
 
 
 class Sizes:

@@ -68,7 +68,7 @@ def find_model(path: Path, model: str | None = None) -> Location:
     """
     if not path.exists():
         raise BadInputError("there is no such checkpoint", where=str(path))
-    if path.is_file():
+    if not path.is_dir():  # a file, a pipe, a device
         path = path.parent
     if mcore_ranks.is_rank_folder(path):
         path = path.parent

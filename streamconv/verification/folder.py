@@ -18,6 +18,7 @@ from streamconv.jsonfile import read_json
 from streamconv.manifest import MAX_MANIFEST_BYTES, read_manifest
 from streamconv.planned import INDEX, MANIFEST, SINGLE
 from streamconv.safefile import FileTensor, read_header, read_index
+from streamconv.staging import staging_path
 from streamconv.verification.report import Report
 
 _STEP_BYTES = 1 << 20
@@ -68,6 +69,12 @@ def manifest_of(folder: Path) -> dict[str, Any]:
     """Return the manifest of an output; raises :class:`BadInputError` where it is none of ours."""
     manifest = read_manifest(folder)
     if manifest is None:
+        if staging_path(folder).is_dir():
+            raise BadInputError(
+                "the conversion into this folder is not finished",
+                where=str(folder),
+                hint="wait for it, or run its command again: it goes on where it stopped",
+            )
         raise BadInputError(
             f"no {MANIFEST} here: this folder was not made by streamconv"
             if folder.is_dir()

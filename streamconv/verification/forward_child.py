@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 
+from streamconv.adapter_config import CONFIG as ADAPTER_CONFIG
 from streamconv.budget import resident_bytes
 from streamconv.children import serve
 from streamconv.errors import BadInputError, BudgetError, NoSpaceError, StreamconvError, UsageError
@@ -47,10 +48,16 @@ _DROP_SECONDS = 0.02
 def _run(request: dict[str, Any]) -> dict[str, Any]:
     """Load and run; logits go to ``request["logits_path"]`` as float32 of shape (tokens, classes)."""
     folder = Path(request["src"])
+    weights = weights_of(folder)
     config = read_config(folder)
     if config is None:
-        raise BadInputError("no config.json: nothing says which model this is", where=str(folder))
-    weights = weights_of(folder)
+        adapter = (folder / ADAPTER_CONFIG).is_file()
+        raise BadInputError(
+            "no config.json: nothing says which model this is",
+            where=str(folder),
+            found="a LoRA adapter" if adapter else None,
+            hint="run the model that it is merged into" if adapter else None,
+        )
     model_class, settings, meta = _model(config, weights, folder)
     ids, tokenizer = _token_ids(request, folder, meta.module)
     dtype = declared_dtype(config) or next(

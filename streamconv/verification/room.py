@@ -51,7 +51,7 @@ def check_room(folders: Iterable[Path], budget_bytes: int) -> None:
             where=", ".join(map(str, folders)),
             expected=f"at least {format_size(need)}",
             found=format_size(budget_bytes),
-            hint=f"--max-mem {-(-need // 10**7) * 10}MB works",
+            hint=f"--max-mem {-(-need // 10**7) * 10}MB is enough for these",
         )
 
 

@@ -46,7 +46,8 @@ def verify_source(
     ``hf_config`` is used in place of the folder that the output was made with. Raises
     :class:`BadInputError` for a source that is damaged or cannot be read.
     """
-    job = _job(manifest_of(folder), src, hf_config)
+    manifest = manifest_of(folder)
+    job = _job(manifest, src, hf_config)
     budget = max_mem_bytes or budgets.available_bytes()[0]
     report = Report()
     held = read_folder(folder, nested=True)
@@ -70,6 +71,13 @@ def verify_source(
         differing: dict[str, str] = answer["differing"]
         left: dict[str, str] = answer["left"]
         checks_bad, unverifiable = _own_reader(plan, held, left.keys() | differing.keys(), budget)
+    # Not the output's own files: config.json is corrected, and release by release a little otherwise.
+    made_of = dict(manifest["job"]["side"])
+    report.problems += [
+        f"{name}: the source has another one than it was made of"
+        for name, digest in plan.head.job["side"]
+        if made_of.get(name, digest) != digest
+    ]
     report.problems += [f"{n}: {what}" for n, what in sorted(wrong.items())]
     for name in sorted(differing.keys() | checks_bad):
         if name in checks_bad:
