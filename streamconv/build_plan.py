@@ -12,7 +12,7 @@ from typing import IO, TYPE_CHECKING, Any
 from streamconv import adapters, placing, planner
 from streamconv.errors import BadInputError, UsageError
 from streamconv.identity import job_identity
-from streamconv.lora_plan import LoraPlan, adapter_inputs, plan_lora
+from streamconv.lora_plan import LoraPlan, adapter_inputs, idle_options, plan_lora
 from streamconv.lowering import products_of, sources_of
 from streamconv.options import JobOptions
 from streamconv.plan import PlanWriter
@@ -47,6 +47,8 @@ def build_plan(checkpoint: Checkpoint, job: JobOptions, stream: IO[str]) -> None
     lora = plan_lora(checkpoint, job.lora)
     if lora is not None:
         checkpoint, side = lora.checkpoint, lora.side(side)
+    else:
+        notices += idle_options(job.lora)
     made = _sources(checkpoint, config, job, notices)
     if lora is not None and not lora.merge:
         made.skipped = lora.base_skipped()

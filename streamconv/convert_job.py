@@ -247,6 +247,11 @@ class _Conversion:
             # Nobody can go on with this plan: what it speaks of is gone, or is not fit for it.
             self.staging.discard()
             raise
+        except BudgetError:
+            # Before the first byte: what an earlier run finished is kept for a larger budget.
+            if not self.staging.finished:
+                self.staging.discard()
+            raise
         except NoSpaceError as error:
             if error.expected is None:  # it filled up on the way
                 needed, room = self._disk()
@@ -257,13 +262,13 @@ class _Conversion:
     def _execute(self) -> Result:
         run, head = self.run, self.plan.head
         started = time.monotonic()
+        self.staging.begin()
         max_window, factors = budgets.shares(
             self.budget,
             merging=bool(head.totals.merged),
             io_threads=run.io_threads,
             buffer_bytes=DIRECT_BYTES if run.direct else 0,
         )
-        self.staging.begin()
         outputs = self.plan.outputs()
         reused = self._check_finished(outputs)
         self._check_disk()

@@ -206,6 +206,17 @@ def plan_lora(checkpoint: Checkpoint, options: LoraOptions) -> LoraPlan | None:
     return LoraPlan(found, adapter, settings, mode != "adapter", mode != "merge", diverged)
 
 
+def idle_options(options: LoraOptions) -> list[str]:
+    """Return notices of what is said about an adapter where there is none: of several models, one."""
+    given = {
+        "--lora-alpha": options.alpha is not None,
+        "--lora-rank": options.rank is not None,
+        "--lora-rslora": options.rslora,
+        "--allow-zero-delta": options.allow_zero,
+    }
+    return [f"{n} is without effect: no adapter in this checkpoint" for n, g in given.items() if g]
+
+
 def _of_a_value_head(name: str) -> bool:
     return not {"score", "v_head"}.isdisjoint(name.split("."))
 

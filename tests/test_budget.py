@@ -209,10 +209,14 @@ def test_a_budget_too_small_to_run_names_one_that_works(
     checkpoints: dict[str, Made], tmp_path: Path
 ) -> None:
     made, plan = checkpoints["fsdp2-moe"], tmp_path / "plan.jsonl"
-    assert run("plan", made.source, "-o", plan).code == 0
+    planned = run("plan", made.source, "-o", plan, "--json")
+    assert planned.code == 0
     refused = run("run", plan, tmp_path / "out", "--max-mem", "20MB")
     assert refused.code == 4
     assert "too small to move tensors" in refused.err
+    assert list(tmp_path.iterdir()) == [plan], "nothing is staged that another job would meet"
+    told = json.loads(planned.out)["memory"]["smallest_run_bytes"]
+    assert abs(told - int(named_smallest(refused.err).removesuffix("MB")) * 10**6) <= 4_000_000
     assert not (tmp_path / "out").exists()
 
     smallest = named_smallest(refused.err)

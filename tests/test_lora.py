@@ -443,6 +443,12 @@ def test_what_cannot_be_merged(checkpoints, tmp_path):
     with pytest.raises(UsageError, match="has no adapter"):
         convert(checkpoints["fsdp2"].source, tmp_path / "out", lora="merge")
     assert list(tmp_path.iterdir()) == []
+    # Of several models that are converted alike, one may have an adapter: no error.
+    plan = streamconv.plan(checkpoints["fsdp2"].source, lora_alpha=3, allow_zero_delta=True)
+    assert [n for n in plan.head.notices if "without effect" in n] == [
+        "--lora-alpha is without effect: no adapter in this checkpoint",
+        "--allow-zero-delta is without effect: no adapter in this checkpoint",
+    ]
 
 
 def on_one_rank(made: Made, path: Path, change=lambda _state: None, **settings) -> Path:

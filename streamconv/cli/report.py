@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -37,6 +38,9 @@ def plan_report(plan: Plan, dst: Path | None, budget_bytes: int | None = None) -
 
     head = plan.head
     available, limit = available_bytes()
+    smallest_convert = smallest_convert_bytes()
+    # `run` has the byte path loaded when it looks at what is left for windows.
+    importlib.import_module("streamconv.convert_job")
     return {
         "source": head.root,
         "format": head.job.get("format"),
@@ -53,7 +57,7 @@ def plan_report(plan: Plan, dst: Path | None, budget_bytes: int | None = None) -
         "disk_needed_bytes": plan.disk_bytes(),
         "disk_free_bytes": disk_free_bytes(dst) if dst is not None else None,
         "memory": {
-            "smallest_convert_bytes": smallest_convert_bytes(),
+            "smallest_convert_bytes": smallest_convert,
             "smallest_run_bytes": smallest_run_bytes(merging_bytes() if head.totals.merged else 0),
             "default_budget_bytes": available,
             "default_budget_from": limit,

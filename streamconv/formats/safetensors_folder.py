@@ -52,6 +52,7 @@ def _files(folder: Path) -> list[Path]:
             where=str(folder),
             expected=f"{INDEX}, or {SINGLE}",
             found=", ".join(f.name for f in files[:5]) or "no safetensors file",
+            hint="save the model with save_pretrained first" if any(folder.glob("*.bin")) else None,
         )
     return files
 
