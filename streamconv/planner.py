@@ -22,6 +22,7 @@ from streamconv.recipe import Cast, Recipe, SourceRef, View
 from streamconv.source import Checkpoint, GlobalTensor, Skipped
 
 _LISTED = 12
+_OTHER_CONFIG = "check that config.json belongs to this checkpoint (--hf-config DIR names another)"
 
 
 class Model(Protocol):
@@ -96,13 +97,16 @@ def check_recipes(
     recipes: Sequence[Recipe],
     model: Model,
     options: JobOptions,
-    extras: Sequence[re.Pattern[str]] = (),
+    extras: Sequence[re.Pattern[str]] | None = None,
 ) -> list[str]:
     """Compare what will be made with what the model expects; return notices.
 
-    ``extras`` are patterns of names that are known although the model lacks them. Raises
-    :class:`BadInputError` that lists missing names and wrong shapes.
+    ``extras`` are for a checkpoint whose names were made by rules and not found: patterns of names
+    that are known although the model lacks them. Then any other name is an error, and so is what
+    does not fit a class that only stands in for the config's. Raises :class:`BadInputError` that
+    lists names that are missing or such, and wrong shapes.
     """
+    by_rules = extras is not None
     expected = model.hub_shapes if options.layout == "hub" else model.state_shapes
     made = {r.name: r.view.shape for r in recipes}
     aliases = {alias for alias, _ in model.tied}
@@ -113,7 +117,7 @@ def check_recipes(
         for n in made
         if n not in expected
         and not model.is_optional_unexpected(n)
-        and not any(p.fullmatch(n) for p in extras)
+        and not any(p.fullmatch(n) for p in extras or ())
     ]
     notices = []
     if made and len(unknown) == len(made):
@@ -121,9 +125,9 @@ def check_recipes(
             f"no tensor of the checkpoint is one of {model.architecture}'s",
             where=_listed(unknown),
             expected=_listed(list(expected)),
-            hint="check that config.json belongs to this checkpoint (--hf-config DIR names another)",
+            hint=_OTHER_CONFIG,
         )
-    if (missing or wrong) and not model.certain:
+    if (missing or wrong) and not (model.certain or by_rules):
         notices.append(
             f"{len(missing)} tensors that {model.architecture} has are not in the checkpoint and "
             f"{len(wrong)} differ in shape; config.json names a class that transformers lacks"
@@ -135,15 +139,22 @@ def check_recipes(
             where=_listed(wrong),
             expected=f"{first}: {list(expected[first])}",
             found=f"{first}: {list(made[first])}",
-            hint="check that config.json belongs to this checkpoint (--hf-config DIR names another)",
+            hint=_OTHER_CONFIG,
         )
     elif missing:
         raise BadInputError(
             f"{len(missing)} tensors that {model.architecture} needs are not in the checkpoint",
             where=_listed(missing),
-            hint="check that config.json belongs to this checkpoint (--hf-config DIR names another)",
+            hint=_OTHER_CONFIG,
         )
     if unknown:
+        # What loads the model would ignore them in silence: it would not compute what was trained.
+        if by_rules:
+            raise BadInputError(
+                f"{len(unknown)} tensors of the checkpoint are none that {model.architecture} has",
+                where=_listed(unknown),
+                hint=_OTHER_CONFIG,
+            )
         if options.strict:
             raise BadInputError(
                 f"{len(unknown)} tensors are unknown to {model.architecture}",

@@ -10,6 +10,7 @@ import torch
 from streamconv.errors import BadInputError, UsageError
 from streamconv.families import families
 from streamconv.families.convert import convert
+from streamconv.formats.mcore_facts import OF_MODEL
 from streamconv.options import JobOptions
 from tests.family_cases import Case, plan, taken_apart
 from tests.makers.tiny_families import State, TinyModel
@@ -65,6 +66,26 @@ def test_gemmas_outer_norms_on_the_layer() -> None:
         assert value(model, tensors, name) == bits(model.state[name])
 
 
+YARN: dict[str, Any] = {
+    "rope_scaling": {
+        "type": "yarn",
+        "factor": 4,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+        "original_max_position_embeddings": 4096,
+    }
+}
+BASE: dict[str, Any] = {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}
+LLAMA3: dict[str, Any] = {
+    "rope_parameters": {
+        "rope_type": "llama3",
+        "rope_theta": 1e4,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+}
 NORM = "model.layers.0.linear_attn.norm.weight"
 MEGATRON_NORM = "decoder.layers.0.self_attention.out_norm.weight"
 
@@ -129,6 +150,106 @@ def test_a_contradiction_shows_both_numbers(
         plan(model, tensors)
     assert expected in str(caught.value.expected)
     assert found in str(caught.value.found)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "facts"),
+    [
+        ("llama", {"rms_norm_eps": 1e-6}, {"norm_epsilon": 1e-3}),
+        ("llama", BASE, {"rotary_base": 1_000_000}),
+        ("llama", {}, {"use_rope_scaling": True}),
+        ("llama", {}, {"layernorm_zero_centered_gamma": True}),
+        ("nemotron", {}, {"rotary_percent": 0.25}),
+        ("qwen3_moe", {}, {"moe_router_topk": 4}),
+        ("deepseek_v3", {}, {"moe_router_topk_scaling_factor": 1.5}),
+        ("deepseek_v3", {"scoring_func": "softmax"}, {"moe_router_score_function": "sigmoid"}),
+        ("deepseek_v3", YARN, {"rope_type": "rope"}),
+        ("deepseek_v3", YARN, {"rope_type": "yarn", "rotary_scaling_factor": 8}),
+        ("deepseek_v3", YARN, {"mscale_all_dim": 0.5}),
+        ("qwen3_next", {}, {"linear_num_key_heads": 4}),
+    ],
+)
+def test_a_setting_that_no_tensor_shows(
+    name: str, change: dict[str, Any], facts: dict[str, Any]
+) -> None:
+    """Such a model would load and compute something else than what was trained."""
+    model, tensors = tiny(name, **change)
+    with pytest.raises(BadInputError, match="contradict each other") as caught:
+        plan(model, tensors, facts)
+    assert str([*facts.values()][-1]) in str(caught.value.found)
+    plan(model, tensors)
+
+
+@pytest.mark.parametrize(
+    ("name", "facts"),
+    [
+        ("llama", {"norm_epsilon": 1e-5}),
+        ("gemma2", {"apply_layernorm_1p": False}),
+        ("qwen3_next", {"linear_num_key_heads": 16}),
+    ],
+)
+def test_a_default_of_megatron_that_differs_is_told(name: str, facts: dict[str, Any]) -> None:
+    """It may be nobody's word: bridges build the model from HuggingFace's config."""
+    model, tensors = tiny(name)
+    told = [n for n in plan(model, tensors, facts).notices if "Megatron's default" in n]
+    assert len(told) == 1
+    assert next(iter(facts)) in told[0]
+    with pytest.raises(BadInputError, match="contradict each other"):
+        plan(model, tensors, facts | {OF_MODEL: True})
+
+
+def test_heads_that_nothing_could_contradict_are_told() -> None:
+    """Latent attention needs no telling: its shapes leave one number of heads only."""
+    for name, facts, told in (
+        ("llama", {}, "(attention)"),
+        ("llama", {"num_attention_heads": 6}, ""),
+        ("qwen3_next", {"num_attention_heads": 6}, "(linear attention)"),
+        ("qwen3_next", {}, "(attention, linear attention)"),
+        ("deepseek_v3", {}, ""),
+    ):
+        found = [n for n in plan(*tiny(name), facts).notices if "cannot be checked" in n]
+        assert len(found) == bool(told)
+        assert all(told in n for n in found)
+
+
+def test_settings_that_agree_are_silent() -> None:
+    """Numbers are compared as such; gemma3 has a base for each kind of layer."""
+    for name, change, facts in (
+        ("llama", BASE, {"rotary_base": 500_000, "rotary_percent": 1.0}),
+        ("llama", LLAMA3, {"use_rope_scaling": True, "rope_scaling_factor": 8.0}),
+        ("gemma3", {}, {"rotary_base": 1_000_000, "layernorm_zero_centered_gamma": True}),
+        ("deepseek_v3", YARN, {"rope_type": "yarn", "rotary_scaling_factor": 4, "mscale": 1}),
+        ("deepseek_v3", {}, {"rope_type": "rope", "rotary_scaling_factor": 40, "mscale": 0.707}),
+        ("qwen3_moe", {}, {"moe_router_topk": 2, "moe_router_score_function": "softmax"}),
+    ):
+        model, tensors = tiny(name, **change)
+        assert not any("default" in n for n in plan(model, tensors, facts).notices)
+
+
+def test_a_model_that_lacks_what_was_trained() -> None:
+    """What loads it would leave the norms of queries and keys out in silence."""
+    model, tensors = tiny("qwen3", model_type="llama", architectures=["LlamaForCausalLM"])
+    with pytest.raises(BadInputError, match="6 tensors of the checkpoint are none that Llama"):
+        plan(model, tensors)
+
+
+def test_only_prediction_layers_are_beyond_the_model() -> None:
+    """The bias of DeepSeek-V3's router in a V2 model: no layer may have what its class has not."""
+    model, tensors = tiny("deepseek_v3_mtp", model_type="deepseek_v2")
+    changed = {"architectures": ["DeepseekV2ForCausalLM"], "num_nextn_predict_layers": 1}
+    v2 = TinyModel("deepseek_v2", model.config | changed, model.state, model.tiny)
+    with pytest.raises(BadInputError, match="2 tensors of the checkpoint are none") as caught:
+        plan(v2, tensors)
+    assert "model.layers.1.mlp.gate.e_score_correction_bias" in str(caught.value.where)
+
+
+def test_a_class_that_transformers_lacks_is_no_excuse() -> None:
+    model, tensors = tiny("qwen3", architectures=["OurOwnForCausalLM"])
+    assert plan(model, tensors).model is not None
+    for name in [k for k in tensors if "q_layernorm" in k]:
+        del tensors[name]
+    with pytest.raises(BadInputError, match="3 tensors that Qwen3ForCausalLM needs"):
+        plan(model, tensors)
 
 
 def test_fewer_experts_than_the_config_says() -> None:

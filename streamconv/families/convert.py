@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,15 +13,25 @@ from streamconv.errors import BadInputError, UsageError
 from streamconv.families.engine import Headers, apply
 from streamconv.families.ops import copy
 from streamconv.families.prediction import check_prediction
-from streamconv.families.rules import Dims, compiled, rule
+from streamconv.families.rules import Dims, Family, compiled, rule
+from streamconv.families.settings import check_settings
 from streamconv.options import JobOptions
 from streamconv.recipe import Recipe
 from streamconv.source import Skipped
 from streamconv.tracing.hf import MetaModel, build_meta
 
 _LAYER = re.compile(r"(?:language_model\.)?decoder\.layers\.([0-9]+)\.")
+_PREDICTION = re.compile(r"mtp\.layers\.([0-9]+)\.")
 _OUTPUT = re.compile(r"(?:language_model\.)?output_layer\.(weight|bias)")
 _EMBEDDING = re.compile(r"(?:language_model\.)?embedding\.word_embeddings\.weight")
+_HEADS = (
+    (".self_attention.linear_qkv.", "num_attention_heads", "attention"),
+    (".self_attention.in_proj.", "linear_num_key_heads", "linear attention"),
+    # No argument of a run tells them.
+    ("vision_model.decoder.layers.", "", "vision tower"),
+)
+"""Part of a tensor's name, the argument that tells how many heads it has, and what to call them."""
+
 _HEAD = tuple(
     rule(f"{prefix}output_layer.{kind}", f"score.{kind}", copy)
     for prefix in ("", "language_model.")
@@ -78,11 +88,6 @@ def convert(
         )
     family = families.choose(config, job.family)
     notices = [f"Megatron's tensors are read as the family {family.name}"]
-    if "num_attention_heads" not in megatron:
-        notices.append(
-            "the checkpoint does not tell the arguments of its run: whether config.json has the right "
-            "numbers of heads cannot be checked, for others of the same product make up the same rows"
-        )
     config, changes = _for_these_weights(config, tensors)
     head = [m[1] for name in tensors if (m := _OUTPUT.fullmatch(name))] if changes.head else []
     reference = family.reference(config)
@@ -98,6 +103,8 @@ def convert(
     vision = config.get("vision_config") if model is None else model.vision_settings
     dims = Dims(settings, megatron, vision)
     _check_layers(dims, tensors)
+    notices += check_settings(dims, family)
+    notices += _untold_heads(dims, tensors)
     notices += _cut_rows(dims, tensors)
     notices += check_prediction({name: shape for name, (shape, _) in tensors.items()}, dims)
     if head:
@@ -113,10 +120,21 @@ def convert(
         _architecture(model, reference, config),
         config,
         changes.told,
-        tuple(compiled(p) for p in family.extras),
+        tuple(_extras(family, dims, tensors)),
         mapped.skipped,
         tuple(notices),
     )
+
+
+def _extras(family: Family, dims: Dims, tensors: Headers) -> Iterator[re.Pattern[str]]:
+    """Yield patterns of the names that the model may have beyond its class's: no ordinary layer's."""
+    numbers = {int(m[1]) for name in tensors if (m := _PREDICTION.match(name))}
+    for pattern in family.extras:
+        if "{mtp_layer}" in pattern:
+            for n in sorted(numbers):
+                yield compiled(pattern.replace("{mtp_layer}", str(dims.layers + n)))
+        else:
+            yield compiled(pattern)
 
 
 def _architecture(
@@ -154,6 +172,23 @@ def _for_these_weights(
         config.pop("label2id", None)
         told.append("config.json: num_labels set to 1, this is a value model")
     return config, _Changes(tuple(told), head)
+
+
+def _untold_heads(dims: Dims, tensors: Headers) -> tuple[str, ...]:
+    """Tell which numbers of heads nothing in the checkpoint could contradict."""
+    untold = [
+        words
+        for part, argument, words in _HEADS
+        if argument not in dims.megatron and any(part in name for name in tensors)
+    ]
+    if not untold:
+        return ()
+    notice = (
+        "the checkpoint does not tell the arguments of its run: whether config.json has the right "
+        f"numbers of heads cannot be checked ({', '.join(untold)}), for others of the same product "
+        "make up the same rows"
+    )
+    return (notice,)
 
 
 def _cut_rows(dims: Dims, tensors: Headers) -> tuple[str, ...]:

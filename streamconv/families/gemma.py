@@ -78,11 +78,12 @@ _MEGATRON_TOWER = (
 )
 
 FAMILIES = (
-    Family(name="gemma", model_types=("gemma",), rules=DENSE),
+    Family(name="gemma", model_types=("gemma",), rules=DENSE, zero_centred_norms=True),
     Family(
         name="gemma2",
         model_types=("gemma2", "gemma3_text"),
         rules=_TEXT,
+        zero_centred_norms=True,
     ),
     Family(
         name="gemma3",
@@ -95,5 +96,6 @@ FAMILIES = (
             *_KEPT_TOWER,
             *_MEGATRON_TOWER,
         ),
+        zero_centred_norms=True,
     ),
 )

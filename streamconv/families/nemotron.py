@@ -29,5 +29,6 @@ FAMILIES = (
                 targets={"norm.weight": "norm.bias"},
             ),
         ),
+        zero_centred_norms=True,
     ),
 )

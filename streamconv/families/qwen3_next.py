@@ -139,12 +139,14 @@ FAMILIES = (
         model_types=("qwen3_next",),
         rules=(*TOP, *_LAYER, *_NEXT, *_MTP),
         extras=("mtp.{rest}",),
+        zero_centred_norms=True,
     ),
     Family(
         name="qwen3_5_text",
         model_types=("qwen3_5_text", "qwen3_5_moe_text"),
         rules=(*_LANGUAGE, *_MTP),
         extras=("mtp.{rest}",),
+        zero_centred_norms=True,
     ),
     Family(
         name="qwen3_5",
@@ -157,5 +159,6 @@ FAMILIES = (
             rule("vision_model.{rest}", "model.visual.{rest}", ops.copy),
         ),
         extras=("mtp.{rest}",),
+        zero_centred_norms=True,
     ),
 )

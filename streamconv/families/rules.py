@@ -51,7 +51,8 @@ class Family:
     ``model_types`` are those of config.json. ``extras`` are patterns (as a rule's targets) of
     tensors that the released models have and transformers' class has not, such as layers for
     multi-token prediction. ``reference`` turns the config into one that transformers knows, for a
-    model whose class is not part of it.
+    model whose class is not part of it. ``zero_centred_norms`` says that HuggingFace's class adds 1
+    to the weights of its norms.
     """
 
     name: str
@@ -60,6 +61,7 @@ class Family:
     ignored: tuple[Ignored, ...] = ()
     extras: tuple[str, ...] = ()
     reference: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict
+    zero_centred_norms: bool = False
 
 
 def rule(sources: str | tuple[str, ...], targets: str | tuple[str, ...], how: How) -> Rule:

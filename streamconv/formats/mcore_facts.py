@@ -20,6 +20,9 @@ from streamconv.torchfile.unpickle import load_inert
 from streamconv.torchfile.window import FileWindow
 from streamconv.torchfile.zipdir import read_directory
 
+OF_MODEL = "told_by_the_model"
+"""The fact that the others are those of the model's own config and not arguments of a run."""
+
 _MAX_NBYTES = 16 << 20
 _WANTED = frozenset(
     {
@@ -46,6 +49,28 @@ _WANTED = frozenset(
         "expert_tensor_parallel_size",
         "iteration",
         "moe_mlp_glu_interleave_size",
+        "layernorm_epsilon",
+        "norm_epsilon",
+        "rotary_base",
+        "rotary_percent",
+        "use_rope_scaling",
+        "rope_scaling_factor",
+        "rope_type",
+        "rotary_scaling_factor",
+        "mscale",
+        "mscale_all_dim",
+        "beta_fast",
+        "beta_slow",
+        "original_max_position_embeddings",
+        "moe_router_topk",
+        "moe_router_topk_scaling_factor",
+        "moe_router_score_function",
+        "moe_router_num_groups",
+        "moe_router_group_topk",
+        "linear_num_key_heads",
+        "linear_num_value_heads",
+        "linear_key_head_dim",
+        "linear_value_head_dim",
     }
 )
 
