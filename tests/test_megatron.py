@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from streamconv.families import ops
 from streamconv.families.convert import convert
 from streamconv.families.rules import Dims
 from streamconv.formats import dcp, find_model, torch_dist
+from streamconv.formats.mcore_facts import OF_MODEL
 from streamconv.formats.mcore_names import place
 from streamconv.options import JobOptions
 from tests.makers import megatron, tiny_families
@@ -238,3 +240,26 @@ def test_a_folder_of_megatron_fsdp(tmp_path: Path) -> None:
     assert set(found) == set(expected)
     for name, tensor in found.items():
         assert torch.equal(tensor, expected[name]), name
+
+
+def test_an_index_that_was_not_copied_is_named(tmp_path: Path) -> None:
+    """``cp run/iter_1/*`` leaves out files that begin with a dot."""
+    (tmp_path / "__0_0.distcp").touch()
+    with pytest.raises(BadInputError, match="no checkpoint of a known format") as caught:
+        find_model(tmp_path)
+    assert "begin with a dot were not copied" in str(caught.value.found)
+
+
+@pytest.mark.parametrize("folder", ["actor/dist_ckpt", "actor/model/dist_ckpt"])
+def test_what_verl_says_of_the_model_is_its_own_word(tmp_path: Path, folder: str) -> None:
+    data = tmp_path / folder
+    data.mkdir(parents=True)
+    (data / "common.pt").touch()
+    (tmp_path / "actor/transformer_config.json").write_text('{"layernorm_epsilon": 1e-05}')
+    unread: Any = None
+    facts = torch_dist.run_facts(data, unread)
+    assert facts == {"layernorm_epsilon": 1e-5, OF_MODEL: True}
+    torch.save({"args": {"norm_epsilon": 1e-6, "layernorm_epsilon": 1e-6}}, data / "common.pt")
+    facts = torch_dist.run_facts(data, unread)
+    assert OF_MODEL not in facts
+    assert facts["layernorm_epsilon"] == 1e-6

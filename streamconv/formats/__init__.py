@@ -177,6 +177,8 @@ def _what_is_here(path: Path) -> str:
             return meaning
     if any(n.startswith("mp_rank_") for n in names):
         return "rank folders of Megatron (or files of DeepSpeed) without model.pt or model_optim_rng.pt"
+    if any(n.endswith(".distcp") for n in names):
+        return ".distcp files without .metadata: files that begin with a dot were not copied"
     if any(n.endswith(".safetensors") for n in names):
         return "safetensors files: this is a HuggingFace model already"
     if any(n.startswith("optim_world_size_") for n in names):
