@@ -269,6 +269,17 @@ def test_a_missing_stage_is_named() -> None:
         plan(model, tensors)
 
 
+def test_a_lost_output_layer_is_not_the_embedding() -> None:
+    """Nor where the config ties the two: the run's arguments say that it had one."""
+    model, tensors = tiny("llama", tie_word_embeddings=True)
+    untied = {"untie_embeddings_and_output_weights": True}
+    assert any(r.name == "lm_head.weight" for r in plan(model, tensors, untied).recipes)
+    del tensors["output_layer.weight"]
+    with pytest.raises(BadInputError, match="output layer is not in the checkpoint"):
+        plan(model, tensors, untied)
+    plan(model, tensors)
+
+
 def test_half_a_prediction_layer_is_named() -> None:
     """No class of transformers knows the layer, so that no other check could miss a part of it."""
     model, tensors = tiny("deepseek_v3_mtp")

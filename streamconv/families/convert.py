@@ -103,6 +103,7 @@ def convert(
     vision = config.get("vision_config") if model is None else model.vision_settings
     dims = Dims(settings, megatron, vision)
     _check_layers(dims, tensors)
+    _check_output(dims, tensors)
     notices += check_settings(dims, family)
     notices += _untold_heads(dims, tensors)
     notices += _cut_rows(dims, tensors)
@@ -216,6 +217,18 @@ def _check_layers(dims: Dims, tensors: Headers) -> None:
         where="decoder.layers." + ", ".join(map(str, missing[:12])),
         hint="the checkpoint is incomplete: pipeline stages are missing",
     )
+
+
+def _check_output(dims: Dims, tensors: Headers) -> None:
+    """A config that ties would have the embedding stand in for an output layer that was lost."""
+    untied = dims.megatron.get("untie_embeddings_and_output_weights") is True
+    if untied and not any(map(_OUTPUT.fullmatch, tensors)):
+        raise BadInputError(
+            "the output layer is not in the checkpoint",
+            expected="output_layer.weight, as the run had untie_embeddings_and_output_weights",
+            found="none",
+            hint="the checkpoint is incomplete",
+        )
 
 
 def _natural(name: str) -> list[tuple[int, str]]:

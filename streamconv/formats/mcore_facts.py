@@ -39,6 +39,7 @@ _WANTED = frozenset(
         "padded_vocab_size",
         "vocab_size",
         "mtp_num_layers",
+        "untie_embeddings_and_output_weights",
         "attention_output_gate",
         "layernorm_zero_centered_gamma",
         "apply_layernorm_1p",
