@@ -8,8 +8,9 @@ Layout on disk::
 
 TT is the tensor-parallel rank. PPP, the pipeline rank, is there with pipeline parallelism, EEE with
 expert parallelism: a single number may be either. ``args`` in the file says which (Megatron-LM),
-otherwise the content: expert-parallel ranks all hold the same parameters beside the experts. What a
-file holds is told by :mod:`streamconv.torchfile.stagefile`, how the parts go together by
+otherwise the content: expert-parallel ranks all hold the same parameters beside the experts
+(:mod:`streamconv.formats.mcore_run`). What a file holds is told by
+:mod:`streamconv.torchfile.stagefile`, how the parts go together by
 :mod:`streamconv.formats.mcore_stages`.
 """
 
@@ -19,25 +20,19 @@ import json
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
 from streamconv.errors import BadInputError
 from streamconv.formats import mcore_facts
 from streamconv.formats.identity import identify_file
-from streamconv.formats.mcore_names import unwrapped, why_no_weight
-from streamconv.formats.mcore_stages import (
-    Member,
-    Model,
-    Rank,
-    expert_tensor_ranks,
-    number_layers,
-)
+from streamconv.formats.mcore_names import why_no_weight
+from streamconv.formats.mcore_run import EMBEDDING, SIZES, Run, check_claim, is_final_norm
+from streamconv.formats.mcore_stages import Model, number_layers
 from streamconv.formats.replicas import Comparer
 from streamconv.formats.torch_dist import side_of
 from streamconv.source import Checkpoint, Skipped, SourceFile
-from streamconv.torchfile.rankfile import RankReader, Stored
+from streamconv.torchfile.rankfile import RankReader
 from streamconv.torchfile.stagefile import StageFile, read_stage_file
 from streamconv.torchfile.unpickle import no_garbage_collection
 
@@ -48,14 +43,7 @@ _FILES = ("model.pt", "model_optim_rng.pt")
 _SUBFOLDERS = (".", "model")
 _OTHER_FOLDERS = ("optim", "rng_states", "extra")
 _MAX_CONFIG_NBYTES = 16 << 20
-_SIZES = {
-    "tp": "tensor_model_parallel_size",
-    "pp": "pipeline_model_parallel_size",
-    "vpp": "virtual_pipeline_model_parallel_size",
-    "ep": "expert_model_parallel_size",
-    "etp": "expert_tensor_parallel_size",
-}
-_EMBEDDING, _OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
+_OUTPUT = "output_layer.weight"
 
 
 def detect(path: Path) -> str | None:
@@ -140,7 +128,7 @@ def read(path: Path) -> Checkpoint:
     with no_garbage_collection():
         files = [read_stage_file(reader, file, why_no_weight) for _, file in listed]
         args = _common_args(files)
-        run = _Run.of([numbers for numbers, _ in listed], files, args)
+        run = Run.of([numbers for numbers, _ in listed], files, args)
         run.check_places(files)
         compare = Comparer([file.path for file in files])
         stages, layers = number_layers(run.stages(files))
@@ -152,7 +140,7 @@ def read(path: Path) -> Checkpoint:
     config = _config(side)
     _check_ends(run, model, len(files))
     _check_vocabulary(run, model, _told(config, "vocab_size"))
-    _check_claim("num_layers", args, layers, files)
+    check_claim("num_layers", args, layers, files)
     _drop_tied(model, run, _is_tied(args, config))
     megatron = mcore_facts.of_state(args) | run.sizes(etp)
     skipped = sum((f.skipped for f in files), Counter())
@@ -199,7 +187,7 @@ def _common_args(files: Sequence[StageFile]) -> dict[str, object]:
     """Return the arguments of the run, on which all files must agree where it matters."""
     first = files[0]
     for file in files[1:]:
-        for name in (*_SIZES.values(), "num_layers", "hidden_size", "num_experts", "iteration"):
+        for name in (*SIZES.values(), "num_layers", "hidden_size", "num_experts", "iteration"):
             if file.args.get(name) != first.args.get(name):
                 raise BadInputError(
                     "rank files of different runs or steps: their arguments disagree",
@@ -210,200 +198,26 @@ def _common_args(files: Sequence[StageFile]) -> dict[str, object]:
     return dict(first.args)
 
 
-def _check_claim(
-    name: str, args: Mapping[str, object], found: int, files: Sequence[StageFile]
-) -> None:
-    claimed = args.get(name)
-    if type(claimed) is int and claimed != found:
-        raise BadInputError(
-            "the rank files contradict the arguments that are saved in them",
-            where=str(files[0].path.parent.parent),
-            expected=f"{name} = {claimed}",
-            found=str(found),
-            hint="rank files are missing, or belong to another run",
-        )
-
-
-@dataclass(frozen=True)
-class _Run:
-    """The parallel sizes of a run, and the rank of each of its files."""
-
-    ranks: tuple[Rank, ...]
-    tp: int
-    pp: int
-    vpp: int
-    ep: int
-    args: Mapping[str, object]
-    folder: Path
-
-    @staticmethod
-    def of(
-        names: Sequence[tuple[int, ...]], files: Sequence[StageFile], args: Mapping[str, object]
-    ) -> _Run:
-        """Return the run whose rank folders have the numbers ``names``."""
-        folder = files[0].path.parent.parent
-        has_pp = len(names[0]) > 1
-        if len(names[0]) == 2 and _means_experts(names, files, args, folder):
-            names, has_pp = [(tp, 0, ep) for tp, ep in names], False
-        ranks = tuple(Rank(*(*n, 0, 0)[:3]) for n in names)
-        virtual = {len(f.stages) for f in files}
-        if len(virtual) > 1:
-            raise BadInputError(
-                "the rank files have different numbers of virtual pipeline stages",
-                where=str(folder),
-                found=", ".join(map(str, sorted(virtual))),
-            )
-        sizes = [max(r.tp for r in ranks), max(r.pp for r in ranks), max(r.ep for r in ranks)]
-        tp, pp, ep = (n + 1 for n in sizes)
-        run = _Run(ranks, tp, pp, virtual.pop(), ep, args, folder)
-        run._check(files, has_pp)
-        return run
-
-    def _check(self, files: Sequence[StageFile], has_pp: bool) -> None:
-        for size, found in (("tp", self.tp), ("pp", self.pp), ("ep", self.ep)):
-            _check_claim(_SIZES[size], self.args, found, files)
-        if self.vpp > 1:
-            _check_claim(_SIZES["vpp"], self.args, self.vpp, files)
-        there = {(r.tp, r.pp) for r in self.ranks}
-        missing = [
-            f"mp_rank_{tp:02d}" + (f"_{pp:03d}" if has_pp else "")
-            for pp in range(self.pp)
-            for tp in range(self.tp)
-            if (tp, pp) not in there
-        ]
-        if missing:
-            raise BadInputError(
-                f"the files of {len(missing)} of {self.tp * self.pp} ranks are missing",
-                where=str(self.folder),
-                expected=", ".join(missing[:8]),
-                hint="copy the missing folders; the checkpoint cannot be converted without them",
-            )
-
-    def check_places(self, files: Sequence[StageFile]) -> None:
-        """Refuse files that lie in each other's folders, where Megatron-LM's arguments show it.
-
-        They tell each process's own number, of which tensor parallelism is the last digit, and which
-        grows with the pipeline stage. Tools that write all files from one process give all the same.
-        """
-        numbers = [n for f in files if type(n := f.args.get("rank")) is int]
-        if len(set(numbers)) < len(files):
-            return
-        before: dict[tuple[int, int], int] = {}
-        for rank, number, file in sorted(
-            zip(self.ranks, numbers, files, strict=True), key=lambda placed: placed[0]
-        ):
-            least = before.get((rank.tp, rank.ep), -1)
-            before[rank.tp, rank.ep] = number
-            if number % self.tp != rank.tp or number < least:
-                raise BadInputError(
-                    "a rank file lies in the folder of another rank",
-                    where=str(file.path),
-                    expected=f"a process of tensor-parallel rank {rank.tp} and pipeline rank {rank.pp}",
-                    found=f"process {number} of the run",
-                    hint="files were swapped or renamed: copy the checkpoint again",
-                )
-
-    def sizes(self, etp: int) -> dict[str, object]:
-        """Return the parallel sizes under the names that the arguments have."""
-        sizes = {"tp": self.tp, "pp": self.pp, "vpp": self.vpp, "ep": self.ep, "etp": etp}
-        return {_SIZES[k]: n for k, n in sizes.items() if k != "vpp" or n > 1}
-
-    def stages(
-        self, files: Sequence[StageFile]
-    ) -> list[list[tuple[int, Rank, Mapping[str, Stored]]]]:
-        """Return what each stage holds, in the order of the model's layers."""
-        return [
-            [
-                (number, rank, _unwrapped(file, v))
-                for number, (rank, file) in enumerate(zip(self.ranks, files, strict=True))
-                if rank.pp == p
-            ]
-            for v in range(self.vpp)
-            for p in range(self.pp)
-        ]
-
-    def etp(self, stages: Sequence[Sequence[Member]], compare: Comparer) -> int:
-        """Return the size of expert tensor parallelism, from the arguments or the experts' bytes."""
-        if not any(m.experts for stage in stages for m in stage):
-            return 1
-        claimed = self.args.get(_SIZES["etp"])
-        if type(claimed) is not int or claimed < 1:
-            return expert_tensor_ranks(stages, self.tp, compare)
-        if self.tp % claimed:
-            raise BadInputError(
-                "the experts' tensor-parallel rank of a file cannot be told: no folder name says it",
-                where=str(self.folder),
-                expected="an expert tensor parallel size that divides the tensor parallel size",
-                found=f"{claimed} and {self.tp}",
-                hint="files of several ranks overwrote each other when this was saved",
-            )
-        return claimed
-
-
-def _means_experts(
-    names: Sequence[tuple[int, ...]],
-    files: Sequence[StageFile],
-    args: Mapping[str, object],
-    folder: Path,
-) -> bool:
-    """Whether the one number after the tensor-parallel rank is the expert-parallel one."""
-    pp, ep = args.get(_SIZES["pp"]), args.get(_SIZES["ep"])
-    if type(pp) is int and type(ep) is int:
-        if (pp > 1) == (ep > 1):
-            raise BadInputError(
-                "the folder names contradict the arguments that are saved in the files",
-                where=str(folder),
-                expected=f"folders of {pp} pipeline and {ep} expert-parallel ranks",
-                found=f"mp_rank_{names[0][0]:02d}_{names[0][1]:03d}",
-            )
-        return ep > 1
-    # Pipeline stages differ in their names: the first has the embedding, the last the final norm.
-    held = {
-        frozenset(n for stage in f.stages for n in stage if ".experts." not in n) for f in files
-    }
-    whole = any(n.endswith(_EMBEDDING) for n in next(iter(held))) and any(
-        _is_final_norm(n) for n in next(iter(held))
-    )
-    return len(held) == 1 and whole
-
-
-def _is_final_norm(name: str) -> bool:
-    return name.endswith(("decoder.final_layernorm.weight", "decoder.final_norm.weight"))
-
-
-def _unwrapped(file: StageFile, virtual: int) -> dict[str, Stored]:
-    """Return the tensors of a stage by their names in the model, without wrappers."""
-    stage = file.stages[virtual]
-    result = {unwrapped(name): stored for name, stored in stage.items()}
-    if len(result) != len(stage):
-        raise BadInputError(
-            "parameters of one name, apart from what wrappers put before it",
-            where=str(file.path),
-            found=f"{len(stage)} parameters of {len(result)} names",
-        )
-    return result
-
-
-def _check_ends(run: _Run, model: Model, files: int) -> None:
+def _check_ends(run: Run, model: Model, files: int) -> None:
     """The first stage has the embedding, the last the final norm: neither may be missing."""
     for what, there in (
-        ("first", any(n.endswith(_EMBEDDING) for n in model.tensors)),
-        ("last", any(map(_is_final_norm, model.tensors))),
+        ("first", any(n.endswith(EMBEDDING) for n in model.tensors)),
+        ("last", any(map(is_final_norm, model.tensors))),
     ):
         if not there:
             raise BadInputError(
                 f"the {what} pipeline stage is missing",
                 where=str(run.folder),
-                expected=_EMBEDDING if what == "first" else "decoder.final_layernorm.weight",
+                expected=EMBEDDING if what == "first" else "decoder.final_layernorm.weight",
                 found=f"{files} rank files, none of which has it",
                 hint="copy the missing folders; the checkpoint cannot be converted without them",
             )
 
 
-def _check_vocabulary(run: _Run, model: Model, vocab_size: object) -> None:
+def _check_vocabulary(run: Run, model: Model, vocab_size: object) -> None:
     """Only the rows of the vocabulary tell whether the last tensor-parallel ranks are there."""
     for name, tensor in model.tensors.items():
-        if name.endswith(_EMBEDDING) and type(vocab_size) is int and tensor.shape[0] < vocab_size:
+        if name.endswith(EMBEDDING) and type(vocab_size) is int and tensor.shape[0] < vocab_size:
             raise BadInputError(
                 "the files of tensor-parallel ranks are missing",
                 where=str(run.folder),
@@ -442,10 +256,10 @@ def _is_tied(args: Mapping[str, object], config: Mapping[str, object]) -> bool |
     return tied if isinstance(tied, bool) else None
 
 
-def _drop_tied(model: Model, run: _Run, tied: bool | None) -> None:
+def _drop_tied(model: Model, run: Run, tied: bool | None) -> None:
     """Leave out the copies of a tied embedding that the last pipeline stage computes with."""
     for name in [n for n in model.tensors if n.endswith(_OUTPUT)]:
-        embedding = name.removesuffix(_OUTPUT) + _EMBEDDING
+        embedding = name.removesuffix(_OUTPUT) + EMBEDDING
         if embedding not in model.tensors:
             continue
         if tied or (tied is None and run.pp > 1 and model.equal(name, embedding)):
