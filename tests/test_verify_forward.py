@@ -108,6 +108,17 @@ def test_other_dtypes_may_differ_a_little_and_not_at_all_where_that_is_asked(
     assert strict.problems[0].startswith("the logits differ by")
 
 
+def test_weights_of_another_type_than_the_config_says_may_differ_a_little(
+    model: Path, tmp_path: Path
+) -> None:
+    other = Path(shutil.copytree(model, tmp_path / "other"))
+    change(other, lambda t: t.update({n: x.bfloat16() for n, x in t.items()}))
+    report = verify_forward(model, reference=other, token_ids=[3, 1, 4])
+    assert report.forward is not None
+    found = report.forward["reference"]
+    assert found["tolerance"] == pytest.approx(0.05 * found["largest_logit"])
+
+
 def test_wrong_weights_of_the_right_shape_give_other_logits(model: Path, tmp_path: Path) -> None:
     good = Path(shutil.copytree(model, tmp_path / "good"))
     name = "model.layers.0.self_attn.q_proj.weight"

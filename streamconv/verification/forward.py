@@ -1,12 +1,12 @@
 """Running an output: load it with transformers in a child process, look at the logits, compare them.
 
 The child holds the weights; where they exceed the budget they stay on disk and come in one module at
-a time. What it found is plain data: ``architecture``, ``dtype``, ``offloaded``, ``token_ids``,
-``rows`` (embeddings), ``tokens`` (of the tokenizer), ``missing``, ``unexpected``, ``mismatched`` and
-``not_finite`` names, ``finite`` (the logits), ``top`` (the likeliest tokens after
-the last one), ``peak_bytes``, ``budget_bytes``, and ``reference`` where there is one to compare with:
-``max_abs``, ``tolerance``, ``kl`` (nats, mean over the tokens, reference against output), ``top1``
-(share of tokens with the same likeliest class).
+a time. What it found is plain data: ``architecture``, ``dtype`` (as it was loaded), ``stored`` (the
+floating type of most of the files), ``offloaded``, ``token_ids``, ``rows`` (embeddings), ``tokens`` (of
+the tokenizer), ``missing``, ``unexpected``, ``mismatched`` and ``not_finite`` names, ``finite`` (the
+logits), ``top`` (the likeliest tokens after the last one), ``peak_bytes``, ``budget_bytes``, and
+``reference`` where there is one to compare with: ``max_abs``, ``tolerance``, ``kl`` (nats, mean over
+the tokens, reference against output), ``top1`` (share of tokens with the same likeliest class).
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def verify_forward(
             found["reference"] = _compare(
                 np.load(ours_path, mmap_mode="r"),
                 np.load(theirs_path, mmap_mode="r"),
-                same_dtype=found["dtype"] == theirs["dtype"],
+                same_dtype=all(found[k] == theirs[k] for k in ("dtype", "stored")),
                 atol=logits_atol,
             )
             _judge_reference(found["reference"], reference, theirs, report)

@@ -17,7 +17,8 @@ import shutil
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,7 @@ def _run(request: dict[str, Any]) -> dict[str, Any]:
     return {
         "architecture": model_class.__name__,
         "dtype": name,
+        "stored": _mostly(weights.values()),
         "offloaded": offload,
         "token_ids": ids,
         "rows": meta.module.get_input_embeddings().weight.shape[0],
@@ -343,6 +345,15 @@ def _logits(model: Any, ids: Sequence[int]) -> np.ndarray[Any, Any]:
     logits = output.logits if hasattr(output, "logits") else output[0]
     made: np.ndarray[Any, Any] = logits.float().reshape(-1, logits.shape[-1]).numpy()
     return made
+
+
+def _mostly(weights: Iterable[FileTensor]) -> str | None:
+    """Return the floating type that most bytes of the files have."""
+    nbytes: Counter[str] = Counter()
+    for t in weights:
+        if t.dtype.castable:
+            nbytes[t.dtype.torch] += t.end - t.begin
+    return max(nbytes, key=nbytes.__getitem__, default=None)
 
 
 def _top(last: np.ndarray[Any, Any], tokenizer: Any) -> list[dict[str, Any]]:
