@@ -16,6 +16,7 @@ import pytest
 from streamconv import budget, doctor, speed
 from streamconv.filesystems import FileSystem, filesystem_of
 from streamconv.forecast import moving_seconds, warnings
+from streamconv.sizes import format_size
 from tests.makers import runs
 
 GB = 10**9
@@ -196,7 +197,7 @@ def test_doctor_says_what_would_keep_a_conversion_from_ending(tmp_path):
     assert found["default_budget_bytes"] <= 400_000 * 1024
     refused, too_small = found["problems"]
     assert refused == f"the output cannot be written: {taken} is no folder"
-    assert "at least 430 MB" in too_small
+    assert f"at least {format_size(budget.PLANNING_FLOOR_BYTES)}" in too_small
     assert done.returncode == 1
 
 
