@@ -17,14 +17,13 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import numpy as np
-
 from streamconv.adapter_config import FILES, PREFIX, Settings
 from streamconv.boxes import contiguous_strides
 from streamconv.dtypes import F32
 from streamconv.errors import BadInputError
 from streamconv.recipe import AddProduct, Cast, Gather, Part, Recipe, SourceRef, View
 from streamconv.source import Checkpoint, GlobalTensor, Skipped
+from streamconv.stored import is_finite, pieces
 
 _PARTS = (
     "lora_A",
@@ -41,7 +40,6 @@ _ORIGINAL = re.compile(r"(.+)\.original_module\.(.+)")
 # Parts of other kinds of adapters (AdaLoRA's lora_E, trained tokens): no weights of a model either.
 _FOREIGN = re.compile(r"(?:.+\.)?(?:lora_\w+|token_adapter|ranknum)(?:\..+)?")
 _MARKER = "_fsdp_wrapped_module."
-_STEP_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -393,11 +391,7 @@ def not_finite(adapter: Adapter, paths: Sequence[Path]) -> list[str]:
     return [
         tensor.fqn
         for tensor in _second_factors(adapter)
-        if tensor.dtype.castable
-        and not all(
-            np.isfinite(np.frombuffer(piece, tensor.dtype.to_numpy()).astype(np.float64)).all()
-            for piece in _stored(tensor, paths)
-        )
+        if tensor.dtype.castable and not is_finite(tensor.dtype, _stored(tensor, paths))
     ]
 
 
@@ -418,12 +412,7 @@ def _stored(tensor: GlobalTensor, paths: Sequence[Path]) -> Iterator[bytes]:
         if not box.numel:
             continue
         last = sum((n - 1) * s for n, s in zip(box.sizes, strides, strict=True))
-        with paths[record.file].open("rb") as stream:
-            stream.seek(record.start + offset * tensor.dtype.itemsize)
-            left = (last + 1) * tensor.dtype.itemsize
-            while left:
-                piece = stream.read(min(left, _STEP_BYTES))
-                if len(piece) < min(left, _STEP_BYTES):
-                    raise BadInputError("the file became shorter", where=str(paths[record.file]))
-                yield piece
-                left -= len(piece)
+        itemsize = tensor.dtype.itemsize
+        yield from pieces(
+            paths[record.file], record.start + offset * itemsize, (last + 1) * itemsize
+        )

@@ -18,6 +18,7 @@ from streamconv.dtypes import BY_NAME, DType
 from streamconv.errors import BadInputError, UnsafeInputError
 from streamconv.jsonfile import TEXT, mismatches, read_json, unique_keys
 from streamconv.planned import INDEX, SINGLE
+from streamconv.stored import STEP_BYTES, pieces
 
 MAX_HEADER_BYTES = 100_000_000  # safetensors/src/tensor.rs
 
@@ -33,18 +34,9 @@ class FileTensor:
     begin: int
     end: int
 
-    def pieces(self, step: int) -> Iterator[bytes]:
+    def pieces(self, step: int = STEP_BYTES) -> Iterator[bytes]:
         """Yield the bytes in pieces of ``step``; raises :class:`BadInputError` where some are gone."""
-        with self.path.open("rb", buffering=0) as stream:
-            stream.seek(self.begin)
-            left = self.end - self.begin
-            while left:
-                piece = stream.read(min(step, left))
-                # A local file gives all that it has; one cut off in an element is no tensor.
-                if len(piece) < min(step, left):
-                    raise BadInputError("the file became shorter", where=str(self.path))
-                left -= len(piece)
-                yield piece
+        return pieces(self.path, self.begin, self.end - self.begin, step)
 
 
 def read_header(path: Path) -> dict[str, FileTensor]:

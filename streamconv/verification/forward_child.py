@@ -33,7 +33,7 @@ from streamconv.planned import INDEX
 from streamconv.safefile import FileTensor
 from streamconv.sidefiles import declared_dtype, read_config
 from streamconv.sizes import format_size
-from streamconv.verification.finite import not_finite
+from streamconv.stored import is_finite
 from streamconv.verification.reference import weights_of
 
 DEFAULT_PROMPT = "The quick brown fox jumps over the lazy dog"
@@ -76,8 +76,8 @@ def _run(request: dict[str, Any]) -> dict[str, Any]:
         )
         logits = _logits(model, ids)
     np.save(request["logits_path"], logits)
-    unexpected = sorted(info["unexpected_keys"])
-    used = [t for name, t in weights.items() if name not in set(unexpected)]
+    unexpected = set(info["unexpected_keys"])
+    used = [t for name, t in weights.items() if name not in unexpected]
     mismatched = sorted(
         f"{name} {list(here)} for {list(there)}" for name, here, there in info["mismatched_keys"]
     )
@@ -90,8 +90,8 @@ def _run(request: dict[str, Any]) -> dict[str, Any]:
         "rows": meta.module.get_input_embeddings().weight.shape[0],
         "tokens": tokenizer.get_vocab_size() if tokenizer is not None else None,
         "missing": sorted(info["missing_keys"]),
-        "unexpected": unexpected,
-        "not_finite": sorted(not_finite(used)),
+        "unexpected": sorted(unexpected),
+        "not_finite": sorted(t.name for t in used if not is_finite(t.dtype, t.pieces())),
         "mismatched": mismatched,
         "finite": bool(np.isfinite(logits).all()),
         "top": _top(logits[-1], tokenizer),
