@@ -137,6 +137,7 @@ class Staging:
     def begin(self) -> None:
         """Make the folder and read the journal of an earlier run, if there is one."""
         self.files.mkdir(parents=True, exist_ok=True)
+        self._journal_nbytes = 0
         if not self._journal.exists():
             return
         with self._journal.open("rb") as stream:
