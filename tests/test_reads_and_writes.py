@@ -165,3 +165,11 @@ def test_a_file_system_without_direct_writes_gets_cached_ones(
     found, _ = written(tmp_path / "d", parts, direct=True)
     assert found.endswith(parts[0])
     assert len(refused) <= 1  # and 0 where the flag itself was refused
+
+
+def test_bursts_grow_on_a_quick_disk_and_shrink_on_a_slow_one() -> None:
+    burst, seen = 64 << 20, []
+    for seconds in (0.01, 0.01, 0.3, 2, 2, 2, 2, 0.01):
+        burst = writer.next_burst(burst, seconds)
+        seen.append(burst >> 20)
+    assert seen == [128, 128, 128, 64, 32, 16, 16, 32]
