@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import typer.main
+import typer.testing
 
 import streamconv
 from streamconv import __main__ as entry
@@ -332,6 +333,23 @@ def test_quiet_says_nothing(capsys):
         listener(Event("phase", "write"))
     progress.summarize(Result("done", Path("out")), json=False, quiet=True)
     assert capsys.readouterr() == ("", "")
+
+
+def test_quiet_plans_and_verifies_tell_what_is_wrong_alone(checkpoints, tmp_path):
+    """For scripts, which look at the exit code."""
+    source, out, plan = checkpoints["fsdp2"].source, tmp_path / "out", tmp_path / "plan"
+    runner = typer.testing.CliRunner()
+    for command in (
+        ["plan", str(source), "-q", "-o", str(plan)],
+        ["run", str(plan), str(out), "-q", "--no-sync"],
+        ["verify", str(out), "--quiet"],
+    ):
+        done = runner.invoke(app, command)
+        assert (done.exit_code, done.output) == (0, "")
+    (out / "config.json").write_text("{}")
+    failed = runner.invoke(app, ["verify", str(out), "--quiet"])
+    assert failed.exit_code == 5
+    assert "config.json" in failed.output
 
 
 def test_the_summary_names_bytes_seconds_and_peak_against_budget():

@@ -274,6 +274,7 @@ def plan(
     allow_zero_delta: AllowZeroDelta = False,
     value_head: ValueHeadOption = "keep",
     json: Json = False,
+    quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
     """Show what converting SRC would do: tensors, files, disk, memory, and with DST the time."""
@@ -303,7 +304,7 @@ def plan(
     report = plan_report(made, dst, api.memory_bytes(max_mem))
     if json:
         say_json(report, indent=2)
-    else:
+    elif not quiet:
         say(render_plan(report))
         if output is not None:
             say(f"\nthe plan is in {output}: `streamconv run {output} DST` executes it")
@@ -389,6 +390,7 @@ def verify(
     ] = None,
     max_mem: MaxMem = None,
     json: Json = False,
+    quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
     """Check DST against its manifest, its source or another model; run it with --forward."""
@@ -410,7 +412,7 @@ def verify(
     )
     if json:
         say_json(report.to_json(), indent=2)
-    else:
+    elif not (quiet and report.passed):
         say(render_verification(report))
     if not report.passed:
         raise typer.Exit(5)
