@@ -71,6 +71,15 @@ def read_json(
         ) from error
 
 
+def object_or_empty(path: Path, *, most_bytes: int) -> dict[str, Any]:
+    """Return the object in a file that need not be there; an empty one where it cannot be had."""
+    try:
+        found = read_json(path, most_bytes=most_bytes)
+    except (BadInputError, UnsafeInputError, OSError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Make an object of its pairs; raises ``ValueError`` where two readers could see two of them."""
     found = dict(pairs)

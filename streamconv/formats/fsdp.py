@@ -16,7 +16,6 @@ the module names of the state dict's ``_metadata``. Where neither says, the chec
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -24,10 +23,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
-from streamconv.errors import BadInputError
+from streamconv.errors import BadInputError, StreamconvError
 from streamconv.formats.identity import identify_file
 from streamconv.formats.merge import Cut, Merger, Pending
 from streamconv.formats.side_folder import side_folder
+from streamconv.jsonfile import read_json
 from streamconv.source import Checkpoint, GlobalTensor, Skipped, SourceFile
 from streamconv.torchfile.meshes import Mesh
 from streamconv.torchfile.rankfile import LocalSpec, RankFile, RankReader
@@ -175,12 +175,12 @@ def _fsdp_config(path: Path, world: int) -> tuple[int | None, tuple[str, ...]]:
     if not file.is_file():
         return None, ()
     try:
-        if file.stat().st_size > _MAX_CONFIG_NBYTES:
-            raise ValueError("too large")
-        config = json.loads(file.read_text("utf-8"))
-        version, size = config.get("FSDP_version"), config.get("world_size")
-    except (OSError, ValueError, AttributeError, RecursionError) as error:
-        return None, (f"fsdp_config.json is ignored: {str(error)[:100]}",)
+        config = read_json(file, most_bytes=_MAX_CONFIG_NBYTES)
+    except StreamconvError as error:
+        return None, (f"fsdp_config.json is ignored: {error.what}",)
+    if not isinstance(config, dict):
+        return None, ("fsdp_config.json is ignored: no JSON object",)
+    version, size = config.get("FSDP_version"), config.get("world_size")
     if type(size) is int and size != world:
         raise BadInputError(
             "the rank files and fsdp_config.json disagree about the world size",

@@ -8,13 +8,13 @@ is no reason to fail.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from streamconv.errors import StreamconvError
+from streamconv.jsonfile import object_or_empty
 from streamconv.torchfile.inert import Inert, InertDict
 from streamconv.torchfile.unpickle import load_inert
 from streamconv.torchfile.window import FileWindow
@@ -95,12 +95,7 @@ def of_file(path: Path, offset: int = 0, nbytes: int | None = None) -> dict[str,
 
 def of_json(path: Path) -> dict[str, object]:
     """Return the facts in a JSON file: verl's transformer_config.json."""
-    try:
-        if path.stat().st_size > _MAX_NBYTES:
-            return {}
-        return dict(_scalars(json.loads(path.read_text("utf-8")), 0))
-    except (OSError, ValueError, RecursionError):
-        return {}
+    return dict(_scalars(object_or_empty(path, most_bytes=_MAX_NBYTES), 0))
 
 
 def of_state(value: object) -> dict[str, object]:

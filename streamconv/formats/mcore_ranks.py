@@ -16,7 +16,6 @@ otherwise the content: expert-parallel ranks all hold the same parameters beside
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -31,6 +30,7 @@ from streamconv.formats.mcore_run import EMBEDDING, SIZES, Run, check_claim, is_
 from streamconv.formats.mcore_stages import Model, number_layers
 from streamconv.formats.replicas import Comparer
 from streamconv.formats.torch_dist import side_of
+from streamconv.jsonfile import object_or_empty
 from streamconv.source import Checkpoint, Skipped, SourceFile
 from streamconv.torchfile.rankfile import RankReader
 from streamconv.torchfile.stagefile import StageFile, read_stage_file
@@ -229,14 +229,9 @@ def _check_vocabulary(run: Run, model: Model, vocab_size: object) -> None:
 
 def _config(side: Path | None) -> dict[str, object]:
     """Return config.json where there is one, else nothing."""
-    file = side / "config.json" if side is not None else None
-    try:
-        if file is None or file.stat().st_size > _MAX_CONFIG_NBYTES:
-            return {}
-        config = json.loads(file.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError):
+    if side is None:
         return {}
-    return config if isinstance(config, dict) else {}
+    return object_or_empty(side / "config.json", most_bytes=_MAX_CONFIG_NBYTES)
 
 
 def _told(config: Mapping[str, object], name: str) -> object:

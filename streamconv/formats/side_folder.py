@@ -6,8 +6,10 @@ none, a ``config.json`` beside the weights counts if it is a model's: trainers c
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
+
+from streamconv.errors import StreamconvError
+from streamconv.jsonfile import read_json
 
 _OWN = ("huggingface", "hf_config_and_tokenizer")
 _CONFIG = "config.json"
@@ -34,10 +36,8 @@ def _is_model_config(file: Path) -> bool:
     """Whether a file is the config of a model; one that cannot be read is reported by its reader."""
     if not file.is_file():
         return False
-    if file.stat().st_size > _MAX_CONFIG_NBYTES:
-        return True
     try:
-        config = json.loads(file.read_bytes())
-    except (OSError, ValueError, RecursionError):
+        config = read_json(file, most_bytes=_MAX_CONFIG_NBYTES)
+    except (StreamconvError, OSError):
         return True
     return isinstance(config, dict) and "model_type" in config

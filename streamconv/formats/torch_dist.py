@@ -8,7 +8,6 @@ but the boxes of the pieces.
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -29,6 +28,7 @@ from streamconv.formats.dcp_folder import (
 )
 from streamconv.formats.mcore_names import Place, place, why_no_weight
 from streamconv.formats.side_folder import above, side_folder
+from streamconv.jsonfile import object_or_empty
 from streamconv.source import Checkpoint, GlobalTensor, Skipped, SourceFile
 from streamconv.torchfile.dcp import DcpIndex, DcpTensor
 
@@ -54,14 +54,8 @@ def _data_folder(path: Path) -> Path | None:
 
 
 def _backend(folder: Path) -> str | None:
-    file = folder / _SIGN
-    try:
-        if not file.is_file() or file.stat().st_size > _MAX_SIGN_NBYTES:
-            return None
-        found = json.loads(file.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return None
-    backend = found.get("sharded_backend") if isinstance(found, dict) else None
+    found = object_or_empty(folder / _SIGN, most_bytes=_MAX_SIGN_NBYTES)
+    backend = found.get("sharded_backend")
     return backend if isinstance(backend, str) else None
 
 
