@@ -14,7 +14,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from bench.measure import conditions, record, streamconv, table
+from bench.measure import conditions, own_memory, record, streamconv, table
 from bench.speed import ratio, told
 from scripts.check_answers import difference, tensors
 from scripts.megatron_matrix import Case, make
@@ -38,9 +38,12 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--work", type=Path, default=None)
     options = parser.parse_args()
-    folder = Path(tempfile.mkdtemp(prefix="streamconv-bench-", dir=options.work))
     rows = []
-    try:
+    with (
+        own_memory(),
+        tempfile.TemporaryDirectory(prefix="streamconv-bench-", dir=options.work) as name,
+    ):
+        folder = Path(name)
         failed = make(options.tool.absolute(), options.core.absolute(), _CASE, folder / "made")
         if failed:
             sys.exit(failed)
@@ -73,8 +76,6 @@ def main() -> int:
                 )
             )
             print(*rows[-1], sep=" | ", flush=True)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
     head = (
         "layout",
         "source",

@@ -24,7 +24,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.measure import RESULTS, Measured, conditions, measured, record, table, warm
+from bench.measure import RESULTS, Measured, conditions, measured, own_memory, ready, record, table
 
 PLOT = Path(__file__).with_name("peers.svg")
 README = RESULTS.parents[1] / "README.md"
@@ -211,19 +211,23 @@ def main() -> None:
     if options.task:
         TASKS[options.task](*options.paths)
         return
-    work = Path(tempfile.mkdtemp(prefix="streamconv-peers-", dir=options.work))
     runs = tools(options.verl)
     found: dict[str, dict[float, Measured]] = {t.name: {} for t in runs}
     quiet = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
     rows = []
-    try:
+    with (
+        own_memory(),
+        tempfile.TemporaryDirectory(prefix="streamconv-peers-", dir=options.work) as name,
+    ):
+        work = Path(name)
         for size in map(float, options.sizes.split(",")):
             sources = make(work / "in", int(size * 1e9))
             rounds: dict[str, list[Measured]] = {t.name: [] for t in runs}
             for _ in range(options.rounds):
                 for tool in runs:
-                    warm(p for p in sources[tool.source].rglob("*") if p.is_file())
-                    one = measured(tool.command(sources[tool.source], work / "out"), env=quiet)
+                    source = sources[tool.source]
+                    ready((p for p in source.rglob("*") if p.is_file()), cold=False)
+                    one = measured(tool.command(source, work / "out"), env=quiet)
                     rounds[tool.name].append(one)
                     shutil.rmtree(work / "out")
             for name, several in rounds.items():
@@ -242,8 +246,6 @@ def main() -> None:
                 )
                 print(*rows[-1], sep=" | ", flush=True)
             shutil.rmtree(work / "in")
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
     draw(found)
     head = ("weights", "tool", "time of the whole process", "GB/s", "peak of the tree")
     text = (

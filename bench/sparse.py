@@ -11,6 +11,7 @@ import json
 import os
 import random
 from collections import OrderedDict
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -130,24 +131,15 @@ def _write_rank(
     return found
 
 
-def wrong_sentinels(folder: Path, made: SparseMade) -> list[str]:
-    """Return the sentinels that are not in the output where they should be."""
-    wrong, seen = [], 0
-    by_name: dict[str, list[Sentinel]] = {}
-    for s in made.sentinels:
-        by_name.setdefault(s.name, []).append(s)
-    for path in folder.glob("*.safetensors"):
-        with safe_open(path, "pt") as file:
-            for name in set(file.keys()) & set(by_name):
-                tensor = file.get_slice(name)
+def sentinels_in(path: Path, made: SparseMade) -> Iterator[tuple[Sentinel, bool]]:
+    """Yield the sentinels of the tensors in an output file, and whether each is where it should be."""
+    with safe_open(path, "pt") as file:
+        names = set(file.keys())
+        for s in made.sentinels:
+            if s.name in names:
+                tensor = file.get_slice(s.name)
                 row = tensor.get_shape()[1] * 2
-                for s in by_name[name]:
-                    seen += 1
-                    first, last = s.at // row, (s.at + len(s.data) - 1) // row
-                    raw = tensor[first : last + 1].reshape(-1).view(torch.uint8)
-                    inner = s.at - first * row
-                    if raw[inner : inner + len(s.data)].numpy().tobytes() != s.data:
-                        wrong.append(f"{name} at byte {s.at}")
-    return (
-        wrong if seen == len(made.sentinels) else [f"{seen} of {len(made.sentinels)} found", *wrong]
-    )
+                first, last = s.at // row, (s.at + len(s.data) - 1) // row
+                raw = tensor[first : last + 1].reshape(-1).view(torch.uint8)
+                inner = s.at - first * row
+                yield s, raw[inner : inner + len(s.data)].numpy().tobytes() == s.data

@@ -16,18 +16,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.measure import cat, conditions, drop, record, streamconv, table, warm
+from bench.measure import cat, conditions, own_memory, ready, record, streamconv, table
 from tests.makers.large import LargeMade, make_large
 
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """One row of the table. ``warm`` and ``cold`` are the ratios aimed at."""
+    """One row of the table. ``warm`` and ``cold`` are the ratios aimed at, if any."""
 
     name: str
     cut: str
-    warm: float
-    cold: float
+    warm: float | None
+    cold: float | None
     plan: tuple[str, ...] = ()
     run: tuple[str, ...] = ()
     experts: int = 0
@@ -35,7 +35,7 @@ class Work:
 
 WORKS = (
     Work("same dtype, dim 0", "rows", 0.95, 1.1),
-    Work("same dtype, dim 0, `--direct`", "rows", 0.95, 1.1, run=("--direct",)),
+    Work("same dtype, dim 0, `--direct`", "rows", None, None, run=("--direct",)),
     Work("float32 to bfloat16", "rows", 0.95, 1.1, plan=("--dtype", "bfloat16")),
     Work("float32 to float16", "rows", 0.5, 0.9, plan=("--dtype", "float16")),
     Work("`--checksum sha256`", "rows", 0.35, 0.75, run=("--checksum", "sha256")),
@@ -57,11 +57,8 @@ def ratio(
     files: Sequence[Path], plan: Path, folder: Path, flags: Sequence[str], *, cold: bool
 ) -> tuple[float, int]:
     """Return the ratio of one round, and the peak; ``flags`` are those of ``run``."""
-    if not cold:
-        warm(files)
     before = cat(files, folder / "cat", cold=cold)
-    if cold:
-        drop(files)
+    ready(files, cold=cold)
     sync = () if cold else ("--no-sync",)
     ours = streamconv("run", plan, folder / "out", *flags, *sync)
     shutil.rmtree(folder / "out")
@@ -71,17 +68,18 @@ def ratio(
 
 def beside(source: Path, folder: Path, flags: Sequence[str]) -> float:
     """Return the seconds that starting and planning add to the executing part."""
-    warm(source.glob("*.pt"))
+    ready(source.glob("*.pt"), cold=False)
     whole = streamconv(source, folder / "out", "--max-mem", "450MB", "--no-sync", *flags)
     shutil.rmtree(folder / "out")
     return whole.seconds - whole.last["seconds"]
 
 
-def told(rounds: Sequence[tuple[float, int]], aim: float) -> str:
-    """Return the median and the range of the ratios of some rounds, beside the aim."""
+def told(rounds: Sequence[tuple[float, int]], aim: float | None) -> str:
+    """Return the median and the range of the ratios of some rounds, beside the aim, if any."""
     ratios = [r for r, _ in rounds]
     median, low, high = statistics.median(ratios), min(ratios), max(ratios)
-    return f"{median:.2f} ({low:.2f} to {high:.2f}), aim {aim}"
+    text = f"{median:.2f} ({low:.2f} to {high:.2f})"
+    return text if aim is None else f"{text}, aim {aim}"
 
 
 def main() -> None:
@@ -91,10 +89,13 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=None)
     parser.add_argument("--only", default="", help="rows whose name contains this; not recorded")
     options = parser.parse_args()
-    folder = Path(tempfile.mkdtemp(prefix="streamconv-bench-", dir=options.work))
     made: dict[tuple[str, int], LargeMade] = {}
     rows = []
-    try:
+    with (
+        own_memory(),
+        tempfile.TemporaryDirectory(prefix="streamconv-bench-", dir=options.work) as name,
+    ):
+        folder = Path(name)
         for work in (w for w in WORKS if options.only in w.name):
             key = work.cut, work.experts
             if key not in made:
@@ -121,8 +122,6 @@ def main() -> None:
             cells.append(f"{statistics.median(more):.1f} s ({min(more):.1f} to {max(more):.1f})")
             rows.append((work.name, *cells, f"{max(peaks) / 1e6:.1f} MB"))
             print(*rows[-1], sep=" | ", flush=True)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
     text = (
         f"{conditions()}. {options.bytes / 1e9:g} GB in 8 rank files, medians (and ranges) of "
         f"{options.rounds} rounds, `--max-mem 64MB`, source CRC-32 and xxh3_128 on.\n\n"
