@@ -20,7 +20,7 @@ import threading
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.measure import conditions, record, streamconv, table
+from bench.measure import conditions, own_memory, record, streamconv, table
 from bench.sparse import SparseMade, make_sparse, sentinels_in
 from streamconv.staging import staging_path
 
@@ -166,10 +166,11 @@ def main() -> None:
     try:
         disk, memory = (mount(work, n, in_memory=n == "memory") for n in ("disk", "memory"))
         rows = []
-        for case in CASES:
-            if options.only in case.name:
-                rows.append(measure(case, work, memory if case.emptied else disk))
-                print(*rows[-1], sep=" | ", flush=True)
+        with own_memory():
+            for case in CASES:
+                if options.only in case.name:
+                    rows.append(measure(case, work, memory if case.emptied else disk))
+                    print(*rows[-1], sep=" | ", flush=True)
     finally:
         for name in ("disk", "memory"):
             subprocess.run(["umount", "-q", "-l", work / name], check=False)
