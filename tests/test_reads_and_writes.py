@@ -7,12 +7,14 @@ import errno
 import mmap
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from streamconv import writer
 from streamconv.dtypes import F32
+from streamconv.errors import NoSpaceError
 from streamconv.executor import WindowFiller, filled_windows, write_output
 from streamconv.plan import Plan
 from streamconv.planned import OutputFile
@@ -165,6 +167,58 @@ def test_a_file_system_without_direct_writes_gets_cached_ones(
     found, _ = written(tmp_path / "d", parts, direct=True)
     assert found.endswith(parts[0])
     assert len(refused) <= 1  # and 0 where the flag itself was refused
+
+
+# --- write-back ------------------------------------------------------------------------------
+
+
+class Kernel:
+    """Stands in for libc: remembers what write-back is asked for, and fails it with ``code``."""
+
+    def __init__(self, code: int = 0) -> None:
+        self.code = code
+        self.asked: list[tuple[int, int, int]] = []
+
+    def sync_file_range(self, fd: int, offset: Any, nbytes: Any, flags: Any) -> int:
+        self.asked.append((offset.value, nbytes.value, flags.value))
+        ctypes.set_errno(self.code)
+        return -1 if self.code else 0
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC])
+def test_bytes_that_did_not_get_out_are_heard_of(
+    code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel tells of them once; an fsync that comes later finds nothing wrong."""
+    monkeypatch.setattr(writer, "_libc", Kernel(code))
+    with pytest.raises((OSError, NoSpaceError)) as caught:
+        written(tmp_path / "x", [bytes(1 << 20)], direct=False)
+    assert isinstance(caught.value, NoSpaceError) == (code == errno.ENOSPC)
+
+
+def test_without_such_a_call_fsync_does_it_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writer, "_libc", Kernel(errno.ENOSYS))
+    assert written(tmp_path / "x", [b"data"], direct=False)[0].endswith(b"data")
+
+
+def test_no_wait_for_the_disk_is_a_long_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing ends a system call that waits for write-back: 64 MiB at 2 MB/s were half a minute."""
+    kernel = Kernel()
+    monkeypatch.setattr(writer, "_libc", kernel)
+    monkeypatch.setattr(writer, "_FIRST_BURST_BYTES", 3 << 20)
+    data, _ = written(tmp_path / "x", [bytes(1 << 20)] * 10 + [b"tail"], direct=False)
+    assert max(nbytes for _, nbytes, _ in kernel.asked) <= 1 << 20
+    for flags in (writer._SYNC_FILE_RANGE_WRITE, writer._SYNC_FILE_RANGE_WAIT):
+        at = 0
+        for offset, nbytes, of in kernel.asked:
+            if of == flags:
+                assert offset == at  # without holes, and nothing twice
+                at += nbytes
+        assert at == len(data)
 
 
 def test_bursts_grow_on_a_quick_disk_and_shrink_on_a_slow_one() -> None:
