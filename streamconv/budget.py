@@ -17,6 +17,7 @@ from streamconv.sizes import format_size
 from streamconv.windows import (
     CAST_THREADS,
     FACTOR_READ_BYTES,
+    KNOWLEDGE_SHARE,
     MAX_WINDOW_BYTES,
     MIN_WINDOW_BYTES,
     SCRATCH_BYTES,
@@ -25,6 +26,12 @@ from streamconv.windows import (
 _PAGE_BYTES = 4096
 # What a Python heap may grow by between two windows: plan lines, read lists, thread stacks.
 _RESERVE_BYTES = 10 << 20
+# What is kept of each tensor of an output file while it is written: header, digest, journal, manifest.
+# The reserve has room for so many.
+_ENTRY_BYTES = 1000
+_RESERVED_ENTRIES = 2000
+# A reader's stack, and what the allocator keeps for its thread.
+_THREAD_BYTES = 64 << 10
 # Left to the rest of the machine when the user names no budget.
 _HEADROOM = 0.15
 # Measured peak of the planning child (torch, transformers and a traced meta model) and of the
@@ -206,15 +213,27 @@ def merging_bytes(factors: int = _MIN_FACTOR_BYTES, io_threads: int = 1) -> int:
     return factors + max(io_threads, CAST_THREADS) * SCRATCH_BYTES + FACTOR_READ_BYTES
 
 
+def entry_bytes(tensors: int) -> int:
+    """Return what writing output files of at most so many tensors needs beside windows and reads."""
+    return max(0, tensors - _RESERVED_ENTRIES) * _ENTRY_BYTES
+
+
 def shares(
-    budget_bytes: int, *, merging: bool, io_threads: int = 1, buffer_bytes: int = 0
+    budget_bytes: int,
+    *,
+    merging: bool,
+    tensors: int = 0,
+    io_threads: int = 1,
+    buffer_bytes: int = 0,
 ) -> tuple[int, int]:
     """Return how large a window may grow, and what may be held of the factors of low-rank updates.
 
-    ``merging``: whether there are such updates. Raises :class:`BudgetError` where no window fits.
+    ``merging``: whether there are such updates; ``tensors``: the most that an output file has. Raises
+    :class:`BudgetError` where no window fits.
     """
     factors = factor_bytes(budget_bytes)
-    beside = merging_bytes(factors, io_threads) if merging else 0
+    beside = entry_bytes(tensors) + io_threads * _THREAD_BYTES
+    beside += merging_bytes(factors, io_threads) if merging else 0
     return window_bytes(budget_bytes, buffer_bytes + beside), factors
 
 
@@ -233,7 +252,9 @@ def window_bytes(budget_bytes: int, buffer_bytes: int = 0) -> int:
             found=format_size(budget_bytes),
             hint=f"--max-mem {smallest // 10**6}MB is the smallest that works",
         )
-    size = (free - (4 << 20)) // 2 if free > 12 << 20 else free // 3
+    # Two windows, and what is known of their tensors.
+    large = (free - (4 << 20)) * KNOWLEDGE_SHARE // (2 * KNOWLEDGE_SHARE + 1)
+    size = large if free > 12 << 20 else free // 3
     return min(size // 4096 * 4096, MAX_WINDOW_BYTES)
 
 

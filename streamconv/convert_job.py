@@ -263,13 +263,14 @@ class _Conversion:
         run, head = self.run, self.plan.head
         started = time.monotonic()
         self.staging.begin()
+        outputs = self.plan.outputs()
         max_window, factors = budgets.shares(
             self.budget,
             merging=bool(head.totals.merged),
+            tensors=max((o.tensors for o in outputs), default=0),
             io_threads=run.io_threads,
             buffer_bytes=DIRECT_BYTES if run.direct else 0,
         )
-        outputs = self.plan.outputs()
         reused = self._check_finished(outputs)
         self._check_disk()
         verifiable = run.source_crc and not head.totals.unverifiable_bytes

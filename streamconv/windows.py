@@ -27,6 +27,11 @@ _GOOD_READ_BYTES = 512 << 10
 MIN_WINDOW_BYTES = 1 << 20
 SMALL_WINDOW_BYTES = 4 << 20
 MAX_WINDOW_BYTES = 256 << 20
+# What is known of a window's tensors takes memory, too, of tiny ones more than their bytes: so much
+# for a segment and for each of its moves. Up to a small window, the budget's reserve has room for it.
+_SEGMENT_BYTES = 4096
+_MOVE_BYTES = 512
+KNOWLEDGE_SHARE = 4
 # What is held beside the windows stands here, for the budget counts it without loading numpy.
 # Casts and products are work for the CPU and not for the disk.
 CAST_THREADS = 2
@@ -111,19 +116,21 @@ def windows(tensors: Iterable[PlannedTensor], max_bytes: int) -> Iterator[Window
     """Cut the tensors of an output file, in their order, into windows of at most ``max_bytes``.
 
     A window closes as soon as its reads are good ones: at 4 MiB where each file gives long
-    stretches, as late as ``max_bytes`` where a thousand files give a few bytes each.
+    stretches, as late as ``max_bytes`` where a thousand files give a few bytes each. And as soon as
+    what is known of its tensors takes more than a ``KNOWLEDGE_SHARE`` of that.
     """
     small = min(SMALL_WINDOW_BYTES, max_bytes)
+    most_known = max(small, max_bytes // KNOWLEDGE_SHARE)
     segments: list[Segment] = []
     files: set[int] = set()
-    size = 0
+    size = known = 0
 
     def close() -> Window:
-        nonlocal size
+        nonlocal size, known
         window = Window(size, tuple(segments))
         segments.clear()
         files.clear()
-        size = 0
+        size = known = 0
         return window
 
     for tensor in tensors:
@@ -139,11 +146,14 @@ def windows(tensors: Iterable[PlannedTensor], max_bytes: int) -> Iterator[Window
                 yield close()
                 continue
             segments.append(Segment(tensor, at, at + take, size))
-            files.update(_files(tensor, at, at + take))
+            moved = list(_files(tensor, at, at + take))
+            files.update(moved)
             size += take * itemsize
+            known += _SEGMENT_BYTES + len(moved) * _MOVE_BYTES
             at += take
             # What lies close together in a file becomes one read, so files count and not tensors.
-            if size >= small and size >= min(max_bytes, len(files) * _GOOD_READ_BYTES):
+            good = size >= small and size >= min(max_bytes, len(files) * _GOOD_READ_BYTES)
+            if good or known >= most_known:
                 yield close()
             if numel == 0:
                 break

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 
 from streamconv import budget
 from streamconv.errors import BudgetError
@@ -224,6 +225,27 @@ def test_a_budget_too_small_to_run_names_one_that_works(
     assert done.code == 0, done.err
     assert differences(read_model(tmp_path / "out"), read_truth(made.truth_hf)) == []
     assert done.peak_bytes <= int(smallest.removesuffix("MB")) * 10**6
+
+
+def test_many_tiny_tensors_and_many_readers_are_within_the_budget(tmp_path: Path) -> None:
+    """What is known of a tensor may take more than its bytes, and a reader more than its buffer."""
+    actor, plan = tmp_path / "actor", tmp_path / "plan.jsonl"
+    actor.mkdir()
+    state = {
+        f"layers.{k // 192}.experts.{k // 3 % 64}.part_{k % 3}": torch.full((4,), float(k))
+        for k in range(16_000)
+    }
+    torch.save(state, actor / "model_world_size_1_rank_0.pt")
+    planned = run("plan", actor, "-o", plan, "--json")
+    assert planned.code == 0, planned.err
+    run_it = ("run", plan, tmp_path / "out", "--no-sync", "--io-threads", "300")
+    refused = run(*run_it, "--max-mem", "20MB")
+    assert refused.code == 4
+    smallest = named_smallest(refused.err)
+    done = run(*run_it, "--max-mem", smallest)
+    assert done.code == 0, done.err
+    assert done.peak_bytes <= int(smallest.removesuffix("MB")) * 10**6
+    assert read_model(tmp_path / "out").keys() == state.keys()
 
 
 # --- kept ------------------------------------------------------------------------------------

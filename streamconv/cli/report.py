@@ -30,6 +30,7 @@ def plan_report(plan: Plan, dst: Path | None, budget_bytes: int | None = None) -
     from streamconv.api import disk_free_bytes
     from streamconv.budget import (
         available_bytes,
+        entry_bytes,
         merging_bytes,
         smallest_convert_bytes,
         smallest_run_bytes,
@@ -39,6 +40,9 @@ def plan_report(plan: Plan, dst: Path | None, budget_bytes: int | None = None) -
     head = plan.head
     available, limit = available_bytes()
     smallest_convert = smallest_convert_bytes()
+    outputs = plan.outputs()
+    beside = entry_bytes(max((o.tensors for o in outputs), default=0))
+    beside += merging_bytes() if head.totals.merged else 0
     # `run` has the byte path loaded when it looks at what is left for windows.
     importlib.import_module("streamconv.convert_job")
     return {
@@ -48,9 +52,7 @@ def plan_report(plan: Plan, dst: Path | None, budget_bytes: int | None = None) -
         "job_digest": head.job.get("digest"),
         "plan_digest": plan.digest,
         "totals": asdict(head.totals),
-        "outputs": [
-            {"name": o.name, "nbytes": o.nbytes, "tensors": o.tensors} for o in plan.outputs()
-        ],
+        "outputs": [{"name": o.name, "nbytes": o.nbytes, "tensors": o.tensors} for o in outputs],
         "side_files": [{"name": s.name, "nbytes": s.nbytes} for s in head.side],
         "written_files": [w.name for w in head.written],
         "source_files": [{"path": f.path, "nbytes": f.nbytes} for f in head.files],
@@ -58,7 +60,7 @@ def plan_report(plan: Plan, dst: Path | None, budget_bytes: int | None = None) -
         "disk_free_bytes": disk_free_bytes(dst) if dst is not None else None,
         "memory": {
             "smallest_convert_bytes": smallest_convert,
-            "smallest_run_bytes": smallest_run_bytes(merging_bytes() if head.totals.merged else 0),
+            "smallest_run_bytes": smallest_run_bytes(beside),
             "default_budget_bytes": available,
             "default_budget_from": limit,
         },
