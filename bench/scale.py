@@ -91,7 +91,7 @@ class Watch:
 
     def _empty(self) -> None:
         while not self._over.wait(0.5):
-            written = sorted(staging_path(self._output).glob("*.safetensors"))
+            written = sorted((staging_path(self._output) / "files").glob("*.safetensors"))
             for path in written[:-1]:
                 if path.name not in self._seen:
                     self._look(path)
