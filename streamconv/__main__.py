@@ -44,6 +44,14 @@ def _run(arguments: list[str]) -> int:
         if debug:
             raise
         return _report(StreamconvError.of_system(error), arguments)
+    except MemoryError:
+        if debug:
+            raise
+        refused = StreamconvError(
+            "the system refused memory that the budget allows",
+            hint="raise the limit of `ulimit -v`, or see what else takes memory here",
+        )
+        return _report(refused, arguments)
     except Exception as error:
         if debug:
             raise

@@ -54,6 +54,8 @@ from streamconv.source import ShardTable, Skipped, SourceFile
 SCHEMA = 1
 _PIECE = '{"piece"'
 _PIECE_CHARACTERS = 1 << 16
+# Of anything else, such as weights given for a plan, no more is read.
+_LONGEST_FIRST_LINE = 1 << 16
 # Left free beyond what an output needs: the journal, the manifest, the directories themselves.
 _DISK_MARGIN_BYTES = 4 << 20
 
@@ -216,14 +218,21 @@ class Plan:
     def __init__(self, path: Path) -> None:
         """Read the head and check the digest; raises :class:`BadInputError` for a damaged plan."""
         self.path = path
+        # A pipe would be waited for, and a device never ends.
+        if path.exists() and not path.is_file():
+            raise BadInputError(
+                "a plan is a file",
+                where=str(path),
+                found="a folder" if path.is_dir() else "a pipe or a device",
+                hint="make one with `streamconv plan SRC -o PLAN`",
+            )
         try:
             self.digest = self._check_digest()
             self.head = self._read_head()
-        except (FileNotFoundError, IsADirectoryError) as error:
+        except FileNotFoundError as error:
             raise BadInputError(
                 "there is no such plan",
                 where=str(path),
-                found="a folder" if path.is_dir() else None,
                 hint="make one with `streamconv plan SRC -o PLAN`",
             ) from error
         except (ValueError, KeyError, TypeError, IndexError) as error:
@@ -246,9 +255,12 @@ class Plan:
     def _check_digest(self) -> str:
         digest = xxhash.xxh3_128()
         with self.path.open("rb") as stream:
-            first = json.loads(stream.readline())
+            first = json.loads(stream.readline(_LONGEST_FIRST_LINE))
             if first["streamconv_plan"] != SCHEMA:
                 raise ValueError(f"schema {first['streamconv_plan']}, this program knows {SCHEMA}")
+            # No part of the digest, so that it may be edited.
+            if not isinstance(first["root"], str) or "\0" in first["root"]:
+                raise ValueError(f"root is {first['root']!r}")
             previous = b""
             for line in stream:
                 digest.update(previous)

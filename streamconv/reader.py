@@ -8,6 +8,7 @@ conversion does not evict everything else a node has cached.
 from __future__ import annotations
 
 import os
+import resource
 import threading
 from collections import Counter, OrderedDict
 from collections.abc import Sequence
@@ -30,7 +31,8 @@ _DROP_OVERLAP_BYTES = 8 << 20
 class SourceReader:
     """Reads from the files of a checkpoint; safe to use from several threads.
 
-    ``max_open`` bounds the open descriptors (least recently used first out). ``drop_cache`` tells
+    ``max_open`` bounds the open descriptors (least recently used first out), and so does what the
+    system allows a process, of which a quarter is taken. ``drop_cache`` tells
     the kernel to forget pages that have been read. ``strict_mtime`` takes a newer modification time
     for a change: the only sign of one where no checksums are there to tell.
     """
@@ -47,7 +49,9 @@ class SourceReader:
         self.files = files
         self._root = root
         self._paths = [root / f.path for f in files]
-        self._max_open = max_open
+        allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        quarter = max_open if allowed == resource.RLIM_INFINITY else max(1, allowed // 4)
+        self._max_open = min(max_open, quarter)
         self._drop_cache = drop_cache
         self._strict_mtime = strict_mtime
         self._open: OrderedDict[int, int] = OrderedDict()

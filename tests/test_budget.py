@@ -18,7 +18,7 @@ import torch
 from streamconv import budget
 from streamconv.errors import BudgetError
 from tests.makers.fsdp import Made
-from tests.makers.large import LargeMade
+from tests.makers.large import LargeMade, make_large
 from tests.outputs import (
     differences,
     large_checkpoint,
@@ -246,6 +246,16 @@ def test_many_tiny_tensors_and_many_readers_are_within_the_budget(tmp_path: Path
     assert done.code == 0, done.err
     assert done.peak_bytes <= int(smallest.removesuffix("MB")) * 10**6
     assert read_model(tmp_path / "out").keys() == state.keys()
+
+
+def test_a_limit_of_open_files_is_kept(tmp_path: Path) -> None:
+    actor, plan = make_large(tmp_path, 2_000_000, world=48).source, tmp_path / "plan.jsonl"
+    few = ["sh", "-c", f'ulimit -n 32; exec "{sys.executable}" -m streamconv "$@"', "sh"]
+    for command in (("plan", actor, "-o", plan), ("run", plan, tmp_path / "out")):
+        done = subprocess.run(
+            [*few, *map(str, command), "-q"], capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
 
 
 # --- kept ------------------------------------------------------------------------------------

@@ -21,6 +21,8 @@ from streamconv.cli import progress
 from streamconv.cli.commands import app
 from streamconv.cli.default import COMMANDS, VALUE_OPTIONS, with_command
 from streamconv.options import Event, Result, RunOptions
+from streamconv.plan import PlanWriter
+from streamconv.planned import PlanHead, Totals
 
 HEAVY = {"torch", "transformers", "numpy", "safetensors", "ml_dtypes", "rich"}
 
@@ -199,6 +201,37 @@ def test_an_unexpected_error_is_one_line_and_a_hint(failing, capsys):
     err = capsys.readouterr().err
     assert err.startswith("error: internal: RuntimeError: boom\n")
     assert "--debug" in err
+
+
+def test_memory_that_the_system_refuses_is_no_fault_of_ours(failing, capsys):
+    failing(MemoryError())
+    assert entry._run(["SRC", "DST"]) == 1
+    err = capsys.readouterr().err
+    assert err.startswith("error: the system refused memory")
+    assert "ulimit -v" in err
+
+
+@pytest.mark.parametrize("given", ["pipe", "device", "weights", "edited"])
+def test_what_is_no_plan_is_refused_at_once(given, tmp_path):
+    plan = tmp_path / "plan"
+    if given == "pipe":
+        os.mkfifo(plan)
+    elif given == "device":
+        plan.symlink_to("/dev/zero")
+    elif given == "weights":
+        with plan.open("wb") as stream:
+            stream.write(b"1")
+            stream.truncate(1 << 40)  # one line of a terabyte
+    else:
+        nothing = Totals(0, 0, 0, 0, 0, {}, {})
+        head = PlanHead("/src", {"digest": "0" * 32}, nothing, (), (), (), (), ())
+        with plan.open("w", encoding="utf-8") as stream:
+            writer = PlanWriter(stream)
+            writer.head(head, ())
+            writer.end()
+        plan.write_text(plan.read_text().replace('"/src"', "7", 1))
+    done = run("run", str(plan), str(tmp_path / "out"))
+    assert done.returncode == 5, done.stderr
 
 
 def test_debug_shows_the_traceback(failing):
