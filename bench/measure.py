@@ -8,6 +8,7 @@ import math
 import os
 import platform
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -20,6 +21,7 @@ from typing import Any
 
 import psutil
 
+_PAGE_ORDER = Path("/sys/module/page_reporting/parameters/page_reporting_order")
 # More than any page order there is: nothing is large enough to be reported.
 _NO_PAGE_ORDER = 11
 
@@ -131,20 +133,22 @@ def own_memory() -> Iterator[None]:
     A balloon with free page reporting hands every 2 MiB that come free back to the host, and each
     page that is used anew waits for the host: the same warm ``cat`` took 0.7 to 3 s.
     """
-    order = Path("/sys/module/page_reporting/parameters/page_reporting_order")
-    if not os.access(order, os.W_OK):
+    if not os.access(_PAGE_ORDER, os.W_OK):
         yield
         return
-    before = order.read_text()
-    order.write_text(f"{_NO_PAGE_ORDER}")
+    before = _PAGE_ORDER.read_text()
+    # What ends a benchmark from outside must not leave the machine like that.
+    handler = signal.signal(signal.SIGTERM, lambda signum, _: sys.exit(128 + signum))
     try:
+        _PAGE_ORDER.write_text(f"{_NO_PAGE_ORDER}")
         free = psutil.virtual_memory().available * 4 // 5
         subprocess.run(
             [sys.executable, "-c", f"import numpy; numpy.ones({free}, numpy.uint8)"], check=True
         )
         yield
     finally:
-        order.write_text(before)
+        _PAGE_ORDER.write_text(before)
+        signal.signal(signal.SIGTERM, handler)
 
 
 def conditions() -> str:
