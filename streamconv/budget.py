@@ -208,14 +208,18 @@ def factor_bytes(budget_bytes: int) -> int:
     return min(max(_MIN_FACTOR_BYTES, share), _MAX_FACTOR_BYTES)
 
 
-def merging_bytes(factors: int = _MIN_FACTOR_BYTES, io_threads: int = 1) -> int:
-    """Return what merging an adapter needs beside windows and reads, with ``factors`` held."""
-    return factors + max(io_threads, CAST_THREADS) * SCRATCH_BYTES + FACTOR_READ_BYTES
+def beside_bytes(
+    tensors: int, *, merging: bool, factors: int = _MIN_FACTOR_BYTES, io_threads: int = 1
+) -> int:
+    """Return what a run needs beside windows and reads.
 
-
-def entry_bytes(tensors: int) -> int:
-    """Return what writing output files of at most so many tensors needs beside windows and reads."""
-    return max(0, tensors - _RESERVED_ENTRIES) * _ENTRY_BYTES
+    ``tensors``: the most that an output file has; ``merging``: whether there are low-rank updates, of
+    whose factors ``factors`` bytes are held.
+    """
+    need = max(0, tensors - _RESERVED_ENTRIES) * _ENTRY_BYTES + io_threads * _THREAD_BYTES
+    if merging:
+        need += factors + max(io_threads, CAST_THREADS) * SCRATCH_BYTES + FACTOR_READ_BYTES
+    return need
 
 
 def shares(
@@ -228,12 +232,11 @@ def shares(
 ) -> tuple[int, int]:
     """Return how large a window may grow, and what may be held of the factors of low-rank updates.
 
-    ``merging``: whether there are such updates; ``tensors``: the most that an output file has. Raises
-    :class:`BudgetError` where no window fits.
+    ``merging``, ``tensors``: as for :func:`beside_bytes`. Raises :class:`BudgetError` where no window
+    fits.
     """
     factors = factor_bytes(budget_bytes)
-    beside = entry_bytes(tensors) + io_threads * _THREAD_BYTES
-    beside += merging_bytes(factors, io_threads) if merging else 0
+    beside = beside_bytes(tensors, merging=merging, factors=factors, io_threads=io_threads)
     return window_bytes(budget_bytes, buffer_bytes + beside), factors
 
 

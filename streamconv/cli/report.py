@@ -30,8 +30,7 @@ def plan_report(plan: Plan, dst: Path | None, budget_bytes: int | None = None) -
     from streamconv.api import disk_free_bytes
     from streamconv.budget import (
         available_bytes,
-        entry_bytes,
-        merging_bytes,
+        beside_bytes,
         smallest_convert_bytes,
         smallest_run_bytes,
     )
@@ -41,8 +40,9 @@ def plan_report(plan: Plan, dst: Path | None, budget_bytes: int | None = None) -
     available, limit = available_bytes()
     smallest_convert = smallest_convert_bytes()
     outputs = plan.outputs()
-    beside = entry_bytes(max((o.tensors for o in outputs), default=0))
-    beside += merging_bytes() if head.totals.merged else 0
+    beside = beside_bytes(
+        max((o.tensors for o in outputs), default=0), merging=bool(head.totals.merged)
+    )
     # `run` has the byte path loaded when it looks at what is left for windows.
     importlib.import_module("streamconv.convert_job")
     return {
