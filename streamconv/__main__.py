@@ -39,19 +39,11 @@ def _run(arguments: list[str]) -> int:
         return 1
     except KeyboardInterrupt:
         return 130
-    except OSError as error:
-        # A read-only disk, a folder of somebody else: the user's to mend, no fault of ours.
+    except (OSError, MemoryError) as error:
+        # A read-only disk, a folder of somebody else, a limit: the user's to mend, no fault of ours.
         if debug:
             raise
         return _report(StreamconvError.of_system(error), arguments)
-    except MemoryError:
-        if debug:
-            raise
-        refused = StreamconvError(
-            "the system refused memory that the budget allows",
-            hint="raise the limit of `ulimit -v`, or see what else takes memory here",
-        )
-        return _report(refused, arguments)
     except Exception as error:
         if debug:
             raise

@@ -33,8 +33,13 @@ class StreamconvError(Exception):
         self._errno: int | None = None
 
     @classmethod
-    def of_system(cls, error: OSError) -> StreamconvError:
+    def of_system(cls, error: OSError | MemoryError) -> StreamconvError:
         """Return what the system refused, as an error of ours."""
+        if isinstance(error, MemoryError):
+            return cls(
+                "the system refused memory that the budget allows",
+                hint="raise the limit of `ulimit -v`, or see what else takes memory here",
+            )
         where = None if error.filename is None else str(error.filename)
         told = cls(f"the system refused: {error.strerror or error}", where=where)
         told.__cause__ = error

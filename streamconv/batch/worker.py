@@ -45,7 +45,7 @@ def _work() -> int:
     except StreamconvError as error:
         _say({"event": "error", **error.to_json()})
         return error.exit_code
-    except OSError as error:
+    except (OSError, MemoryError) as error:
         told = StreamconvError.of_system(error)
         _say({"event": "error", **told.to_json()})
         return told.exit_code
