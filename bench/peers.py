@@ -233,7 +233,7 @@ def main() -> None:
             for name, several in rounds.items():
                 middle = sorted(several, key=lambda m: m.seconds)[len(several) // 2]
                 peak = int(statistics.median(m.peak_bytes for m in several))
-                found[name][size] = Measured(middle.seconds, peak, 0, "")
+                found[name][size] = Measured(middle.seconds, peak, "")
                 times = [m.seconds for m in several]
                 rows.append(
                     (
