@@ -8,6 +8,8 @@ from streamconv.errors import UsageError
 
 _UNIT_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 _PART = re.compile(r"(\d+(?:\.\d+)?)([smhd])", re.ASCII)
+# A hundred years: far more than anybody means, and what clocks and calendars can still add up.
+_MOST_DAYS = 36500
 
 
 def parse_duration(text: str) -> float:
@@ -16,7 +18,10 @@ def parse_duration(text: str) -> float:
     parts = _PART.findall(stripped)
     if not parts or "".join(number + unit for number, unit in parts) != stripped:
         raise UsageError(f"not a duration: {text!r}", expected="such as 90s, 10m, 2h or 1d")
-    return sum(float(number) * _UNIT_SECONDS[unit] for number, unit in parts)
+    seconds = sum(float(number) * _UNIT_SECONDS[unit] for number, unit in parts)
+    if seconds > _MOST_DAYS * _UNIT_SECONDS["d"]:
+        raise UsageError(f"too long a time: {text!r}", expected=f"at most {_MOST_DAYS}d")
+    return seconds
 
 
 def format_duration(seconds: float) -> str:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import time
 from dataclasses import replace
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from streamconv.batch.discover import Candidate, discover
 from streamconv.batch.ledger import Ledger
 from streamconv.batch.ready import Snapshot, Tracker, judge, look_at, read_tracker, snapshot
 from streamconv.batch.retention import Rule
-from streamconv.batch.schedule import Cron, Every, parse_schedule
+from streamconv.batch.schedule import Cron, Every, local_now, parse_schedule
 from streamconv.batch.selection import Filter, named, namer, parse_steps
 from streamconv.batch.settings import BatchSettings, RunSettings, load, settings
 from streamconv.batch.state import Record
@@ -96,6 +97,50 @@ def test_the_next_time_is_later_and_the_first(now, cron):
     assert following > now
     assert schedule.next_after(now.replace(second=0, microsecond=0)) == following
     assert schedule.next_after(following) > following
+
+
+@pytest.fixture
+def berlin(monkeypatch):
+    """Clocks go forward on 29 March 2026 at 2:00, and back on 25 October at 3:00."""
+    monkeypatch.setenv("TZ", "Europe/Berlin")
+    time.tzset()
+    yield
+    monkeypatch.undo()
+    time.tzset()
+
+
+@pytest.mark.parametrize(
+    ("when", "begin", "rounds"),
+    [
+        # A fixed time that is skipped comes a moment late, one that comes twice is met once.
+        ("30 2 * * *", "2026-03-28T22:00Z", ["03-29 01:00", "03-30 00:30"]),
+        ("30 2 * * *", "2026-10-24T22:00Z", ["10-25 00:30", "10-26 01:30"]),
+        ("30 2 * * *", "2026-10-25T01:10Z", ["10-26 01:30", "10-27 01:30"]),
+        ("0 4 * * *", "2026-03-28T12:00Z", ["03-29 02:00", "03-30 02:00"]),
+        ("0 4 * * *", "2026-10-24T12:00Z", ["10-25 03:00", "10-26 03:00"]),
+        # What is tied to no hour follows the time that passes.
+        ("*/30 * * * *", "2026-03-29T00:20Z", ["03-29 00:30", "03-29 01:00", "03-29 01:30"]),
+        ("*/30 * * * *", "2026-10-25T00:20Z", ["10-25 00:30", "10-25 01:00", "10-25 01:30"]),
+        ("@hourly", "2026-10-24T23:30Z", ["10-25 00:00", "10-25 01:00", "10-25 02:00"]),
+        ("90m", "2026-10-24T23:30Z", ["10-25 01:00", "10-25 02:30"]),
+        ("1d", "2026-03-28T12:00Z", ["03-29 12:00"]),
+    ],
+)
+def test_rounds_when_clocks_are_changed(berlin, when, begin, rounds):
+    schedule, at, seen = parse_schedule(when), datetime.fromisoformat(begin), []
+    for _ in rounds:
+        local = at.astimezone(local_now().tzinfo)
+        at = schedule.next_after(local).astimezone(UTC)
+        seen.append(f"{at:%m-%d %H:%M}")
+    assert seen == rounds
+
+
+@pytest.mark.parametrize("text", ["99999999d", "9" * 400 + "d", "36501d"])
+def test_a_time_that_no_calendar_holds_is_refused(text):
+    for parse in (parse_duration, parse_schedule):
+        with pytest.raises(UsageError, match="too long"):
+            parse(text)
+    assert parse_schedule("36500d").next_after(local_now()).year > 2100
 
 
 def test_a_duration_is_a_schedule_too():

@@ -21,7 +21,7 @@ from streamconv.batch.ledger import Ledger
 from streamconv.batch.places import refuse_inside_checkpoint
 from streamconv.batch.retention import Removal, finish_removals, remove_output, remove_source
 from streamconv.batch.runner import Listener, Runner, What, backoff_seconds
-from streamconv.batch.schedule import Schedule
+from streamconv.batch.schedule import Schedule, local_now
 from streamconv.batch.settings import BatchSettings, RunSettings
 from streamconv.batch.state import STATUS, Record, Store
 from streamconv.batch.survey import Survey, scene
@@ -247,7 +247,7 @@ def watch(
     on_round: Callable[[Round, datetime], None],
     *,
     sleep: Callable[[float], None] = time.sleep,
-    now: Callable[[], datetime] = datetime.now,
+    now: Callable[[], datetime] = local_now,
 ) -> None:
     """Do round after round until a signal ends the process; an error ends none but its round.
 
@@ -260,4 +260,4 @@ def watch(
             made = Round(problems=[StreamconvError(f"{type(error).__name__}: {error}")])
         following = schedule.next_after(now())
         on_round(made, following)
-        sleep(max(0.0, (following - now()).total_seconds()))
+        sleep(max(0.0, following.timestamp() - now().timestamp()))
