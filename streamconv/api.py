@@ -15,7 +15,8 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
-from streamconv.errors import NoSpaceError, UsageError, VerificationError
+from streamconv import ownfile
+from streamconv.errors import NoSpaceError, StreamconvError, UsageError, VerificationError
 from streamconv.options import (
     DTypeChoice,
     Event,
@@ -91,9 +92,34 @@ def convert(
         return run_job(Path(src), Path(dst), options, run)
     from streamconv.report.conversion import convert_reported
 
+    page = _own_file(Path(report), ownfile.PAGE, src, dst, options)
     return convert_reported(
-        Path(report), lambda watched: run_job(Path(src), Path(dst), options, watched), run
+        page, lambda watched: run_job(Path(src), Path(dst), options, watched), run
     )
+
+
+def _own_file(
+    path: Path, kind: ownfile.Kind, src: StrPath, dst: StrPath | None, job: JobOptions
+) -> Path:
+    """Return where a report or a plan will lie; raises before any work where it cannot."""
+    from streamconv.filesystems import why_not_writable
+
+    folders = [
+        (src, "the checkpoint"),
+        (dst, "the output folder"),
+        (job.hf_config, "the folder with config and tokenizer"),
+        (job.lora.base, "the base model"),
+    ]
+    apart = [(Path(folder), what) for folder, what in folders if folder is not None]
+    place = ownfile.checked(path, kind, apart)
+    reason = why_not_writable(place.parent)
+    if reason is not None:
+        raise StreamconvError(
+            f"the {kind.word} cannot be written: {reason}",
+            where=str(path),
+            hint="choose another path",
+        )
+    return place
 
 
 def convert_all(src: StrPath, dst: StrPath, **options: Any) -> dict[str, Result]:
@@ -163,7 +189,10 @@ def plan(
     options = job_options(max_shard_size=max_shard_size, **job)
     budget = memory_bytes(max_mem)
     if output is not None:
-        made = make_plan(Path(src), options, Path(output), max_mem_bytes=budget)
+        place = _own_file(Path(output), ownfile.PLAN, src, dst, options)
+        with ownfile.aside(place, ownfile.PLAN) as partial:
+            made = make_plan(Path(src), options, partial, max_mem_bytes=budget)
+        made.path = place
     else:
         folder = tempfile.mkdtemp(prefix="streamconv-")
         try:

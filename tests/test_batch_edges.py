@@ -201,7 +201,7 @@ def test_what_watches_a_batch_does_not_stop_it(scene, tmp_path):
 def test_a_full_disk_costs_what_is_remembered_and_no_conversion(scene, monkeypatch):
     scene.step(10, 20)
 
-    def full(path: Path, text: str) -> None:
+    def full(path: Path, *_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("streamconv.batch.state.write_whole", full)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from streamconv import budget as budgets
+from streamconv import ownfile
 from streamconv.api import memory_bytes
 from streamconv.batch import metrics
 from streamconv.batch.hooks import Hooks
@@ -77,12 +78,22 @@ class Batch:
         self._stores = [Store(run.output.absolute()) for run in settings.run]
         self._began = time.time()
         self._overview: Overview | None = None
-        self._trouble: OSError | None = None
+        self._trouble: OSError | StreamconvError | None = None
+        self._refuse_places()
         if settings.report is not None:
             from streamconv.batch.overview import Overview
 
             self._overview = Overview(settings.report, self._stores)
         self.budget_bytes = memory_bytes(settings.max_mem) or budgets.available_bytes()[0]
+
+    def _refuse_places(self) -> None:
+        """Refuse a report or metrics in a checkpoint, or where what is not ours lies."""
+        s = self._settings
+        for path, kind in ((s.report, ownfile.PAGE), (s.prometheus, ownfile.METRICS)):
+            if path is not None:
+                ownfile.checked(path, kind)
+                for run in s.run:
+                    refuse_inside_checkpoint(path, run.root, f"the {kind.word}")
 
     def round(self) -> Round:
         """Look at every run once, convert what is ready, apply retention."""
@@ -119,7 +130,7 @@ class Batch:
         """Keep what the system refused to those who look on: that ends no conversion."""
         try:
             yield
-        except OSError as error:
+        except (OSError, StreamconvError) as error:
             self._trouble = error
 
     def _look(self, run: RunSettings, store: Store, made: Round) -> Survey | None:
@@ -132,7 +143,8 @@ class Batch:
             "io_threads": s.io_threads,
         }
         try:
-            refuse_inside_checkpoint(run.output, run.root)
+            refuse_inside_checkpoint(run.output, run.root, "the output folder")
+            ownfile.checked(run.output / STATUS, ownfile.STATUS)
             store.begin()
             survey = Survey(
                 run,
@@ -232,7 +244,9 @@ class Batch:
                 metrics.write(self._settings.prometheus, records)
 
 
-def _refused(error: OSError, where: Path | None = None) -> StreamconvError:
+def _refused(error: OSError | StreamconvError, where: Path | None = None) -> StreamconvError:
+    if isinstance(error, StreamconvError):
+        return error
     told = StreamconvError.of_system(error)
     told.where = told.where or (None if where is None else str(where))
     full = no_space(error, Path())

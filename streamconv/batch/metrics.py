@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import get_args
 
+from streamconv import ownfile
 from streamconv.batch.state import Record, State, write_whole
 
 
@@ -65,8 +66,7 @@ def render(records: Iterable[Record]) -> str:
 
 def write(path: Path, records: Iterable[Record]) -> None:
     """Write the metrics, whole at any moment."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, render(records))
+    write_whole(ownfile.checked(path, ownfile.METRICS), render(records), ownfile.METRICS)
 
 
 def _escaped(text: str) -> str:

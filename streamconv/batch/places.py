@@ -13,10 +13,11 @@ from streamconv.errors import StreamconvError, UsageError
 from streamconv.planned import MANIFEST
 
 
-def refuse_inside_checkpoint(output: Path, root: Path) -> None:
-    """Refuse an output folder that lies in a checkpoint, or in a step of the run in ``root``.
+def refuse_inside_checkpoint(output: Path, root: Path, what: str) -> None:
+    """Refuse what lies in a checkpoint, or in a step of the run in ``root``.
 
-    It would look like a change of the checkpoint, and go when that is rotated away.
+    It would look like a change of the checkpoint, and go when that is rotated away. ``what`` it is
+    stands in the error.
     """
     output, root = output.resolve(), root.resolve()
     # Above the run as well as the output, a folder is whatever it is to others.
@@ -24,7 +25,7 @@ def refuse_inside_checkpoint(output: Path, root: Path) -> None:
         in_step = root in folder.parents and step_number(folder.name) is not None
         if in_step or _is_checkpoint(folder):
             raise UsageError(
-                "the output folder lies in a checkpoint",
+                f"{what} lies in a checkpoint",
                 where=str(output),
                 found=f"{folder}, which is {'a training step' if in_step else 'a checkpoint'}",
                 hint="choose a folder beside the run",

@@ -28,8 +28,9 @@ from urllib.parse import quote
 import filelock
 import xxhash
 
+from streamconv import ownfile
 from streamconv._version import __version__
-from streamconv.errors import LockedError
+from streamconv.errors import LockedError, StreamconvError
 from streamconv.planned import MANIFEST
 
 STATUS = "status.json"
@@ -123,7 +124,7 @@ class Store:
         self.output = output
         self.folder = output / FOLDER
         self._records: dict[str, Record] = {}
-        self.trouble: OSError | None = None
+        self.trouble: OSError | StreamconvError | None = None
 
     def begin(self) -> None:
         """Make the folders and read the records that are there."""
@@ -160,9 +161,17 @@ class Store:
         self._records[record.name] = record
         self._write(self._path(record.name), record.to_json())
 
-    def _write(self, path: Path, data: dict[str, Any], indent: int | None = None) -> None:
+    def _write(
+        self,
+        path: Path,
+        data: dict[str, Any],
+        indent: int | None = None,
+        kind: ownfile.Kind | None = None,
+    ) -> None:
         try:
-            write_whole(path, json.dumps(data, ensure_ascii=False, indent=indent))
+            write_whole(path, json.dumps(data, ensure_ascii=False, indent=indent), kind)
+        except StreamconvError as error:
+            self.trouble = error
         except OSError as error:
             error.filename = error.filename or str(path)  # a write on a full disk names none
             self.trouble = error
@@ -198,7 +207,7 @@ class Store:
             "batch": facts,
             "checkpoints": [r.to_json() for r in records],
         }
-        self._write(self.output / STATUS, data, indent=1)
+        self._write(self.output / STATUS, data, indent=1, kind=ownfile.STATUS)
 
 
 def file_name(name: str) -> str:
@@ -274,16 +283,12 @@ def is_intact(record: Record) -> bool:
     return now == record.evidence
 
 
-def write_whole(path: Path, text: str) -> None:
+def write_whole(path: Path, text: str, kind: ownfile.Kind | None = None) -> None:
     """Write a file that others read at any moment: they see the old one or the new one.
+
+    With a ``kind`` it replaces nothing but a file of that kind.
 
     Bytes of a file's name that are no text are written as JSON escapes lone surrogates.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        partial.write_text(text, encoding="utf-8", errors="backslashreplace")
-        partial.replace(path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            partial.unlink()
-        raise
+    with ownfile.written(path, kind, errors="backslashreplace") as out:
+        out.write(text)

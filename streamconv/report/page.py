@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from datetime import datetime
 from functools import cache
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup
 
+from streamconv import ownfile
 from streamconv._version import __version__
 from streamconv.durations import format_duration
 from streamconv.sizes import format_size
@@ -56,15 +56,11 @@ def drawn(svg: str) -> Markup:
 
 
 def write_page(path: Path, template: str, **facts: Any) -> None:
-    """Render a template into ``path``, which appears whole."""
+    """Render a template into ``path``, which appears whole and replaces nothing but such a page."""
     page = _environment().get_template(template)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with partial.open("w", encoding="utf-8", errors="replace") as out:
-            # Piece by piece: the page of a model of 50,000 tensors is some megabytes.
-            for piece in page.generate(version=__version__, **facts):
-                out.write(piece)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with ownfile.written(
+        ownfile.checked(path, ownfile.PAGE), ownfile.PAGE, errors="replace"
+    ) as out:
+        # Piece by piece: the page of a model of 50,000 tensors is some megabytes.
+        for piece in page.generate(version=__version__, **facts):
+            out.write(piece)
