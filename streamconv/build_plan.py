@@ -157,6 +157,9 @@ def _plan_model(made: _Output, lora: LoraPlan | None, job: JobOptions, notices: 
         notices.append(
             f"{alias} is tied to {kept} by the config but not known to equal it: both kept"
         )
+    if model is not None and job.layout == "hub":
+        written = [r for r in recipes if r.name not in ties.dropped | ties.compared]
+        planner.check_loads(written, model, sure=model.certain or bool(made.recipes))
     made.placed += placing.shard(recipes, ties, job.max_shard_bytes)
     made.skipped += [Skipped(a, f"the same storage as {k}") for a, k in ties.dropped.items()]
     made.skipped += [Skipped(a, f"tied: the same bytes as {k}") for a, k in ties.compared.items()]

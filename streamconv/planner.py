@@ -11,7 +11,7 @@ import fnmatch
 import re
 from collections import Counter
 from collections.abc import Container, Iterable, Mapping, Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from streamconv.boxes import Shape, contiguous_strides
 from streamconv.dtypes import BY_TORCH, DType
@@ -20,6 +20,9 @@ from streamconv.lowering import sources_of
 from streamconv.options import JobOptions, Layout
 from streamconv.recipe import Cast, Recipe, SourceRef, View
 from streamconv.source import Checkpoint, GlobalTensor, Skipped
+
+if TYPE_CHECKING:
+    from streamconv.tracing.hf_load import Loaded
 
 _LISTED = 12
 _OTHER_CONFIG = "check that config.json belongs to this checkpoint (--hf-config DIR names another)"
@@ -40,6 +43,9 @@ class Model(Protocol):
 
     def is_optional_unexpected(self, name: str) -> bool:
         """Whether the library ignores a tensor that it does not know."""
+
+    def load(self, tensors: Mapping[str, tuple[Shape, DType]]) -> Loaded:
+        """Return what the library makes of files that hold ``tensors``."""
 
     def keep_fp32(self, name: str, target: DType) -> bool:
         """Whether the library keeps a tensor in float32 when it loads as ``target``."""
@@ -166,6 +172,38 @@ def check_recipes(
             f"their own names: {_listed(unknown)}"
         )
     return notices
+
+
+def check_loads(recipes: Iterable[Recipe], model: Model, *, sure: bool) -> None:
+    """Raise :class:`BadInputError` unless ``model`` comes out when the library loads the outputs.
+
+    Whatever made the names, the library has the last word: what it has no name for it passes over,
+    and what it misses it makes up, both in silence. Not ``sure`` is who has only a class that stands in
+    for the config's: what it misses proves nothing. Outputs that the model is not known to have
+    (:func:`check_recipes` tells of them) may be passed over.
+    """
+    loaded = model.load({r.name: (r.view.shape, r.dtype) for r in recipes})
+    unexpected = [n for n in loaded.unexpected if n in model.hub_shapes]
+    missing = loaded.missing if sure else ()
+    misshapen = loaded.misshapen if sure else ()
+    problems = (
+        ("filled by nothing", missing),
+        ("passed over", unexpected),
+        ("lost, as another fills the same place", [second for _, second in loaded.clashing]),
+        ("not made", [f"{name} ({told})" for name, told in loaded.failed]),
+        (
+            "of another shape",
+            [f"{name} (expected {list(a)}, found {list(b)})" for name, a, b in misshapen],
+        ),
+    )
+    found = [f"{len(names)} {what}: {_listed(names)}" for what, names in problems if names]
+    if found:
+        raise BadInputError(
+            f"transformers would not load the planned tensors as {model.architecture}'s",
+            found="; ".join(found),
+            hint=f"{_OTHER_CONFIG}; if it does, this is an error of streamconv's: please report it. "
+            "--layout memory writes the names of the state dict instead",
+        )
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -152,6 +152,23 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
         "Qwen3VLConfig",
         {"text_config": TINY | HEAD, "vision_config": DEEP, **IDS},
     ),
+    "qwen2_5_omni_thinker": (
+        "Qwen2_5OmniThinkerForConditionalGeneration",
+        "Qwen2_5OmniThinkerConfig",
+        {
+            "text_config": TINY | MROPE,
+            "vision_config": VISUAL,
+            "audio_config": {
+                "d_model": 32,
+                "encoder_attention_heads": 4,
+                "encoder_ffn_dim": 48,
+                "encoder_layers": 2,
+                "max_source_positions": 64,
+                "num_mel_bins": 16,
+                "output_dim": 32,
+            },
+        },
+    ),
     "mistral3": (
         "Mistral3ForConditionalGeneration",
         "Mistral3Config",

@@ -11,7 +11,9 @@ from typing import Any
 
 import pytest
 
+from streamconv.dtypes import BF16
 from streamconv.errors import BadInputError
+from streamconv.sidefiles import corrected_config
 from streamconv.tracing.hf import build_meta
 from tests.hf_models import HEAD, LINEAR, TINY, dense, meta_of, sparse
 
@@ -67,6 +69,31 @@ def test_a_text_only_class_of_a_multimodal_type_takes_the_text_config() -> None:
     meta = meta_of({**config, "architectures": ["Qwen3_5ForCausalLM"]})
     assert meta.state_shapes["lm_head.weight"] == (64, 32)
     assert not any("visual" in name for name in meta.state_shapes)
+
+
+@pytest.mark.parametrize("infinity", [{"__float__": "Infinity"}, float("inf")])
+def test_numbers_that_json_lacks_are_read_as_transformers_writes_them(infinity: object) -> None:
+    """transformers 5 tags them (Mamba-2 hybrids have a limit of infinity); Python writes a bare word."""
+    config = {"model_type": "mamba2", "hidden_size": 32, "num_heads": 4, "head_dim": 16}
+    config |= {"state_size": 8, "n_groups": 1, "num_hidden_layers": 1, "vocab_size": 64}
+    meta = meta_of({**config, "time_step_limit": [0.0, infinity]})
+    assert meta.module.config.time_step_limit == [0.0, float("inf")]
+
+
+@pytest.mark.parametrize("number", ["Infinity", "-Infinity", "NaN"])
+def test_config_json_keeps_such_numbers_as_they_stand(number: str) -> None:
+    tagged, bare = {"__float__": number}, json.loads(number)
+    config = dense(dtype="bfloat16", a=[0.0, tagged], text_config={"b": tagged, "c": bare})
+    text, notices = corrected_config(config, dtype=BF16, untie=False, architecture="Other")
+    assert len(notices) == 1
+    assert text is not None
+    assert text.content == json.dumps({**config, "architectures": ["Other"]}, indent=2) + "\n"
+    assert f'"c": {number}\n' in text.content
+
+
+def test_an_infinite_count_is_refused() -> None:
+    with pytest.raises(BadInputError, match="num_hidden_layers is beyond any model"):
+        build_meta(dense(num_hidden_layers={"__float__": "Infinity"}))
 
 
 @pytest.mark.parametrize(

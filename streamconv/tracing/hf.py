@@ -8,6 +8,7 @@ the Hub has it (hand it on). Names decide; where both have the same names, shape
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
@@ -18,7 +19,7 @@ from streamconv.boxes import Shape
 from streamconv.dtypes import BF16, DType
 from streamconv.errors import BadInputError
 from streamconv.recipe import Recipe, SourceRef, View
-from streamconv.tracing import hf_build, hf_convert
+from streamconv.tracing import hf_build, hf_convert, hf_load
 from streamconv.tracing.hf_convert import Group
 from streamconv.tracing.hf_layout import Layout, decide
 from streamconv.tracing.hf_names import read_names
@@ -112,14 +113,15 @@ class MetaModel:
 
         Tied aliases, and what transformers neither saves nor misses.
         """
-        model = self._model
-        missing = _any_of(model._keys_to_ignore_on_load_missing)
-        unsaved = set(model._keys_to_ignore_on_save or ())
         return frozenset(alias for alias, _ in self.tied) | {
-            name
-            for name in self.hub_shapes
-            if all(n in unsaved or missing(n) for n in self._memory_names(name))
+            name for name in self.hub_shapes if all(map(self._may_miss, self._memory_names(name)))
         }
+
+    @cached_property
+    def _may_miss(self) -> Callable[[str], bool]:
+        missing = _any_of(self._model._keys_to_ignore_on_load_missing)
+        unsaved = set(self._model._keys_to_ignore_on_save or ())
+        return lambda name: name in unsaved or missing(name)
 
     def is_optional_unexpected(self, name: str) -> bool:
         """Whether transformers ignores a tensor of this name that the model does not have."""
@@ -135,6 +137,23 @@ class MetaModel:
         if any(name.endswith("position_ids") for name in buffers):
             patterns.add(r"(^|\.)position_ids$")
         return _any_of(patterns)
+
+    def load(self, tensors: Headers) -> hf_load.Loaded:
+        """Return what transformers makes of files that hold ``tensors``, in Hub names.
+
+        What it passes over by rule is neither missing nor unexpected.
+        """
+        loaded = hf_load.load(self._model, self.state_shapes, tensors)
+        missing = set(loaded.missing)
+        tied: Mapping[str, str] = self._model.all_tied_weights_keys
+        for alias, kept in tied.items():
+            if not {alias, kept} <= set(loaded.missing):  # one is made of the other
+                missing -= {alias, kept}
+        return dataclasses.replace(
+            loaded,
+            missing=tuple(n for n in loaded.missing if n in missing and not self._may_miss(n)),
+            unexpected=tuple(n for n in loaded.unexpected if not self._ignored(n)),
+        )
 
     def keep_fp32(self, name: str, target: DType) -> bool:
         """Whether transformers keeps the Hub tensor ``name`` in float32 when loading as ``target``.

@@ -63,6 +63,7 @@ def _taken(key: object) -> bool:
 def _clean(key: str, value: Any, depth: int) -> Any:
     if depth > 32:
         raise BadInputError("config.json is nested too deeply", where=key)
+    value = _as_number(value)
     if isinstance(value, dict):
         return {k: _clean(k, v, depth + 1) for k, v in value.items() if _taken(k)}
     if isinstance(value, list):
@@ -70,6 +71,12 @@ def _clean(key: str, value: Any, depth: int) -> Any:
     if isinstance(value, int | float):
         _check_count(key, value)
     return value
+
+
+def _as_number(value: Any) -> Any:
+    """Return the number that transformers 5 writes as an object, JSON having none such."""
+    tag = value.get("__float__") if isinstance(value, dict) and len(value) == 1 else None
+    return float(tag) if tag in ("Infinity", "-Infinity", "NaN") else value
 
 
 def _check_count(key: str, value: float) -> None:

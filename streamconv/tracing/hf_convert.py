@@ -58,9 +58,13 @@ def attach_conversions(model: Any) -> None:
 
 
 def _is_nested(prefix_change: Any, model: Any) -> bool:
-    """Whether a PrefixChange belongs to a submodel and not to ``model`` itself."""
+    """Whether a PrefixChange belongs to a submodel and not to ``model`` itself or its base model.
+
+    A base model of a class of its own (Qwen2.5-Omni's thinker) has the scope "": what leads its files
+    into a larger model leads these out of their own.
+    """
     if hasattr(prefix_change, "scope_prefix"):
-        return prefix_change.scope_prefix is not None
+        return bool(prefix_change.scope_prefix)
     # Releases without scopes (5.8) write the submodel's path into the prefix.
     return prefix_change.model_prefix not in ("", model.base_model_prefix)
 
