@@ -73,7 +73,7 @@ def test_a_text_only_class_of_a_multimodal_type_takes_the_text_config() -> None:
 
 @pytest.mark.parametrize("infinity", [{"__float__": "Infinity"}, float("inf")])
 def test_numbers_that_json_lacks_are_read_as_transformers_writes_them(infinity: object) -> None:
-    """transformers 5 tags them (Mamba-2 hybrids have a limit of infinity); Python writes a bare word."""
+    """transformers 5 tags them (Mamba-2 hybrids have such a limit); Python writes a bare word."""
     config = {"model_type": "mamba2", "hidden_size": 32, "num_heads": 4, "head_dim": 16}
     config |= {"state_size": 8, "n_groups": 1, "num_hidden_layers": 1, "vocab_size": 64}
     meta = meta_of({**config, "time_step_limit": [0.0, infinity]})

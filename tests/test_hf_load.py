@@ -47,7 +47,7 @@ def test_what_a_model_saves_it_loads(name: str) -> None:
 
 
 def test_it_says_what_from_pretrained_says(tmp_path: Path) -> None:
-    """Right names, one of each kind of wrong ones, and shapes: the library's own report is the judge."""
+    """Right names, and one of each kind of wrong ones: the library's own report is the judge."""
     model = make(MODELS["qwen3_moe"])
     model.save_pretrained(tmp_path)
     meta = meta_of({**model.config.to_dict(), "architectures": ["Qwen3MoeForCausalLM"]})
@@ -59,7 +59,7 @@ def test_it_says_what_from_pretrained_says(tmp_path: Path) -> None:
     for expert in range(4):
         shapes[f"model.layers.1.mlp.experts.{expert}.down_proj.weight"] = (32, 23)
     save_file({n: torch.zeros(s) for n, s in shapes.items()}, tmp_path / "model.safetensors")
-    again, said = type(model).from_pretrained(
+    _, said = type(model).from_pretrained(
         tmp_path, output_loading_info=True, ignore_mismatched_sizes=True
     )
     ours = loaded(meta, shapes)

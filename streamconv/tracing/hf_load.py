@@ -38,7 +38,7 @@ class Loaded:
 def load(
     model: Any, state: Mapping[str, Shape], tensors: Mapping[str, tuple[Shape, DType]]
 ) -> Loaded:
-    """Return what loading ``tensors`` into ``model`` comes to; ``state`` are its state dict's shapes."""
+    """Return what loading ``tensors`` into ``model`` comes to; ``state``: its state dict's shapes."""
     unexpected: list[str] = []
     plain: dict[str, str] = {}
     clashing: list[tuple[str, str]] = []
