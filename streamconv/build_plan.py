@@ -23,6 +23,7 @@ from streamconv.sidefiles import (
     declared_dtype,
     left_out,
     list_side_files,
+    missing_code,
     read_config,
 )
 from streamconv.source import Checkpoint, GlobalTensor, Skipped
@@ -38,6 +39,7 @@ def build_plan(checkpoint: Checkpoint, job: JobOptions, stream: IO[str]) -> None
     """
     notices = list(checkpoint.notices)
     folder, side = side_files(checkpoint.root, checkpoint.side_dir, job)
+    notices += missing_code(side)
     inputs = adapter_inputs(checkpoint.root, job.lora)
     identity = job_identity(checkpoint.format, checkpoint.files, side, job, inputs)
     if job.lora.base is not None:

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from streamconv.custom_code import code_of
 from streamconv.dtypes import BY_TORCH, DType
 from streamconv.errors import BadInputError, UnsafeInputError
 from streamconv.jsonfile import read_json
@@ -42,6 +43,7 @@ _NAMES = (
     "added_tokens.json",
     "chat_template*",
     "additional_chat_templates/*",
+    "custom_generate/*",
     "*.jinja",
     "*.model",
     "*.tiktoken",
@@ -113,7 +115,18 @@ def candidates(folder: Path, root: Path) -> list[Path]:
     """Return what may be a side file, in order: among a trainer's files, what has a known name."""
     if not holds_weights(folder, root):
         return sorted(folder.rglob("*"))
-    return sorted({p for name in _NAMES for p in folder.glob(name)})
+    known = {p for name in _NAMES for p in folder.glob(name)}
+    return sorted(known | code_of(folder, known).files)
+
+
+def missing_code(side: Sequence[SideFile]) -> list[str]:
+    """Return what the custom code among the side files asks for and does not find among them."""
+    if not side:
+        return []
+    folder = Path(side[0].path.removesuffix(side[0].name))
+    return [
+        f"custom code: {text}" for text in code_of(folder, [Path(s.path) for s in side]).missing
+    ]
 
 
 def left_out(folder: Path, root: Path) -> Iterator[Skipped]:
