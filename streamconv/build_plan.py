@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from streamconv import adapters, placing, planner
+from streamconv import adapters, formats, placing, planner
 from streamconv.errors import BadInputError, UsageError
 from streamconv.identity import job_identity
 from streamconv.lora_plan import LoraPlan, adapter_inputs, idle_options, plan_lora
@@ -40,7 +40,7 @@ def build_plan(checkpoint: Checkpoint, job: JobOptions, stream: IO[str]) -> None
     notices = list(checkpoint.notices)
     folder, side = side_files(checkpoint.root, checkpoint.side_dir, job)
     notices += missing_code(side)
-    inputs = adapter_inputs(checkpoint.root, job.lora)
+    inputs = [*formats.settings(checkpoint.root), *adapter_inputs(checkpoint.root, job.lora)]
     identity = job_identity(checkpoint.format, checkpoint.files, side, job, inputs)
     if job.lora.base is not None:
         # No part of the identity, but needed to compare the output with its sources.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -73,7 +73,7 @@ def identify(src: Path, job: JobOptions) -> IdentifiedJob:
 
     location = formats.find_model(src, job.model)
     side_dir, side = side_files(location.root, location.side_dir, job)
-    inputs = adapter_inputs(location.root, job.lora)
+    inputs = [*location.settings(), *adapter_inputs(location.root, job.lora)]
     identity = job_identity(location.format, location.identify(), side, job, inputs)
     return IdentifiedJob(location.root, side_dir, tuple(side), identity)
 
@@ -90,12 +90,15 @@ def finished_output(dst: Path, digest: str) -> dict[str, Any] | None:
     return manifest if same and _complete(dst, manifest) else None
 
 
-def refuse_others(dst: Path, digest: str, *, overwrite: bool) -> None:
-    """Raise :class:`OutputExistsError` where ``dst`` holds what the job must not replace."""
+def refuse_others(dst: Path, job: Mapping[str, Any], *, overwrite: bool) -> None:
+    """Raise :class:`OutputExistsError` where ``dst`` holds what the job must not replace.
+
+    ``job`` is its identity.
+    """
     if os.path.lexists(dst / MANIFEST) and not (dst / ".streamconv").exists():
         if not overwrite:
             raise OutputExistsError(
-                _which_job(dst, digest),
+                _which_job(dst, job),
                 where=str(dst),
                 hint="choose another folder, or replace it with --overwrite",
             )
@@ -115,13 +118,17 @@ def refuse_others(dst: Path, digest: str, *, overwrite: bool) -> None:
             )
 
 
-def _which_job(dst: Path, digest: str) -> str:
+def _which_job(dst: Path, job: Mapping[str, Any]) -> str:
+    from streamconv.identity import why_another
+
     try:
         manifest = read_manifest(dst, entries=False)
     except StreamconvError as error:
         return f"the output folder cannot be told from another job's: {error.what}"
-    same = manifest is not None and manifest["job"]["digest"] == digest
-    return "the output folder is incomplete" if same else "the output folder is another job's"
+    before: Mapping[str, Any] = manifest["job"] if manifest is not None else {}
+    if before.get("digest") == job["digest"]:
+        return "the output folder is incomplete"
+    return f"the output folder is {why_another(before, job)}"
 
 
 def convert(src: Path, dst: Path, job: JobOptions, run: RunOptions) -> Result:
@@ -134,7 +141,7 @@ def convert(src: Path, dst: Path, job: JobOptions, run: RunOptions) -> Result:
     budget = _budget_bytes(run)
     dst = _target(dst, source.root, source.side_dir, job.lora.base)
     with _full_disk_told(dst), locked(dst), budgets.PeakMeter() as meter:
-        done = _preflight(dst, source.digest, run)
+        done = _preflight(dst, source.identity, run)
         if done:
             return done
         staging = Staging(dst, sync=run.sync)
@@ -169,7 +176,7 @@ def run_plan(plan_path: Path, dst: Path, run: RunOptions) -> Result:
     side_dir = Path(first.path.removesuffix(first.name)) if first else None
     dst = _target(dst, Path(plan.head.root), side_dir)
     with _full_disk_told(dst), locked(dst), budgets.PeakMeter() as meter:
-        done = _preflight(dst, plan.head.job["digest"], run)
+        done = _preflight(dst, plan.head.job, run)
         if done:
             return done
         staging = Staging(dst, sync=run.sync)
@@ -203,8 +210,9 @@ def _target(dst: Path, source: Path, *others: Path | None) -> Path:
     return dst.resolve()
 
 
-def _preflight(dst: Path, digest: str, run: RunOptions) -> Result | None:
+def _preflight(dst: Path, job: Mapping[str, Any], run: RunOptions) -> Result | None:
     """Return a result where there is nothing to do; refuse another job's folder."""
+    digest = job["digest"]
     done = finished_output(dst, digest)
     if done is not None:
         discard_leftover(dst, digest)
@@ -216,7 +224,7 @@ def _preflight(dst: Path, digest: str, run: RunOptions) -> Result | None:
             files=len(files),
             tensors=len(done["tensors"]),
         )
-    refuse_others(dst, digest, overwrite=run.overwrite)
+    refuse_others(dst, job, overwrite=run.overwrite)
     return None
 
 

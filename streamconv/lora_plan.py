@@ -12,6 +12,7 @@ from streamconv.adapter_config import Settings
 from streamconv.adapters import Adapter
 from streamconv.errors import BadInputError, UsageError
 from streamconv.formats import safetensors_folder
+from streamconv.identity import identified
 from streamconv.options import LoraOptions
 from streamconv.planned import SideFile, TextFile
 from streamconv.planner import Model
@@ -153,14 +154,11 @@ class LoraPlan:
 
 
 def adapter_inputs(root: Path, options: LoraOptions) -> list[tuple[str | int, ...]]:
-    """Return what else takes part in a job: the adapter's settings, and the base model's files.
-
-    The latter have no checksums to go by, hence their times.
-    """
+    """Return what else takes part in a job: the adapter's settings, and the base model's files."""
     found: list[tuple[str | int, ...]] = list(adapter_config.hashes(root))
     if options.base is not None:
         found += [
-            (Path(f.path).name, f.nbytes, f.directory_hash, f.mtime_ns)
+            (Path(f.path).name, *identified(f)[1:])
             for f in safetensors_folder.identify(options.base)
         ]
     return found

@@ -126,7 +126,7 @@ class SourceReader:
     def _check_stat(self, file: int, stat: os.stat_result) -> None:
         planned = self.files[file]
         if stat.st_size != planned.nbytes or (
-            self._strict_mtime and stat.st_mtime_ns != planned.mtime_ns
+            (self._strict_mtime or planned.evidence) and stat.st_mtime_ns != planned.mtime_ns
         ):
             raise SourceChangedError(
                 "a source file is not the one that was planned",
@@ -158,7 +158,7 @@ class SourceReader:
         fd = os.open(self.path(file), os.O_RDONLY | os.O_CLOEXEC)
         try:
             window = FileWindow(fd, str(self.path(file)), 0, planned.nbytes)
-            found = hash_directory(window)
+            found, _ = hash_directory(window)
         except BadInputError as error:
             found = error.what
         finally:
@@ -184,7 +184,7 @@ class SourceReader:
                     f"the checkpoint's index cannot be read: {error.strerror}", where=str(path)
                 ) from None
             self._index_hashes[planned.index] = found
-        expected = planned.directory_hash.partition("-")[0]
+        expected = planned.directory_hash
         if found != expected:
             raise SourceChangedError(
                 "the checkpoint is not the one that was planned",

@@ -32,9 +32,10 @@ class SourceFile:
 
     ``path`` is relative to the checkpoint's root. ``directory_hash`` is the xxh3_128 hex digest of
     the zip central directory (which holds every record's CRC-32), or of the file ``index`` (relative
-    to the root) that plays its part for a folder of files that are no zip from end to end; what
-    follows the digest after a dash is the index's age, where it names no save. ``entry_prefix`` is
-    what precedes ``/data/<key>`` in the entry names, empty where records are no zip entries.
+    to the root) that plays its part for a folder of files that are no zip from end to end.
+    ``entry_prefix`` is what precedes ``/data/<key>`` in the entry names, empty where records are no zip
+    entries. ``evidence`` stands for the weights where ``directory_hash`` covers no checksum of them
+    (:mod:`streamconv.formats.identity`); it is empty where it does.
     """
 
     path: str
@@ -43,6 +44,7 @@ class SourceFile:
     directory_hash: str
     entry_prefix: str = ""
     index: str = ""
+    evidence: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -180,15 +180,6 @@ def test_identity(save: Callable[..., Path], tmp_path: Path) -> None:
     assert [f.directory_hash for f in again] != [f.directory_hash for f in before]
 
 
-def test_an_index_without_a_save_id_is_told_by_its_age(save: Callable[..., Path]) -> None:
-    folder = save()
-    index = folder / ".metadata"
-    index.write_bytes(index.read_bytes().replace(b"save_id", b"save_xx"))
-    before = format_dcp.identify(folder)
-    (folder / "__0_0.distcp").touch()
-    assert format_dcp.identify(folder)[0].directory_hash != before[0].directory_hash
-
-
 def test_another_index_after_planning_is_noticed(save: Callable[..., Path], tmp_path: Path) -> None:
     folder = save()
     streamconv.plan(folder, output=tmp_path / "plan", layout="memory")

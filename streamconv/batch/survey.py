@@ -131,7 +131,7 @@ class Survey:
             record.options, record.verified = self._options, None
         record.source, record.run, record.step = str(c.path), c.run, c.step
         record.model, record.format = c.model, c.format
-        digest: list[str] = []
+        jobs: list[Mapping[str, Any]] = []
         verdict = judge(
             c,
             seen,
@@ -139,28 +139,28 @@ class Survey:
             settle_seconds=self._run.settle_seconds,
             still_seconds=now - record.seen_at,
             now_ns=time.time_ns(),
-            check_whole=lambda: digest.append(identify(c.path, self._job).digest),
+            check_whole=lambda: jobs.append(identify(c.path, self._job).identity),
         )
-        record.job = digest[0] if digest else ""
+        record.job = jobs[0]["digest"] if jobs else ""
         if not verdict.ready:
             record.state, record.reason = "waiting", verdict.reason
             self.counts["waiting"] += 1
-        elif digest and self._adopt(record, digest[0]):
+        elif jobs and self._adopt(record, record.job):
             self.counts["done"] += 1
         else:
             record.state, record.reason = "queued", verdict.reason
             task = self._task(record, c)
-            if digest:
-                task.refused = self._refusal(record, digest[0])
+            if jobs:
+                task.refused = self._refusal(record, jobs[0])
             self.tasks.append(task)
         self._store.save(record)
 
-    def _refusal(self, record: Record, digest: str) -> StreamconvError | None:
+    def _refusal(self, record: Record, job: Mapping[str, Any]) -> StreamconvError | None:
         """Return why the output is in the way: that needs no process to be found out."""
         output = Path(record.output)
         try:
-            if finished_output(output, digest) is None:
-                refuse_others(output, digest, overwrite=self._run.overwrite)
+            if finished_output(output, job["digest"]) is None:
+                refuse_others(output, job, overwrite=self._run.overwrite)
         except StreamconvError as error:
             return error
         return None

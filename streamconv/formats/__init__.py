@@ -51,6 +51,10 @@ class Location:
         checkpoint: Checkpoint = self.module.read(self.root)
         return checkpoint
 
+    def settings(self) -> list[tuple[str, str]]:
+        """Return what beside the rank files decides how they go together."""
+        return settings(self.root)
+
     def identify(self) -> tuple[SourceFile, ...]:
         """Return the source files with their hashes, without reading what they hold."""
         files: tuple[SourceFile, ...] = self.module.identify(self.root)
@@ -184,6 +188,11 @@ def _what_is_here(path: Path) -> str:
     if any(n.startswith("optim_world_size_") for n in names):
         return "optimizer state without the model's rank files"
     return ", ".join(names[:8]) + (" …" if len(names) > 8 else "")
+
+
+def settings(root: Path) -> list[tuple[str, str]]:
+    """Return (name, hash) of files in the checkpoint ``root`` that decide how pieces go together."""
+    return fsdp.settings(root)
 
 
 def read(path: Path, model: str | None = None) -> Checkpoint:

@@ -22,6 +22,7 @@ from streamconv.formats.dcp_folder import (
     Assembler,
     RecordReader,
     has_index,
+    older_index,
     read_index,
     source_files,
 )
@@ -96,7 +97,7 @@ def read(path: Path) -> Checkpoint:
         tensors=MappingProxyType(dict(tensors)),
         side_dir=side_of(path),
         skipped=skipped,
-        notices=_notices(weights) if mcore else (),
+        notices=(*older_index(path, files), *(_notices(weights) if mcore else ())),
         facts=MappingProxyType(
             {
                 "ranks": count_ranks(files),

@@ -20,6 +20,7 @@ import xxhash
 from streamconv.boxes import Box, Shape
 from streamconv.dtypes import DType
 from streamconv.errors import BadInputError, StreamconvError, UnsafeInputError
+from streamconv.formats.identity import evidence_of
 from streamconv.source import GlobalTensor, Record, ShardLayout, ShardTable, SourceFile
 from streamconv.torchfile.dcp import DcpIndex, DcpTensor, Piece
 from streamconv.torchfile.unpickle import load_inert, no_garbage_collection
@@ -40,14 +41,12 @@ def has_index(folder: Path) -> bool:
 
 
 def source_files(folder: Path, root: Path) -> tuple[SourceFile, ...]:
-    """Return the files of records with size, time, and the hash of the index that speaks for them.
+    """Return the files of records with size, evidence, and the hash of the index that speaks for them.
 
-    Since torch 2.3 the index names the save by a random id. An older one may be that of another save
-    of tensors of the same shapes, so there the time tells.
+    The index holds no checksums. That it names the save by a random id, since torch 2.3, says nothing
+    of files that another save into the same folder wrote anew.
     """
-    data = read_index_bytes(folder)
-    digest = xxhash.xxh3_128_hexdigest(data)
-    named = b"save_id" in data
+    digest = xxhash.xxh3_128_hexdigest(read_index_bytes(folder))
     index = (folder / INDEX).relative_to(root).as_posix()
     files = []
     for path in sorted(folder.glob("*.distcp")):
@@ -60,9 +59,10 @@ def source_files(folder: Path, root: Path) -> tuple[SourceFile, ...]:
                 path.relative_to(root).as_posix(),
                 status.st_size,
                 status.st_mtime_ns,
-                digest if named else f"{digest}-{status.st_mtime_ns}",
+                digest,
                 _PREFIX,
                 index,
+                evidence_of(path),
             )
         )
     if not files:
@@ -70,6 +70,20 @@ def source_files(folder: Path, root: Path) -> tuple[SourceFile, ...]:
             "no files of records beside the index", where=str(folder), expected="*.distcp"
         )
     return tuple(files)
+
+
+def older_index(folder: Path, files: Sequence[SourceFile]) -> tuple[str, ...]:
+    """Return a notice where files of records are newer than the index, which torch writes last."""
+    written = (folder / INDEX).stat().st_mtime_ns
+    newer = [Path(f.path).name for f in files if f.mtime_ns > written]
+    if not newer:
+        return ()
+    notice = (
+        f"{len(newer)} of {len(files)} files of records ({newer[0]} among them) are newer than "
+        f"{INDEX}, which is written last: unless they were copied without their times, a later save "
+        "was not finished, and the weights are of two steps"
+    )
+    return (notice,)
 
 
 def read_index_bytes(folder: Path) -> bytes:

@@ -24,10 +24,10 @@ from pathlib import Path
 from types import MappingProxyType
 
 from streamconv.errors import BadInputError, StreamconvError
-from streamconv.formats.identity import identify_file
+from streamconv.formats.identity import evidence_of, identify_file
 from streamconv.formats.merge import Cut, Merger, Pending
 from streamconv.formats.side_folder import side_folder
-from streamconv.jsonfile import read_json
+from streamconv.jsonfile import object_or_empty, read_json
 from streamconv.source import Checkpoint, GlobalTensor, Skipped, SourceFile
 from streamconv.torchfile.meshes import Mesh
 from streamconv.torchfile.rankfile import LocalSpec, RankFile, RankReader
@@ -38,6 +38,7 @@ NAME = "fsdp"
 
 _RANK_FILE = re.compile(r"model_world_size_([1-9]\d*)_rank_(0|[1-9]\d*)\.pt", re.ASCII)
 _OTHER_FILE = re.compile(r"(optim|extra_state)_world_size_\d+_rank_\d+\.pt", re.ASCII)
+_CONFIG = "fsdp_config.json"
 _MAX_EXAMPLES = 5
 _MAX_CONFIG_NBYTES = 1 << 20
 
@@ -58,6 +59,13 @@ def side_dir(path: Path) -> Path | None:
 def identify(path: Path) -> tuple[SourceFile, ...]:
     """Return the rank files with size, time and directory hash, their pickles unread."""
     return tuple(identify_file(file, path) for _, file in _open_folder(path).files)
+
+
+def settings(path: Path) -> list[tuple[str, str]]:
+    """Return (file, what it says) where ``fsdp_config.json`` names a version: see the module's trap."""
+    config = object_or_empty(path / _CONFIG, most_bytes=_MAX_CONFIG_NBYTES)
+    version = config.get("FSDP_version")
+    return [(_CONFIG, f"FSDP{version}")] if version in (1, 2) else []
 
 
 def read(path: Path) -> Checkpoint:
@@ -171,7 +179,7 @@ def _open_folder(path: Path) -> _Folder:
 
 def _fsdp_config(path: Path, world: int) -> tuple[int | None, tuple[str, ...]]:
     """Return (FSDP version, notices) of ``fsdp_config.json``; absent in old checkpoints."""
-    file = path / "fsdp_config.json"
+    file = path / _CONFIG
     if not file.is_file():
         return None, ()
     try:
@@ -223,7 +231,14 @@ class _FileFacts:
 
 
 def _source_file(file: RankFile) -> SourceFile:
-    return SourceFile(file.path.name, file.nbytes, file.mtime_ns, file.directory_hash, file.prefix)
+    return SourceFile(
+        file.path.name,
+        file.nbytes,
+        file.mtime_ns,
+        file.directory_hash,
+        file.prefix,
+        evidence="" if file.checksums else evidence_of(file.path),
+    )
 
 
 def _cut_tp_first(folder: _Folder, facts: _FileFacts) -> bool:

@@ -1,18 +1,29 @@
-"""What identifies a file that torch.save wrote: its size, its time, and the hash of its directory."""
+"""What identifies a file of weights: its size, the hash of its directory, and evidence of its bytes.
+
+The central directory of a torch.save zip holds the CRC-32 of every record: its hash stands for the
+weights. Where nothing does so (checksums switched off, the records of a DCP folder, safetensors),
+weights of the same shapes written anew would look the same. There the time of change is part of the
+identity, and samples of the bytes, for where times are coarse or were copied along.
+"""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
 
+import xxhash
+
 from streamconv.errors import SourceChangedError
 from streamconv.source import SourceFile
 from streamconv.torchfile.window import FileWindow
 from streamconv.torchfile.zipdir import hash_directory
 
+_SAMPLES = 8
+_SAMPLE_NBYTES = 4096
+
 
 def identify_file(file: Path, root: Path) -> SourceFile:
-    """Return ``file`` of the checkpoint in ``root`` as a source, known by its directory's hash.
+    """Return the torch.save file ``file`` of the checkpoint in ``root`` as a source.
 
     Nothing is parsed: whoever reads the file checks what it holds.
     """
@@ -20,7 +31,7 @@ def identify_file(file: Path, root: Path) -> SourceFile:
         fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
         try:
             status = os.fstat(fd)
-            digest = hash_directory(FileWindow(fd, str(file), 0, status.st_size))
+            digest, checksums = hash_directory(FileWindow(fd, str(file), 0, status.st_size))
         finally:
             os.close(fd)
     except OSError as error:
@@ -32,4 +43,27 @@ def identify_file(file: Path, root: Path) -> SourceFile:
         status.st_size,
         status.st_mtime_ns,
         digest,
+        evidence="" if checksums else evidence_of(file),
     )
+
+
+def evidence_of(file: Path) -> str:
+    """Return what tells one content of a file from another where no checksum does.
+
+    Not the time of the inode's change, which a hard link changes, too.
+    """
+    samples = xxhash.xxh3_64()
+    try:
+        fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            status = os.fstat(fd)
+            last = max(0, status.st_size - _SAMPLE_NBYTES)
+            for k in range(_SAMPLES):
+                samples.update(os.pread(fd, _SAMPLE_NBYTES, last * k // (_SAMPLES - 1)))
+        finally:
+            os.close(fd)
+    except OSError as error:
+        raise SourceChangedError(
+            f"a source file cannot be read: {error.strerror}", where=str(file)
+        ) from None
+    return f"{status.st_mtime_ns}-{samples.hexdigest()}"

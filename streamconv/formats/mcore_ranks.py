@@ -24,7 +24,7 @@ from types import MappingProxyType
 
 from streamconv.errors import BadInputError
 from streamconv.formats import mcore_facts
-from streamconv.formats.identity import identify_file
+from streamconv.formats.identity import evidence_of, identify_file
 from streamconv.formats.mcore_names import why_no_weight
 from streamconv.formats.mcore_run import EMBEDDING, SIZES, Run, check_claim, is_final_norm
 from streamconv.formats.mcore_stages import Model, number_layers
@@ -180,6 +180,7 @@ def _source_file(file: StageFile, root: Path) -> SourceFile:
         file.mtime_ns,
         file.directory_hash,
         file.prefix,
+        evidence="" if file.checksums else evidence_of(file.path),
     )
 
 

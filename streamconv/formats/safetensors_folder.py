@@ -1,8 +1,8 @@
 """A HuggingFace folder of safetensors files as a source: the base model that an adapter is merged into.
 
 Which files count is what a loader takes: ``model.safetensors``, what ``model.safetensors.index.json``
-says, or the only safetensors file. There are no checksums in them: a change shows by size and time
-alone.
+says, or the only safetensors file. There are no checksums in them: a change shows by size, time and
+samples alone.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import xxhash
 
 from streamconv.boxes import Box, contiguous_strides
 from streamconv.errors import BadInputError, UsageError
+from streamconv.formats.identity import evidence_of
 from streamconv.planned import INDEX, SINGLE
 from streamconv.safefile import FileTensor, read_header, read_index, weight_files
 from streamconv.source import GlobalTensor, ShardLayout, ShardTable, SourceFile
@@ -76,7 +77,9 @@ def _identify(path: Path) -> SourceFile:
         header = stream.read(min(int.from_bytes(prefix, "little"), stat.st_size))
     digest = xxhash.xxh3_128_hexdigest(prefix + header)
     # Absolute, for the plan's root is the checkpoint's.
-    return SourceFile(str(path.absolute()), stat.st_size, stat.st_mtime_ns, digest)
+    return SourceFile(
+        str(path.absolute()), stat.st_size, stat.st_mtime_ns, digest, evidence=evidence_of(path)
+    )
 
 
 def _tensor(tensor: FileTensor, file: int) -> GlobalTensor:

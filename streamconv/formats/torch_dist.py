@@ -23,6 +23,7 @@ from streamconv.formats.dcp_folder import (
     RecordReader,
     Stored,
     has_index,
+    older_index,
     read_index,
     source_files,
 )
@@ -116,6 +117,7 @@ def read(path: Path) -> Checkpoint:
         tensors=MappingProxyType(tensors),
         side_dir=side_of(folder),
         skipped=skipped,
+        notices=older_index(folder, files),
         facts=MappingProxyType(
             {
                 "ranks": count_ranks(files),

@@ -123,6 +123,7 @@ class RankFile:
     mtime_ns: int
     prefix: str
     directory_hash: str
+    checksums: bool
     tensors: dict[str, Stored]
     skipped: tuple[tuple[str, str], ...]
     wrapper: str | None
@@ -162,6 +163,7 @@ class RankReader:
             status.st_mtime_ns,
             directory.prefix,
             directory.directory_hash,
+            directory.checksums,
             contents.tensors,
             tuple(contents.skipped),
             wrapper,

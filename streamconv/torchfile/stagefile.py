@@ -43,6 +43,7 @@ class StageFile:
     mtime_ns: int
     prefix: str
     directory_hash: str
+    checksums: bool
     stages: tuple[Mapping[str, Stored], ...]
     args: Mapping[str, object]
     skipped: Counter[str]
@@ -85,6 +86,7 @@ def read_stage_file(
         status.st_mtime_ns,
         directory.prefix,
         directory.directory_hash,
+        directory.checksums,
         tuple(stages),
         args,
         skipped,

@@ -17,6 +17,7 @@ are the directory's.
 
 from __future__ import annotations
 
+import re
 import struct
 import zlib
 from typing import NoReturn
@@ -56,18 +57,24 @@ class ZipDirectory:
 
     ``prefix`` precedes every entry name (``model_world_size_8_rank_0``), ``entries`` maps the rest of
     the name (``data/17``) to its :data:`Entry`, ``directory_hash`` is the xxh3_128 hex digest of the
-    raw central directory.
+    raw central directory, ``checksums`` whether that holds the CRC-32 of every record.
     """
 
-    __slots__ = ("directory_hash", "entries", "prefix", "window")
+    __slots__ = ("checksums", "directory_hash", "entries", "prefix", "window")
 
     def __init__(
-        self, window: Window, prefix: str, entries: dict[str, Entry], directory_hash: str
+        self,
+        window: Window,
+        prefix: str,
+        entries: dict[str, Entry],
+        directory_hash: str,
+        checksums: bool,
     ) -> None:
         self.window = window
         self.prefix = prefix
         self.entries = entries
         self.directory_hash = directory_hash
+        self.checksums = checksums
 
     def read_entry(self, name: str, *, max_nbytes: int) -> bytes:
         """Return the bytes of a small entry, its local header and its CRC-32 checked."""
@@ -118,11 +125,12 @@ def read_directory(window: Window) -> ZipDirectory:
         _check_overlaps(window, entries)
     _check_ends(window, entries, directory_offset)
     name = raw[_CENTRAL_NBYTES : _CENTRAL_NBYTES + len(prefix)]
+    digest = xxhash.xxh3_128_hexdigest(raw)
     try:
         text = name.decode("utf-8")
     except UnicodeDecodeError:
         _damaged(window, "an entry name is not UTF-8")
-    return ZipDirectory(window, text[:-1], entries, xxhash.xxh3_128_hexdigest(raw))
+    return ZipDirectory(window, text[:-1], entries, digest, has_checksums(raw))
 
 
 def check_local_header(
@@ -452,7 +460,21 @@ def _check_ends(window: Window, entries: dict[str, Entry], directory_offset: int
         )
 
 
-def hash_directory(window: Window) -> str:
-    """Return the xxh3_128 hex digest of the raw central directory, without parsing it."""
+def hash_directory(window: Window) -> tuple[str, bool]:
+    """Return the xxh3_128 hex digest of the raw central directory, and whether it holds checksums.
+
+    Nothing is parsed.
+    """
     offset, nbytes, _ = _find_directory(window)
-    return xxhash.xxh3_128_hexdigest(window.read(offset, nbytes))
+    raw = window.read(offset, nbytes)
+    return xxhash.xxh3_128_hexdigest(raw), has_checksums(raw)
+
+
+# A CRC-32 of 0 in an entry that is not empty. May match by chance inside of an entry: then a file
+# counts as one without checksums, which is the safe side.
+_NO_CRC = re.compile(rb"PK\x01\x02.{12}\0{4}(?!\0{4})", re.DOTALL)
+
+
+def has_checksums(directory: bytes) -> bool:
+    """Whether every record of the raw central directory has a CRC-32."""
+    return _NO_CRC.search(directory) is None
