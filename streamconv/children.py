@@ -14,7 +14,7 @@ import resource
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +26,19 @@ from streamconv.writer import no_space
 PARSE_BYTES = 1 << 30
 
 
-def ask(module: str, request: Mapping[str, Any], *, doing: str) -> dict[str, Any]:
+def ask(
+    module: str, request: Mapping[str, Any], *, doing: str, inherit: Sequence[int] = ()
+) -> dict[str, Any]:
     """Run ``module`` in a child and return its answer.
 
     ``request["task"]`` names one of its tasks, ``request["src"]`` what it is about; ``doing`` says in
-    messages what it was doing. Raises the child's error.
+    messages what it was doing; ``inherit`` are descriptors that the child has, too. Raises the child's
+    error.
     """
     # -P: the working directory, which may be the checkpoint's, is no place to import from.
     process = subprocess.Popen(
-        [sys.executable, "-P", "-m", module],
+        [sys.executable, "-P", "-m", module, str(os.getpid())],
+        pass_fds=inherit,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -80,7 +84,9 @@ Task = Callable[[dict[str, Any]], dict[str, Any]]
 
 def serve(tasks: Mapping[str, Task]) -> int:
     """Be the child: read the request, do its task, answer. Dies with its parent."""
-    end_with_parent(signal.SIGKILL)
+    # Nothing has been done yet: were the parent gone already, nothing would be.
+    if not end_with_parent(signal.SIGKILL, int(sys.argv[1])):
+        return 1
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a crash here says nothing about us
     answers = sys.stdout
     request = json.load(sys.stdin)

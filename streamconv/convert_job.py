@@ -140,7 +140,7 @@ def convert(src: Path, dst: Path, job: JobOptions, run: RunOptions) -> Result:
     source = identify(src, job)
     budget = _budget_bytes(run)
     dst = _target(dst, source.root, source.side_dir, job.lora.base)
-    with _full_disk_told(dst), locked(dst), budgets.PeakMeter() as meter:
+    with _full_disk_told(dst), locked(dst) as lock, budgets.PeakMeter() as meter:
         done = _preflight(dst, source.identity, run)
         if done:
             return done
@@ -153,7 +153,7 @@ def convert(src: Path, dst: Path, job: JobOptions, run: RunOptions) -> Result:
             budgets.check_planning(budget)
             staging.begin()
             try:
-                plan = make_plan(src, job, staging.plan_path, max_mem_bytes=budget)
+                plan = make_plan(src, job, staging.plan_path, max_mem_bytes=budget, lock=lock)
             except BaseException:
                 staging.discard()
                 raise

@@ -13,6 +13,7 @@ import math
 import os
 import resource
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from streamconv._version import __version__
 from streamconv.budget import check_planning
 from streamconv.children import PARSE_BYTES, ask, serve
 from streamconv.children import limited_memory as _limited_memory
+from streamconv.newfile import replacing
 from streamconv.options import JobOptions
 from streamconv.plan import Plan
 from streamconv.source import Checkpoint
@@ -35,22 +37,32 @@ _MOST_PARSE_SECONDS = 600.0
 
 
 def make_plan(
-    src: Path, job: JobOptions, plan_path: Path, *, max_mem_bytes: int | None = None
+    src: Path,
+    job: JobOptions,
+    plan_path: Path,
+    *,
+    max_mem_bytes: int | None = None,
+    lock: int | None = None,
 ) -> Plan:
     """Plan the conversion of ``src`` and write the plan to ``plan_path``.
 
+    The child writes into a file that is made here, and inherits the descriptor ``lock``: whenever this
+    process is killed, the child neither outlives the lock nor writes into what a later run has made.
     Raises what planning raises, and :class:`BudgetError` where it would not fit ``max_mem_bytes``.
     """
     if max_mem_bytes is not None:
         check_planning(max_mem_bytes)
-    _ask(
-        {
-            "task": "plan",
-            "src": str(src),
-            "job": job.to_json(),
-            "plan_path": str(plan_path.absolute()),
-        }
-    )
+    with replacing(plan_path) as fd:
+        _ask(
+            {
+                "task": "plan",
+                "src": str(src),
+                "job": job.to_json(),
+                "plan_path": str(plan_path.absolute()),
+                "plan_fd": fd,
+            },
+            inherit=(fd,) if lock is None else (fd, lock),
+        )
     return Plan(plan_path)
 
 
@@ -59,8 +71,9 @@ def inspect_checkpoint(src: Path, model: str | None = None) -> dict[str, Any]:
     return _ask({"task": "inspect", "src": str(src), "model": model})
 
 
-def _ask(request: dict[str, Any]) -> dict[str, Any]:
-    return ask("streamconv.planning", request, doing="reading the checkpoint's metadata")
+def _ask(request: dict[str, Any], inherit: Sequence[int] = ()) -> dict[str, Any]:
+    doing = "reading the checkpoint's metadata"
+    return ask("streamconv.planning", request, doing=doing, inherit=inherit)
 
 
 @contextlib.contextmanager
@@ -95,13 +108,10 @@ def _plan(request: dict[str, Any]) -> dict[str, Any]:
 
     job = JobOptions.from_json(request["job"])
     checkpoint = read_checkpoint(Path(request["src"]), job.model)
-    path = Path(request["plan_path"])
-    partial = path.with_name(path.name + ".part")
-    with partial.open("w", encoding="utf-8") as stream:
+    with os.fdopen(request["plan_fd"], "w", encoding="utf-8", closefd=False) as stream:
         build_plan(checkpoint, job, stream)
         stream.flush()
         os.fsync(stream.fileno())
-    partial.replace(path)
     return {}
 
 

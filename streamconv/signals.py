@@ -45,11 +45,15 @@ def heeded(grace_seconds: float = GRACE_SECONDS) -> Iterator[None]:
         os.close(wake)  # the thread's cue, unless it has seen a signal
 
 
-def end_with_parent(signum: signal.Signals) -> None:
-    """Have the kernel send ``signum`` to this process when the one that started it ends."""
+def end_with_parent(signum: signal.Signals, parent: int) -> bool:
+    """Have the kernel send ``signum`` to this process when the process ``parent``, its parent, ends.
+
+    Returns whether that one is still there: it may have ended before it was asked for.
+    """
     import ctypes  # which the command line does without
 
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signum)
+    return os.getppid() == parent
 
 
 def _end(signum: int, _frame: FrameType | None) -> None:

@@ -26,10 +26,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import filelock
-
-from streamconv.errors import LockedError, OutputExistsError, UsageError
+from streamconv.errors import OutputExistsError, UsageError
 from streamconv.executor import FinishedFile
+from streamconv.lockfile import locked_file
 from streamconv.planned import MANIFEST
 from streamconv.writer import fsync_directory
 
@@ -90,27 +89,17 @@ def check_target(target: Path, source: Path, side_dir: Path | None = None) -> No
 
 
 @contextmanager
-def locked(target: Path) -> Iterator[None]:
-    """Hold the target's lock; raises :class:`LockedError` at once where another process has it."""
+def locked(target: Path) -> Iterator[int]:
+    """Hold the target's lock; yield the descriptor that every child process of the job inherits.
+
+    Raises :class:`LockedError` where another process has it, or one that a dead run has left.
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
     path = target.parent / f".{target.name}.streamconv.lock"
     if not os.access(target.parent, os.W_OK) and target.is_dir():
         path = target / ".streamconv.lock"
-    lock = filelock.FileLock(path, timeout=0)
-    try:
-        lock.acquire()
-    except filelock.Timeout as error:
-        raise LockedError(
-            "another process is writing this output",
-            where=str(target),
-            hint="wait for it to end, or choose another folder",
-        ) from error
-    try:
-        yield
-    finally:
-        # Removed while it is still held: whoever waits for it notices that the path has changed.
-        path.unlink(missing_ok=True)
-        lock.release()
+    with locked_file(path, target) as fd:
+        yield fd
 
 
 class Staging:

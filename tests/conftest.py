@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from filelock import FileLock
@@ -68,5 +69,8 @@ def planned_here(monkeypatch: pytest.MonkeyPatch) -> None:
     """Run the planning child's task in this process, without its limit on memory."""
     from streamconv import planning
 
-    monkeypatch.setattr(planning, "_ask", lambda request: planning._TASKS[request["task"]](request))
+    def ask(request: dict[str, Any], inherit: Sequence[int] = ()) -> dict[str, Any]:
+        return planning._TASKS[request["task"]](request)
+
+    monkeypatch.setattr(planning, "_ask", ask)
     monkeypatch.setattr(planning, "_limited_memory", contextlib.nullcontext)

@@ -43,7 +43,9 @@ def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
 def opened(source: Path, **options) -> Iterator[LazyCheckpoint]:
     """Open with the planning task run in this process, which has torch loaded."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(planning, "_ask", lambda request: planning._TASKS[request["task"]](request))
+        patch.setattr(
+            planning, "_ask", lambda request, **_: planning._TASKS[request["task"]](request)
+        )
         patch.setattr(planning, "_limited_memory", contextlib.nullcontext)
         checkpoint = streamconv.open(source, **options)
     with checkpoint:

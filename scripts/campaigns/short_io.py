@@ -37,6 +37,6 @@ def _short_pwrite(fd: int, data: memoryview, offset: int) -> int:
 
 if __name__ == "__main__":
     os.pread, os.preadv, os.pwrite = _short_pread, _short_preadv, _short_pwrite
-    planning._ask = lambda request: planning._TASKS[request["task"]](request)
+    planning._ask = lambda request, **_: planning._TASKS[request["task"]](request)
     planning._limited_memory = contextlib.nullcontext
     main()

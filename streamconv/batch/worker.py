@@ -7,7 +7,6 @@ Reads one JSON request on stdin and writes events as JSON lines to stdout; the l
 from __future__ import annotations
 
 import json
-import os
 import signal
 import sys
 from dataclasses import asdict
@@ -36,10 +35,9 @@ def main() -> int:
 
 
 def _work() -> int:
-    end_with_parent(signal.SIGTERM)
     request = json.load(sys.stdin)
-    if os.getppid() != request["parent"]:
-        return 1  # it ended before the line above could matter
+    if not end_with_parent(signal.SIGTERM, request["parent"]):
+        return 1
     try:
         _say({"event": "finished", **_convert(request)})
     except StreamconvError as error:

@@ -59,7 +59,10 @@ class _Helper:
         self._specs: list[LocalSpec] = []
         self._names: tuple[str, ...] = ()
         self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", __name__], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+            [sys.executable, "-P", "-m", __name__, str(os.getpid())],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            close_fds=False,  # what this process was given to inherit (a lock) is handed on
         )
         assert self._process.stdin is not None  # noqa: S101 - PIPE
         request = marshal.dumps([(rank, str(path)) for rank, path in files])
@@ -177,7 +180,8 @@ def _send(stdout: IO[bytes], answer: dict[str, Any]) -> None:
 
 def main() -> None:
     """Serve on the standard streams until the asking process is gone."""
-    end_with_parent(signal.SIGKILL)
+    if not end_with_parent(signal.SIGKILL, int(sys.argv[1])):
+        return
     with contextlib.suppress(OSError):  # a small pipe only makes both wait more often
         fcntl.fcntl(1, _F_SETPIPE_SZ, _PIPE_BYTES)
     with no_garbage_collection():
