@@ -14,7 +14,7 @@ from streamconv.errors import BadInputError, UsageError
 from streamconv.identity import job_identity
 from streamconv.lora_plan import LoraPlan, adapter_inputs, idle_options, plan_lora
 from streamconv.lowering import products_of, sources_of
-from streamconv.options import JobOptions
+from streamconv.options import JobOptions, Layout
 from streamconv.plan import PlanWriter
 from streamconv.planned import INDEX, OutputFile, PlanHead, SideFile, TextFile, Totals, WrittenFile
 from streamconv.recipe import Recipe
@@ -136,7 +136,7 @@ def _sources(
             "(--hf-config DIR names a folder that has it)"
         )
     names = [*checkpoint.tensors, *checkpoint.undecided]
-    model = _model(config, names, notices)
+    model = _model(config, names, job.layout, notices)
     tensors = planner.decide_plain(checkpoint, model)
     architecture = model.architecture if model is not None and model.certain else None
     return _Output({n: tensors[n] for n in names}, config, model, architecture, (), [], [])
@@ -248,13 +248,13 @@ def side_files(
 
 
 def _model(
-    config: Mapping[str, Any] | None, names: list[str], notices: list[str]
+    config: Mapping[str, Any] | None, names: list[str], layout: Layout, notices: list[str]
 ) -> planner.Model | None:
     if config is None:
         return None
     from streamconv.tracing.hf import build_meta
 
-    model = build_meta(config, names)
+    model = build_meta(config, names, layout)
     if model is None:
         notices.append(
             f"transformers does not know the model type {config.get('model_type')!r}: converted by "

@@ -14,7 +14,7 @@ import numpy as np
 from streamconv.dtypes import DType
 from streamconv.errors import UnfitValuesError
 from streamconv.lowering import Dim, MoveOp
-from streamconv.recipe import AddScalar, Cast
+from streamconv.recipe import AddScalar, Cast, Zero
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -94,6 +94,11 @@ def _apply(op: MoveOp, value: Array, out: Array | None, what: str) -> Array:
             rounded: Array = result.astype(value.dtype)
             return rounded
         np.copyto(out, result, casting="unsafe")
+        return out
+    if isinstance(op, Zero):
+        if out is None:
+            return np.zeros_like(value)
+        out[...] = 0
         return out
     if not isinstance(op, Cast):
         raise TypeError(f"no elementwise operation: {op}")

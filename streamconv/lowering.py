@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 from streamconv.boxes import Box, Shape, contiguous_strides
 from streamconv.errors import BadInputError
-from streamconv.recipe import AddProduct, AddScalar, Cast, Gather, Op, SourceRef, View
+from streamconv.recipe import AddProduct, AddScalar, Cast, Gather, Op, SourceRef, View, Zero
 from streamconv.source import ShardLayout
 
 # No view that a known model makes needs a single step; what needs more would swell the plan.
@@ -52,7 +52,7 @@ class ProductAt:
     column_step: int
 
 
-MoveOp = Cast | AddScalar | ProductAt
+MoveOp = Cast | AddScalar | ProductAt | Zero
 
 
 class Patch(NamedTuple):

@@ -48,7 +48,7 @@ from streamconv.planned import (
     Totals,
     WrittenFile,
 )
-from streamconv.recipe import AddScalar, Cast
+from streamconv.recipe import AddScalar, Cast, Zero
 from streamconv.source import ShardTable, Skipped, SourceFile
 
 SCHEMA = 1
@@ -63,12 +63,16 @@ _DISK_MARGIN_BYTES = 4 << 20
 def _op_to_json(op: MoveOp) -> list[Any]:
     if isinstance(op, ProductAt):
         return ["product", *astuple(op)]
+    if isinstance(op, Zero):
+        return ["zero"]
     return ["cast", op.dtype.name] if isinstance(op, Cast) else ["add", op.value]
 
 
 def _op_from_json(data: Sequence[Any]) -> MoveOp:
     if data[0] == "product":
         return ProductAt(*data[1:])
+    if data[0] == "zero":
+        return Zero()
     return Cast(BY_NAME[data[1]]) if data[0] == "cast" else AddScalar(float(data[1]))
 
 

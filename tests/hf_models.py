@@ -71,7 +71,8 @@ IDS = {
     "vision_start_token_id": 58,
     "vision_end_token_id": 59,
 }
-MROPE = {"rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2]}}
+SECTIONS = {"mrope_section": [1, 1, 2]}
+MROPE = {"rope_scaling": {"type": "mrope", **SECTIONS}}
 
 # id: (model class, config class, settings)
 MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
@@ -156,7 +157,7 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
         "Qwen2_5OmniThinkerForConditionalGeneration",
         "Qwen2_5OmniThinkerConfig",
         {
-            "text_config": TINY | MROPE,
+            "text_config": TINY | {"rope_scaling": {"rope_type": "default", **SECTIONS}},
             "vision_config": VISUAL,
             "audio_config": {
                 "d_model": 32,
@@ -167,6 +168,24 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
                 "num_mel_bins": 16,
                 "output_dim": 32,
             },
+        },
+    ),
+    # Rows beyond the vocabulary are stored, and not held.
+    "inkling2_text": (
+        "Inkling2ForCausalLM",
+        "Inkling2TextConfig",
+        TINY
+        | HEAD
+        | {
+            "moe_intermediate_size": 24,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "layer_types": ["hybrid_sliding", "hybrid"],
+            "swa_head_dim": 8,
+            "swa_num_attention_heads": 4,
+            "swa_num_key_value_heads": 2,
+            "d_rel": 8,
+            "unpadded_vocab_size": 61,
         },
     ),
     "mistral3": (

@@ -10,7 +10,7 @@ import torch
 
 from streamconv.boxes import check_tiling
 from streamconv.dtypes import BY_TORCH, DType
-from streamconv.recipe import Cast, Gather, Recipe, SourceRef, View
+from streamconv.recipe import Cast, Gather, Recipe, SourceRef, View, Zero
 
 Array = np.ndarray
 
@@ -47,7 +47,12 @@ def _view(view: View, sources: Mapping[str, Array]) -> Array:
         )
     made = base[index]
     for op in view.ops:
-        made = made.astype(op.dtype.to_numpy()) if isinstance(op, Cast) else _add(made, op.value)
+        if isinstance(op, Zero):
+            made = np.zeros_like(made)
+        else:
+            made = (
+                made.astype(op.dtype.to_numpy()) if isinstance(op, Cast) else _add(made, op.value)
+            )
     return made
 
 

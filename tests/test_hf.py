@@ -15,6 +15,8 @@ from streamconv.boxes import Shape
 from streamconv.dtypes import BF16, F16, F32, DType
 from streamconv.errors import BadInputError
 from streamconv.recipe import Recipe, SourceRef
+from streamconv.tracing.copies import COPIES
+from streamconv.tracing.hf import build_meta
 from streamconv.tracing.hf_convert import identity, is_identity
 from tests.hf_models import (
     DEEP,
@@ -310,6 +312,22 @@ def test_memory_layout_keeps_the_tensors() -> None:
 
 
 # --- incomplete and contradictory checkpoints ---------------------------------------------------
+
+
+def test_memory_layout_needs_no_way_to_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(COPIES, torch.ops.aten.new_zeros.default)
+    model = make(MODELS["inkling2_text"])
+    config = {**model.config.to_dict(), "architectures": [type(model).__name__]}
+    with pytest.raises(BadInputError, match="new_zeros") as caught:
+        build_meta(config)
+    assert caught.value.where == "lm_head.weight"
+    assert "--layout memory" in str(caught.value.hint)
+    meta = build_meta(config, layout="memory")
+    assert meta is not None
+    state = headers(model.state_dict())
+    recipes, notices = meta.recipes(state, layout="memory")
+    assert recipes == tuple(identity(k, k, *header) for k, header in state.items())
+    assert notices == ()
 
 
 def test_a_hole_leaves_out_only_what_is_made_of_it() -> None:

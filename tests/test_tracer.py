@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn.functional import pad
 
 from streamconv.dtypes import BF16, BY_NAME, F16, F32
 from streamconv.errors import BadInputError
@@ -132,6 +133,14 @@ def test_strides_that_are_never_walked_are_canonical() -> None:
         pytest.param(lambda w: w.detach().alias_copy() if False else w.detach(), id="detach"),
         pytest.param(lambda w: w.unflatten(0, (2, 2)).flatten(1).T, id="flatten"),
         pytest.param(lambda w: w.tile(2).narrow(1, 2, 3), id="tile"),
+        pytest.param(lambda w: torch.cat([w, w.new_zeros(2, 3)])[3:], id="zeros below"),
+        pytest.param(lambda w: torch.cat([w.T.new_zeros(1, 4), w.T]).T, id="zeros above"),
+        pytest.param(lambda w: w.new_zeros(0, 3), id="no zeros"),
+        pytest.param(lambda w: torch.zeros_like(w[1:, 1]), id="zeros like"),
+        pytest.param(lambda w: (w + 1).bfloat16().new_zeros(2) + 1, id="zeros and ops"),
+        pytest.param(lambda w: torch.zeros_like(w, dtype=torch.bfloat16), id="zeros of a dtype"),
+        pytest.param(lambda w: pad(w, (1, 2, 0, 3)).T, id="padded"),
+        pytest.param(lambda w: pad(w, (0, 0)), id="padded with nothing"),
         pytest.param(lambda w: w.movedim(0, 1).ravel().unbind()[5], id="unbind"),
     ],
 )
@@ -186,6 +195,10 @@ def test_every_dtype_can_be_moved(name: str) -> None:
         (lambda w: w.to("cpu"), "moves a tensor to cpu"),
         (lambda w: w.flip(0), r"aten\.flip"),
         (lambda w: w[[0, 2]], "cannot be streamed"),
+        (lambda w: pad(w, (0, 1), value=1), r"aten\.constant_pad_nd"),
+        (lambda w: pad(w, (0, -1)), r"aten\.constant_pad_nd"),
+        (lambda w: w[:0].new_zeros(2), r"aten\.new_zeros"),
+        (lambda w: w.new_zeros(2, dtype=torch.int8), "a cast from float32 to int8"),
         (lambda w: torch.zeros(3), r"aten\.zeros"),
         (lambda w: torch.empty_like(w), r"aten\.empty_like"),
         (lambda w: w.as_strided((9, 9), (1, 1)), "reaches past its storage"),
@@ -199,6 +212,12 @@ def test_refusals_name_the_operation(
 ) -> None:
     with pytest.raises(BadInputError, match=message):
         traced(lambda t: {"out": body(t["w"])}, w=numbers(4, 3))
+
+
+def test_refusals_name_the_tensors() -> None:
+    with pytest.raises(BadInputError) as caught:
+        traced(lambda t: {"o": torch.cat([t["a"], t["b"]]) * 2}, a=numbers(3), b=numbers(2))
+    assert caught.value.where == "a, b"
 
 
 def test_a_conjugated_view_is_refused() -> None:

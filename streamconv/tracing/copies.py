@@ -14,7 +14,8 @@ import torch
 from streamconv.boxes import Box, contiguous_strides
 from streamconv.dtypes import BY_TORCH, DType
 from streamconv.errors import BadInputError
-from streamconv.recipe import AddScalar, Cast, Gather, Op, Part, View
+from streamconv.recipe import AddScalar, Cast, Gather, Op, Part, View, Zero
+from streamconv.tracing.views import canonical_strides
 
 _Op = torch._ops.OpOverload[..., Any]
 _Args = tuple[Any, ...]
@@ -32,17 +33,27 @@ class Recorder(Protocol):
         """Remember what a fresh tensor holds, and return it."""
         ...
 
+    def __enter__(self) -> object:
+        """Record what is run until the exit, as before."""
+        ...
 
-def refusal(func: _Op) -> BadInputError:
-    """Return the error for an operation that cannot be streamed."""
+    def __exit__(self, *exc: object) -> None:
+        """Go on without."""
+        ...
+
+
+def refusal(func: _Op, where: str | None = None) -> BadInputError:
+    """Return the error for an operation that cannot be streamed; ``where`` names its tensors."""
     if func._schema.is_mutable:
         return BadInputError(
             f"operation {func} writes into its argument and cannot be streamed",
+            where=where,
             hint="write the conversion with operations that return new tensors",
         )
     return BadInputError(
         f"operation {func} cannot be streamed",
-        hint="views, cat, stack, clone, repeat, casts and adding a number can be",
+        where=where,
+        hint="views, cat, stack, clone, repeat, casts, adding a number and padding with zeros can be",
     )
 
 
@@ -115,6 +126,38 @@ def _repeat(rec: Recorder, func: _Op, args: _Args, kwargs: _Kwargs) -> torch.Ten
     return rec.keep(result, _gather(View(spread, flat, contiguous_strides(flat))), dtype, str(func))
 
 
+def _zeros(rec: Recorder, func: _Op, args: _Args, kwargs: _Kwargs) -> torch.Tensor:
+    """Record zeros that take their dtype from a tensor: of this one, an element is read in vain."""
+    view, old = rec.look(args[0], str(func))
+    result = func(*args, **kwargs)
+    shape, new = tuple(result.shape), _dtype_of(result)
+    if 0 in shape:
+        return rec.keep(result, _empty(result, view, old), new, str(func))
+    if 0 in view.shape:
+        raise refusal(func)  # not one element to stand on
+    still = canonical_strides(shape, (0,) * len(shape))
+    zeros = View(view.base, shape, still, view.offset, (*view.ops, Zero()))
+    return rec.keep(result, _gather(_cast(zeros, old, new)), new, str(func))
+
+
+def _pad(rec: Recorder, func: _Op, args: _Args, kwargs: _Kwargs) -> torch.Tensor:
+    """Record zeros around a tensor; ``pad`` has (before, after) from the last dimension on."""
+    tensor: torch.Tensor = args[0]
+    pad: list[int] = list(args[1])
+    if (args[2] if len(args) > 2 else kwargs.get("value", 0)) != 0 or min(pad, default=0) < 0:
+        raise refusal(func)
+
+    def joined(sizes: tuple[int, int], axis: int) -> torch.Tensor:
+        shape = list(tensor.shape)
+        zeros = [tensor.new_zeros([*shape[:axis], n, *shape[axis + 1 :]]) for n in sizes]
+        return torch.cat([zeros[0], tensor, zeros[1]], axis)
+
+    with rec:
+        for k, sizes in enumerate(zip(pad[::2], pad[1::2], strict=True), 1):
+            tensor = joined(sizes, tensor.dim() - k)
+    return tensor
+
+
 def _add(rec: Recorder, func: _Op, args: _Args, kwargs: _Kwargs) -> torch.Tensor:
     tensor, other = args[0], args[1]
     alpha = args[2] if len(args) > 2 else kwargs.get("alpha", 1)
@@ -173,6 +216,9 @@ COPIES: dict[_Op, Callable[[Any, _Op, _Args, _Kwargs], torch.Tensor]] = {
     _aten.cat.default: _cat,
     _aten.stack.default: _stack,
     _aten.repeat.default: _repeat,
+    _aten.new_zeros.default: _zeros,
+    _aten.zeros_like.default: _zeros,
+    _aten.constant_pad_nd.default: _pad,
     _aten.add.Tensor: _add,
     _aten.add.Scalar: _add,
     _aten.sub.Tensor: _add,

@@ -30,13 +30,16 @@ if TYPE_CHECKING:
 Headers = Mapping[str, tuple[Shape, DType]]
 
 
-def build_meta(config: Mapping[str, Any], names: Collection[str] = ()) -> MetaModel | None:
+def build_meta(
+    config: Mapping[str, Any], names: Collection[str] = (), layout: Layout = "hub"
+) -> MetaModel | None:
     """Return the model that a parsed config.json describes, or None where transformers has none.
 
     ``names`` are the checkpoint's: verl keeps the base model's config for a critic, whose score
-    head only its names betray. None means an unknown model type or custom code: such a checkpoint
-    is converted by names alone. Raises :class:`BadInputError` where transformers refuses the
-    config.
+    head only its names betray. With the ``layout`` of the state dict, the way to
+    the Hub's names need not be one that can be streamed. None means an unknown model type or custom
+    code: such a checkpoint is converted by names alone. Raises :class:`BadInputError` where
+    transformers refuses the config.
     """
     resolved = hf_build.resolve(config, names)
     if resolved is None:
@@ -47,7 +50,12 @@ def build_meta(config: Mapping[str, Any], names: Collection[str] = ()) -> MetaMo
     version = config.get("transformers_version")
     with hf_build.refusing(architecture or known[0]):
         model = hf_build.build(config, architecture or known[0])
-        return MetaModel(model, certain=bool(architecture), version=version)
+        try:
+            return MetaModel(model, certain=bool(architecture), version=version)
+        except BadInputError:
+            if layout != "memory":
+                raise
+            return MetaModel(model, certain=bool(architecture), version=version, revert=False)
 
 
 class MetaModel:
@@ -55,10 +63,11 @@ class MetaModel:
 
     ``architecture`` is the class it was built as. ``certain`` is False where config.json names a
     class that transformers does not have, so that another one of its model type stands in: then
-    what is missing proves nothing.
+    what is missing proves nothing. Without ``revert``, the Hub's tensors are those of the state
+    dict.
     """
 
-    def __init__(self, model: Any, *, certain: bool, version: object) -> None:
+    def __init__(self, model: Any, *, certain: bool, version: object, revert: bool = True) -> None:
         self._model = model
         self._version = version
         self.architecture: str = type(model).__name__
@@ -69,6 +78,8 @@ class MetaModel:
             if hasattr(tensor, "shape")
         }
         hf_convert.attach_conversions(model)
+        if not revert:
+            model._weight_conversions = []
         # The dtype does not matter here, as every conversion keeps it.
         self._recipes = hf_convert.revert(
             model, {name: (shape, BF16) for name, shape in self.state_shapes.items()}

@@ -21,6 +21,7 @@ from streamconv.recipe import Cast, Gather, Recipe, SourceRef, View
 from streamconv.tracing.tracer import trace
 
 MAX_TENSORS = 2_000_000
+_MEMORY_HINT = "--layout memory writes the tensors as the state dict has them"
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +96,8 @@ def revert(model: Any, tensors: Mapping[str, tuple[Shape, DType]]) -> dict[str, 
 
     try:
         return trace(tensors, body)
-    except BadInputError:
+    except BadInputError as error:
+        error.hint = "; ".join(filter(None, (error.hint, _MEMORY_HINT)))
         raise
     except Exception as error:
         raise BadInputError(

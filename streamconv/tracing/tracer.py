@@ -19,13 +19,17 @@ from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from streamconv.boxes import Shape, contiguous_strides
 from streamconv.dtypes import DType
 from streamconv.errors import BadInputError
+from streamconv.lowering import sources_of
 from streamconv.recipe import Gather, Recipe, SourceRef, View
 from streamconv.tracing.copies import COPIES, refusal
 from streamconv.tracing.views import canonical_strides, permute_gather, simplify
+
+_NAMED = 4
 
 Body = Callable[[dict[str, torch.Tensor]], Mapping[str, torch.Tensor]]
 
@@ -146,7 +150,17 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 made = func.decompose(*args, **kwargs)
             if made is not NotImplemented:
                 return made
-        raise refusal(func)
+        raise refusal(func, self._sources((args, kwargs)))
+
+    def _sources(self, arguments: Any) -> str | None:
+        """Name the checkpoint's tensors that an operation's arguments are made of."""
+        tensors = [t for t in tree_leaves(arguments) if isinstance(t, torch.Tensor)]
+        tensors = [t for t in tensors if t.layout == torch.strided]
+        held = [self._stored.get(t.untyped_storage()._cdata) for t in tensors]
+        views = [View(s.base, (), ()) for s in held if s is not None]
+        names = list(dict.fromkeys(name for view in views for name in sources_of(view)))
+        more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+        return ", ".join(names[:_NAMED]) + more or None
 
 
 @cache

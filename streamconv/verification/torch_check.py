@@ -30,7 +30,7 @@ from streamconv.dtypes import BY_TORCH, DType
 from streamconv.options import JobOptions
 from streamconv.plan import Plan
 from streamconv.planning import read_checkpoint
-from streamconv.recipe import AddProduct, Cast, Gather, Recipe, SourceRef, View
+from streamconv.recipe import AddProduct, Cast, Gather, Recipe, SourceRef, View, Zero
 from streamconv.safefile import FileTensor, read_folder
 from streamconv.sidefiles import read_config
 from streamconv.verification.torch_files import (
@@ -399,7 +399,10 @@ def evaluate(
     for op in view.ops:
         if isinstance(op, AddProduct):
             raise AssertionError("adapters are left to the other reader")
-        made = made.to(_torch(op.dtype)) if isinstance(op, Cast) else made + op.value
+        if isinstance(op, Zero):
+            made = torch.zeros_like(made)
+        else:
+            made = made.to(_torch(op.dtype)) if isinstance(op, Cast) else made + op.value
     return made
 
 
