@@ -9,6 +9,7 @@ does not speak of are let be: a later release may have written them.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +38,10 @@ def _is_count(value: Any) -> bool:
 
 TEXT = Leaf("a string", lambda v: isinstance(v, str))
 COUNT = Leaf("a count", _is_count)
-NUMBER = Leaf("a number", lambda v: type(v) is float or (type(v) is int and abs(v) < 1 << 63))
+NUMBER = Leaf(
+    "a number",
+    lambda v: math.isfinite(v) if type(v) is float else type(v) is int and abs(v) < 1 << 63,
+)
 FLAG = Leaf("true or false", lambda v: isinstance(v, bool))
 
 

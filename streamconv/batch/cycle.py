@@ -163,6 +163,14 @@ class Batch:
             return None
         made.counts += survey.counts
         made.problems += survey.problems
+        if store.newer:
+            made.problems.append(
+                StreamconvError(
+                    f"{store.newer} records are a newer streamconv's: left alone, with their outputs",
+                    where=str(store.folder),
+                    hint="update streamconv here",
+                )
+            )
         return survey
 
     def _own_files(self, store: Store, name: str) -> dict[Path, str]:

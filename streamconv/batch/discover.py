@@ -27,7 +27,7 @@ from streamconv.errors import BadInputError, StreamconvError
 # Deep enough for ROOT/project/experiment/global_step_N/actor.
 _MAX_DEPTH = 5
 _STEP = re.compile(
-    r"(?:global_?step|iter|iteration|step|checkpoint|ckpt|epoch)[-_]?(\d+)",
+    r"(?:global_?step|iter|iteration|step|checkpoint|ckpt|epoch)[-_]?(\d{1,18})",
     re.ASCII | re.IGNORECASE,
 )
 

@@ -1,8 +1,8 @@
 """When the next round is due: a duration (``10m``) or a cron expression (``*/10 * * * *``).
 
 Cron expressions are in local time, and mean when clocks are put forward or back what they mean to
-Debian's cron: a round at a fixed hour comes once, a moment late where that hour is skipped, and one with
-``*`` as its minute or hour follows the time that really passes.
+Debian's cron: a round at a fixed hour comes once, a moment late where that hour is skipped, and one
+with ``*`` as its minute or hour follows the time that really passes.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 from urllib.parse import quote
 
 import filelock
@@ -30,6 +30,7 @@ import xxhash
 
 from streamconv import ownfile
 from streamconv._version import __version__
+from streamconv.batch.record_file import SCHEMA, NewerRecordError, read_record_file, shape_of
 from streamconv.errors import LockedError, StreamconvError
 from streamconv.planned import MANIFEST
 
@@ -108,7 +109,7 @@ class Record:
 
     def to_json(self) -> dict[str, Any]:
         """Return the record as plain data."""
-        return asdict(self)
+        return {"schema": SCHEMA, **asdict(self)}
 
     @staticmethod
     def from_json(data: dict[str, Any]) -> Record:
@@ -117,21 +118,30 @@ class Record:
         return Record(**{k: v for k, v in data.items() if k in known})
 
 
+_SHAPE = shape_of(Record, get_args(State))
+
+
 class Store:
-    """The records of one output folder."""
+    """The records of one output folder.
+
+    ``trouble`` is what the system refused when one was saved, ``newer`` how many records are there that
+    a later release wrote: they and their outputs are left alone.
+    """
 
     def __init__(self, output: Path) -> None:
         self.output = output
         self.folder = output / FOLDER
         self._records: dict[str, Record] = {}
         self.trouble: OSError | StreamconvError | None = None
+        self.newer = 0
 
     def begin(self) -> None:
         """Make the folders and read the records that are there."""
         self.trouble = None
         for name in ("jobs", "locks"):
             (self.folder / name).mkdir(parents=True, exist_ok=True)
-        self._records = {r.name: r for r in read_records(self.output)}
+        records, self.newer = _read_all(self.output)
+        self._records = {r.name: r for r in records}
 
     def __iter__(self) -> Iterator[Record]:
         return iter(list(self._records.values()))
@@ -173,7 +183,7 @@ class Store:
         except StreamconvError as error:
             self.trouble = error
         except OSError as error:
-            error.filename = error.filename or str(path)  # a write on a full disk names none
+            error.filename = str(path)  # not the part that was to take its place
             self.trouble = error
 
     def _path(self, name: str) -> Path:
@@ -186,6 +196,11 @@ class Store:
             lock.acquire()
         except filelock.Timeout as error:
             raise LockedError("another batch is at work on this output", where=name) from error
+        try:
+            _read_record(self._path(name))
+        except NewerRecordError:
+            lock.release()
+            raise LockedError("its record is a newer streamconv's", where=name) from None
         return lock
 
     @contextlib.contextmanager
@@ -237,21 +252,33 @@ def read_records(output: Path) -> list[Record]:
 
     One that says ``running`` though its process is gone is ``failed``: interrupted.
     """
+    return _read_all(output)[0]
+
+
+def _read_all(output: Path) -> tuple[list[Record], int]:
+    """Return the records, and how many more a later release wrote."""
     folder = output / FOLDER / "jobs"
-    paths = sorted(folder.glob("*.json")) if folder.is_dir() else []
-    records = [r for p in paths if (r := _read_record(p)) is not None]
-    for record in records:
+    records, newer = [], 0
+    for path in sorted(folder.glob("*.json")) if folder.is_dir() else []:
+        try:
+            record = _read_record(path)
+        except NewerRecordError:
+            newer += 1
+            continue
+        if record is None:
+            continue
         if record.state == "running" and not _alive(record):
             record.interrupt()
-    return sorted(records, key=order)
+        records.append(record)
+    return sorted(records, key=order), newer
 
 
 def _read_record(path: Path) -> Record | None:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-        return Record.from_json(data)
-    except (OSError, ValueError, TypeError, AttributeError):
-        return None  # a record that cannot be read is one that is lost
+    """Return a record, None for one that is lost; raises :class:`NewerRecordError`."""
+    data = read_record_file(path, _SHAPE)
+    if data is None or path.name != f"{file_name(data['name'])}.json":
+        return None
+    return Record.from_json(data)
 
 
 def _alive(record: Record) -> bool:

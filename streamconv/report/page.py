@@ -59,7 +59,7 @@ def write_page(path: Path, template: str, **facts: Any) -> None:
     """Render a template into ``path``, which appears whole and replaces nothing but such a page."""
     page = _environment().get_template(template)
     with ownfile.written(
-        ownfile.checked(path, ownfile.PAGE), ownfile.PAGE, errors="replace"
+        ownfile.checked(path, ownfile.PAGE), ownfile.PAGE, errors="backslashreplace"
     ) as out:
         # Piece by piece: the page of a model of 50,000 tensors is some megabytes.
         for piece in page.generate(version=__version__, **facts):
