@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import fnmatch
+import json
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from streamconv import adapters, formats, placing, planner
+from streamconv import adapters, formats, placing, planner, quantization
 from streamconv.errors import BadInputError, UsageError
 from streamconv.identity import job_identity
+from streamconv.jsonfile import read_json
 from streamconv.lora_plan import LoraPlan, adapter_inputs, idle_options, plan_lora
 from streamconv.lowering import products_of, sources_of
 from streamconv.options import JobOptions, Layout
@@ -56,7 +58,7 @@ def build_plan(checkpoint: Checkpoint, job: JobOptions, stream: IO[str]) -> None
         made.skipped = lora.base_skipped()
     else:
         _refuse_unknown_names(checkpoint, made, job)
-        _plan_model(made, lora, job, notices)
+        _plan_model(made, lora, job, {s.name for s in side}, notices)
         made.skipped += (
             left_out(folder, checkpoint.root) if folder and folder != job.lora.base else ()
         )
@@ -84,7 +86,7 @@ def build_plan(checkpoint: Checkpoint, job: JobOptions, stream: IO[str]) -> None
             notices=tuple(notices),
             skipped=(*skipped, *planner.unused(made.tensors, recipes, {s.name for s in skipped})),
             files=checkpoint.files,
-            side=tuple(s for s in side if s.name not in written),
+            side=tuple(s for s in side if s.name not in written | made.side_left_out),
             written=tuple(WrittenFile(t.name, len(t.content.encode())) for t in made.texts),
         ),
         made.texts,
@@ -109,6 +111,7 @@ class _Output:
     skipped: list[Skipped]
     placed: list[tuple[OutputFile, list[placing.Placed]]] = field(default_factory=list)
     texts: list[TextFile] = field(default_factory=list)
+    side_left_out: set[str] = field(default_factory=set)
 
 
 def _sources(
@@ -142,7 +145,13 @@ def _sources(
     return _Output({n: tensors[n] for n in names}, config, model, architecture, (), [], [])
 
 
-def _plan_model(made: _Output, lora: LoraPlan | None, job: JobOptions, notices: list[str]) -> None:
+def _plan_model(
+    made: _Output,
+    lora: LoraPlan | None,
+    job: JobOptions,
+    side: Collection[str],
+    notices: list[str],
+) -> None:
     """Add the model's files: the weights, merged where there is an adapter, index and config."""
     config, model = made.config, made.model
     if job.value_head == "drop":
@@ -150,25 +159,39 @@ def _plan_model(made: _Output, lora: LoraPlan | None, job: JobOptions, notices: 
     if lora is not None:
         made.tensors = lora.with_tied(made.tensors, model)
     recipes = made.recipes or _recipes(made.tensors, model, job, notices)
+    expected = planner.expected_shapes(model, job)
+    recipes = quantization.with_names_of_weights(recipes, expected)
+    quantized = quantization.find({r.name: (r.view.shape, r.dtype) for r in recipes}, expected)
+    if model is not None and not made.recipes:
+        named = [r for r in recipes if r.name not in quantized.scales]
+        notices += planner.check_recipes(named, model, job)
     if lora is not None:
         recipes = lora.merged(recipes, made.tensors, model)
     declared = declared_dtype(config) if config else None
-    recipes = planner.with_dtypes(recipes, job, model, declared)
+    recipes = planner.with_dtypes(recipes, job, model, declared, fixed=quantized)
+    if quantized.weights and job.dtype != "keep":
+        notices.append(
+            f"--dtype {job.dtype} does not touch {len(quantized.weights)} quantized weights and their "
+            "scales: they are written as they are. To have them as floats, convert without it and let "
+            "another program dequantize the output"
+        )
     ties = planner.decide_ties(recipes, model, made.tensors)
     for alias, kept in ties.kept.items():
         notices.append(
             f"{alias} is tied to {kept} by the config but not known to equal it: both kept"
         )
     if model is not None and job.layout == "hub":
-        written = [r for r in recipes if r.name not in ties.dropped | ties.compared]
+        left = {*ties.dropped, *ties.compared, *quantized.scales}
+        written = [r for r in recipes if r.name not in left]
         planner.check_loads(written, model, sure=model.certain or bool(made.recipes))
     made.placed += placing.shard(recipes, ties, job.max_shard_bytes)
     made.skipped += [Skipped(a, f"the same storage as {k}") for a, k in ties.dropped.items()]
     made.skipped += [Skipped(a, f"tied: the same bytes as {k}") for a, k in ties.compared.items()]
     if config is not None:
+        config = _quantization(made, config, quantized, job, side)
         text, told = corrected_config(
             config,
-            dtype=planner.main_float_dtype(recipes),
+            dtype=planner.main_float_dtype(recipes, quantized),
             untie=bool(ties.kept),
             known=model is not None,
             architecture=made.architecture,
@@ -179,6 +202,31 @@ def _plan_model(made: _Output, lora: LoraPlan | None, job: JobOptions, notices: 
             made.texts.append(text)
     if len(made.placed) > 1:
         made.texts.append(TextFile(INDEX, placing.index_json(made.placed)))
+
+
+def _quantization(
+    made: _Output,
+    config: Mapping[str, Any],
+    quantized: quantization.Quantized,
+    job: JobOptions,
+    side: Collection[str],
+) -> Mapping[str, Any]:
+    """Return a config that says of quantization what is true of the weights; so do the side files."""
+    own_file = quantization.HF_QUANT_CONFIG
+    base = None
+    if job.lora.base is not None and quantized.weights:
+        base = read_config(job.lora.base)
+        path = job.lora.base / own_file
+        if path.is_file() and own_file not in side:
+            text = json.dumps(read_json(path, most_bytes=1 << 24), indent=4, ensure_ascii=False)
+            made.texts.append(TextFile(own_file, text + "\n"))
+    elsewhere = own_file in side or bool(made.texts)
+    config, told = quantization.following(config, quantized, base=base, elsewhere=elsewhere)
+    made.config_changes += tuple(told)
+    if own_file in side and not quantized:
+        made.side_left_out.add(own_file)
+        made.skipped.append(Skipped(own_file, "the weights are not quantized"))
+    return config
 
 
 def _plan_adapter(made: _Output, lora: LoraPlan, job: JobOptions, notices: list[str]) -> None:
@@ -275,7 +323,6 @@ def _recipes(
         return [planner.identity_recipe(n, t) for n, t in tensors.items()]
     recipes, told = model.recipes({n: (t.shape, t.dtype) for n, t in tensors.items()}, job.layout)
     notices += told
-    notices += planner.check_recipes(recipes, model, job)
     return list(recipes)
 
 

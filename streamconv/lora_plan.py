@@ -16,8 +16,10 @@ from streamconv.identity import identified
 from streamconv.options import LoraOptions
 from streamconv.planned import SideFile, TextFile
 from streamconv.planner import Model
+from streamconv.quantization import HF_QUANT_CONFIG
 from streamconv.recipe import Recipe
 from streamconv.source import Checkpoint, GlobalTensor, Skipped
+from streamconv.writer import hash_file
 
 ADAPTER_FOLDER = "lora_adapter"
 
@@ -160,6 +162,11 @@ def adapter_inputs(root: Path, options: LoraOptions) -> list[tuple[str | int, ..
         found += [
             (Path(f.path).name, *identified(f)[1:])
             for f in safetensors_folder.identify(options.base)
+        ]
+        found += [
+            (f"base/{name}", hash_file(options.base / name))
+            for name in ("config.json", HF_QUANT_CONFIG)
+            if (options.base / name).is_file()
         ]
     return found
 

@@ -99,6 +99,13 @@ def identity_recipe(name: str, tensor: GlobalTensor) -> Recipe:
     return Recipe(name, tensor.dtype, view)
 
 
+def expected_shapes(model: Model | None, options: JobOptions) -> Mapping[str, Shape]:
+    """Return the tensors that the model should have, none where no model is known."""
+    if model is None:
+        return {}
+    return model.hub_shapes if options.layout == "hub" else model.state_shapes
+
+
 def check_recipes(
     recipes: Sequence[Recipe],
     model: Model,
@@ -113,7 +120,7 @@ def check_recipes(
     lists names that are missing or such, and wrong shapes.
     """
     by_rules = extras is not None
-    expected = model.hub_shapes if options.layout == "hub" else model.state_shapes
+    expected = expected_shapes(model, options)
     made = {r.name: r.view.shape for r in recipes}
     aliases = {alias for alias, _ in model.tied}
     missing = [n for n in expected if n not in made and n not in model.optional | aliases]
@@ -212,16 +219,18 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def with_dtypes(
-    recipes: Iterable[Recipe], options: JobOptions, model: Model | None, declared: DType | None
+    recipes: Iterable[Recipe],
+    options: JobOptions,
+    model: Model | None,
+    declared: DType | None,
+    fixed: Container[str] = (),
 ) -> list[Recipe]:
     """Return the recipes with the casts that ``--dtype`` asks for.
 
     Only F64, F32, F16 and BF16 are cast; tensors that match ``keep_dtype``, that transformers keeps in
-    float32, or that scale quantised weights are left alone. Raises for a dtype that safetensors
-    cannot hold.
+    float32, or that are ``fixed`` (quantized weights, their scales) are left alone. Raises for a dtype
+    that safetensors cannot hold.
     """
-    recipes = list(recipes)
-    quantised = {r.name.rpartition(".")[0] for r in recipes if _is_quantised(r)}
     target = None
     if options.dtype == "auto":
         if declared is None:
@@ -240,9 +249,7 @@ def with_dtypes(
                 where=r.name,
                 hint="remove the tensor from the checkpoint, or store it as another type",
             )
-        kept = any(fnmatch.fnmatchcase(r.name, p) for p in options.keep_dtype)
-        module, _, leaf = r.name.rpartition(".")
-        kept = kept or ("scale" in leaf and module in quantised)
+        kept = any(fnmatch.fnmatchcase(r.name, p) for p in options.keep_dtype) or r.name in fixed
         if (
             target is not None
             and r.dtype.castable
@@ -254,11 +261,6 @@ def with_dtypes(
             r = Recipe(r.name, target, view)
         result.append(r)
     return result
-
-
-def _is_quantised(r: Recipe) -> bool:
-    """Whether a tensor holds weights in a type that means nothing without scales."""
-    return r.dtype.name.startswith("F8") or (r.dtype.name in ("I8", "U8") and "weight" in r.name)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -320,11 +322,14 @@ def dtype_histogram(pairs: Iterable[tuple[DType, int]]) -> dict[str, int]:
     return dict(counts.most_common())
 
 
-def main_float_dtype(recipes: Iterable[Recipe]) -> DType | None:
-    """Return the floating dtype that most output bytes have: what config.json should declare."""
+def main_float_dtype(recipes: Iterable[Recipe], others: Container[str] = ()) -> DType | None:
+    """Return the floating dtype that most output bytes have: what config.json should declare.
+
+    ``others`` do not count: quantized weights and their scales.
+    """
     counts: Counter[DType] = Counter()
     for r in recipes:
-        if r.dtype.castable:
+        if r.dtype.castable and r.name not in others:
             counts[r.dtype] += r.nbytes
     return counts.most_common(1)[0][0] if counts else None
 

@@ -35,6 +35,7 @@ _WEIGHT_SUFFIXES = {
 _NAMES = (
     "config.json",
     "generation_config.json",
+    "hf_quant_config.json",
     "*processor_config.json",
     "tokenizer*",
     "vocab.*",

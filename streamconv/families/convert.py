@@ -157,12 +157,10 @@ def _for_these_weights(
 ) -> tuple[dict[str, Any], _Changes]:
     """Return the config without what holds for other weights than Megatron's.
 
-    Released DeepSeek-V3 and gpt-oss files are quantized, a trained model is not. A value model
-    (verl's critic) has one output a token, and its config is often the actor's.
+    A value model (verl's critic) has one output a token, and its config is often the actor's.
     """
-    config, told = dict(config), []
-    if config.pop("quantization_config", None) is not None:
-        told.append("config.json: quantization_config removed, the weights are not quantized")
+    config = dict(config)
+    told: list[str] = []
     outputs = next(
         (s[0] for n, (s, _) in tensors.items() if _OUTPUT.fullmatch(n) and n.endswith("weight")), 0
     )

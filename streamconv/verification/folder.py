@@ -12,12 +12,14 @@ from typing import Any
 
 import xxhash
 
+from streamconv import quantization
 from streamconv.adapter_config import OF_A_MODEL, WEIGHTS
 from streamconv.errors import BadInputError, StreamconvError
 from streamconv.jsonfile import read_json
 from streamconv.manifest import MAX_MANIFEST_BYTES, read_manifest
 from streamconv.planned import INDEX, MANIFEST, SINGLE
 from streamconv.safefile import FileTensor, read_header, read_index
+from streamconv.sidefiles import read_config
 from streamconv.staging import staging_path
 from streamconv.verification.report import Report
 
@@ -62,6 +64,8 @@ def verify_output(folder: Path) -> Report:
         own = {n: t for n, t in tensors.items() if t.path.parent == folder}
         _check_index(folder, own, report)
     _check_side_files(folder, manifest, report)
+    if not unreadable:
+        _check_quantization(folder, tensors, report)
     return report
 
 
@@ -215,10 +219,12 @@ def _check_side_files(folder: Path, manifest: Mapping[str, Any], report: Report)
     """Config and tokenizer must be there where the source had them, and be readable."""
     side = [name for name, _ in manifest["job"]["side"]]
     files = [f["name"] for f in manifest["files"]]
+    skipped = {name for name, _ in manifest["skipped"]}
     report.problems += [
         f"{name}: the source had it, the output does not"
         for name in side
         if name not in files
+        and name not in skipped
         and not (folder / name).is_file()
         and not (WEIGHTS in files and name in OF_A_MODEL)
     ]
@@ -231,3 +237,16 @@ def _check_side_files(folder: Path, manifest: Mapping[str, Any], report: Report)
     if not {"config.json", WEIGHTS} & {*files}:
         report.checked.append("note: there is no config.json, so no loader knows what this is")
     report.checked.append(f"{len(side)} config, tokenizer and other side files")
+
+
+def _check_quantization(folder: Path, tensors: Mapping[str, FileTensor], report: Report) -> None:
+    """Quantized weights need scales, and a config.json that says so; others one that does not."""
+    own = {n: (t.shape, t.dtype) for n, t in tensors.items() if t.path.parent == folder}
+    try:
+        quantized = quantization.find(own, {})
+        config = read_config(folder)
+        if config is not None:
+            elsewhere = (folder / quantization.HF_QUANT_CONFIG).is_file()
+            quantization.check(config, quantized, elsewhere=elsewhere)
+    except StreamconvError as error:
+        report.problems.append(f"{error.where or 'config.json'}: {error.what} ({error.found})")
