@@ -132,7 +132,10 @@ def separate(checkpoint: Checkpoint) -> tuple[Checkpoint, Adapter]:
         checkpoint,
         tensors=MappingProxyType({n: _named(n, t) for n, t in base.items()}),
         undecided=MappingProxyType(
-            {n: (_named(n, a), _named(n, b)) for n, (a, b) in undecided.items()}
+            {
+                n: dataclasses.replace(u, pieces=_named(n, u.pieces), copies=_named(n, u.copies))
+                for n, u in undecided.items()
+            }
         ),
         skipped=(*checkpoint.skipped, *skipped),
     )

@@ -70,24 +70,37 @@ def decide_plain(checkpoint: Checkpoint, model: Model | None) -> dict[str, Globa
     """
     tensors = dict(checkpoint.tensors)
     unclear = []
-    for fqn, (pieces, replicas) in checkpoint.undecided.items():
+    for fqn, found in checkpoint.undecided.items():
+        pieces, copies = found.pieces, found.copies
         expected = (
             (model.state_shapes.get(fqn) or model.hub_shapes.get(fqn))
             if model is not None
             else None
         )
-        fits = [t for t in (pieces, replicas) if t.shape == expected]
-        if len(fits) != 1 and pieces.shape != replicas.shape:
-            unclear.append((fqn, pieces.shape, replicas.shape, expected))
+        fits = [t for t in (pieces, copies) if t.shape == expected]
+        if fits == [copies] and found.differing:
+            raise BadInputError(
+                "ranks that should hold the same tensor have diverged, or their files are of "
+                "different steps",
+                where=fqn,
+                expected=f"the same {list(copies.shape)} on every rank, which is the model's shape",
+                found=f"different values on {found.differing}",
+                hint="which of them is right cannot be told from the files",
+            )
+        if len(fits) != 1 and pieces.shape != copies.shape:
+            unclear.append((fqn, found, expected))
         else:
-            tensors[fqn] = fits[0] if fits else replicas
+            tensors[fqn] = fits[0] if fits else copies
     if unclear:
-        fqn, as_pieces, as_replicas, expected = unclear[0]
+        fqn, found, expected = next((u for u in unclear if u[1].differing), unclear[0])
+        as_pieces, as_copies = list(found.pieces.shape), list(found.copies.shape)
+        diverged = " of ranks that have diverged" if found.differing else ""
         raise BadInputError(
             f"{len(unclear)} plain tensors are either pieces or whole copies, and nothing says which",
-            where=", ".join(n for n, *_ in unclear[:_LISTED]),
+            where=", ".join([fqn, *(n for n, *_ in unclear if n != fqn)][:_LISTED]),
             expected=f"{fqn}: {list(expected)}" if expected else "the model's shape of each tensor",
-            found=f"{fqn}: {list(as_pieces)} as pieces, {list(as_replicas)} as copies",
+            found=f"{fqn}: {as_pieces} as pieces along dim 0, or {as_copies} as copies{diverged}"
+            + (f" (the values on {found.differing} differ)" if found.differing else ""),
             hint="name a folder with the model's config.json: --hf-config DIR",
         )
     return tensors

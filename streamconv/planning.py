@@ -117,7 +117,7 @@ def _plan(request: dict[str, Any]) -> dict[str, Any]:
 
 def _inspect(request: dict[str, Any]) -> dict[str, Any]:
     c = read_checkpoint(Path(request["src"]), request["model"])
-    tensors = [*c.tensors.values(), *(pair[0] for pair in c.undecided.values())]
+    tensors = [*c.tensors.values(), *(u.pieces for u in c.undecided.values())]
     return {
         "streamconv": __version__,
         "format": c.format,

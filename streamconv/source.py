@@ -198,6 +198,19 @@ class GlobalTensor:
 
 
 @dataclass(frozen=True, slots=True)
+class Undecided:
+    """A tensor that can be read in two ways; the model's shape decides.
+
+    ``differing`` names two ranks that hold different values: where the model's shape is that of
+    ``copies``, they have diverged. Empty where all hold the same.
+    """
+
+    pieces: GlobalTensor
+    copies: GlobalTensor
+    differing: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Skipped:
     """Something in the checkpoint that is no output, and why."""
 
@@ -209,21 +222,18 @@ class Skipped:
 class Checkpoint:
     """A whole checkpoint as metadata: no byte of a weight has been read.
 
-    ``undecided`` holds tensors that can be read in two ways, (as pieces along dim 0, as replicas);
-    the model's expected shapes decide. ``facts`` are for ``inspect``: JSON-able things worth telling.
-    ``side_dir`` is the folder with config.json, tokenizer and so on, or None. ``naming`` says whose
-    names the tensors have: HuggingFace's, Megatron-Core's, which a family turns into the former
-    (:mod:`streamconv.families`), or those of a state dict that a trainer made up, in which a model's
-    most often lie below a key (:mod:`streamconv.tracing.hf_names` finds them).
+    ``undecided`` holds tensors that can be read in two ways. ``facts`` are for ``inspect``: JSON-able
+    things worth telling. ``side_dir`` is the folder with config.json, tokenizer and so on, or None.
+    ``naming`` says whose names the tensors have: HuggingFace's, Megatron-Core's, which a family turns
+    into the former (:mod:`streamconv.families`), or those of a state dict that a trainer made up, in
+    which a model's most often lie below a key (:mod:`streamconv.tracing.hf_names` finds them).
     """
 
     root: Path
     format: str
     files: tuple[SourceFile, ...]
     tensors: Mapping[str, GlobalTensor]
-    undecided: Mapping[str, tuple[GlobalTensor, GlobalTensor]] = field(
-        default_factory=lambda: MappingProxyType({})
-    )
+    undecided: Mapping[str, Undecided] = field(default_factory=lambda: MappingProxyType({}))
     side_dir: Path | None = None
     skipped: tuple[Skipped, ...] = ()
     notices: tuple[str, ...] = ()

@@ -28,7 +28,7 @@ from streamconv.formats.identity import evidence_of, identify_file
 from streamconv.formats.merge import Cut, Merger, Pending
 from streamconv.formats.side_folder import side_folder
 from streamconv.jsonfile import object_or_empty, read_json
-from streamconv.source import Checkpoint, GlobalTensor, Skipped, SourceFile
+from streamconv.source import Checkpoint, GlobalTensor, Skipped, SourceFile, Undecided
 from streamconv.torchfile.meshes import Mesh
 from streamconv.torchfile.rankfile import LocalSpec, RankFile, RankReader
 from streamconv.torchfile.rankfiles import read_rank_files
@@ -267,7 +267,7 @@ def _cut_tp_first(folder: _Folder, facts: _FileFacts) -> bool:
 @dataclass(frozen=True, slots=True)
 class _Merged:
     tensors: dict[str, GlobalTensor]
-    undecided: dict[str, tuple[GlobalTensor, GlobalTensor]]
+    undecided: dict[str, Undecided]
     notices: tuple[str, ...]
 
 
@@ -277,7 +277,7 @@ def _merge(
     if not pending:
         raise BadInputError("the rank files hold no tensors", where=str(folder.path))
     tensors: dict[str, GlobalTensor] = {}
-    undecided: dict[str, tuple[GlobalTensor, GlobalTensor]] = {}
+    undecided: dict[str, Undecided] = {}
     lost: dict[str, Cut] = {}
     all_plain = folder.world_size > 1 and all(
         specs[i].kind == "plain" for held in pending.values() for i in set(held.specs)
@@ -347,32 +347,32 @@ def _decide_plain(
     held: Pending,
     merger: Merger,
     tensors: dict[str, GlobalTensor],
-    undecided: dict[str, tuple[GlobalTensor, GlobalTensor]],
+    undecided: dict[str, Undecided],
 ) -> None:
     """Very old checkpoints: every rank holds its piece along dim 0, or every rank the whole.
 
-    Different shapes or bytes can only be pieces. Equal ones are most likely replicas, but a bias of
-    zeros or a norm of ones would look the same cut in pieces: the model's shapes must tell.
+    Different shapes can only be pieces. Different values are pieces, or the ranks have diverged. Equal
+    ones are most likely replicas, but a bias of zeros or a norm of ones would look the same cut in
+    pieces. The model's shapes must tell.
     """
-    replicas = len(set(held.specs)) == 1 and all(
-        merger.same_bytes(held, 0, row) is not False for row in range(1, len(held.specs))
-    )
+    differing = merger.differing(held)
     pieces = merger.stacked(fqn, held)
-    if replicas and pieces is not None:
-        if folder.missing:
-            _refuse_missing(folder)
-        undecided[fqn] = (pieces, merger.whole(fqn, held))
-    elif replicas:
+    if pieces is None and differing:
+        raise BadInputError(
+            "the ranks hold different values of a tensor that cannot be put together along dim 0: "
+            "they have diverged, or their files are of different steps",
+            where=merger.where(held, 0, fqn),
+            found=f"other values, or another shape, on {differing.replace(' and ', ' than on ')}",
+        )
+    if pieces is None:
         tensors[fqn] = merger.whole(fqn, held)
-    elif pieces is not None:
-        if folder.missing:
-            _refuse_missing(folder)
+        return
+    if folder.missing:
+        _refuse_missing(folder)
+    if differing and merger.shapes_differ(held):
         tensors[fqn] = pieces
     else:
-        raise BadInputError(
-            "the ranks hold different values of a tensor that cannot be put together along dim 0",
-            where=merger.where(held, 0, fqn),
-        )
+        undecided[fqn] = Undecided(pieces, merger.whole(fqn, held), differing)
 
 
 def _refuse_missing(folder: _Folder) -> None:
@@ -399,10 +399,9 @@ def _facts(
         "meshes": {
             name: {"names": list(m.dim_names), "shape": list(m.shape)} for name, m in meshes.items()
         },
-        "placements": dict(merger.counts.placements.most_common()),
-        "replicas_dropped": merger.counts.replicas,
-        "replica_nbytes_dropped": merger.counts.replica_nbytes,
-        "replicas_unverifiable": merger.counts.unverifiable_replicas,
+        "placements": dict(merger.placements.most_common()),
+        "replicas_dropped": merger.replicas.dropped,
+        "replica_nbytes_dropped": merger.replicas.dropped_nbytes,
         "padded_storages": any(s.padded for s in specs if s.kind == "dtensor"),
         "records": files.records,
         "records_without_crc": files.records_without_crc,

@@ -28,7 +28,7 @@ from streamconv.formats.identity import evidence_of, identify_file
 from streamconv.formats.mcore_names import why_no_weight
 from streamconv.formats.mcore_run import EMBEDDING, SIZES, Run, check_claim, is_final_norm
 from streamconv.formats.mcore_stages import Model, number_layers
-from streamconv.formats.replicas import Comparer
+from streamconv.formats.replicas import Replicas
 from streamconv.formats.torch_dist import side_of
 from streamconv.jsonfile import object_or_empty
 from streamconv.source import Checkpoint, Skipped, SourceFile
@@ -130,7 +130,7 @@ def read(path: Path) -> Checkpoint:
         args = _common_args(files)
         run = Run.of([numbers for numbers, _ in listed], files, args)
         run.check_places(files)
-        compare = Comparer([file.path for file in files])
+        compare = Replicas([file.path for file in files])
         stages, layers = number_layers(run.stages(files))
         etp = run.etp(stages, compare)
         model = Model(run.tp, run.ep, etp, compare)
@@ -164,8 +164,8 @@ def read(path: Path) -> Checkpoint:
                 "ranks": len(files),
                 "parallelism": mcore_facts.parallelism(megatron),
                 "layers": layers,
-                "replicas_dropped": compare.replicas,
-                "replica_nbytes_dropped": compare.replica_nbytes,
+                "replicas_dropped": compare.dropped,
+                "replica_nbytes_dropped": compare.dropped_nbytes,
                 "megatron": megatron,
             }
         ),

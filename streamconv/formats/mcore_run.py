@@ -12,7 +12,7 @@ from pathlib import Path
 from streamconv.errors import BadInputError
 from streamconv.formats.mcore_names import unwrapped
 from streamconv.formats.mcore_stages import Member, Rank, expert_tensor_ranks
-from streamconv.formats.replicas import Comparer
+from streamconv.formats.replicas import Replicas
 from streamconv.torchfile.rankfile import Stored
 from streamconv.torchfile.stagefile import StageFile
 
@@ -139,7 +139,7 @@ class Run:
             for p in range(self.pp)
         ]
 
-    def etp(self, stages: Sequence[Sequence[Member]], compare: Comparer) -> int:
+    def etp(self, stages: Sequence[Sequence[Member]], compare: Replicas) -> int:
         """Return the size of expert tensor parallelism, from the arguments or the experts' bytes."""
         if not any(m.experts for stage in stages for m in stage):
             return 1

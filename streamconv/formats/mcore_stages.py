@@ -24,7 +24,7 @@ from streamconv.formats.dcp_folder import Assembler
 from streamconv.formats.dcp_folder import Stored as Piece
 from streamconv.formats.mcore_experts import ExpertKey, expert_key, lift, split_experts
 from streamconv.formats.mcore_joins import Around, Cut, cut_of, is_known, join
-from streamconv.formats.replicas import Comparer, Local
+from streamconv.formats.replicas import Local, Replicas
 from streamconv.source import GlobalTensor, Skipped
 from streamconv.torchfile.rankfile import Stored
 
@@ -154,7 +154,7 @@ class Model:
     tp: int
     ep: int
     etp: int
-    compare: Comparer
+    compare: Replicas
     tensors: dict[str, GlobalTensor] = field(default_factory=dict)
     skipped: list[Skipped] = field(default_factory=list)
     _kept: dict[str, list[Local]] = field(default_factory=dict)
@@ -325,7 +325,7 @@ _UNKNOWN = (
 )
 
 
-def expert_tensor_ranks(stages: Iterable[Sequence[Member]], tp: int, compare: Comparer) -> int:
+def expert_tensor_ranks(stages: Iterable[Sequence[Member]], tp: int, compare: Replicas) -> int:
     """Return the smallest etp by which experts of equal (ep, tp modulo etp) are replicas."""
     groups = [
         [m for m in stage if m.rank.ep == ep and m.experts]
@@ -346,6 +346,6 @@ def _pairs(group: Iterable[Member], etp: int) -> Iterator[tuple[Member, Member]]
             yield kept, member
 
 
-def _are_replicas(pair: tuple[Member, Member], compare: Comparer) -> bool:
+def _are_replicas(pair: tuple[Member, Member], compare: Replicas) -> bool:
     one, two = pair[0].experts, pair[1].experts
     return one.keys() == two.keys() and all(compare.same(one[k], two[k]) for k in one)

@@ -8,15 +8,16 @@ rank.
 
 from __future__ import annotations
 
+import math
 from array import array
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from streamconv.boxes import Box, Shape, check_tiling, find_hole
 from streamconv.errors import BadInputError
-from streamconv.formats.replicas import same_span
+from streamconv.formats.replicas import Local, Replicas
 from streamconv.placements import Kind, Piece, Placement, ShardOrder, local_pieces
 from streamconv.source import GlobalTensor, ShardLayout, ShardTable
 from streamconv.torchfile.rankfile import LocalSpec, Stored
@@ -44,28 +45,34 @@ class Pending:
 
 
 @dataclass(frozen=True, slots=True)
+class Replica:
+    """A box that the column entries ``kept`` and ``other`` hold: where in them, and its sizes.
+
+    ``alike`` says that they see their records in the same way.
+    """
+
+    kept: int
+    other: int
+    kept_at: Shape
+    other_at: Shape
+    sizes: Shape
+    nbytes: int
+    alike: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Cut:
     """How one sequence of specs makes a tensor.
 
-    ``rows[j]`` is the column entry that holds box ``j``; ``replicas`` are pairs of entries that
-    hold the same box, the kept one first. ``layout`` is None when ``problem`` says what is missing.
+    ``rows[j]`` is the column entry that holds box ``j``; ``replicas`` are boxes that several entries
+    hold. ``layout`` is None when ``problem`` says what is missing.
     """
 
     rows: tuple[int, ...]
-    replicas: tuple[tuple[int, int], ...]
+    replicas: tuple[Replica, ...]
     layout: ShardLayout | None
     placement: str
     problem: str = ""
-
-
-@dataclass(slots=True)
-class Counts:
-    """What merging saw, for ``inspect``."""
-
-    replicas: int = 0
-    replica_nbytes: int = 0
-    unverifiable_replicas: int = 0
-    placements: Counter[str] = field(default_factory=Counter)
 
 
 class Merger:
@@ -78,7 +85,8 @@ class Merger:
         ranks: Sequence[int],
         tp_first: Callable[[], bool],
     ) -> None:
-        self.counts = Counts()
+        self.placements: Counter[str] = Counter()
+        self.replicas = Replicas(paths)
         self._specs = specs
         self._paths = paths
         self._ranks = ranks
@@ -102,7 +110,7 @@ class Merger:
         assert cut.layout is not None  # noqa: S101 - the caller reports holes
         spec = self._specs[pending.specs[0]]
         self._compare_replicas(fqn, pending, cut)
-        self.counts.placements[cut.placement] += 1
+        self.placements[cut.placement] += 1
         table = pending.table
         if cut.rows != tuple(range(len(table))):
             table = _select(table, cut.rows)
@@ -119,13 +127,19 @@ class Merger:
         )
 
     def stacked(self, fqn: str, pending: Pending) -> GlobalTensor | None:
-        """Return the ranks' plain tensors put together along dim 0, None where shapes forbid it."""
+        """Return the ranks' plain tensors put together along dim 0, None where shapes forbid it.
+
+        Ranks cut as ``torch.chunk`` does: into equal pieces, but for the last ones.
+        """
         specs = [self._specs[i] for i in pending.specs]
         first = specs[0]
         if any(
             not s.shape or s.shape[1:] != first.shape[1:] or s.dtype is not first.dtype
             for s in specs
         ):
+            return None
+        total, most = sum(s.shape[0] for s in specs), first.shape[0]
+        if any(s.shape[0] != max(0, min(most, total - k * most)) for k, s in enumerate(specs)):
             return None
         rows, boxes, at = [], [], 0
         for row, spec in enumerate(specs):
@@ -147,18 +161,31 @@ class Merger:
         """Return the file and FQN of a column entry, for messages."""
         return f"{self._paths[pending.table.files[row]]}, {fqn}"
 
-    def same_bytes(self, pending: Pending, a: int, b: int) -> bool | None:
-        """Whether two entries hold equal bytes by their CRC-32; None where a CRC is missing."""
-        crcs, specs = pending.table.crcs, self._specs
-        if crcs[a] == crcs[b] and crcs[a]:
-            return True
-        if not crcs[a] or not crcs[b]:
-            return None
-        first, second = specs[pending.specs[a]], specs[pending.specs[b]]
-        if not (first.padded or second.padded):
-            return False
-        # The CRC covers FSDP2's padding, which no one promises to be equal: look at the bytes.
-        return self._compare_bytes(pending, a, b, first, second)
+    def local(self, pending: Pending, row: int) -> Local:
+        """Return what a column entry holds."""
+        table = pending.table
+        stored = Stored(
+            self._specs[pending.specs[row]],
+            table.keys[row],
+            table.starts[row],
+            table.nbytes[row],
+            table.crcs[row],
+            table.header_nbytes[row],
+        )
+        return Local.of(table.files[row], stored)
+
+    def shapes_differ(self, pending: Pending) -> bool:
+        """Whether the ranks' tensors are not all of one shape."""
+        return len({self._specs[i].shape for i in set(pending.specs)}) > 1
+
+    def differing(self, pending: Pending) -> str:
+        """Return in words which ranks hold something else than the first; empty where none does."""
+        kept = self.local(pending, 0)
+        for row in range(1, len(pending.specs)):
+            other = self.local(pending, row)
+            if not self.replicas.same(kept, other):
+                return f"{self._rank(kept)} and {self._rank(other)}"
+        return ""
 
     def _check_agreement(self, fqn: str, pending: Pending, specs: list[LocalSpec]) -> None:
         first = specs[0]
@@ -206,36 +233,39 @@ class Merger:
         return pieces
 
     def _compare_replicas(self, fqn: str, pending: Pending, cut: Cut) -> None:
-        counts, nbytes = self.counts, pending.table.nbytes
-        for kept, other in cut.replicas:
-            same = self.same_bytes(pending, kept, other)
-            if same is False:
-                files = pending.table.files
-                raise BadInputError(
-                    "replicas of a tensor differ: a checkpoint mixed from different steps, or ranks "
-                    "that trained apart",
-                    where=self.where(pending, other, fqn),
-                    expected=f"the bytes of rank {self._ranks[files[kept]]} "
-                    f"(CRC-32 {pending.table.crcs[kept]:08x})",
-                    found=f"{pending.table.crcs[other]:08x} on rank {self._ranks[files[other]]}",
-                    hint="which of them is right cannot be told from the files; use a checkpoint whose "
-                    "rank files belong together",
-                )
-            counts.replicas += 1
-            counts.replica_nbytes += nbytes[other]
-            counts.unverifiable_replicas += same is None
+        crcs, nbytes, count = pending.table.crcs, pending.table.nbytes, self.replicas.count
+        for replica in cut.replicas:
+            kept, other = replica.kept, replica.other
+            # What Replicas.same begins with, told here by the specs once for all tensors: there may
+            # be millions of these.
+            crc = crcs[kept]
+            if replica.alike and crc and crc == crcs[other] and nbytes[kept] == nbytes[other]:
+                count(replica.nbytes)
+                continue
+            first = self.local(pending, kept).part(replica.kept_at, replica.sizes)
+            second = self.local(pending, other).part(replica.other_at, replica.sizes)
+            if not self.replicas.same(first, second):
+                raise self._differ(fqn, first, second)
+            count(replica.nbytes)
 
-    def _compare_bytes(
-        self, pending: Pending, a: int, b: int, first: LocalSpec, second: LocalSpec
-    ) -> bool:
-        """Compare what two padded storages show."""
-        table = pending.table
-        spans = []
-        for row, spec in ((a, first), (b, second)):
-            last = sum((n - 1) * s for n, s in zip(spec.shape, spec.strides, strict=True))
-            start = table.starts[row] + spec.storage_offset * spec.dtype.itemsize
-            spans.append((self._paths[table.files[row]], start, (last + 1) * spec.dtype.itemsize))
-        return first.strides == second.strides and same_span(*spans)
+    def _differ(self, fqn: str, kept: Local, other: Local) -> BadInputError:
+        def what(local: Local) -> str:
+            crc = local.stored.crc32
+            strides = "" if kept.strides == other.strides else f", strides {list(local.strides)}"
+            return f"in a record {f'with CRC-32 {crc:08x}' if crc else 'without CRC-32'}{strides}"
+
+        return BadInputError(
+            "replicas of a tensor differ: a checkpoint mixed from different steps, or ranks "
+            "that trained apart",
+            where=f"{self._paths[other.file]}, {fqn}",
+            expected=f"the values of {self._rank(kept)}, {what(kept)}",
+            found=f"others on {self._rank(other)}, {what(other)}",
+            hint="which of them is right cannot be told from the files; use a checkpoint whose "
+            "rank files belong together",
+        )
+
+    def _rank(self, local: Local) -> str:
+        return f"rank {self._ranks[local.file]} ({self._paths[local.file].name})"
 
 
 def _pieces(spec: LocalSpec, tp_first: Callable[[], bool]) -> tuple[Piece, ...]:
@@ -277,17 +307,24 @@ def _right_to_left(placements: Sequence[Placement]) -> ShardOrder:
 
 
 def _cut(specs: list[LocalSpec], pieces: list[tuple[Piece, ...]], placement: str) -> Cut:
-    seen: dict[Box, int] = {}
+    seen: dict[Box, tuple[int, Piece]] = {}
     rows: list[int] = []
     boxes: list[Box] = []
     strides: list[Shape] = []
     offsets: list[int] = []
-    replicas: dict[tuple[int, int], None] = {}
+    replicas: list[Replica] = []
     for row, (spec, held) in enumerate(zip(specs, pieces, strict=True)):
+        first = seen.get(held[0].box) if held else None
+        if first is not None and pieces[first[0]] == held:
+            # All of it, at once: the usual case.
+            start = (0,) * len(spec.shape)
+            replicas.append(_replica(specs, first[0], row, start, start, spec.shape))
+            continue
         for piece in held:
-            kept = seen.setdefault(piece.box, row)
+            kept, twin = seen.setdefault(piece.box, (row, piece))
             if kept != row:
-                replicas[kept, row] = None
+                at = (twin.local_offsets, piece.local_offsets)
+                replicas.append(_replica(specs, kept, row, *at, piece.box.sizes))
                 continue
             rows.append(row)
             boxes.append(piece.box)
@@ -305,6 +342,20 @@ def _cut(specs: list[LocalSpec], pieces: list[tuple[Piece, ...]], placement: str
         return Cut(tuple(rows), tuple(replicas), None, placement, problem)
     layout = ShardLayout(shape, tuple(boxes), tuple(strides), tuple(offsets))
     return Cut(tuple(rows), tuple(replicas), layout, placement)
+
+
+def _replica(
+    specs: Sequence[LocalSpec], kept: int, other: int, kept_at: Shape, other_at: Shape, sizes: Shape
+) -> Replica:
+    one, two = specs[kept], specs[other]
+    alike = (one.shape, one.strides, one.storage_offset, kept_at) == (
+        two.shape,
+        two.strides,
+        two.storage_offset,
+        other_at,
+    )
+    nbytes = math.prod(sizes) * one.dtype.itemsize
+    return Replica(kept, other, kept_at, other_at, sizes, nbytes, alike)
 
 
 def _select(table: ShardTable, rows: Sequence[int]) -> ShardTable:
