@@ -28,13 +28,13 @@ _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)
 
 
 @contextmanager
-def locked_file(path: Path, what: Path) -> Iterator[int]:
+def locked_file(path: Path, what: Path, *, wait_seconds: float = _ORPHAN_SECONDS) -> Iterator[int]:
     """Hold the lock ``path`` of ``what``; yield the descriptor that a child process inherits.
 
-    Raises :class:`LockedError` where another process has it: at once, or after a while where that one
-    is dead and a process that it had started lives on. The file is removed in the end.
+    Raises :class:`LockedError` where another process has it: at once, or after ``wait_seconds`` where
+    that one is dead and a process that it had started lives on. The file is removed in the end.
     """
-    fd = _acquire(path, what)
+    fd = _acquire(path, what, wait_seconds)
     try:
         yield fd
     finally:
@@ -42,8 +42,8 @@ def locked_file(path: Path, what: Path) -> Iterator[int]:
         _remove(fd, path)
 
 
-def _acquire(path: Path, what: Path) -> int:
-    deadline = time.monotonic() + _ORPHAN_SECONDS
+def _acquire(path: Path, what: Path, wait_seconds: float) -> int:
+    deadline = time.monotonic() + wait_seconds
     while True:
         fd = _open(path)
         try:

@@ -106,15 +106,22 @@ class Batch:
             if (survey := self._look(run, store, made)) is not None
         ]
         made.tasks = [task for _, _, survey in surveys for task in survey.tasks]
+        s = self._settings
+        hooks = Hooks(s.on_done, s.on_error, parse_duration(s.hook_limit))
         try:
+            hooks.resume(record for _, store, _ in surveys for record in store)
             if made.tasks:
-                self._convert(made)
+                self._convert(made, hooks)
+            hooks.finish()
             for run, store, survey in surveys:
                 made.removals += self._tidy(run, store, survey)
         except StreamconvError as error:
             made.problems.append(error)
         except OSError as error:
             made.problems.append(_refused(error))
+        finally:
+            hooks.stop()
+        made.problems += [StreamconvError(text) for text in hooks.problems]
         made.seconds = time.monotonic() - started
         self.publish()
         made.records = [record for store in self._stores for record in store]
@@ -182,11 +189,10 @@ class Batch:
             found |= {self._overview.page_of(store, name): "pages", s.report: "report"}
         return found
 
-    def _convert(self, made: Round) -> None:
+    def _convert(self, made: Round, hooks: Hooks) -> None:
         s = self._settings
         own = budgets.resident_bytes()
         ledger = Ledger(self.budget_bytes, own, budgets.PLANNING_FLOOR_BYTES, s.jobs)
-        hooks = Hooks(s.on_done, s.on_error, parse_duration(s.hook_limit))
         runner = Runner(
             ledger,
             hooks,
@@ -202,7 +208,6 @@ class Batch:
         made.peak_bytes = meter.peak_bytes
         renamed = {"done": "converted"}
         made.counts += Counter({renamed.get(k, k): n for k, n in runner.outcomes.items()})
-        made.problems += [StreamconvError(text) for text in hooks.problems]
 
     def _remembering(self, what: What, task: Task, text: str) -> None:
         error = task.record.error

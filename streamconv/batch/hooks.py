@@ -1,4 +1,9 @@
-"""Commands of the user's that run when an output is done or has failed.
+"""Commands of the user's that run when an output is done, has failed or is gone.
+
+Each runs at least once for each output. What is due is noted before the conversion begins, in
+``.streamconv-batch/hooks/NAME.json`` of the output folder, and the note goes when the command has
+succeeded; so whatever is killed meanwhile, the next round makes up for it. A command that fails is
+repeated by the rounds that follow, with growing pauses.
 
 The facts are in the environment, so that no name of a checkpoint is ever part of a shell command.
 One runs at a time, beside the conversions: an upload must not hold up the reading of their events.
@@ -6,31 +11,35 @@ One runs at a time, beside the conversions: an upload must not hold up the readi
 
 from __future__ import annotations
 
+import json
 import os
-import signal
-import subprocess
-import tempfile
 import time
 from collections import deque
-from contextlib import suppress
-from typing import IO
+from collections.abc import Iterable
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
 
-from streamconv.batch.state import Record
+from streamconv.batch.hook_process import HookProcess
+from streamconv.batch.state import FOLDER, Record, file_name, write_whole
 from streamconv.durations import format_duration
+from streamconv.errors import LockedError, StreamconvError
+from streamconv.jsonfile import COUNT, NUMBER, mismatches, object_or_empty
+from streamconv.lockfile import locked_file
 
-_END_SECONDS = 1.0
-_TAIL_BYTES = 1 << 14
+_POLL_SECONDS = 0.05
 # What execve takes of one variable is 128 kB.
 _MAX_FACT_CHARS = 1 << 14
+_MAX_NOTE_BYTES = 1 << 16
+MOST_ATTEMPTS = 20
+_PROMPT_ATTEMPTS = 3
+_PAUSE_SECONDS = 60.0
+_MAX_PAUSE_SECONDS = 6 * 3600.0
+# So long nobody has tried: whoever wanted the command has given it up.
+_FORGOTTEN_SECONDS = 7 * 86400.0
 
 
-def last_line(said: IO[bytes]) -> str:
-    """Return the last line of what a process said, however much that was."""
-    said.seek(max(0, said.seek(0, os.SEEK_END) - _TAIL_BYTES))
-    return next(iter(said.read().decode(errors="replace").strip().splitlines()[-1:]), "")
-
-
-def environment(record: Record) -> dict[str, str]:
+def environment(record: Record, attempt: int = 1) -> dict[str, str]:
     """Return the facts of a record as environment variables."""
     error = record.error or {}
     facts = {
@@ -48,14 +57,75 @@ def environment(record: Record) -> dict[str, str]:
         "PEAK_BYTES": record.peak_bytes,
         "VERIFIED": {None: "", True: "yes", False: "no"}[record.verified],
         "ATTEMPTS": record.attempts,
-        "ERROR": record.reason if record.state == "failed" else "",
-        "ERROR_KIND": error.get("kind", ""),
-        "EXIT_CODE": error.get("exit_code", 0),
+        "ERROR": record.reason if record.state in ("failed", "gone") else "",
+        "ERROR_KIND": error.get("kind") or "",
+        "EXIT_CODE": error.get("exit_code") or 0,
+        "HOOK_ATTEMPT": attempt,
     }
+    return {f"STREAMCONV_{k}": _fact(str(v)) for k, v in facts.items()}
+
+
+def _fact(text: str) -> str:
     # A NUL cannot be in an environment; in a file's name neither, but a message may quote one.
-    return {
-        f"STREAMCONV_{k}": str(v).replace("\0", "\\0")[:_MAX_FACT_CHARS] for k, v in facts.items()
-    }
+    text = text.replace("\0", "\\0")[:_MAX_FACT_CHARS]
+    try:
+        os.fsencode(text)
+    except UnicodeEncodeError:  # a message with what no file's name has
+        return text.encode(errors="backslashreplace").decode()
+    return text
+
+
+@dataclass(frozen=True, slots=True)
+class _Note:
+    """What is remembered of a command that is due: how often it was tried, and when it may be again."""
+
+    attempts: int = 0
+    not_before: float = 0.0
+
+
+_NOTE = {"attempts": COUNT, "not_before": NUMBER}
+
+
+def _folder(record: Record) -> Path:
+    depth = len(PurePosixPath(record.name).parts)
+    return Path(record.output).parents[depth - 1] / FOLDER / "hooks"
+
+
+def _note_path(record: Record) -> Path:
+    return _folder(record) / f"{file_name(record.name)}.json"
+
+
+def _read(path: Path) -> _Note | None:
+    """Return a note, None where nothing is due; one that is damaged says that something is."""
+    if not os.path.lexists(path):
+        return None
+    data = object_or_empty(path, most_bytes=_MAX_NOTE_BYTES)
+    return _Note() if any(mismatches(data, _NOTE)) else _Note(data["attempts"], data["not_before"])
+
+
+def awaits_hook(record: Record) -> str:
+    """Return why an output must stay for the sake of a command that reads it, or nothing."""
+    path = _note_path(record)
+    try:
+        age = time.time() - path.lstat().st_mtime
+    except OSError:
+        return ""
+    return "" if age > _FORGOTTEN_SECONDS else "its --on-done has not succeeded yet"
+
+
+def forget_hook(record: Record) -> None:
+    """Let nothing be due for an output."""
+    with suppress(OSError):
+        _note_path(record).unlink()
+
+
+@dataclass(slots=True)
+class _Running:
+    process: HookProcess
+    record: Record
+    note: _Note
+    lock: ExitStack
+    until: float
 
 
 class Hooks:
@@ -66,18 +136,42 @@ class Hooks:
 
     def __init__(self, on_done: str | None, on_error: str | None, limit_seconds: float) -> None:
         self._limit = limit_seconds
-        self._until = 0.0
-        self._commands = {"done": on_done, "failed": on_error}
-        self._waiting: deque[tuple[str, Record]] = deque()
-        self._running: tuple[subprocess.Popen[bytes], IO[bytes], Record] | None = None
+        self._commands = {"done": on_done, "failed": on_error, "gone": on_error}
+        self._waiting: deque[Record] = deque()
+        self._running: _Running | None = None
         self.problems: list[str] = []
 
+    def expect(self, record: Record) -> None:
+        """Note that a command will be due when this output is finished, however this process ends."""
+        if not any(self._commands.values()):
+            return
+        path = _note_path(record)
+        try:
+            if _read(path) is None:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                self._write(path, _Note())
+        except OSError as error:
+            self._problem(record, f"could not be noted as due: {error.strerror}")
+
     def add(self, record: Record) -> None:
-        """Take up a finished record, if there is a command for its state."""
-        command = self._commands.get(record.state)
-        if command:
-            self._waiting.append((command, record))
+        """Take up a finished record: its command is due now."""
+        if self._commands.get(record.state):
+            self.expect(record)
+            self._waiting.append(replace(record))
+        elif any(self._commands.values()) and record.state in ("done", "gone"):
+            forget_hook(record)
         self.poll()
+
+    def resume(self, records: Iterable[Record]) -> None:
+        """Take up what an earlier round left undone."""
+        for record in records:
+            if self._commands.get(record.state):
+                note, now = _read(_note_path(record)), time.time()
+                # A later one is of a clock that was ahead.
+                if note is not None and not now < note.not_before <= now + _MAX_PAUSE_SECONDS:
+                    self._waiting.append(replace(record))
+            elif record.state == "pruned":
+                forget_hook(record)
 
     @property
     def busy(self) -> bool:
@@ -85,61 +179,84 @@ class Hooks:
         self.poll()
         return self._running is not None
 
+    def finish(self) -> None:
+        """Wait until every command that is due has run."""
+        while self.busy:
+            time.sleep(_POLL_SECONDS)
+
     def poll(self) -> None:
         """Collect a command that has ended, and start the next."""
         if self._running is not None:
-            process, err, record = self._running
-            late = process.poll() is None and time.monotonic() >= self._until
-            if process.poll() is None and not late:
+            running = self._running
+            code = running.process.poll()
+            if code is None and time.monotonic() < running.until:
                 return
             self._running = None
-            if late:
-                _end(process)
-            said = last_line(err)
-            err.close()
-            if late:
-                self._problem(record, f"was ended after {format_duration(self._limit)}", said)
-            elif process.returncode:
-                self._problem(record, f"ended with exit code {process.returncode}", said)
+            if code is None:
+                running.process.end()
+            self._settle(running, code)
         while self._waiting and self._running is None:
-            command, record = self._waiting.popleft()
-            err = tempfile.TemporaryFile()  # noqa: SIM115 - closed when the command has ended
-            try:
-                process = subprocess.Popen(  # noqa: S602 - the user's own command, no word of ours in it
-                    command,
-                    shell=True,
-                    env={**os.environ, **environment(record)},
-                    stdin=subprocess.DEVNULL,
-                    stdout=subprocess.DEVNULL,
-                    stderr=err,
-                    start_new_session=True,  # so that what the shell started can be ended with it
-                )
-            except OSError as error:
-                err.close()
-                self._problem(record, f"could not be started: {error.strerror}")
-            else:
-                self._running = (process, err, record)
-                self._until = time.monotonic() + self._limit
+            self._start(self._waiting.popleft())
+
+    def _start(self, record: Record) -> None:
+        """Run the command of a record, unless another batch does or did."""
+        path = _note_path(record)
+        note, lock, fd = _Note(), ExitStack(), None
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            # The command inherits it, and so holds it as long as it lives, also when we are killed.
+            held = locked_file(path.with_suffix(".lock"), Path(record.output), wait_seconds=0.0)
+            fd = lock.enter_context(held)
+            found = _read(path)
+            if found is None:
+                lock.close()
+                return
+            note = replace(found, attempts=found.attempts + 1)
+            pause = _pause_seconds(note.attempts)
+            self._write(path, replace(note, not_before=time.time() + pause if pause else 0.0))
+        except LockedError:
+            return
+        except (OSError, StreamconvError) as error:  # a full disk, say: better twice than never
+            self._problem(record, f"could not be noted as begun: {error}")
+        command = self._commands[record.state] or ""
+        try:
+            process = HookProcess(command, environment(record, note.attempts), fd)
+        except OSError as error:
+            self._problem(record, f"could not be started: {error.strerror}")
+            lock.close()
+            return
+        self._running = _Running(process, record, note, lock, time.monotonic() + self._limit)
+
+    def _settle(self, running: _Running, code: int | None) -> None:
+        said = running.process.last_line()
+        record, attempts = running.record, running.note.attempts
+        if code == 0 or attempts >= MOST_ATTEMPTS:
+            forget_hook(record)
+        which = f"(attempt {attempts} of {MOST_ATTEMPTS}) " if attempts > 1 else ""
+        if code is None:
+            self._problem(record, f"{which}was ended after {format_duration(self._limit)}", said)
+        elif code:
+            self._problem(record, f"{which}ended with exit code {code}", said)
+        running.lock.close()
+
+    def _write(self, path: Path, note: _Note) -> None:
+        write_whole(path, json.dumps({"attempts": note.attempts, "not_before": note.not_before}))
 
     def _problem(self, record: Record, what: str, said: str = "") -> None:
         hook = "done" if record.state == "done" else "error"
         self.problems.append(f"{record.name}: --on-{hook} {what}" + (f": {said}" if said else ""))
 
     def stop(self) -> None:
-        """End what runs and forget what waits."""
+        """End what runs; what waits is due still, and the next round's."""
         self._waiting.clear()
-        if self._running is None:
-            return
-        process, err, _ = self._running
-        _end(process)
-        err.close()
-        self._running = None
+        if self._running is not None:
+            self._running.process.end()
+            self._running.lock.close()
+            self._running = None
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """End a command and all that it started."""
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, number)
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(_END_SECONDS)
+def _pause_seconds(attempts: int) -> float:
+    """Return how long to wait after so many attempts: the first few follow with the next rounds."""
+    if attempts <= _PROMPT_ATTEMPTS:
+        return 0.0
+    return float(min(_PAUSE_SECONDS * 2 ** (attempts - _PROMPT_ATTEMPTS - 1), _MAX_PAUSE_SECONDS))

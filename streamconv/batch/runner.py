@@ -26,7 +26,8 @@ import filelock
 
 from streamconv import formats
 from streamconv.batch import worker
-from streamconv.batch.hooks import Hooks, last_line
+from streamconv.batch.hook_process import last_line
+from streamconv.batch.hooks import Hooks
 from streamconv.batch.ledger import Ledger
 from streamconv.batch.pins import pin, unpin
 from streamconv.batch.state import Record, is_intact
@@ -40,8 +41,10 @@ _BACKOFF_FACTOR = 4.0
 _BACKOFF_MAX_SECONDS = 300.0
 _SAVE_EVERY_SECONDS = 2.0
 _LISTEN_SECONDS = 0.25
+_IDLE_SECONDS = 0.05
 _END_SECONDS = 2.5
 _READ_BYTES = 1 << 16
+_TAIL_BYTES = 1 << 14
 
 What = Literal["started", "progress", "retry", "done", "failed", "gone", "elsewhere", "notice"]
 Listener = Callable[[What, Task, str], None]
@@ -174,6 +177,7 @@ class Runner:
         record.done_bytes = record.total_bytes = 0
         record.budget_bytes = share
         record.host, record.pid = socket.gethostname(), os.getpid()
+        self._hooks.expect(record)
         task.store.save(record)
         self._tell("started", task, "")
         try:
@@ -247,7 +251,7 @@ class Runner:
     def _listen(self) -> None:
         if not self._running:
             # Only hooks, or tasks that wait out a hiccup.
-            time.sleep(_LISTEN_SECONDS)
+            time.sleep(_IDLE_SECONDS)
             return
         for key, _ in self._selector.select(_LISTEN_SECONDS):
             running: _Running = key.data
@@ -351,7 +355,8 @@ class Runner:
         if running.last:
             return running.last
         code = running.process.returncode
-        said = last_line(running.err)
+        running.err.seek(max(0, running.err.seek(0, os.SEEK_END) - _TAIL_BYTES))
+        said = last_line(running.err.read())
         name = signal.Signals(-code).name if code < 0 else f"exit code {code}"
         crash = StreamconvError(
             "the conversion's process ended without a word",
@@ -379,6 +384,7 @@ class Runner:
 
     def _stop(self) -> None:
         """End whatever still runs: after a signal, or an error of our own."""
+        self._hooks.stop()
         for running in self._running.values():
             running.process.terminate()
         deadline = time.monotonic() + _END_SECONDS
@@ -393,7 +399,6 @@ class Runner:
             self._unpin(running.task)
         for task in self._waiting:
             self._unpin(task)
-        self._hooks.stop()
         self._selector.close()
 
 

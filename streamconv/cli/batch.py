@@ -115,7 +115,7 @@ def batch(
         _option("--on-done", "Run this for each output; facts are in $STREAMCONV_….", "CMD"),
     ] = None,
     on_error: Annotated[
-        str | None, _option("--on-error", "Run this for each failure.", "CMD")
+        str | None, _option("--on-error", "Run this for each that failed or is gone.", "CMD")
     ] = None,
     hook_limit: Annotated[
         str | None, _option("--hook-limit", "How long such a command may take (1h).", "TIME")

@@ -1,0 +1,163 @@
+"""Hooks happen: at least once for each output, whatever ends, and bounded in what they take."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+
+from streamconv.batch import hooks
+from streamconv.batch.runner import Runner
+from streamconv.batch.state import FOLDER, Record, read_records
+from streamconv.lockfile import locked_file
+from tests.scenes import Scene, start, wait_for
+
+
+@pytest.fixture
+def told(tmp_path: Path) -> Path:
+    return tmp_path / "told"
+
+
+def says(told: Path, *names: str, then: str = "true") -> str:
+    """A hook that writes down some of its facts."""
+    return f'echo {" ".join(f"$STREAMCONV_{n}" for n in names)} >> "{told}"; {then}'
+
+
+def note(scene: Scene, step: int = 10) -> Path:
+    return scene.out / FOLDER / "hooks" / f"global_step_{step}.json"
+
+
+def test_one_that_fails_is_repeated_with_the_count_until_it_succeeds(scene, told):
+    scene.step(10, 20)
+    hook = says(
+        told, "STEP", "HOOK_ATTEMPT", then="test $STREAMCONV_HOOK_ATTEMPT$STREAMCONV_STEP != 110"
+    )
+    codes = [scene.batch(shared={"on-done": hook}).round().exit_code for _ in range(3)]
+    assert codes == [3, 0, 0]
+    assert told.read_text().splitlines() == ["10 1", "20 1", "10 2"]
+    assert not note(scene).exists()
+
+
+def test_one_of_a_failure_is_repeated_too(scene, told):
+    scene.step(10)
+    scene.says(s10=["bad-input"])
+    batch = scene.batch(shared={"on-error": says(told, "STATE", "HOOK_ATTEMPT", then="test -e go")})
+    problems = [len(batch.round().problems) for _ in range(2)]
+    assert problems == [1, 1]
+    assert told.read_text().splitlines() == ["failed 1", "failed 2"]
+    assert len(scene.starts()) == 1, "the conversion itself is not"
+
+
+def test_a_lost_checkpoint_is_told(scene, told):
+    scene.step(10)
+    scene.says(s10=["bad-input"])
+    batch = scene.batch(shared={"on-error": says(told, "STATE", "STEP", "ERROR")})
+    listener = batch._listener
+
+    def rotating(what, task, text):
+        if what == "started":
+            shutil.rmtree(scene.run / "global_step_10")
+        listener(what, task, text)
+
+    batch._listener = rotating
+    assert batch.round().counts == {"gone": 1}
+    assert told.read_text() == "gone 10 the source went away while it was converted\n"
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+def test_a_batch_that_ends_while_one_runs(scene, told, how):
+    scene.step(10)
+    pids = Path(f"{scene.run.parent}/pids")
+    hook = f'echo $STREAMCONV_HOOK_ATTEMPT >> "{told}"; echo $$ > "{pids}"; exec sleep 60'
+    process = start(scene, "--on-done", hook)
+    wait_for(pids.exists)
+    process.send_signal(how)
+    process.communicate(timeout=60)
+    quick = {"on-done": says(told, "HOOK_ATTEMPT")}
+    if how == signal.SIGKILL:
+        assert scene.round(shared=quick).counts == {"done": 1}
+        assert told.read_text() == "1\n", "the one that was left behind is at it still"
+        os.kill(int(pids.read_text()), signal.SIGKILL)
+        lock = note(scene).with_suffix(".lock")
+        with locked_file(lock, scene.out, wait_seconds=10):  # until it is dead
+            pass
+    assert scene.round(shared=quick).counts == {"done": 1}
+    assert told.read_text() == "1\n2\n"
+
+
+def test_a_batch_that_ends_between_the_output_and_its_record(scene, told, monkeypatch):
+    scene.step(10)
+    real = Runner._succeed
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Runner, "_succeed", killed)
+    shared = {"on-done": says(told, "STATE", "STEP")}
+    with pytest.raises(KeyboardInterrupt):
+        scene.batch(fake=False, shared=shared).round()
+    assert (scene.out / "global_step_10/model.safetensors").is_file()
+    monkeypatch.setattr(Runner, "_succeed", real)
+    assert scene.round(fake=False, shared=shared).counts == {"done": 1}
+    assert told.read_text() == "done 10\n"
+
+
+def test_what_it_leaves_running_holds_nobody_up(scene, told):
+    scene.step(10)
+    hook = says(told, "STEP", then=f'(sleep 60; true) & echo $! > "{told}.pid"')
+    assert scene.round(shared={"on-done": hook}).counts == {"converted": 1}
+    record = read_records(scene.out)[0]
+    assert hooks.awaits_hook(record) == ""
+    with locked_file(note(scene).with_suffix(".lock"), scene.out, wait_seconds=0):
+        pass
+    os.kill(int(Path(f"{told}.pid").read_text()), signal.SIGKILL)
+
+
+def test_one_that_another_batch_runs_is_left_to_it(scene, told):
+    scene.step(10)
+    note(scene).parent.mkdir(parents=True)
+    with locked_file(note(scene).with_suffix(".lock"), scene.out):
+        assert scene.round(shared={"on-done": says(told, "STEP")}).exit_code == 0
+    assert not told.exists()
+    assert hooks.awaits_hook(read_records(scene.out)[0]) != ""
+    scene.round(shared={"on-done": says(told, "STEP")})
+    assert told.read_text() == "10\n"
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[]", '{"attempts": -1}', '{"attempts": 1, "not_before": 1e300}']
+)
+def test_a_damaged_note_means_that_one_is_due(scene, told, content):
+    scene.step(10)
+    scene.round()
+    note(scene).parent.mkdir(exist_ok=True)
+    note(scene).write_text(content)
+    scene.round(shared={"on-done": says(told, "STEP")})
+    assert (told.read_text(), note(scene).exists()) == ("10\n", False)
+
+
+def test_pauses_grow_and_end(scene, told, monkeypatch):
+    scene.step(10)
+    now = 1e9
+    monkeypatch.setattr("streamconv.batch.hooks.time.time", lambda: now)
+    batch = scene.batch(shared={"on-done": says(told, "HOOK_ATTEMPT", then="false")})
+    pauses = []
+    batch.round()
+    while note(scene).exists():
+        due = json.loads(note(scene).read_text())["not_before"]
+        pauses.append(max(0, due - now))
+        now = max(now, due)
+        batch.round()
+    assert told.read_text().split() == [str(n + 1) for n in range(hooks.MOST_ATTEMPTS)]
+    assert pauses[:5] == [0, 0, 0, 60, 120]
+    assert max(pauses) == 6 * 3600
+
+
+def test_a_message_may_hold_what_no_environment_does():
+    record = Record("x", "/out/x", state="failed", reason="a\0b\ud800")
+    assert hooks.environment(record)["STREAMCONV_ERROR"] == r"a\0b\ud800"
+    os.fsencode(hooks.environment(record)["STREAMCONV_ERROR"])
