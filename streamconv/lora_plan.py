@@ -158,17 +158,19 @@ class LoraPlan:
 def adapter_inputs(root: Path, options: LoraOptions) -> list[tuple[str | int, ...]]:
     """Return what else takes part in a job: the adapter's settings, and the base model's files."""
     found: list[tuple[str | int, ...]] = list(adapter_config.hashes(root))
-    if options.base is not None:
-        found += [
-            (Path(f.path).name, *identified(f)[1:])
-            for f in safetensors_folder.identify(options.base)
-        ]
-        found += [
-            (f"base/{name}", hash_file(options.base / name))
-            for name in ("config.json", HF_QUANT_CONFIG)
-            if (options.base / name).is_file()
-        ]
-    return found
+    return found if options.base is None else found + base_inputs(options.base)
+
+
+def base_inputs(base: Path) -> list[tuple[str | int, ...]]:
+    """Return what identifies a base model; its weights have no checksums to go by."""
+    found: list[tuple[str | int, ...]] = [
+        (Path(f.path).name, *identified(f)[1:]) for f in safetensors_folder.identify(base)
+    ]
+    return found + [
+        (f"base/{name}", hash_file(base / name))
+        for name in ("config.json", HF_QUANT_CONFIG)
+        if (base / name).is_file()
+    ]
 
 
 def plan_lora(checkpoint: Checkpoint, options: LoraOptions) -> LoraPlan | None:

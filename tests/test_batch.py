@@ -69,8 +69,9 @@ def test_a_run_that_grows_rotates_and_breaks(scene):
     scene.tracker(20)
     os.utime(scene.run / runs.TRACKER)
     made = scene.round()
-    assert made.counts == {"converted": 1}
+    assert (made.counts, made.exit_code) == ({"converted": 1, "gone": 1}, 3)
     assert scene.states() == {5: "gone", 10: "done", 20: "done"}
+    assert scene.round().exit_code == 0  # told once
     assert young.is_dir()
 
 
@@ -97,7 +98,7 @@ def test_a_source_that_goes_while_it_is_converted_is_gone_not_failed(scene):
 
     batch._listener = rotating
     made = batch.round()
-    assert (made.counts, made.exit_code) == ({"converted": 1, "gone": 1}, 0)
+    assert (made.counts, made.exit_code) == ({"converted": 1, "gone": 1}, 3)
     assert scene.states() == {10: "gone", 20: "done"}
 
 
@@ -106,6 +107,7 @@ def test_pinned_sources_outlive_rotation(scene):
     scene.step(10, 20)
     dead = scene.out / FOLDER / f"pins/{socket.gethostname()}-99999999/global_step_5/actor"
     dead.mkdir(parents=True)
+    os.utime(dead.parents[1], (1, 1))
     batch = scene.batch(pin=True)
     listener = batch._listener
 

@@ -213,6 +213,38 @@ def test_outputs_and_links_are_not_looked_into(tmp_path):
     assert [f[0] for f in found(tmp_path, avoid=[tmp_path / "out"])] == ["global_step_1"]
 
 
+def noticed(root: Path, **kwargs) -> list[str]:
+    told: list[str] = []
+    discover(root, on_notice=told.append, **kwargs)
+    return [text.partition(":")[0].removeprefix(f"{root}/") for text in told]
+
+
+def test_steps_that_only_a_link_leads_to_are_named(tmp_path):
+    run, disk = tmp_path / "run", tmp_path / "disk"
+    tree(run, f"global_step_1/{RANKS}", f".kept/global_step_3/{RANKS}")
+    tree(disk, f"global_step_2/actor/{RANKS}")
+    links = {"latest": "global_step_1", "global_step_2": disk / "global_step_2"}
+    links |= {"global_step_3": ".kept/global_step_3", "up": "..", "nowhere": "gone"}
+    for name, target in links.items():
+        (run / name).symlink_to(target)
+    assert noticed(run) == ["global_step_2", "global_step_3"]
+
+
+def test_deep_steps_are_found(tmp_path):
+    tree(tmp_path, f"a/b/c/d/e/f/g/global_step_1/actor/{RANKS}")
+    assert [f[1:] for f in found(tmp_path)] == [("a/b/c/d/e/f/g", 1, "actor")]
+
+
+def test_checkpoints_that_are_left_out_are_named(tmp_path):
+    """In another one, and below what is or was an output folder."""
+    tree(tmp_path, f"global_step_1/{RANKS}", f"global_step_1/critic/{RANKS}")
+    tree(tmp_path, f"out/global_step_2/{RANKS}", "old/.streamconv-batch/jobs/x", "old/x/notes")
+    tree(tmp_path, f"old/global_step_3/actor/{RANKS}")
+    assert [f[0] for f in found(tmp_path, avoid=[tmp_path / "out"])] == ["global_step_1"]
+    left_out = ["global_step_1/critic", "old/global_step_3/actor", "out/global_step_2"]
+    assert sorted(noticed(tmp_path, avoid=[tmp_path / "out"])) == left_out
+
+
 def test_a_folder_that_cannot_be_looked_into_is_told(tmp_path):
     tree(tmp_path, f"global_step_1/{RANKS}")
     (tmp_path / "global_step_2").mkdir()
@@ -338,14 +370,16 @@ def verdict(*, age: float, still: float = 0.0, tracker: Tracker | None = None, w
     )
 
 
-def test_a_checkpoint_that_lies_still_is_ready():
-    assert verdict(age=301).ready
-    assert not verdict(age=299).ready
+@pytest.mark.parametrize("age", [-1000, 0, 301, 3000])
+def test_a_checkpoint_is_ready_once_we_saw_it_lie_still(age):
+    """Clocks may differ by minutes: what seems to be old was perhaps written this moment."""
+    assert not verdict(age=age, still=299).ready
+    assert verdict(age=age, still=301).ready
 
 
-def test_a_checkpoint_of_a_clock_that_is_ahead_is_ready_once_we_saw_it_lie_still():
-    assert not verdict(age=-1000, still=299).ready
-    assert verdict(age=-1000, still=301).ready
+def test_what_is_older_than_any_clock_would_make_it_is_ready_at_once():
+    assert verdict(age=3600 + 301).ready
+    assert not verdict(age=3600 + 299).ready
 
 
 def test_the_tracker_makes_it_ready_at_once():
@@ -367,7 +401,7 @@ def test_a_tracker_that_is_older_than_the_files_does_not():
 def test_what_is_not_whole_waits_until_it_will_not_become_so():
     waiting = verdict(age=5, tracker=Tracker(100, NOW), whole=False)
     assert (waiting.ready, waiting.reason) == (False, "not whole yet: rank 3 has no directory")
-    assert verdict(age=301, whole=False).ready  # converting it says what is wrong
+    assert verdict(age=5, still=301, whole=False).ready  # converting it says what is wrong
 
 
 @pytest.mark.parametrize(

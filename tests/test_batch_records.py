@@ -49,7 +49,7 @@ def test_any_change_of_one_field_costs_at_most_that_record(two, capsys):
                 continue  # it is lost
             for record in records:
                 hooks.environment(record)
-                assert Record.from_json(record.to_json()) == record
+                assert Record.from_json(record.to_json(), two.out) == record
             print_status(records[:1])
             capsys.readouterr()
             json.dumps(status_json(records), allow_nan=False)

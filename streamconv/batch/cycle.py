@@ -19,6 +19,7 @@ from streamconv.api import memory_bytes
 from streamconv.batch import metrics
 from streamconv.batch.hooks import Hooks
 from streamconv.batch.ledger import Ledger
+from streamconv.batch.pins import Holder
 from streamconv.batch.places import refuse_inside_checkpoint
 from streamconv.batch.retention import Removal, finish_removals, remove_output, remove_source
 from streamconv.batch.runner import Listener, Runner, What, backoff_seconds
@@ -40,11 +41,15 @@ _FOR_GOOD = frozenset({5, 6, 8})
 
 @dataclass(slots=True)
 class Round:
-    """What a round came to. ``counts`` are outputs by how they ended; ``problems`` are of no output."""
+    """What a round came to. ``counts`` are outputs by how they ended; ``problems`` are of no output.
+
+    ``notices`` say what an earlier round of this batch did not say already.
+    """
 
     counts: Counter[str] = field(default_factory=Counter)
     removals: list[Removal] = field(default_factory=list)
     problems: list[StreamconvError] = field(default_factory=list)
+    notices: list[str] = field(default_factory=list)
     seconds: float = 0.0
     peak_bytes: int = 0
     budget_bytes: int = 0
@@ -56,7 +61,7 @@ class Round:
         """Return 0, 3 where a part failed, or the code of what kept the batch from starting."""
         if self.problems and not self.counts:
             return self.problems[0].exit_code
-        return 3 if self.problems or self.counts["failed"] else 0
+        return 3 if self.problems or self.counts["failed"] or self.counts["gone"] else 0
 
 
 class Batch:
@@ -75,6 +80,8 @@ class Batch:
         self._command = command
         self._backoff = backoff
         self._hopeless: dict[str, str] = {}
+        self._noticed: set[str] = set()
+        self._pins = Holder()
         self._stores = [Store(run.output.absolute()) for run in settings.run]
         self._began = time.time()
         self._overview: Overview | None = None
@@ -110,6 +117,8 @@ class Batch:
         hooks = Hooks(s.on_done, s.on_error, parse_duration(s.hook_limit))
         try:
             hooks.resume(record for _, store, _ in surveys for record in store)
+            for record in [r for _, _, survey in surveys for r in survey.gone]:
+                hooks.add(record)
             if made.tasks:
                 self._convert(made, hooks)
             hooks.finish()
@@ -160,6 +169,7 @@ class Batch:
                 self._hopeless,
                 outputs=[other.output for other in self._settings.run],
                 own_files=lambda name: self._own_files(store, name),
+                pin_folder=self._pins.folder,
             )
             survey.look()
         except StreamconvError as error:
@@ -170,6 +180,8 @@ class Batch:
             return None
         made.counts += survey.counts
         made.problems += survey.problems
+        made.notices += [n for n in survey.notices if n not in self._noticed]
+        self._noticed.update(survey.notices)
         if store.newer:
             made.problems.append(
                 StreamconvError(
@@ -197,6 +209,7 @@ class Batch:
             ledger,
             hooks,
             self._remembering,
+            pins=self._pins,
             retries=s.retries,
             command=self._command,
             every=self.publish,

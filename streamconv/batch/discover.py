@@ -9,7 +9,8 @@ A run is a tree such as::
     ROOT/step-1000/.metadata                                      torch DCP
 
 Whatever :func:`streamconv.formats.detect` recognises is a checkpoint; the nearest folder whose name
-ends in a number says its step. Links are not followed: ``latest`` must not be converted twice.
+ends in a number says its step. Links are not followed: ``latest`` must not be converted twice. What is
+left out for that or another reason, though it is a checkpoint, is named.
 """
 
 from __future__ import annotations
@@ -23,11 +24,13 @@ from pathlib import Path
 from streamconv import formats
 from streamconv.batch.state import holds_batch
 from streamconv.errors import BadInputError, StreamconvError
+from streamconv.formats import mcore_ranks
 
-# Deep enough for ROOT/project/experiment/global_step_N/actor.
-_MAX_DEPTH = 5
+# Deep enough for every run; links being left out, it ends anyway.
+_MAX_DEPTH = 24
+_MOST_FOLDERS = 20_000
 _STEP = re.compile(
-    r"(?:global_?step|iter|iteration|step|checkpoint|ckpt|epoch)[-_]?(\d{1,18})",
+    r"(global_?step|iter|iteration|step|checkpoint|ckpt|epoch)[-_]?(\d{1,18})",
     re.ASCII | re.IGNORECASE,
 )
 
@@ -63,18 +66,60 @@ def discover(
     *,
     avoid: Collection[Path] = (),
     on_problem: Callable[[StreamconvError], None] = lambda _: None,
+    on_notice: Callable[[str], None] = lambda _: None,
 ) -> list[Candidate]:
     """Return the checkpoints below ``root``, by run, step and model.
 
     ``avoid`` are folders not to look into: the outputs. Those of other batches are known by what a
     batch keeps there. ``on_problem`` is told of folders that cannot
-    be looked into; one that goes while it is looked at is none.
+    be looked into; one that goes while it is looked at is none. ``on_notice`` is told of checkpoints
+    that are left out.
     """
     if not root.is_dir():
         raise BadInputError("there is no such folder", where=str(root))
-    hidden = {path.resolve() for path in avoid}
-    found = list(_walk(root, root, hidden, 0, on_problem))
+    walk = _Walk(root, {path.resolve() for path in avoid}, on_problem, on_notice)
+    found = list(walk.below(root, 0))
+    walk.name_links({c.path.resolve() for c in found})
     return sorted(found, key=lambda c: (c.run, -1 if c.step is None else c.step, c.model))
+
+
+def checkpoints_in(folder: Path) -> Iterator[Path]:
+    """Yield the checkpoints in ``folder``, itself included, one in another too.
+
+    It gives up in a tree so large that nobody meant it to be a run.
+    """
+    pending = [folder]
+    for _ in range(_MOST_FOLDERS):
+        if not pending:
+            return
+        here = pending.pop()
+        try:
+            if formats.detect(here) is not None:
+                yield here
+            # Thousands of these may be in a checkpoint of Megatron's, and they are no checkpoints.
+            below = [here / name for name in _folders(here)]
+            pending += [path for path in reversed(below) if not mcore_ranks.is_rank_folder(path)]
+        except (StreamconvError, OSError):
+            continue  # whoever reads it says why
+
+
+def checkpoint_inside(folder: Path) -> Path | None:
+    """Return a checkpoint that lies in the checkpoint ``folder``; None where there is none."""
+    return next((p for p in checkpoints_in(folder) if p != folder), None)
+
+
+def _folders(folder: Path) -> list[str]:
+    with os.scandir(folder) as entries:
+        return sorted(
+            e.name
+            for e in entries
+            if not e.name.startswith(".") and e.is_dir(follow_symlinks=False)
+        )
+
+
+def _links(folder: Path) -> list[str]:
+    with os.scandir(folder) as entries:
+        return sorted(e.name for e in entries if e.is_symlink() and e.is_dir())
 
 
 def step_number(name: str) -> int | None:
@@ -84,48 +129,86 @@ def step_number(name: str) -> int | None:
     (100, 200, None)
     """
     match = _STEP.fullmatch(name)
-    return int(match[1]) if match else None
+    return int(match[2]) if match else None
 
 
-def _walk(
-    root: Path,
-    folder: Path,
-    avoid: Collection[Path],
-    depth: int,
-    on_problem: Callable[[StreamconvError], None],
-) -> Iterator[Candidate]:
-    try:
-        location = formats.detect(folder)
-    except FileNotFoundError:
-        return
-    except OSError as error:
-        on_problem(_unreadable(folder, error))
-        return
-    except StreamconvError as error:
-        on_problem(error)
-        return
-    if location is not None:
-        yield _candidate(root, location)
-        return
-    if depth == _MAX_DEPTH:
-        return
-    try:
-        with os.scandir(folder) as entries:
-            below = sorted(
-                e.name
-                for e in entries
-                if not e.name.startswith(".") and e.is_dir(follow_symlinks=False)
-            )
-    except FileNotFoundError:
-        return
-    except OSError as error:
-        on_problem(_unreadable(folder, error))
-        return
-    for name in below:
-        path = folder / name
-        if path.resolve() in avoid or holds_batch(path):
-            continue
-        yield from _walk(root, path, avoid, depth + 1, on_problem)
+def step_kind(name: str) -> str:
+    """Return what the number in a step's name counts: those of one kind can be compared.
+
+    >>> step_kind("global_step_100"), step_kind("epoch-3"), step_kind("actor")
+    ('globalstep', 'epoch', '')
+    """
+    match = _STEP.fullmatch(name)
+    return match[1].lower().replace("_", "") if match else ""
+
+
+class _Walk:
+    """One walk through a run. Folders that could be looked into are told of, and so are checkpoints."""
+
+    def __init__(
+        self,
+        root: Path,
+        avoid: Collection[Path],
+        on_problem: Callable[[StreamconvError], None],
+        on_notice: Callable[[str], None],
+    ) -> None:
+        self._root = root
+        self._avoid = avoid
+        self._problem = on_problem
+        self._notice = on_notice
+        self._links: list[Path] = []
+
+    def below(self, folder: Path, depth: int) -> Iterator[Candidate]:
+        """Yield the checkpoints in ``folder``."""
+        try:
+            location = formats.detect(folder)
+            if location is not None:
+                yield _candidate(self._root, location)
+                self._name_inside(folder)
+                return
+            below = _folders(folder)
+            self._links += [folder / name for name in _links(folder)]
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            self._problem(_unreadable(folder, error))
+            return
+        except StreamconvError as error:
+            self._problem(error)
+            return
+        if depth == _MAX_DEPTH and below:
+            self._notice(f"{folder}: folders so deep are not looked into")
+            return
+        for name in below:
+            path = folder / name
+            if path.resolve() in self._avoid or holds_batch(path):
+                self._name_among_outputs(path)
+            else:
+                yield from self.below(path, depth + 1)
+
+    def _name_inside(self, folder: Path) -> None:
+        inside = checkpoint_inside(folder)
+        if inside is not None:
+            self._notice(f"{inside}: not converted, for it lies in another checkpoint")
+
+    def _name_among_outputs(self, folder: Path) -> None:
+        for inside in checkpoints_in(folder):
+            self._notice(f"{inside}: not converted, for it lies in an output folder, {folder}")
+
+    def name_links(self, found: Collection[Path]) -> None:
+        """Name the checkpoints that only a link leads to."""
+        for link in self._links:
+            target = link.resolve()
+            if self._root.resolve().is_relative_to(target):
+                continue
+            if any(target.is_relative_to(p) for p in self._avoid):
+                continue
+            for path in checkpoints_in(target):
+                if not any(path.is_relative_to(f) for f in found):
+                    self._notice(
+                        f"{link}: not converted, for it is a link; to convert it, give the folder that "
+                        f"it leads to, {path}"
+                    )
 
 
 def _unreadable(folder: Path, error: OSError) -> StreamconvError:

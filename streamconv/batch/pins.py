@@ -4,6 +4,9 @@ Rotation removes names, and bytes live as long as they have one. The links lie o
 system: in the batch's folder where that is on the same one, else in a hidden folder of the run.
 Large files that the conversion does not read (optimizer states) are left out: they would hold disk
 space for nothing.
+
+Beside each batch's folder of links lies its lease. Links are removed when their lease is free *and*
+nobody has shown life for a while: locks of one machine need not be seen on another.
 """
 
 from __future__ import annotations
@@ -11,28 +14,114 @@ from __future__ import annotations
 import os
 import shutil
 import socket
+import time
+import uuid
 from collections.abc import Collection, Iterable
 from contextlib import suppress
 from pathlib import Path
 
+from streamconv.batch import leases
+from streamconv.batch.leases import Lease
 from streamconv.errors import StreamconvError
 
 _FOLDER = "pins"
+_LEASE = ".lease"
 _SMALL_BYTES = 64 << 20
+# A lease that was free, of another machine: whether its locks are seen here is not certain.
+_FREE_SECONDS = 3600.0
+# No lease, or a file system without locks: time alone must tell.
+_UNKNOWN_SECONDS = 86400.0
 
 
-def folder(place: Path) -> Path:
-    """Return where this process keeps its pins below ``place``: no other one ever touches them."""
-    return place / _FOLDER / f"{socket.gethostname()}-{os.getpid()}"
+class Holder:
+    """The pins of one batch, which nobody else touches as long as it or a worker of its lives."""
+
+    def __init__(self) -> None:
+        # In another PID namespace a process of the same number may run, on a host of the same name.
+        self._name = f"{socket.gethostname()}-{uuid.uuid4().hex[:12]}-{os.getpid()}"
+        self._leases: dict[Path, Lease] = {}
+
+    def folder(self, place: Path) -> Path:
+        """Return where this batch keeps its pins below ``place``."""
+        return place / _FOLDER / self._name
+
+    @property
+    def fds(self) -> tuple[int, ...]:
+        """Return what a process inherits that reads pins, so that they stay as long as it lives."""
+        return tuple(lease.fd for lease in self._leases.values())
+
+    def pin(
+        self,
+        source: Path,
+        needed: Collection[str],
+        places: Iterable[Path],
+        beside: Collection[Path] = (),
+    ) -> Path:
+        """Do as :func:`pin` in ``places`` below folders of :meth:`folder`, with leases on these."""
+        leased = []
+        for place in places:
+            folder = place.parent
+            if folder not in self._leases:
+                with suppress(OSError):
+                    # Nobody else has its name; who holds it only looks whether it is free.
+                    lease = leases.take(folder.with_name(folder.name + _LEASE), wait=True)
+                    if lease is not None:
+                        lease.say(leases.boot_clock()[0])
+                        self._leases[folder] = lease
+            if folder in self._leases:
+                leased.append(place)
+        try:
+            return pin(source, needed, leased, beside)
+        finally:
+            self._give_back()
+
+    def unpin(self, pinned: Path) -> None:
+        """Remove the links; the files stay where they have another name."""
+        unpin(pinned)
+        self._give_back()
+
+    def beat(self) -> None:
+        """Show that this batch is alive."""
+        for lease in self._leases.values():
+            lease.beat()
+
+    def _give_back(self) -> None:
+        for folder in [f for f in self._leases if not f.exists()]:
+            self._leases.pop(folder).release()
 
 
 def remove_left_behind(place: Path) -> None:
-    """Remove the pins of batches on this machine that were killed."""
-    host = socket.gethostname()
-    for path in (place / _FOLDER).glob(f"{host}-*"):
-        pid = path.name.removeprefix(f"{host}-")
-        if pid.isdecimal() and not Path(f"/proc/{pid}").exists():
-            shutil.rmtree(path, ignore_errors=True)
+    """Remove the pins of batches that are no more, wherever they ran."""
+    folder = place / _FOLDER
+    if not folder.is_dir():
+        return
+    names = {p.name.removesuffix(_LEASE) for p in folder.iterdir()}
+    for name in sorted(names):
+        with suppress(OSError):
+            _remove_if_left(folder / name)
+
+
+def _remove_if_left(pins: Path) -> None:
+    path = pins.with_name(pins.name + _LEASE)
+    if path.is_symlink() or pins.is_symlink():
+        return
+    if not path.exists():
+        if _idle_seconds(pins) >= _UNKNOWN_SECONDS:
+            shutil.rmtree(pins, ignore_errors=True)
+        return
+    lease = leases.take(path)
+    if lease is None:
+        return
+    # A lock of this very kernel tells for certain; one of another machine may not be seen here.
+    here = path.read_text(errors="replace") == leases.boot_clock()[0]
+    wait = _UNKNOWN_SECONDS if not lease.locked else 0.0 if here else _FREE_SECONDS
+    if _idle_seconds(path) >= wait:
+        shutil.rmtree(pins, ignore_errors=True)
+        lease.release()
+
+
+def _idle_seconds(path: Path) -> float:
+    return time.time() - path.lstat().st_mtime
 
 
 def pin(

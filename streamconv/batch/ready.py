@@ -7,6 +7,10 @@ directory at its end and
   ``latest``) names this step or a later one and is not older than the files, or
 * nothing in it has changed for the settle time.
 
+How long that is, only we ourselves can say: the times of files are another machine's, and a clock may
+be minutes ahead. So it was seen twice as it is, so far apart by a clock that nobody sets; or its times
+are older than any such clock would make it.
+
 A tracker alone proves nothing about a run that went back to an earlier step and writes over it, hence
 the second half of the first rule.
 """
@@ -26,6 +30,8 @@ from streamconv.sidefiles import candidates
 
 _TRACKERS = ("latest_checkpointed_iteration.txt", "latest")
 _MAX_TRACKER_BYTES = 4096
+# By how much clocks of the machines that write and convert may differ.
+CLOCK_DOUBT_SECONDS = 3600.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,12 +39,14 @@ class Snapshot:
     """What a checkpoint's files look like from outside: cheap to take, and to compare.
 
     ``digest`` covers names, sizes and times of change, ``newest_ns`` is the latest of the times,
-    those of the folders included (they tell when a file came or went).
+    those of the folders included (they tell when a file came or went). ``marks`` changes as well where
+    a file is another one with the same name, size and time; and where it only got another link.
     """
 
     digest: str
     newest_ns: int
     nbytes: int
+    marks: str = ""
 
 
 def look_at(candidate: Candidate) -> Snapshot:
@@ -49,18 +57,20 @@ def look_at(candidate: Candidate) -> Snapshot:
     seen = snapshot(candidate.path)
     if candidate.beside is None:
         return seen
-    entries = [seen.digest]
+    entries, marks = [seen.digest], [seen.marks]
     newest = seen.newest_ns
     for path in candidates(candidate.beside, candidate.path):
         status = path.lstat()
         newest = max(newest, status.st_mtime_ns)
         entries.append(f"{path.name}\0{status.st_size}\0{status.st_mtime_ns}")
-    return Snapshot(_digest(entries), newest, seen.nbytes)
+        marks.append(f"{path.name}\0{status.st_ctime_ns}")
+    return Snapshot(_digest(entries), newest, seen.nbytes, _digest(marks))
 
 
 def snapshot(folder: Path) -> Snapshot:
     """Return how ``folder`` looks now; raises ``OSError`` where it goes meanwhile."""
     entries: list[str] = []
+    marks: list[str] = []
     newest = folder.stat().st_mtime_ns
     total = 0
     pending = [str(folder)]
@@ -74,8 +84,10 @@ def snapshot(folder: Path) -> Snapshot:
                     pending.append(entry.path)
                 else:
                     total += status.st_size
-                    entries.append(f"{entry.path[prefix:]}\0{status.st_size}\0{status.st_mtime_ns}")
-    return Snapshot(_digest(entries), newest, total)
+                    name = entry.path[prefix:]
+                    entries.append(f"{name}\0{status.st_size}\0{status.st_mtime_ns}")
+                    marks.append(f"{name}\0{status.st_ctime_ns}")
+    return Snapshot(_digest(entries), newest, total, _digest(marks))
 
 
 def _digest(entries: Iterable[str]) -> str:
@@ -107,6 +119,12 @@ def read_tracker(run_dir: Path) -> Tracker | None:
     return None
 
 
+def lies_still(newest_ns: int, settle_seconds: float, *, still_seconds: float, now_ns: int) -> bool:
+    """Whether what changed last at ``newest_ns`` has lain still so long, whatever the clocks say."""
+    age = (now_ns - newest_ns) / 1e9
+    return still_seconds >= settle_seconds or age >= settle_seconds + CLOCK_DOUBT_SECONDS
+
+
 @dataclass(frozen=True, slots=True)
 class Verdict:
     """``ready``, or why not; ``settled`` says that waiting longer would change nothing."""
@@ -128,11 +146,10 @@ def judge(
 ) -> Verdict:
     """Return whether the checkpoint can be converted now.
 
-    ``still_seconds`` is for how long we ourselves have seen it unchanged: file times are another
-    machine's, and its clock may be ahead. ``check_whole`` raises where a file is not.
+    ``still_seconds`` is for how long we ourselves have seen it unchanged. ``check_whole`` raises where
+    a file is not whole.
     """
-    age = (now_ns - seen.newest_ns) / 1e9
-    settled = max(age, still_seconds) >= settle_seconds
+    settled = lies_still(seen.newest_ns, settle_seconds, still_seconds=still_seconds, now_ns=now_ns)
     tracked = (
         tracker is not None
         and candidate.step is not None

@@ -55,9 +55,10 @@ def shape_of(kind: type[Any], states: Collection[str]) -> dict[str, Any]:
         "State": Leaf("a state", lambda v: isinstance(v, str) and v in states),
         "list[str]": [TEXT],
         "list[list[Any]]": [(_NAME, COUNT, _WHOLE)],
+        "dict[str, float]": {str: _NUMBER},
         "dict[str, Any] | None": _ERROR_OR_NULL,
     }
-    by_name = {"reason": TEXT, "seen_at": _TIME}
+    by_name = {"reason": TEXT}
     by_name |= dict.fromkeys(("started_at", "finished_at"), _TIME.or_null())
     return {
         f"{field.name}?": by_name.get(field.name, by_type[str(field.type)])

@@ -29,7 +29,7 @@ from streamconv.batch import worker
 from streamconv.batch.hook_process import last_line
 from streamconv.batch.hooks import Hooks
 from streamconv.batch.ledger import Ledger
-from streamconv.batch.pins import pin, unpin
+from streamconv.batch.pins import Holder
 from streamconv.batch.state import Record, is_intact
 from streamconv.batch.tasks import UNCOMPARED, Task, take_over_finished
 from streamconv.convert_job import identify
@@ -80,6 +80,7 @@ class Runner:
         hooks: Hooks,
         listener: Listener,
         *,
+        pins: Holder | None = None,
         retries: int = 3,
         command: Sequence[str] | None = None,
         every: Callable[[], None] = lambda: None,
@@ -88,6 +89,7 @@ class Runner:
         self._ledger = ledger
         self._hooks = hooks
         self._tell = listener
+        self._pins = pins or Holder()
         self._retries = retries
         self._command = list(command or worker.command())
         self._every = every
@@ -116,6 +118,7 @@ class Runner:
                 now = time.monotonic()
                 if now - told >= _SAVE_EVERY_SECONDS:
                     told = now
+                    self._pins.beat()
                     self._every()
         finally:
             self._stop()
@@ -216,6 +219,7 @@ class Runner:
                 stdout=subprocess.PIPE,
                 stderr=err,
                 start_new_session=True,  # Ctrl-C is ours to hand on
+                pass_fds=self._pins.fds,
             )
         except OSError:
             err.close()
@@ -231,11 +235,11 @@ class Runner:
             needed = [(location.root / path).relative_to(source).as_posix() for path in below]
             side = [Path(s.path) for s in wanted.side] if task.job.hf_config is None else []
             beside = [path for path in side if _is_beside(path, source.absolute())]
-            pinned = pin(source, needed, task.pin_places, beside)
+            pinned = self._pins.pin(source, needed, task.pin_places, beside)
             if identify(pinned, task.job).digest == wanted.digest:
                 task.pinned = pinned
                 return
-            unpin(pinned)
+            self._pins.unpin(pinned)
             why = "what belongs to it lies outside its folder"
         except (StreamconvError, OSError) as error:
             why = str(error).replace("\n ", ";")
@@ -243,7 +247,7 @@ class Runner:
 
     def _unpin(self, task: Task) -> None:
         if task.pinned is not None:
-            unpin(task.pinned)
+            self._pins.unpin(task.pinned)
             task.pinned = None
 
     # Listening

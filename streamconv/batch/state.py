@@ -5,10 +5,11 @@ In the output folder::
     status.json                          everything, for people and programs: a view, written last
     .streamconv-batch/jobs/NAME.json     one record per output, written by whoever holds its lock
     .streamconv-batch/locks/NAME.lock    held while a batch works on that output
-    .streamconv-batch/pins/HOST-PID/…    hard links to sources that are being read
+    .streamconv-batch/pins/…             hard links to sources that are being read
 
 One file per output, so that two batches never write the same one. Every file appears whole. A record
-that is lost costs time and nothing else: the output's manifest says what it was made of.
+that is lost costs time and nothing else: the output's manifest says what it was made of. Outputs are
+known by their names in the folder, so that it can be moved and copied.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal, get_args
 from urllib.parse import quote
 
@@ -47,10 +48,14 @@ class Record:
 
     ``state``: ``waiting`` (its source is not whole yet), ``queued``, ``running``, ``done``,
     ``failed``, ``gone`` (the source went before it could be converted), ``pruned`` (removed by
-    retention). ``attempts`` counts failures since the last success. ``snapshot`` is the digest of how
-    the source looked, ``seen_at`` since when it looks so; ``options`` the digest of what decides the
-    output, ``job`` that of the conversion that was to be made last. ``evidence`` is what a finished
-    output looked like: see :func:`output_evidence`.
+    retention). ``attempts`` counts failures since the last success.
+    ``root`` is the run that the source belongs to, ``relative`` where in it that lies. ``snapshot`` is
+    the digest of how the source looked, ``marks`` that of what also changes where only the content
+    does, ``seen`` since when it looks so, by the clock of each machine that saw it; ``options`` the
+    digest of what decides the output, ``job`` that of the conversion that was to be made last,
+    ``content`` that of the last source that was whole. ``generation`` counts the looks at the folder:
+    that content appeared in this one, written at ``written_ns``. ``evidence`` is what a finished output
+    looked like: see :func:`output_evidence`.
     ``seconds`` is how long all of it took, planning included, ``bytes_per_second`` how fast bytes
     moved. Times are seconds since the epoch.
     """
@@ -65,10 +70,16 @@ class Record:
     state: State = "waiting"
     reason: str = ""
     attempts: int = 0
+    root: str = ""
+    relative: str = ""
     snapshot: str = ""
-    seen_at: float = 0.0
+    marks: str = ""
+    seen: dict[str, float] = field(default_factory=dict)
     options: str = ""
     job: str = ""
+    content: str = ""
+    generation: int = 0
+    written_ns: int = 0
     evidence: list[list[Any]] = field(default_factory=list)
     started_at: float | None = None
     finished_at: float | None = None
@@ -112,10 +123,14 @@ class Record:
         return {"schema": SCHEMA, **asdict(self)}
 
     @staticmethod
-    def from_json(data: dict[str, Any]) -> Record:
-        """Rebuild a record; what another release put there and this one does not know is dropped."""
+    def from_json(data: dict[str, Any], folder: Path) -> Record:
+        """Rebuild the record of an output in ``folder``, wherever that was when it was written.
+
+        What another release put there and this one does not know is dropped.
+        """
         known = {f.name for f in fields(Record)}
-        return Record(**{k: v for k, v in data.items() if k in known})
+        told = {k: v for k, v in data.items() if k in known}
+        return Record(**{**told, "output": str(folder / data["name"])})
 
 
 _SHAPE = shape_of(Record, get_args(State))
@@ -155,7 +170,7 @@ class Store:
 
     def reload(self, name: str) -> Record:
         """Return the record as another batch may have left it meanwhile; the output's lock is held."""
-        read = _read_record(self._path(name))
+        read = _read_record(self._path(name), self.output)
         if read is not None:
             if read.state == "running":
                 read.interrupt()  # whoever ran it would hold the lock
@@ -169,7 +184,9 @@ class Store:
         ended for the sake of what is remembered of it.
         """
         self._records[record.name] = record
-        self._write(self._path(record.name), record.to_json())
+        data = record.to_json()
+        del data["output"]  # where it lies now, its name and the folder say
+        self._write(self._path(record.name), data)
 
     def _write(
         self,
@@ -197,7 +214,7 @@ class Store:
         except filelock.Timeout as error:
             raise LockedError("another batch is at work on this output", where=name) from error
         try:
-            _read_record(self._path(name))
+            _read_record(self._path(name), self.output)
         except NewerRecordError:
             lock.release()
             raise LockedError("its record is a newer streamconv's", where=name) from None
@@ -258,10 +275,11 @@ def read_records(output: Path) -> list[Record]:
 def _read_all(output: Path) -> tuple[list[Record], int]:
     """Return the records, and how many more a later release wrote."""
     folder = output / FOLDER / "jobs"
+    output = output.absolute()
     records, newer = [], 0
     for path in sorted(folder.glob("*.json")) if folder.is_dir() else []:
         try:
-            record = _read_record(path)
+            record = _read_record(path, output)
         except NewerRecordError:
             newer += 1
             continue
@@ -273,12 +291,19 @@ def _read_all(output: Path) -> tuple[list[Record], int]:
     return sorted(records, key=order), newer
 
 
-def _read_record(path: Path) -> Record | None:
+def _read_record(path: Path, output: Path) -> Record | None:
     """Return a record, None for one that is lost; raises :class:`NewerRecordError`."""
     data = read_record_file(path, _SHAPE)
     if data is None or path.name != f"{file_name(data['name'])}.json":
         return None
-    return Record.from_json(data)
+    if not _is_inside(data["name"]):
+        return None
+    return Record.from_json(data, output)
+
+
+def _is_inside(name: str) -> bool:
+    path = PurePosixPath(name)
+    return bool(path.parts) and not path.is_absolute() and ".." not in path.parts
 
 
 def _alive(record: Record) -> bool:

@@ -14,16 +14,19 @@ import xxhash
 
 from streamconv.batch import pins
 from streamconv.batch.discover import Candidate, discover
+from streamconv.batch.leases import boot_clock
 from streamconv.batch.places import refuse_own_files
-from streamconv.batch.ready import Snapshot, Tracker, judge, look_at, read_tracker, snapshot
+from streamconv.batch.ready import Snapshot, Tracker, judge, look_at, read_tracker
 from streamconv.batch.retention import Rule
 from streamconv.batch.selection import named, namer
 from streamconv.batch.settings import RunSettings
 from streamconv.batch.state import FOLDER, Record, Store, file_name, is_intact
 from streamconv.batch.tasks import UNCOMPARED, Task, take_over_finished
-from streamconv.convert_job import finished_output, identify, refuse_others
+from streamconv.convert_job import IdentifiedJob, finished_output, identify, refuse_others
 from streamconv.errors import LockedError, StreamconvError, UsageError
 from streamconv.identity import chosen_options
+from streamconv.lora_plan import base_inputs
+from streamconv.sidefiles import list_side_files
 
 
 class Survey:
@@ -31,8 +34,10 @@ class Survey:
 
     ``tasks`` is what there is to do, ``counts`` how many outputs are in which state,
     ``candidates`` all that were chosen, by output name, ``problems`` what could not be looked at.
+    ``gone`` are the records of those whose source went away, ``notices`` says what was left out.
     ``outputs`` are the output folders of all runs, which are not looked into; ``own_files`` returns
-    what the batch writes on account of an output, and what each file is.
+    what the batch writes on account of an output, and what each file is; ``pin_folder`` where it keeps
+    pins below a place.
     ``hopeless`` are outputs whose conversion failed for good in this process, with what :func:`scene`
     said then: nothing is gained by trying the same again.
     """
@@ -46,6 +51,7 @@ class Survey:
         *,
         outputs: Collection[Path] = (),
         own_files: Callable[[str], Mapping[Path, str]] = lambda _: {},
+        pin_folder: Callable[[Path], Path] = lambda place: place,
     ) -> None:
         self._run = run
         self._store = store
@@ -53,6 +59,10 @@ class Survey:
         self._hopeless = hopeless
         self._outputs = {run.output, *outputs}
         self._own_files = own_files
+        self._pin_folder = pin_folder
+        self._root = run.root.resolve()
+        self._boot, self._now_seconds = boot_clock()
+        self._generation = 0
         self._job = run.job_options()
         self._options = _options_digest(run)
         self._trackers: dict[Path, Tracker | None] = {}
@@ -61,6 +71,8 @@ class Survey:
         self.counts: Counter[str] = Counter()
         self.candidates: dict[str, Candidate] = {}
         self.problems: list[StreamconvError] = []
+        self.notices: list[str] = []
+        self.gone: list[Record] = []
 
     def look(self) -> None:
         """Find the checkpoints and decide about each."""
@@ -71,7 +83,10 @@ class Survey:
             pins.remove_left_behind(place)
         # Absolute: records and hooks are read from other working folders.
         all_found = discover(
-            run.root.absolute(), avoid=self._outputs, on_problem=self.problems.append
+            run.root.absolute(),
+            avoid=self._outputs,
+            on_problem=self.problems.append,
+            on_notice=self.notices.append,
         )
         found = run.filter.choose(all_found)
         self.candidates = named(found, namer(run.name, run.model))
@@ -79,6 +94,7 @@ class Survey:
             path: what for name in self.candidates for path, what in self._own_files(name).items()
         }
         refuse_own_files(self._store.output, self.candidates, own)
+        self._generation = 1 + max((r.generation for r in self._store), default=0)
         for name, candidate in self.candidates.items():
             self._consider(name, candidate)
         if self.rule.active:
@@ -95,7 +111,13 @@ class Survey:
             what = f"a checkpoint cannot be looked at: {error.strerror}"
             self.problems.append(StreamconvError(what, where=str(c.path)))
             return
-        known = (record.snapshot, record.options) == (seen.digest, self._options)
+        known = (record.root, record.relative, record.snapshot, record.marks, record.options) == (
+            str(self._root),
+            c.relative.as_posix(),
+            seen.digest,
+            seen.marks,
+            self._options,
+        )
         if known and self._is_done(record):
             self.counts["done"] += 1
             return
@@ -121,39 +143,63 @@ class Survey:
 
     def _decide(self, record: Record, c: Candidate, seen: Snapshot) -> None:
         """Decide about one output while its lock is held, and save what was decided."""
-        now = time.time()
-        if record.snapshot != seen.digest:
-            record.snapshot, record.seen_at, record.verified = seen.digest, now, None
-        elif self._is_done(record) and record.options == self._options:
-            self.counts["done"] += 1  # by another batch, a moment ago
-            return
-        if record.options != self._options:
-            record.options, record.verified = self._options, None
+        same = self._is_same(record, c, seen)
+        if not same:
+            record.seen = {}
+        unchanged = same and record.options == self._options
+        if not unchanged or (record.evidence and not is_intact(record)):
+            record.verified = None
+        record.root, record.relative = str(self._root), c.relative.as_posix()
+        record.snapshot, record.marks, record.options = seen.digest, seen.marks, self._options
         record.source, record.run, record.step = str(c.path), c.run, c.step
         record.model, record.format = c.model, c.format
-        jobs: list[Mapping[str, Any]] = []
+        if unchanged and self._is_done(record):
+            self.counts["done"] += 1  # by another batch, a moment ago
+            self._store.save(record)
+            return
+        since = record.seen.setdefault(self._boot, self._now_seconds)
+        found: list[IdentifiedJob] = []
         verdict = judge(
             c,
             seen,
             self._tracker(c.run_dir),
             settle_seconds=self._run.settle_seconds,
-            still_seconds=now - record.seen_at,
+            still_seconds=self._now_seconds - since,
             now_ns=time.time_ns(),
-            check_whole=lambda: jobs.append(identify(c.path, self._job).identity),
+            check_whole=lambda: found.append(identify(c.path, self._job)),
         )
-        record.job = jobs[0]["digest"] if jobs else ""
+        digest = record.job = found[0].digest if found else ""
+        if found and verdict.ready and record.content != (content := content_of(found[0])):
+            record.content, record.generation = content, self._generation
+            record.written_ns = max(0, seen.newest_ns)
         if not verdict.ready:
             record.state, record.reason = "waiting", verdict.reason
             self.counts["waiting"] += 1
-        elif jobs and self._adopt(record, record.job):
+        elif digest and self._adopt(record, digest):
             self.counts["done"] += 1
         else:
             record.state, record.reason = "queued", verdict.reason
             task = self._task(record, c)
-            if jobs:
-                task.refused = self._refusal(record, jobs[0])
+            if found:
+                task.refused = self._refusal(record, found[0].identity)
             self.tasks.append(task)
         self._store.save(record)
+
+    def _is_same(self, record: Record, c: Candidate, seen: Snapshot) -> bool:
+        """Whether a source is the one that the record speaks of.
+
+        Only what is in it tells where names, sizes and times are the same: those of another run may be.
+        """
+        if (record.relative, record.snapshot) != (c.relative.as_posix(), seen.digest):
+            return False
+        if record.marks == seen.marks and record.root == str(self._root):
+            return True
+        if record.state != "done":
+            return record.root == str(self._root)
+        try:
+            return record.content == content_of(identify(c.path, self._job))
+        except (StreamconvError, OSError):
+            return False
 
     def _refusal(self, record: Record, job: Mapping[str, Any]) -> StreamconvError | None:
         """Return why the output is in the way: that needs no process to be found out."""
@@ -172,7 +218,7 @@ class Survey:
 
     def _task(self, record: Record, c: Candidate) -> Task:
         root = self._run.root.absolute()
-        places = [pins.folder(place) for place in (self._store.folder, root / FOLDER)]
+        places = [self._pin_folder(place) for place in (self._store.folder, root / FOLDER)]
         return Task(
             candidate=c,
             record=record,
@@ -215,11 +261,14 @@ class Survey:
                     if not take_over_finished(record, record.job, why):
                         record.state = "gone"
                         record.reason = "the source went away before it was converted"
+                        self.counts["gone"] += 1
+                        self.gone.append(record)
                     self._store.save(record)
 
     def _has_vanished(self, record: Record) -> bool:
         return (
             record.state in ("waiting", "queued", "failed")
+            and record.root in ("", str(self._root))
             and record.name not in self.candidates
             and not Path(record.source).exists()
         )
@@ -233,9 +282,18 @@ def scene(record: Record) -> str:
         return record.snapshot
 
 
+def content_of(source: IdentifiedJob) -> str:
+    """Return what stands for what is in a source, whatever is to be made of it."""
+    text = json.dumps([source.identity["format"], source.identity["source"]])
+    return xxhash.xxh3_128_hexdigest(text.encode())
+
+
 def _options_digest(run: RunSettings) -> str:
-    """Return the digest of all that decides an output apart from its source."""
+    """Return the digest of all that decides an output apart from its source, by content."""
     options = chosen_options(run.job_options())
-    if run.hf_config is not None:
-        options["hf_config"] = snapshot(run.hf_config).digest if run.hf_config.is_dir() else ""
+    if run.hf_config is not None and run.hf_config.is_dir():
+        side = list_side_files(run.hf_config, root=run.root, named=True)
+        options["hf_config"] = [(f.name, f.xxh3) for f in side]
+    if run.base is not None:
+        options["base"] = base_inputs(run.base)
     return xxhash.xxh3_64_hexdigest(json.dumps(options, sort_keys=True).encode())

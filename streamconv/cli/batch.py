@@ -167,6 +167,8 @@ def batch(
         for problem in made.problems:
             tell(f"error: {problem}")
         if not quiet:
+            for notice in made.notices:
+                tell(f"notice: {notice}")
             say(render_round(made, applied=settings.apply))
             if following is not None:
                 say(f"next round: {following}")

@@ -106,6 +106,7 @@ def round_json(made: Round) -> dict[str, Any]:
             for r in made.removals
         ],
         "problems": [p.to_json() for p in made.problems],
+        "notices": made.notices,
         "exit_code": made.exit_code,
     }
 
@@ -127,7 +128,7 @@ def render_round(made: Round, *, applied: bool) -> str:
 
 def _record_json(record: Record) -> dict[str, Any]:
     data = record.to_json()
-    for key in ("evidence", "snapshot", "options", "seen_at"):
+    for key in ("evidence", "snapshot", "marks", "options", "seen", "generation"):
         del data[key]  # how we recognise it: of no use to anybody else
     return data
 
