@@ -11,8 +11,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import xxhash
+
 from streamconv import budget as budgets
 from streamconv.errors import (
+    BadInputError,
     BudgetError,
     NoSpaceError,
     OutputExistsError,
@@ -22,6 +25,7 @@ from streamconv.errors import (
 )
 from streamconv.executor import WindowFiller, write_output
 from streamconv.manifest import read_manifest, write_manifest
+from streamconv.newfile import replacing
 from streamconv.options import Event, JobOptions, Result, RunOptions
 from streamconv.plan import Plan
 from streamconv.planned import MANIFEST, OutputFile, PlannedTensor, SideFile
@@ -157,6 +161,7 @@ def convert(src: Path, dst: Path, job: JobOptions, run: RunOptions) -> Result:
             except BaseException:
                 staging.discard()
                 raise
+            staging.seal(plan)
             if meter.peak_bytes > budget:
                 staging.discard()
                 raise BudgetError(
@@ -180,13 +185,35 @@ def run_plan(plan_path: Path, dst: Path, run: RunOptions) -> Result:
         if done:
             return done
         staging = Staging(dst, sync=run.sync)
-        staged = staged_plan(staging, Path(plan.head.root), plan.head.job, run, plan.digest)
+        root, side = Path(plan.head.root), plan.head.side
+        staged = staged_plan(staging, root, plan.head.job, run, plan.digest)
         if staged is None:
             staging.begin()
-            partial = staging.plan_path.with_name(staging.plan_path.name + ".part")
-            _copy(plan_path, partial, sync=run.sync)
-            partial.replace(staging.plan_path)
-        return _Conversion(plan, dst, run, budget, staging, meter).execute()
+            try:
+                staged = _copied(plan, staging.plan_path)
+            except BaseException:
+                staging.discard()
+                raise
+            staging.seal(staged)
+        staged.find_sources(root, side)
+        return _Conversion(staged, dst, run, budget, staging, meter).execute()
+
+
+def _copied(plan: Plan, path: Path) -> Plan:
+    """Return a copy of our own at ``path``: whoever writes to the plan's file does not write to it."""
+    with replacing(path) as fd:
+        at = 0
+        while sent := os.sendfile(fd, plan.fileno(), at, _COPY_BYTES):
+            at += sent
+        os.fsync(fd)
+    copy = Plan(path)
+    if copy.digest != plan.digest or copy.head != plan.head:
+        raise BadInputError(
+            "the plan changed while it was read",
+            where=str(plan.path),
+            hint="run it again when nobody writes to it",
+        )
+    return copy
 
 
 def _budget_bytes(run: RunOptions) -> int:
@@ -257,7 +284,7 @@ class _Conversion:
             raise
         except BudgetError:
             # Before the first byte: what an earlier run finished is kept for a larger budget.
-            if not self.staging.finished:
+            if not self.staging.journal.finished:
                 self.staging.discard()
             raise
         except NoSpaceError as error:
@@ -270,7 +297,7 @@ class _Conversion:
     def _execute(self) -> Result:
         run, head = self.run, self.plan.head
         started = time.monotonic()
-        self.staging.begin()
+        self.staging.clear_unfinished()
         outputs = self.plan.outputs()
         max_window, factors = budgets.shares(
             self.budget,
@@ -286,7 +313,7 @@ class _Conversion:
             Path(head.root), head.files, drop_cache=run.sync, strict_mtime=not verifiable
         ) as reader:
             checks = RecordChecks(reader, check_crc=run.source_crc)
-            checks.restore(self.staging.crc_journal)
+            checks.restore(self.staging.journal.records)
             filler = WindowFiller(
                 reader,
                 checks,
@@ -298,7 +325,7 @@ class _Conversion:
                 run.on_event(Event("phase", "write"))
                 progress = _Progress(self, sum(o.nbytes for o in outputs), reused, started)
                 for output, tensors in self.plan.sections():
-                    if output.name not in self.staging.finished:
+                    if output.name not in self.staging.journal.finished:
                         self._write(output, tensors, filler, checks, progress)
                 side = list(self._side_files())
                 reader.check_unchanged()
@@ -323,8 +350,8 @@ class _Conversion:
         write_manifest(
             self.staging.files / MANIFEST,
             self.plan,
-            [self.staging.finished[o.name] for o in outputs],
-            self.staging.tensor_digests,
+            [self.staging.journal.finished[o.name] for o in outputs],
+            self.staging.journal.tensor_digests,
             side,
             {
                 "seconds": round(result.seconds, 3),
@@ -341,23 +368,22 @@ class _Conversion:
     def _check_finished(self, outputs: list[OutputFile]) -> int:
         """Check the files of an earlier run by their digests; return the bytes that need no work."""
         good = 0
-        if self.staging.finished:
+        journal = self.staging.journal
+        if journal.finished:
             self.run.on_event(Event("phase", "resume"))
         for output in outputs:
-            finished = self.staging.finished.get(output.name)
-            if finished is None:
+            if output.name not in journal.finished:
                 continue
-            path = self.staging.locate(output.name)
-            if path.is_file() and hash_file(path) == finished.xxh3:
+            if journal.holds(output.name, self.staging.locate(output.name)):
                 good += output.nbytes
             else:
-                self.staging.forget(output.name)
+                journal.forget(output.name)
         return good
 
     def _check_disk(self) -> None:
         needed, room = self._disk()
         if room < needed:
-            if not self.staging.finished:
+            if not self.staging.journal.finished:
                 self.staging.discard()
             raise NoSpaceError(
                 "not enough disk space for the output",
@@ -370,7 +396,7 @@ class _Conversion:
         """Return the bytes that are still to be written, and the room that there is for them."""
         free = shutil.disk_usage(self.staging.root).free
         return self.plan.disk_bytes(
-            done=self.staging.finished
+            done=self.staging.journal.finished
         ), free + self.staging.half_done_bytes()
 
     def _write(
@@ -394,11 +420,12 @@ class _Conversion:
             sync=self.run.sync,
             sha256=self.run.sha256,
             direct=self.run.direct,
+            seed=self.staging.seed,
             on_bytes=lambda n: progress.add(n, output.name),
         )
         progress.add(output.nbytes - (progress.done - before), output.name)  # the header
         partial.replace(self.staging.files / output.name)
-        self.staging.record(finished, checks.journal())
+        self.staging.journal.record(finished, checks.journal())
 
     def _side_files(self) -> Iterable[tuple[str, int, str]]:
         """Copy and write the files beside the weights; yield name, bytes and digest of each."""
@@ -406,10 +433,10 @@ class _Conversion:
             target = self.staging.files / side.name
             target.parent.mkdir(parents=True, exist_ok=True)
             try:
-                _copy(Path(side.path), target, sync=self.run.sync)
+                copied = _copy(Path(side.path), target, sync=self.run.sync)
             except FileNotFoundError as error:
                 raise SourceChangedError("a side file vanished", where=side.path) from error
-            if hash_file(target) != side.xxh3:
+            if copied != side.xxh3:
                 raise SourceChangedError("a side file changed meanwhile", where=side.path)
             yield side.name, side.nbytes, side.xxh3
         for written in self.plan.head.written:
@@ -460,10 +487,19 @@ class _Progress:
         )
 
 
-def _copy(source: Path, target: Path, *, sync: bool) -> None:
-    """Copy a file in small steps: a tokenizer of a gigabyte must not need one."""
-    with source.open("rb") as read, target.open("wb") as write:
-        shutil.copyfileobj(read, write, _COPY_BYTES)
-        write.flush()
-        if sync:
-            os.fsync(write.fileno())
+def _copy(source: Path, target: Path, *, sync: bool) -> str:
+    """Copy a file in small steps (a tokenizer of a gigabyte must not need one); return its xxh3_128."""
+    digest = xxhash.xxh3_128()
+    # Of a pipe that took the file's place nothing is waited for.
+    read = os.open(source, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        with target.open("wb") as write:
+            while piece := os.read(read, _COPY_BYTES):
+                digest.update(piece)
+                write.write(piece)
+            write.flush()
+            if sync:
+                os.fsync(write.fileno())
+    finally:
+        os.close(read)
+    return digest.hexdigest()

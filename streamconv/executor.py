@@ -42,13 +42,17 @@ _STEP_BYTES = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class FinishedFile:
-    """An output file that is written: its size, digests, and the digest of each tensor's bytes."""
+    """An output file that is written: its size, digests, and the digest of each tensor's bytes.
+
+    ``keyed`` is the hash with the seed that was asked for.
+    """
 
     name: str
     nbytes: int
     xxh3: str
     sha256: str | None
     tensors: dict[str, str] = field(default_factory=dict)
+    keyed: str = ""
 
 
 class WindowFiller:
@@ -188,16 +192,18 @@ def write_output(
     sync: bool,
     sha256: bool,
     direct: bool = False,
+    seed: int = 0,
     on_bytes: Callable[[int], None],
 ) -> FinishedFile:
     """Write one output file to ``path`` and return its digests.
 
+    ``seed`` is that of the hash ``keyed``, which nobody can foretell who does not know it.
     ``on_bytes`` is called with the number of output bytes done since the last call. Raises what the
     reader, the checks and the writer raise; the partial file then stays for the caller to remove.
     """
     digests: dict[str, str] = {}
     digest = xxhash.xxh3_128()
-    with ShardWriter(path, output, sync=sync, sha256=sha256, direct=direct) as writer:
+    with ShardWriter(path, output, sync=sync, sha256=sha256, direct=direct, seed=seed) as writer:
         for window, buffer in filled_windows(tensors, filler, checks):
             for segment in window.segments:
                 piece = buffer[segment.at : segment.at + segment.nbytes]
@@ -211,7 +217,9 @@ def write_output(
                     digest.reset()
             on_bytes(window.nbytes if window.segments[0].tensor.same_as is None else 0)
         writer.finish()
-        return FinishedFile(output.name, output.nbytes, writer.xxh3, writer.sha256, digests)
+        return FinishedFile(
+            output.name, output.nbytes, writer.xxh3, writer.sha256, digests, writer.keyed
+        )
 
 
 def filled_windows(

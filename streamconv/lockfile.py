@@ -28,13 +28,13 @@ _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)
 
 
 @contextmanager
-def locked_file(path: Path, what: Path, *, wait_seconds: float = _ORPHAN_SECONDS) -> Iterator[int]:
+def locked_file(path: Path, what: Path, *, wait_seconds: float | None = None) -> Iterator[int]:
     """Hold the lock ``path`` of ``what``; yield the descriptor that a child process inherits.
 
     Raises :class:`LockedError` where another process has it: at once, or after ``wait_seconds`` where
     that one is dead and a process that it had started lives on. The file is removed in the end.
     """
-    fd = _acquire(path, what, wait_seconds)
+    fd = _acquire(path, what, _ORPHAN_SECONDS if wait_seconds is None else wait_seconds)
     try:
         yield fd
     finally:

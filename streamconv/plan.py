@@ -25,12 +25,16 @@ the xxh3_128 of all lines but the first and the last.
 
 from __future__ import annotations
 
+import io
 import json
+import os
+import stat
+import weakref
 from array import array
 from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import asdict, astuple, replace
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import xxhash
 
@@ -50,6 +54,9 @@ from streamconv.planned import (
 )
 from streamconv.recipe import AddScalar, Cast, Zero
 from streamconv.source import ShardTable, Skipped, SourceFile
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
 
 SCHEMA = 1
 _PIECE = '{"piece"'
@@ -216,29 +223,61 @@ class PlanWriter:
         return digest
 
 
-class Plan:
-    """A plan in a file. The head is read at once, sections are streamed as often as one likes."""
+class _At(io.RawIOBase):
+    """Reads an open file from its beginning, whatever else reads it through the same descriptor."""
 
-    def __init__(self, path: Path) -> None:
-        """Read the head and check the digest; raises :class:`BadInputError` for a damaged plan."""
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._at = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Buffer) -> int:
+        got = os.preadv(self._fd, [buffer], self._at)
+        self._at += got
+        return got
+
+
+def _open(path: Path) -> int:
+    # A pipe would be waited for, and a device never ends.
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    mode = os.fstat(fd).st_mode
+    if stat.S_ISREG(mode):
+        return fd
+    os.close(fd)
+    raise BadInputError(
+        "a plan is a file",
+        where=str(path),
+        found="a folder" if stat.S_ISDIR(mode) else "a pipe or a device",
+        hint="make one with `streamconv plan SRC -o PLAN`",
+    )
+
+
+class Plan:
+    """A plan in a file. The head is read at once, sections are streamed as often as one likes.
+
+    The file is opened once: what takes its place meanwhile is not this plan.
+    """
+
+    def __init__(self, path: Path, fd: int | None = None) -> None:
+        """Read the head and check the digest; raises :class:`BadInputError` for a damaged plan.
+
+        ``fd`` is the open file where the caller has opened it; it is closed with the plan.
+        """
         self.path = path
-        # A pipe would be waited for, and a device never ends.
-        if path.exists() and not path.is_file():
-            raise BadInputError(
-                "a plan is a file",
-                where=str(path),
-                found="a folder" if path.is_dir() else "a pipe or a device",
-                hint="make one with `streamconv plan SRC -o PLAN`",
-            )
         try:
-            self.digest = self._check_digest()
-            self.head = self._read_head()
+            self._fd = _open(path) if fd is None else fd
         except FileNotFoundError as error:
             raise BadInputError(
                 "there is no such plan",
                 where=str(path),
                 hint="make one with `streamconv plan SRC -o PLAN`",
             ) from error
+        weakref.finalize(self, os.close, self._fd)
+        try:
+            self.digest = self._check_digest()
+            self.head = self._read_head()
         except (ValueError, KeyError, TypeError, IndexError) as error:
             raise BadInputError(
                 "this is no streamconv plan, or a damaged one",
@@ -246,6 +285,10 @@ class Plan:
                 found=f"{type(error).__name__}: {error}",
                 hint="make it anew with `streamconv plan SRC -o PLAN`",
             ) from error
+
+    def fileno(self) -> int:
+        """Return the descriptor of the open file."""
+        return self._fd
 
     def find_sources(self, root: Path, side: Iterable[SideFile]) -> None:
         """Read from ``root`` and ``side``: the very files that were planned, wherever they are now."""
@@ -258,7 +301,7 @@ class Plan:
 
     def _check_digest(self) -> str:
         digest = xxhash.xxh3_128()
-        with self.path.open("rb") as stream:
+        with io.BufferedReader(_At(self._fd)) as stream:
             first = json.loads(stream.readline(_LONGEST_FIRST_LINE))
             if first["streamconv_plan"] != SCHEMA:
                 raise ValueError(f"schema {first['streamconv_plan']}, this program knows {SCHEMA}")
@@ -277,22 +320,21 @@ class Plan:
     def _read_head(self) -> PlanHead:
         found: dict[str, Any] = {}
         files, side, written = [], [], []
-        with self.path.open(encoding="utf-8") as stream:
-            for line in stream:
-                if line.startswith(_PIECE):
-                    continue
-                if line.startswith(('{"output"', '{"end"')):
-                    break
-                data = json.loads(line)
-                kind = next(iter(data))
-                if kind == "file":
-                    files.append(SourceFile(path=data.pop("file"), **data))
-                elif kind == "side":
-                    side.append(SideFile(data["side"], data["path"], data["nbytes"], data["xxh3"]))
-                elif kind == "text":
-                    written.append(WrittenFile(data["text"], data["nbytes"]))
-                else:
-                    found |= data
+        for line in self._lines():
+            if line.startswith(_PIECE):
+                continue
+            if line.startswith(('{"output"', '{"end"')):
+                break
+            data = json.loads(line)
+            kind = next(iter(data))
+            if kind == "file":
+                files.append(SourceFile(path=data.pop("file"), **data))
+            elif kind == "side":
+                side.append(SideFile(data["side"], data["path"], data["nbytes"], data["xxh3"]))
+            elif kind == "text":
+                written.append(WrittenFile(data["text"], data["nbytes"]))
+            else:
+                found |= data
         return PlanHead(
             root=found["root"],
             job=found["job"],
@@ -336,8 +378,9 @@ class Plan:
             yield json.loads(line)["piece"]
 
     def _lines(self) -> Iterator[str]:
-        with self.path.open(encoding="utf-8") as stream:
-            yield from stream
+        with io.BufferedReader(_At(self._fd)) as stream:
+            for line in stream:
+                yield line.decode()
 
     def sections(self) -> Iterator[tuple[OutputFile, Iterable[PlannedTensor]]]:
         """Yield each output file with its tensors.

@@ -3,7 +3,7 @@
 Beside the target ``DST`` a hidden folder holds everything until the end::
 
     .DST.streamconv/plan.jsonl       the plan that is being executed
-    .DST.streamconv/journal.jsonl    one line per finished file, written after the file's fsync
+    .DST.streamconv/journal.jsonl    one line per finished file, written after the file's fsync, sealed
     .DST.streamconv/files/…          the output as it will be
     .DST.streamconv.lock             held while a process works on DST
 
@@ -17,21 +17,24 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import json
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
-from streamconv.errors import OutputExistsError, UsageError
-from streamconv.executor import FinishedFile
+from streamconv import newfile
+from streamconv._version import __version__
+from streamconv.errors import BadInputError, OutputExistsError, UsageError
+from streamconv.journal import Journal
 from streamconv.lockfile import locked_file
+from streamconv.plan import Plan
 from streamconv.planned import MANIFEST
+from streamconv.userkey import Sealer, strong_digest, user_key
 from streamconv.writer import fsync_directory
 
+PLAN = "plan.jsonl"
+JOURNAL = "journal.jsonl"
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 
@@ -105,9 +108,8 @@ def locked(target: Path) -> Iterator[int]:
 class Staging:
     """The staging folder of one target, for one job.
 
-    ``finished`` are the output files that are complete, by name; the digests of their tensors stay in
-    the journal (:meth:`tensor_digests`), as a large model has many. ``crc_journal`` is what an earlier
-    run knew of half-read records.
+    What is in it counts only where its journal, sealed with the user's key, is that of the plan beside
+    it: such a folder may lie in the archive that a checkpoint came in.
     """
 
     def __init__(self, target: Path, *, sync: bool) -> None:
@@ -115,69 +117,46 @@ class Staging:
         self.root = staging_path(target)
         self.inside = self.root.parent == target
         self.files = self.root / "files"
-        self.plan_path = self.root / "plan.jsonl"
-        self._journal = self.root / "journal.jsonl"
+        self.plan_path = self.root / PLAN
+        # For this target and release: another one may plan the same job differently.
+        self._sealer = Sealer(user_key(), __version__, str(target))
+        self.seed = self._sealer.seed
+        self.journal = Journal(self.root / JOURNAL, self._sealer, sync=sync)
         self._sync = sync
-        self.finished: dict[str, FinishedFile] = {}
-        self.crc_journal: list[list[Any]] = []
-        self._lines: dict[str, int] = {}
-        self._journal_nbytes = 0
 
     def begin(self) -> None:
-        """Make the folder and read the journal of an earlier run, if there is one."""
-        self.files.mkdir(parents=True, exist_ok=True)
-        self._journal_nbytes = 0
-        if not self._journal.exists():
-            return
-        with self._journal.open("rb") as stream:
-            for line in stream:
-                try:
-                    data = json.loads(line)
-                except ValueError:
-                    break  # it was being written when the power went
-                if not line.endswith(b"\n"):
-                    break
-                self._keep(FinishedFile(**data["file"]), len(line))
-                self.crc_journal = data["records"]
-        os.truncate(self._journal, self._journal_nbytes)
+        """Make the folder, which is not there; nobody else has business in it."""
+        self.root.mkdir(mode=0o700)
+        self.files.mkdir()
 
-    def record(self, finished: FinishedFile, records: list[list[Any]]) -> None:
-        """Journal a finished file (which is durable by now) and the half-read records."""
-        line = json.dumps({"file": asdict(finished), "records": records}).encode() + b"\n"
-        with self._journal.open("ab") as stream:
-            stream.write(line)
-            stream.flush()
-            if self._sync:
-                os.fsync(stream.fileno())
-        self._keep(finished, len(line))
+    def seal(self, plan: Plan) -> None:
+        """Begin the journal of the plan that lies in the folder by now."""
+        self.journal.begin(strong_digest(plan.fileno()))
 
-    def _keep(self, finished: FinishedFile, line_nbytes: int) -> None:
-        self.finished[finished.name] = replace(finished, tensors={})
-        self._lines[finished.name] = self._journal_nbytes
-        self._journal_nbytes += line_nbytes
+    def sealed_plan(self) -> Plan | None:
+        """Return the plan of a run of this user for this target, its journal read; None without one."""
+        if self.root.is_symlink() or not self.root.is_dir():
+            return None
+        fd = newfile.reopen(self.plan_path)
+        if fd is None:
+            return None
+        if not self.journal.resume(strong_digest(fd)):
+            os.close(fd)
+            return None
+        try:
+            return Plan(self.plan_path, fd)
+        except BadInputError:
+            return None  # of a schema of its own
 
-    def _journaled(self, name: str) -> dict[str, Any]:
-        with self._journal.open("rb") as stream:
-            stream.seek(self._lines[name])
-            data: dict[str, Any] = json.loads(stream.readline())
-        return data
-
-    def tensor_digests(self, name: str) -> dict[str, str]:
-        """Return the xxh3_128 of each tensor of a finished file."""
-        return dict(self._journaled(name)["file"]["tensors"])
-
-    def forget(self, name: str) -> None:
-        """Take back a finished file whose bytes are not there any more, and all that came after it."""
-        names = list(self.finished)
-        before = names[: names.index(name)]
-        self.crc_journal = self._journaled(before[-1])["records"] if before else []
-        self._journal_nbytes = self._lines[name]
-        os.truncate(self._journal, self._journal_nbytes)
-        self.finished = {n: self.finished[n] for n in before}
+    def clear_unfinished(self) -> None:
+        """Remove the output's files that are not finished: they are written anew, from nothing."""
+        for path in self.files.rglob("*"):
+            if not path.is_dir() and str(path.relative_to(self.files)) not in self.journal.finished:
+                path.unlink()
 
     def half_done_bytes(self) -> int:
         """Return the size of what a stopped run left: it is written anew in the room that it takes."""
-        finished = {self.files / name for name in self.finished}
+        finished = {self.files / name for name in self.journal.finished}
         left = [*self.root.glob("*.part"), *self.files.rglob("*")]
         return sum(p.stat().st_size for p in left if p.is_file() and p not in finished)
 

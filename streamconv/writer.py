@@ -23,6 +23,7 @@ from types import TracebackType
 
 import xxhash
 
+from streamconv import newfile
 from streamconv.errors import NoSpaceError
 from streamconv.planned import OutputFile
 
@@ -183,8 +184,8 @@ class ShardWriter:
     """Writes one output file; as a context manager it leaves a partial file on an exception.
 
     ``sync`` makes the data durable at :meth:`finish` and keeps the page cache clean behind the
-    writer; ``direct`` writes past the page cache where that can be. ``xxh3`` and ``sha256`` are hex
-    digests of the whole file, once finished.
+    writer; ``direct`` writes past the page cache where that can be. ``xxh3``, ``sha256`` and ``keyed``
+    (made with ``seed``) are hex digests of the whole file, once finished.
     """
 
     def __init__(
@@ -195,15 +196,18 @@ class ShardWriter:
         sync: bool,
         sha256: bool = False,
         direct: bool = False,
+        seed: int = 0,
     ) -> None:
         self._path = path
         self._output = output
         self._hash = xxhash.xxh3_128()
+        self._keyed = xxhash.xxh3_128(seed=seed)
         self._sha256 = hashlib.sha256() if sha256 else None
         self._nbytes = 0
-        self.xxh3 = ""
+        self.xxh3 = self.keyed = ""
         self.sha256: str | None = None
-        self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+        path.unlink(missing_ok=True)  # what a stopped run left; written through, it may be a link
+        self._fd = newfile.create(path)
         try:
             self._file = (_DirectFile if direct else _CachedFile)(self._fd, sync=sync)
             header = output.header.encode()
@@ -217,6 +221,7 @@ class ShardWriter:
         for lo in range(0, len(data), _WRITE_BYTES):
             piece = data[lo : lo + _WRITE_BYTES]
             self._hash.update(piece)
+            self._keyed.update(piece)
             if self._sha256:
                 self._sha256.update(piece)
             try:
@@ -235,7 +240,7 @@ class ShardWriter:
             self._file.finish()
         except OSError as error:
             raise no_space(error, self._path) or error from error
-        self.xxh3 = self._hash.hexdigest()
+        self.xxh3, self.keyed = self._hash.hexdigest(), self._keyed.hexdigest()
         self.sha256 = self._sha256.hexdigest() if self._sha256 else None
 
     def __enter__(self) -> ShardWriter:
@@ -258,6 +263,18 @@ def hash_file(path: Path) -> str:
         while got := stream.readinto(buffer):
             digest.update(buffer[:got])
     return digest.hexdigest()
+
+
+def hash_open_file(fd: int, seed: int) -> tuple[str, str]:
+    """Return the xxh3_128 of an open file, and the one with a seed, read once from its beginning."""
+    plain, keyed = xxhash.xxh3_128(), xxhash.xxh3_128(seed=seed)
+    buffer = memoryview(bytearray(_WRITE_BYTES))
+    at = 0
+    while got := os.preadv(fd, [buffer], at):
+        plain.update(buffer[:got])
+        keyed.update(buffer[:got])
+        at += got
+    return plain.hexdigest(), keyed.hexdigest()
 
 
 def fsync_directory(path: Path) -> None:

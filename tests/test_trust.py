@@ -1,0 +1,292 @@
+"""What lies beside a checkpoint is not trusted: a run goes on with what a run of this user wrote."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import streamconv
+from streamconv import convert_job, userkey
+from streamconv.errors import OutputExistsError
+from streamconv.options import Event
+from tests.makers.tiny import make_tiny, whole
+from tests.outputs import contents, read_model
+
+OPTIONS: dict[str, Any] = {"sync": False, "max_shard_size": 120, "layout": "memory"}
+VICTIM = "embed.weight"
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of a few numbers, which becomes several files."""
+    return make_tiny(tmp_path_factory.mktemp("tiny") / "actor", "fsdp")
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Another step: the same names and shapes, other numbers."""
+    return make_tiny(tmp_path_factory.mktemp("other") / "actor", "fsdp", salt="other")
+
+
+def convert(src: Path, out: Path, **options) -> tuple[int, list[str]]:
+    """Convert; return how many bytes were taken from an earlier run, and the notices."""
+    told: list[Event] = []
+    result = streamconv.convert(src, out, **(OPTIONS | options), on_event=told.append)
+    return result.reused_bytes, [e.text for e in told if e.kind == "notice"]
+
+
+def stopped(src: Path, out: Path, monkeypatch: pytest.MonkeyPatch, **options) -> Path:
+    """Stop a conversion after three files; return the staging folder."""
+    write, done = convert_job.write_output, []
+
+    def stopping(output, *args, **kwargs):
+        if len(done) == 3:
+            raise KeyboardInterrupt
+        done.append(output.name)
+        return write(output, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(convert_job, "write_output", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            convert(src, out, **options)
+    inside = out / ".streamconv"
+    return inside if inside.exists() else staged(out)
+
+
+def staged(out: Path) -> Path:
+    return out.with_name(f".{out.name}.streamconv")
+
+
+def assert_is_tiny(out: Path, clean: Path) -> None:
+    assert contents(out) == contents(clean)
+    assert [p.name for p in out.parent.iterdir() if p.name.startswith(".")] == []
+
+
+@pytest.fixture(scope="module")
+def clean(tiny: Path) -> Path:
+    """What the checkpoint becomes undisturbed, held against torch's own numbers."""
+    out = tiny.parent / "clean"
+    convert(tiny, out)
+    data = whole(VICTIM).view(torch.uint8).numpy().tobytes()
+    assert read_model(out)[VICTIM].data == data
+    assert len(list(out.glob("*.safetensors"))) > 3
+    return out
+
+
+# --- what is ours is gone on with ------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("planned_here")
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_run_of_ones_own_is_gone_on_with(inside, tiny, clean, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    if inside:
+        out.mkdir()
+    stopped(tiny, out, monkeypatch)
+    reused, notices = convert(tiny, out)
+    assert (reused > 0, notices) == (True, [])
+    assert_is_tiny(out, clean)
+
+
+@pytest.mark.usefixtures("planned_here")
+@pytest.mark.parametrize("home", ["unwritable", "open to all", "another key", "cut off"])
+def test_without_the_key_a_run_begins_afresh_and_says_so(
+    home, tiny, clean, tmp_path, monkeypatch, user_state
+):
+    out, state = tmp_path / "out", tmp_path / "state"
+    monkeypatch.setenv("XDG_STATE_HOME", str(state))
+    stopped(tiny, out, monkeypatch)
+    key = state / "streamconv" / "key"
+    assert key.stat().st_mode & 0o777 == 0o600
+    if home == "unwritable":
+        monkeypatch.setenv("XDG_STATE_HOME", "/proc/none")
+    elif home == "open to all":
+        key.chmod(0o640)
+    elif home == "another key":
+        key.write_bytes(bytes(32))
+    else:
+        key.write_bytes(b"")
+    reused, notices = convert(tiny, out)
+    assert reused == 0
+    assert len(notices) == 1
+    assert str(staged(out)) in notices[0]
+    assert_is_tiny(out, clean)
+    if home == "cut off":
+        assert len(key.read_bytes()) == 32
+
+
+def test_the_key_is_made_once_and_never_written_through_a_link(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    first = userkey.user_key()
+    assert userkey.user_key() == first == (tmp_path / "state/streamconv/key").read_bytes()
+    victim = tmp_path / "victim"
+    victim.write_bytes(bytes(32))
+    victim.chmod(0o600)
+    (tmp_path / "state/streamconv/key").unlink()
+    (tmp_path / "state/streamconv/key").symlink_to(victim)
+    assert userkey.user_key() not in (first, bytes(32))
+    assert victim.read_bytes() == bytes(32)
+
+
+# --- what is not ours is not -----------------------------------------------------------------
+
+
+def _other_plan(folder: Path, _: Path) -> None:
+    lines = (folder / "plan.jsonl").read_bytes().splitlines(keepends=True)
+    (folder / "plan.jsonl").write_bytes(
+        b"".join(lines[:1] + lines[1:]).replace(b'"dtype"', b'"dtypf"')
+    )
+
+
+def _edited_line(folder: Path, _: Path) -> None:
+    path = folder / "journal.jsonl"
+    path.write_bytes(path.read_bytes().replace(b'"nbytes": ', b'"nbytes":  '))
+
+
+def _lines_swapped(folder: Path, _: Path) -> None:
+    path = folder / "journal.jsonl"
+    first, *rest = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(first + b"".join(reversed(rest)))
+
+
+def _files_swapped(folder: Path, _: Path) -> None:
+    """What an attacker who controls the hash of the manifest would do as well."""
+    one, two, *_rest = sorted((folder / "files").glob("*.safetensors"))
+    one.rename(folder / "x")
+    two.rename(one)
+    (folder / "x").rename(two)
+
+
+def _of_another_target(folder: Path, away: Path) -> None:
+    shutil.rmtree(folder)
+    shutil.copytree(away, folder)
+
+
+@pytest.mark.usefixtures("planned_here")
+@pytest.mark.parametrize(
+    "change", [_other_plan, _edited_line, _lines_swapped, _files_swapped, _of_another_target]
+)
+def test_nothing_that_was_changed_or_moved_here_reaches_an_output(
+    change: Callable[[Path, Path], None], tiny, other, clean, tmp_path, monkeypatch
+):
+    out, away = tmp_path / "out", tmp_path / "away" / "out"
+    away.parent.mkdir()
+    elsewhere = stopped(other, away, monkeypatch)
+    change(stopped(tiny, out, monkeypatch), elsewhere)
+    assert convert(tiny, out)[0] == 0
+    assert_is_tiny(out, clean)
+
+
+@pytest.mark.usefixtures("planned_here")
+def test_a_finished_file_of_another_target_and_job_is_made_again(
+    tiny, other, clean, tmp_path, monkeypatch
+):
+    """Of one user, with genuine seals: they are those of another folder."""
+    out, away = tmp_path / "out", tmp_path / "away" / "out"
+    away.parent.mkdir()
+    here, there = stopped(tiny, out, monkeypatch), stopped(other, away, monkeypatch)
+    for name in ("journal.jsonl", "files"):
+        path = here / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        (there / name).rename(path)
+    assert convert(tiny, out)[0] == 0
+    assert_is_tiny(out, clean)
+
+
+@pytest.mark.usefixtures("planned_here")
+@pytest.mark.parametrize(
+    "name",
+    ["notes.txt", "files/modeling_evil.py", "files/sub/x.py", "files/model.safetensors.bak", "a/b"],
+)
+@pytest.mark.parametrize("ours", [True, False])
+def test_a_foreign_file_is_named_and_left_alone(name, ours, tiny, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    folder = stopped(tiny, out, monkeypatch)
+    if not ours:
+        (folder / "journal.jsonl").unlink()
+    path = folder / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("three years")
+    for options in ({}, {"overwrite": True}):
+        with pytest.raises(OutputExistsError, match="did not write") as caught:
+            convert(tiny, out, **options)
+        assert caught.value.where in (str(path), str(path.parent))
+    assert path.read_text() == "three years"
+    assert not out.exists()
+
+
+@pytest.mark.usefixtures("planned_here")
+@pytest.mark.parametrize(
+    "name",
+    ["", "files", "plan.jsonl", "journal.jsonl", "files/{first}", "{next}.part", "files/{next}"],
+)
+def test_nothing_is_written_or_removed_through_a_link(name, tiny, clean, tmp_path, monkeypatch):
+    """Links to a folder or a file elsewhere: refused by name, or replaced as names."""
+    out, victim = tmp_path / "out", tmp_path / "victim"
+    folder = stopped(tiny, out, monkeypatch)
+    files = [f"model-{k:05d}-of-00006.safetensors" for k in (1, 4)]
+    path = folder / name.format(first=files[0], next=files[1])
+    if path.exists():
+        path.rename(victim)
+    else:
+        victim.write_bytes(b"precious")
+    path.symlink_to(victim)
+    before = contents_of(victim)
+    with pytest.raises(OutputExistsError) as caught:
+        convert(tiny, out)
+    assert caught.value.where == str(path)
+    assert contents_of(victim) == before
+    path.unlink()
+    if victim.is_file():
+        os.link(victim, path)
+        convert(tiny, out)
+        assert_is_tiny(out, clean)
+        assert contents_of(victim) == before
+
+
+def contents_of(path: Path) -> dict[str, bytes]:
+    return {str(p): p.read_bytes() for p in [path, *path.rglob("*")] if p.is_file()}
+
+
+@pytest.mark.usefixtures("planned_here")
+def test_a_folder_with_other_files_is_not_filled_because_of_a_staging_folder(
+    tiny, tmp_path, monkeypatch
+):
+    """An output of a stranger, with a staging folder inside it."""
+    for ours in (True, False):
+        out = tmp_path / f"out{ours}"
+        out.mkdir()
+        folder = stopped(tiny, out, monkeypatch)
+        if not ours:
+            (folder / "journal.jsonl").write_text("")
+        (out / "modeling_evil.py").write_text("evil")
+        with pytest.raises(OutputExistsError, match="not empty") as caught:
+            convert(tiny, out)
+        assert caught.value.where == str(out / "modeling_evil.py")
+        assert sorted(p.name for p in out.iterdir()) == [".streamconv", "modeling_evil.py"]
+
+
+@pytest.mark.usefixtures("planned_here")
+def test_a_plan_that_changes_while_it_is_executed_is_not_read_again(
+    tiny, other, clean, tmp_path, monkeypatch
+):
+    plan, out = tmp_path / "plan.jsonl", tmp_path / "out"
+    options = {"max_shard_size": 120, "layout": "memory"}
+    streamconv.plan(tiny, output=plan, **options)
+    streamconv.plan(other, output=tmp_path / "other.jsonl", **options)
+    other_plan = (tmp_path / "other.jsonl").read_bytes()
+
+    def replaced(event: Event) -> None:
+        if event.kind == "phase":
+            plan.write_bytes(other_plan)
+
+    convert_job.run_plan(plan, out, streamconv.RunOptions(sync=False, on_event=replaced))
+    assert_is_tiny(out, clean)
+    assert json.loads(plan.read_text().splitlines()[0])["root"] == str(other)
