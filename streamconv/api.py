@@ -149,10 +149,18 @@ def convert_all(src: StrPath, dst: StrPath, **options: Any) -> dict[str, Result]
     }
 
 
-def upload(folder: StrPath, repo: str, *, private: bool = False) -> str:
+def upload(
+    folder: StrPath,
+    repo: str,
+    *,
+    private: bool = False,
+    on_event: Callable[[Event], None] = ignore_event,
+) -> str:
     """Upload an output folder to the HuggingFace Hub as the model ``repo``; return its address.
 
-    Only a folder that :func:`verify` passes is uploaded. The Hub takes no file twice: the same call
+    Only a folder that :func:`verify` passes is uploaded. Older weights, indexes and adapters that lie
+    there are deleted in the same commit, so that loaders find what was uploaded; ``on_event`` gets a
+    notice that names them before. The Hub takes no file twice: the same call
     again goes on after an interruption. Raises :class:`VerificationError` for a folder that is not what
     its manifest says, :class:`UsageError` where there is no token.
     """
@@ -167,7 +175,12 @@ def upload(folder: StrPath, repo: str, *, private: bool = False) -> str:
             where=str(folder),
             found="; ".join(report.problems[:5]),
         )
-    return send(Path(folder), repo, private=private)
+
+    def name(old: list[str]) -> None:
+        text = f"deletes older weights from {repo}, which its history keeps: {', '.join(old)}"
+        on_event(Event("notice", text, {"deleted": old}))
+
+    return send(Path(folder), repo, private=private, before_delete=name)
 
 
 def plan(

@@ -7,7 +7,7 @@ import hashlib
 import json
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -22,6 +22,8 @@ class Hub:
     of each large upload in order. ``refuse_put`` answers that many-th upload with ``refusal``,
     ``public`` says that the repository exists and is public, ``token`` is the only one that is let in,
     but for who names ``password`` in the URL. Large files go to URLs that end in ``signature``.
+    ``commits`` counts the commits, ``rival`` is called before each is looked at, ``ignored`` are what
+    its .gitignore names.
     """
 
     url: str = ""
@@ -36,6 +38,14 @@ class Hub:
     files: dict[str, bytes] = field(default_factory=dict)
     puts: list[str] = field(default_factory=list)
     unknown: list[str] = field(default_factory=list)
+    commits: int = 0
+    rival: Callable[[], None] = lambda: None
+    ignored: tuple[str, ...] = ()
+
+    @property
+    def sha(self) -> str:
+        """What the last commit is called."""
+        return f"{self.commits:040x}"
 
 
 @contextmanager
@@ -97,14 +107,15 @@ def _respond(hub: Hub, method: str, path: str, body: bytes) -> tuple[int, dict[s
         found := re.fullmatch(r"/api/models/([^/]+/[^/]+)(/revision/.*)?", path)
     ):
         private = not hub.public and bool(hub.repos) and asks_for_private(hub.repos[-1])
-        return 200, {"id": found[1], "private": private, "siblings": [], "sha": "0" * 40}
+        siblings = [{"rfilename": name} for name in hub.files]
+        return 200, {"id": found[1], "private": private, "siblings": siblings, "sha": hub.sha}
     if re.fullmatch(r"/api/models/.*/preupload/main", path):
         return 200, {
             "files": [
                 {
                     "path": f["path"],
                     "uploadMode": "lfs" if f["path"].endswith(".safetensors") else "regular",
-                    "shouldIgnore": False,
+                    "shouldIgnore": f["path"] in hub.ignored,
                 }
                 for f in json.loads(body)["files"]
             ]
@@ -126,9 +137,16 @@ def _respond(hub: Hub, method: str, path: str, body: bytes) -> tuple[int, dict[s
         hub.large[oid] = body
         return 200, {}
     if re.fullmatch(r"/api/models/.*/commit/main", path):
-        for line in map(json.loads, body.splitlines()):
+        lines = [json.loads(line) for line in body.splitlines()]
+        hub.rival()
+        if lines[0]["value"].get("parentCommit", hub.sha) != hub.sha:
+            return 412, {"error": "A commit has happened since. Please refresh and try again."}
+        hub.commits += 1
+        for line in lines:
             value = line["value"]
-            if line["key"] == "file":
+            if line["key"] == "deletedFile":
+                del hub.files[value["path"]]
+            elif line["key"] == "file":
                 hub.files[value["path"]] = base64.b64decode(value["content"])
             elif line["key"] == "lfsFile":
                 hub.files[value["path"]] = hub.large[value["oid"]]

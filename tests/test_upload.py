@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -117,3 +118,60 @@ def test_neither_a_password_nor_a_signed_url_shows_in_tracebacks_or_logs(
     assert done.returncode == 0, done.stderr
     assert len(hub.puts) == 2
     assert f"uploaded: {hub.url}/me/model" in done.stdout
+
+
+OLDER = (
+    "model.safetensors", "model-00001-of-00009.safetensors", "model.safetensors.index.json",
+    "model.fp16.safetensors", "pytorch_model.bin", "pytorch_model-00001-of-00002.bin",
+    "pytorch_model.bin.index.json", "adapter_config.json", "adapter_model.safetensors",
+    "adapter_model.bin", "consolidated.safetensors", "consolidated.00.pth", "tf_model.h5",
+    "flax_model.msgpack", "hf_quant_config.json",
+)  # fmt: skip
+KEPT = (
+    "README.md", ".gitattributes", "images/a.png", "original/consolidated.00.pth", "training_args.bin",
+    "model.gguf", "onnx/model.onnx", "tokenizer.model",
+)  # fmt: skip
+
+
+def test_older_weights_go_in_the_same_commit_after_they_were_named(hub, checkpoints, tmp_path):
+    source, out = checkpoints["fsdp2"].source, tmp_path / "out"
+    hub.files = dict.fromkeys((*OLDER, *KEPT), b"old")
+    shards = [source, out, "--max-shard-size", "200kB", "--no-sync"]
+    seen = []
+    hub.rival = lambda: seen.append(sorted(hub.files))
+    done = streamconv(hub, tmp_path, *shards, "--hf-upload-path", "me/model")
+    assert done.returncode == 0, done.stderr
+    assert (seen, hub.commits) == ([sorted((*OLDER, *KEPT))], 1)
+    made = {p.name: p.read_bytes() for p in out.iterdir()}
+    assert "model.safetensors" not in made
+    assert hub.files == {**dict.fromkeys(KEPT, b"old"), **made}
+    gone = sorted(set(OLDER) - made.keys())
+    assert done.stderr.index(", ".join(gone)) > 0
+    # As one file next: the shards and their index go.
+    one = [source, tmp_path / "one", "--no-sync", "--json", "--hf-upload-path", "me/model"]
+    done = streamconv(hub, tmp_path, *one)
+    assert sorted(n for n in hub.files if "safetensors" in n) == ["model.safetensors"]
+    *_, uploaded = map(json.loads, done.stdout.splitlines())
+    assert uploaded["deleted"] == sorted(n for n in made if n.startswith("model"))
+    # Nothing is left to delete or to name.
+    done = streamconv(hub, tmp_path, *one)
+    assert json.loads(done.stdout.splitlines()[-1])["deleted"] == []
+
+
+def test_what_would_not_leave_the_model_there_is_refused(hub, checkpoints, tmp_path):
+    source, out = checkpoints["fsdp2"].source, tmp_path / "out"
+    command = [source, out, "--no-sync", "--hf-upload-path", "me/model"]
+    hub.files = {"pytorch_model.bin": b"old"}
+
+    def rival() -> None:
+        hub.commits += 1
+
+    hub.rival = rival
+    refused = streamconv(hub, tmp_path, *command)
+    assert (refused.returncode, hub.files) == (1, {"pytorch_model.bin": b"old"})
+    assert "somebody else" in refused.stderr
+    hub.rival = lambda: None
+    hub.ignored = ("model.safetensors",)
+    refused = streamconv(hub, tmp_path, *command)
+    assert (refused.returncode, hub.files) == (2, {"pytorch_model.bin": b"old"})
+    assert ".gitignore" in refused.stderr

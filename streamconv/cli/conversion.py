@@ -8,6 +8,7 @@ from typing import Any
 
 from streamconv.cli.output import say, say_json, tell
 from streamconv.cli.progress import listen, summarize
+from streamconv.options import Event
 
 ALL = "all"
 
@@ -43,9 +44,18 @@ def convert(
             repo = f"{upload_to}-{name}" if name else upload_to
             if not quiet:
                 tell(f"uploading to {repo}")
-            url = api.upload(result.output, repo, private=private)
+            deleted: list[str] = []
+
+            def heed(event: Event, deleted: list[str] = deleted) -> None:
+                deleted += event.facts.get("deleted", ())
+                if json:
+                    say_json({"event": event.kind, "text": event.text, **event.facts})
+                elif not quiet:
+                    tell(f"notice: {event.text}")
+
+            url = api.upload(result.output, repo, private=private, on_event=heed)
             if json:
-                say_json({"event": "uploaded", "url": url})
+                say_json({"event": "uploaded", "url": url, "deleted": deleted})
             elif not quiet:
                 say(f"uploaded: {url}")
 
