@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -32,13 +33,20 @@ def user_state(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Made]:
     """Every recipe's checkpoint, made once a session and shared by all xdist workers.
 
-    The folders are shared: a test that changes one works on a copy.
+    The folders are shared: a test that changes one works on a copy. With ``STREAMCONV_TEST_CACHE`` they
+    are kept there for later sessions, until a maker changes.
     """
     from tests.makers import fsdp  # imports torch: seconds that only these tests should pay
 
     base = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         base = base.parent  # each worker has a folder of its own below the session's
+    if kept := os.environ.get("STREAMCONV_TEST_CACHE"):
+        makers = sorted((REPOSITORY / "tests" / "makers").glob("*.py"))
+        base = (
+            Path(kept) / hashlib.sha256(b"".join(m.read_bytes() for m in makers)).hexdigest()[:16]
+        )
+        base.mkdir(parents=True, exist_ok=True)
     root, complete = base / "checkpoints", base / "checkpoints.complete"
     with FileLock(base / "checkpoints.lock"):
         if not complete.exists():
