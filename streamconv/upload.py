@@ -4,8 +4,8 @@ The Hub keeps large files by their sha256 and takes none twice, so an upload tha
 where it stopped when it is made again. All of it becomes visible in one commit, which also deletes what
 loaders would take for weights of this model: those of an earlier upload.
 
-The token comes from where ``hf auth login`` puts it, or from ``HF_TOKEN``; nothing here prints or stores
-it.
+The token comes from where ``hf auth login`` puts it, or from ``HF_TOKEN``; nothing here prints or
+stores it.
 """
 
 from __future__ import annotations
