@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+from streamconv.shown import shown
+
 
 class StreamconvError(Exception):
     """Base of every error that streamconv raises on purpose (exit code 1)."""
@@ -61,7 +63,7 @@ class StreamconvError(Exception):
         return None
 
     def __str__(self) -> str:
-        parts = [self.what]
+        parts = [shown(self.what)]
         for label, text in (
             ("where", self.where),
             ("expected", self.expected),
@@ -69,7 +71,7 @@ class StreamconvError(Exception):
             ("next", self.hint),
         ):
             if text:
-                parts.append(f"  {label}: {text}")
+                parts.append(f"  {label}: {shown(text)}")
         return "\n".join(parts)
 
     def to_json(self) -> dict[str, str | int | None]:

@@ -12,6 +12,7 @@ from streamconv.boxes import Shape
 from streamconv.dtypes import F32, DType
 from streamconv.lowering import Move
 from streamconv.source import ShardTable, Skipped, SourceFile
+from streamconv.texts import check_file_name, check_tensor_name
 
 # Names that an output folder gives to what is no tensor and no side file.
 SINGLE = "model.safetensors"
@@ -64,6 +65,9 @@ class PlannedTensor:
     same_as: str | None = None
     products: tuple[PlannedProduct, ...] = ()
 
+    def __post_init__(self) -> None:
+        check_tensor_name(self.name)
+
     @property
     def nbytes(self) -> int:
         """Return the bytes of the tensor in the output."""
@@ -87,6 +91,9 @@ class SideFile:
     path: str
     nbytes: int
     xxh3: str
+
+    def __post_init__(self) -> None:
+        check_file_name(self.path)
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,6 +24,8 @@ from typing import Literal
 
 from streamconv.boxes import Box, Shape, check_tiling
 from streamconv.dtypes import DType
+from streamconv.shown import shown
+from streamconv.texts import check_file_name, check_tensor_name
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +47,9 @@ class SourceFile:
     entry_prefix: str = ""
     index: str = ""
     evidence: str = ""
+
+    def __post_init__(self) -> None:
+        check_file_name(self.path)
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,6 +174,7 @@ class GlobalTensor:
     placement: str = ""
 
     def __post_init__(self) -> None:
+        check_tensor_name(self.fqn)
         if len(self.shards) != len(self.layout.boxes):
             raise ValueError(
                 f"{self.fqn}: {len(self.layout.boxes)} boxes, {len(self.shards)} places"
@@ -216,6 +222,11 @@ class Skipped:
 
     name: str
     reason: str
+
+    def __post_init__(self) -> None:
+        # A plan is UTF-8, and what is left out may be called anything.
+        object.__setattr__(self, "name", shown(self.name))
+        object.__setattr__(self, "reason", shown(self.reason))
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import typer
 from streamconv._version import __version__
 from streamconv.cli.output import columns, say, say_json
 from streamconv.cli.verl import app as verl_app
+from streamconv.shown import shown
 
 if TYPE_CHECKING:
     from streamconv.options import DTypeChoice, Layout, LoraMode, ValueHead
@@ -307,7 +308,8 @@ def plan(
     elif not quiet:
         say(render_plan(report))
         if output is not None:
-            say(f"\nthe plan is in {output}: `streamconv run {output} DST` executes it")
+            place = shown(str(output))
+            say(f"\nthe plan is in {place}: `streamconv run {place} DST` executes it")
     if dst is not None:
         api.check_disk(made, dst)
 
@@ -461,6 +463,6 @@ def doctor(
     if json:
         say_json(found, indent=2)
     else:
-        say(columns(rows(found)))
+        say(columns([(label, shown(value)) for label, value in rows(found)]))
     if found["problems"]:
         raise typer.Exit(found["exit_code"])

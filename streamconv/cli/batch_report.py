@@ -10,8 +10,9 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from streamconv.batch.state import Record
-from streamconv.cli.output import harmless, one_line, say_json, tell
+from streamconv.cli.output import say_json, tell
 from streamconv.durations import format_duration
+from streamconv.shown import shown
 from streamconv.sizes import format_size
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ class BatchLines:
 
     def __call__(self, what: What, task: Task, text: str) -> None:
         """Tell a line, or keep silent."""
-        record, name = task.record, one_line(task.record.name)
+        record, name, text = task.record, shown(task.record.name), shown(text)
         if what == "failed":
             tell(f"error: {name}: {text}")
         elif self._quiet:
@@ -63,7 +64,7 @@ class BatchLines:
             # Once each: the checkpoints of a run have the same to say.
             for notice in [n for n in record.notices if n not in self._noticed]:
                 self._noticed.add(notice)
-                tell(f"{name}: notice: {notice}")
+                tell(f"{name}: notice: {shown(notice)}")
         else:
             tell(f"{name}: {what if what != 'elsewhere' else 'left to another'}: {text}")
 
@@ -114,7 +115,7 @@ def round_json(made: Round) -> dict[str, Any]:
 def render_round(made: Round, *, applied: bool) -> str:
     """Return what a round came to as text."""
     counts = [f"{made.counts[key]} {word}" for key, word in _COUNTED if made.counts[key]]
-    lines = [str(removal) for removal in made.removals]
+    lines = [shown(str(removal)) for removal in made.removals]
     if not applied and any(not r.refused for r in made.removals):
         lines.append("nothing was removed: --apply does it")
     text = ", ".join(counts) or "no checkpoint found"
@@ -163,7 +164,7 @@ def print_status(records: Sequence[Record]) -> None:
             state = f"failed ×{r.attempts}"  # type: ignore[assignment]
         finished = r.state == "done"
         table.add_row(
-            Text(one_line(r.name)),
+            Text(shown(r.name)),
             "" if r.step is None else str(r.step),
             Text(state, style=_COLOURS.get(r.state, "")),
             format_size(r.write_bytes) if finished else "",
@@ -178,7 +179,7 @@ def print_status(records: Sequence[Record]) -> None:
     if reasons:
         console.print()
     for name, reason in reasons:
-        console.print(Text(harmless(f"{one_line(name)}: {reason}")))
+        console.print(Text(f"{shown(name)}: {shown(reason)}"))
     counts = Counter(r.state for r in records)
     console.print()
     console.print(Text(", ".join(f"{n} {state}" for state, n in sorted(counts.items()))))

@@ -9,6 +9,7 @@ from typing import Any
 from streamconv.cli.output import say, say_json, tell
 from streamconv.cli.progress import listen, summarize
 from streamconv.options import Event
+from streamconv.shown import shown
 
 ALL = "all"
 
@@ -69,7 +70,7 @@ def _choose(src: Path, *, ask: bool) -> str | None:
     names = model_names(src)
     if len(names) < 2:
         return None
-    tell(f"{src} holds {len(names)} models: {', '.join(names)}")
+    tell(f"{shown(str(src))} holds {len(names)} models: {', '.join(map(shown, names))}")
     while True:
         sys.stderr.write(f"which one? [{'/'.join((*names, ALL))}] ")
         sys.stderr.flush()

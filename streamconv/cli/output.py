@@ -9,8 +9,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from streamconv.errors import StreamconvError
+from streamconv.shown import shown
 
-_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+# What JSON leaves as it is, and a terminal does not; and what is no text.
+_UNSEEN = re.compile("[\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def say(text: str) -> None:
@@ -25,27 +27,17 @@ def tell(text: str) -> None:
 
 
 def harmless(text: str) -> str:
-    """Return ``text`` without what drives a terminal or is no text: names of files may hold both.
+    """Return lines without what drives a terminal or is no text: names of files may hold both.
 
-    >>> print(harmless("a\\x1b[31mb"))
-    a\\x1b[31mb
+    A name goes through :func:`streamconv.shown.shown` before it becomes a part of a line.
     """
-    return _encodable(_CONTROLS.sub(lambda found: repr(found[0])[1:-1], text))
-
-
-def _encodable(text: str) -> str:
-    """Return ``text`` with escapes for the bytes of a file's name that are no text."""
-    return text.encode(errors="backslashreplace").decode()
-
-
-def one_line(text: str) -> str:
-    """Return a name as one line, however odd."""
-    return harmless(text.replace("\n", "\\n"))
+    return "\n".join(map(shown, text.split("\n")))
 
 
 def say_json(data: Mapping[str, Any], *, indent: int | None = None) -> None:
     """Write one JSON object to stdout, at once: somebody may be waiting for the line."""
-    sys.stdout.write(_encodable(json.dumps(data, indent=indent, ensure_ascii=False)) + "\n")
+    text = json.dumps(data, indent=indent, ensure_ascii=False)
+    sys.stdout.write(_UNSEEN.sub(lambda found: f"\\u{ord(found[0]):04x}", text) + "\n")
     sys.stdout.flush()
 
 

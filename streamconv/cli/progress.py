@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from streamconv.cli.output import say, say_json, tell
 from streamconv.durations import format_duration
 from streamconv.options import Event, Result
+from streamconv.shown import shown
 from streamconv.sizes import format_size
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ class PlainLines:
     def __call__(self, event: Event) -> None:
         """Tell an event, or keep silent."""
         if event.kind != "progress":
-            self._tell(_phase(event) if event.kind == "phase" else f"notice: {event.text}")
+            self._tell(_phase(event) if event.kind == "phase" else f"notice: {shown(event.text)}")
             return
         now = self._clock()
         if now - self._last >= _LINE_EVERY_SECONDS:
@@ -106,7 +107,7 @@ def _bar() -> Iterator[Listener]:
     def listener(event: Event) -> None:
         nonlocal task
         if event.kind == "notice":
-            progress.console.print(f"notice: {event.text}")
+            progress.console.print(f"notice: {shown(event.text)}")
             return
         if task is None:
             task = progress.add_task("", total=None, figures="")
@@ -154,14 +155,16 @@ def result_json(result: Result) -> dict[str, Any]:
 def render_result(result: Result) -> str:
     """Return the final summary."""
     if result.status == "nothing-to-do":
-        return f"nothing to do: {result.output} is already the complete output of this job"
-    lines = [f"notice: {text}" for text in result.notices]
+        return (
+            f"nothing to do: {shown(str(result.output))} is already the complete output of this job"
+        )
+    lines = [f"notice: {shown(text)}" for text in result.notices]
     if result.unverifiable_bytes:
         lines.append(
             f"unverifiable: {format_size(result.unverifiable_bytes)} of the source carry no checksum"
         )
     lines.append(
-        f"done: {result.output} ({result.tensors} tensors, {result.files} files, "
+        f"done: {shown(str(result.output))} ({result.tensors} tensors, {result.files} files, "
         f"{format_size(result.write_bytes)})"
     )
     if result.reused_bytes:

@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Any
 from streamconv.cli.output import columns
 from streamconv.durations import format_duration
 from streamconv.plan import Plan
+from streamconv.shown import shown
 from streamconv.sizes import format_size
+from streamconv.texts import shown_all
 
 if TYPE_CHECKING:
     from streamconv.forecast import Forecast
@@ -93,6 +95,7 @@ def _forecast_rows(told: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 def render_plan(report: Mapping[str, Any]) -> str:
     """Return a plan report as text."""
+    report = shown_all(report)
     totals, memory = report["totals"], report["memory"]
     free = report["disk_free_bytes"]
     disk = format_size(report["disk_needed_bytes"]) + " needed"
@@ -135,6 +138,7 @@ def render_plan(report: Mapping[str, Any]) -> str:
 
 def render_inspection(found: Mapping[str, Any]) -> str:
     """Return what is in a checkpoint as text."""
+    found = shown_all(found)
     tensors = found["tensors"]
     files = found["files"]
     rows = [
@@ -214,16 +218,19 @@ def _forward(found: Mapping[str, Any]) -> list[str]:
 def render_verification(report: Report) -> str:
     """Return what a verification found, worst tensors first."""
     count = len(report.problems)
-    lines = [f"checked  {c}" for c in report.checked]
+    lines = [f"checked  {shown(c)}" for c in report.checked]
     if report.rows:
         lines += ["", f"{'max |difference|':>16}  tensor"]
-        lines += [f"{r['max_abs']:>16.6g}  {r['name']}  {r['what']}" for r in report.rows[:20]]
+        lines += [
+            f"{r['max_abs']:>16.6g}  {shown(r['name'])}  {shown(r['what'])}"
+            for r in report.rows[:20]
+        ]
         lines.append("")
     if report.forward is not None:
         lines += ["", *_forward(report.forward), ""]
     compared = {f"{r['name']}: {r['what']}" for r in report.rows}
     others = [p for p in report.problems if p not in compared]
-    lines += [f"problem  {p}" for p in others[:_LISTED_PROBLEMS]]
+    lines += [f"problem  {shown(p)}" for p in others[:_LISTED_PROBLEMS]]
     if len(others) > _LISTED_PROBLEMS:
         lines.append(f"problem  … and {len(others) - _LISTED_PROBLEMS} more")
     lines.append(

@@ -14,6 +14,7 @@ import typer
 
 from streamconv.cli.output import say, say_json, tell
 from streamconv.errors import UsageError
+from streamconv.shown import shown
 
 app = typer.Typer(
     add_completion=False,
@@ -91,7 +92,7 @@ def merge(
     command += ["--hf-upload-path", hf_upload_path] if hf_upload_path else []
     command += ["--private"] if private else []
     if not (json or quiet):
-        tell(f"this is: {shlex.join(command)}")
+        tell(f"this is: {shown(shlex.join(command))}")
     options: dict[str, Any] = {
         "dtype": "bfloat16",
         "hf_config": hf_model_path,
@@ -134,7 +135,7 @@ def compare(
         say_json(found, indent=2)
     else:
         for problem in found["problems"]:
-            say(f"problem  {problem}")
+            say(f"problem  {shown(problem)}")
         say(f"{found['tensors']} tensors compared, {len(found['problems'])} problems")
     if found["problems"]:
         raise typer.Exit(5)

@@ -13,6 +13,7 @@ from types import ModuleType
 from streamconv.errors import BadInputError, UsageError
 from streamconv.formats import dcp, fsdp, mcore_ranks, torch_dist
 from streamconv.source import Checkpoint, SourceFile
+from streamconv.texts import check_file_name
 
 # A torch_dist folder is a DCP folder too: the more special format comes first.
 _FORMATS: tuple[ModuleType, ...] = (fsdp, torch_dist, dcp, mcore_ranks)
@@ -72,6 +73,7 @@ def find_model(path: Path, model: str | None = None) -> Location:
     """
     if not path.exists():
         raise BadInputError("there is no such checkpoint", where=str(path))
+    check_file_name(str(path.absolute()))
     if not path.is_dir():  # a file, a pipe, a device
         path = path.parent
     if mcore_ranks.is_rank_folder(path):

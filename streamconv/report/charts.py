@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from html import escape
 
 from streamconv.durations import format_duration
+from streamconv.shown import shown
 
 # Drawn at about the size they are shown at: half the page, lanes the whole of it.
 _WIDTH, _HEIGHT = 540, 230
@@ -87,7 +88,9 @@ def line_chart(
             f'height="{_PLOT_HEIGHT}"/>'
         )
         if until - x > 7 * len(name):  # else it would run into the next one
-            parts.append(f'<text class="tick" x="{x + 4:.1f}" y="{_TOP - 8}">{escape(name)}</text>')
+            parts.append(
+                f'<text class="tick" x="{x + 4:.1f}" y="{_TOP - 8}">{_escaped(name)}</text>'
+            )
     if points:
         curve = " ".join(f"{x:.1f},{y:.1f}" for x, y in (at(*p) for p in points))
         first, last = at(*points[0])[0], at(*points[-1])[0]
@@ -100,7 +103,7 @@ def line_chart(
         parts.append(
             f'<line class="limit" x1="{_LEFT}" x2="{_LEFT + _PLOT_WIDTH}" y1="{y:.1f}" y2="{y:.1f}"/>'
             f'<text class="limit-text" x="{_LEFT + _PLOT_WIDTH - 4}" y="{y - 5:.1f}">'
-            f"{escape(limit.label)}</text>"
+            f"{_escaped(limit.label)}</text>"
         )
     return "".join([*parts, "</svg>"])
 
@@ -120,12 +123,12 @@ def bar_chart(
         parts.append(
             f'<rect class="bar" x="{x + gap / 2:.2f}" y="{_TOP + _PLOT_HEIGHT - height:.1f}" '
             f'width="{max(0.3, min(width - gap, 48.0)):.2f}" height="{height:.1f}">'
-            f"<title>{escape(name)}: {escape(value_text(value))}</title></rect>"
+            f"<title>{_escaped(name)}: {_escaped(value_text(value))}</title></rect>"
         )
         if i % every == 0:
             middle = x + min(width, 48.0 + gap) / 2
             parts.append(
-                f'<text class="tick middle" x="{middle:.1f}" y="{_HEIGHT - 10}">{escape(name)}</text>'
+                f'<text class="tick middle" x="{middle:.1f}" y="{_HEIGHT - 10}">{_escaped(name)}</text>'
             )
     return "".join([*parts, "</svg>"])
 
@@ -172,7 +175,7 @@ def gantt(spans: Sequence[Span], *, title: str) -> str:
         for span in row:
             x = left + span.begin / end * plot_width
             width = max(1.5, (span.end - span.begin) / end * plot_width - 1)
-            name, state = escape(span.name), escape(span.state)
+            name, state = _escaped(span.name), _escaped(span.state)
             parts.append(
                 f'<rect class="job {state}" x="{x:.1f}" y="{y}" width="{width:.1f}" height="24" rx="4">'
                 f"<title>{name}: {state}, {_seconds(span.end - span.begin)}</title></rect>"
@@ -183,7 +186,7 @@ def gantt(spans: Sequence[Span], *, title: str) -> str:
 
 
 def _open(title: str, height: int = _HEIGHT, width: int = _WIDTH) -> str:
-    text = escape(title)
+    text = _escaped(title)
     return (
         f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{text}" '
         f'preserveAspectRatio="xMidYMid meet">'
@@ -193,10 +196,10 @@ def _open(title: str, height: int = _HEIGHT, width: int = _WIDTH) -> str:
 def _grid(top: float, end: float | None, value_text: Callable[[float], str]) -> list[str]:
     parts = []
     for tick in ticks(top):
-        y = _TOP + (1 - tick / top) * _PLOT_HEIGHT
+        y, value = _TOP + (1 - tick / top) * _PLOT_HEIGHT, _escaped(value_text(tick))
         parts.append(
             f'<line class="grid" x1="{_LEFT}" x2="{_LEFT + _PLOT_WIDTH}" y1="{y:.1f}" y2="{y:.1f}"/>'
-            f'<text class="tick end" x="{_LEFT - 8}" y="{y + 4:.1f}">{escape(value_text(tick))}</text>'
+            f'<text class="tick end" x="{_LEFT - 8}" y="{y + 4:.1f}">{value}</text>'
         )
     for tick in time_ticks(end, 5) if end is not None else ():
         x = _LEFT + tick / end * _PLOT_WIDTH if end else _LEFT
@@ -204,6 +207,11 @@ def _grid(top: float, end: float | None, value_text: Callable[[float], str]) -> 
             f'<text class="tick middle" x="{x:.1f}" y="{_HEIGHT - 10}">{_seconds(tick)}</text>'
         )
     return parts
+
+
+def _escaped(text: str) -> str:
+    """Return a text of a checkpoint as people may see it, as a part of markup."""
+    return escape(shown(text))
 
 
 def _seconds(value: float) -> str:

@@ -13,7 +13,9 @@ from markupsafe import Markup
 from streamconv import ownfile
 from streamconv._version import __version__
 from streamconv.durations import format_duration
+from streamconv.shown import shown
 from streamconv.sizes import format_size
+from streamconv.texts import shown_all
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -28,12 +30,18 @@ def _environment() -> Environment:
     made = Environment(
         loader=FileSystemLoader(_TEMPLATES),
         autoescape=True,
+        finalize=_visible,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
     made.filters |= {"size": format_size, "duration": format_duration, "when": _when}
     return made
+
+
+def _visible(value: object) -> object:
+    """Return a text of a checkpoint as people may see it; markup and numbers as they are."""
+    return shown(str(value)) if type(value) is str or isinstance(value, Path) else value
 
 
 def _when(seconds: float | None) -> str:
@@ -44,7 +52,7 @@ def _when(seconds: float | None) -> str:
 
 def embedded(data: object) -> Markup:
     """Return data as JSON that may stand in a script element: no ``<`` can end it."""
-    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
+    text = json.dumps(shown_all(data), ensure_ascii=False, separators=(",", ":"))
     for letter in "<>&\u2028\u2029":
         text = text.replace(letter, f"\\u{ord(letter):04x}")
     return Markup(text)  # noqa: S704 - see above

@@ -1,0 +1,62 @@
+"""Names as strangers chose them: which are refused, and how all others are shown.
+
+A name may hold line breaks, what drives a terminal or turns the direction of a text, and bytes that are
+no text (Python keeps them as lone surrogates). Whatever is shown to people goes through :func:`shown`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from streamconv.errors import BadInputError
+from streamconv.shown import shown
+
+# The key of a safetensors header under which its own metadata stands.
+_METADATA = "__metadata__"
+
+
+def shown_all(data: Any) -> Any:
+    """Return plain data with every text in it as :func:`shown` has it."""
+    if isinstance(data, str):
+        return shown(data)
+    if isinstance(data, Mapping):
+        return {shown_all(k): shown_all(v) for k, v in data.items()}
+    if isinstance(data, list | tuple):
+        return [shown_all(v) for v in data]
+    return data
+
+
+def check_tensor_name(name: str) -> None:
+    """Raise :class:`BadInputError` for a name that no safetensors file can hold."""
+    if name == _METADATA:
+        raise BadInputError(
+            f"a tensor is called {_METADATA}, the one name that a safetensors file cannot hold",
+            where=name,
+            hint="rename it where the checkpoint was made",
+        )
+    if not _is_text(name):
+        raise BadInputError(
+            "a tensor's name is no text: no safetensors file can hold it",
+            where=name,
+            found="half of a surrogate pair in it",
+            hint="rename it where the checkpoint was made",
+        )
+
+
+def check_file_name(path: str) -> None:
+    """Raise :class:`BadInputError` for a file or folder whose name is no text."""
+    if not _is_text(path):
+        raise BadInputError(
+            "the name of a file or folder is not UTF-8",
+            where=path,
+            hint="rename it: a model folder with such a name cannot be read everywhere",
+        )
+
+
+def _is_text(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
