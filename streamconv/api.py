@@ -15,7 +15,7 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
-from streamconv import ownfile
+from streamconv import askedfile
 from streamconv.errors import NoSpaceError, StreamconvError, UsageError, VerificationError
 from streamconv.options import (
     DTypeChoice,
@@ -92,14 +92,14 @@ def convert(
         return run_job(Path(src), Path(dst), options, run)
     from streamconv.report.conversion import convert_reported
 
-    page = _own_file(Path(report), ownfile.PAGE, src, dst, options)
+    page = _own_file(Path(report), askedfile.PAGE, src, dst, options)
     return convert_reported(
         page, lambda watched: run_job(Path(src), Path(dst), options, watched), run
     )
 
 
 def _own_file(
-    path: Path, kind: ownfile.Kind, src: StrPath, dst: StrPath | None, job: JobOptions
+    path: Path, kind: askedfile.Kind, src: StrPath, dst: StrPath | None, job: JobOptions
 ) -> Path:
     """Return where a report or a plan will lie; raises before any work where it cannot."""
     from streamconv.filesystems import why_not_writable
@@ -111,7 +111,7 @@ def _own_file(
         (job.lora.base, "the base model"),
     ]
     apart = [(Path(folder), what) for folder, what in folders if folder is not None]
-    place = ownfile.checked(path, kind, apart)
+    place = askedfile.checked(path, kind, apart)
     reason = why_not_writable(place.parent)
     if reason is not None:
         raise StreamconvError(
@@ -202,8 +202,8 @@ def plan(
     options = job_options(max_shard_size=max_shard_size, **job)
     budget = memory_bytes(max_mem)
     if output is not None:
-        place = _own_file(Path(output), ownfile.PLAN, src, dst, options)
-        with ownfile.aside(place, ownfile.PLAN) as partial:
+        place = _own_file(Path(output), askedfile.PLAN, src, dst, options)
+        with askedfile.aside(place, askedfile.PLAN) as partial:
             made = make_plan(Path(src), options, partial, max_mem_bytes=budget)
         made.path = place
     else:

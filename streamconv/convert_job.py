@@ -14,6 +14,7 @@ from typing import Any
 import xxhash
 
 from streamconv import budget as budgets
+from streamconv import publication
 from streamconv.errors import (
     BadInputError,
     BudgetError,
@@ -24,22 +25,18 @@ from streamconv.errors import (
     UnfitValuesError,
 )
 from streamconv.executor import WindowFiller, write_output
+from streamconv.former import contents, former_output, is_empty, refuse_more, some
 from streamconv.manifest import read_manifest, write_manifest
 from streamconv.newfile import replacing
 from streamconv.options import Event, JobOptions, Result, RunOptions
 from streamconv.plan import Plan
 from streamconv.planned import MANIFEST, OutputFile, PlannedTensor, SideFile
 from streamconv.planning import make_plan
+from streamconv.publication import OldFile
 from streamconv.reader import SourceReader
 from streamconv.records import RecordChecks
 from streamconv.sizes import format_size
-from streamconv.staging import (
-    Staging,
-    check_target,
-    locked,
-    may_be_replaced,
-    staging_path,
-)
+from streamconv.staging import Staging, check_target, locked, staging_path
 from streamconv.unfinished import discard_leftover, staged_plan
 from streamconv.writer import DIRECT_BYTES, hash_file, no_space, write_text
 
@@ -88,38 +85,34 @@ def finished_output(dst: Path, digest: str) -> dict[str, Any] | None:
         manifest = read_manifest(dst, entries=False)
     except StreamconvError:
         return None  # a damaged output is no whole one
-    if manifest is None or (dst / ".streamconv").exists():
+    if manifest is None:
         return None
     same = manifest["job"]["digest"] == digest
     return manifest if same and _complete(dst, manifest) else None
 
 
-def refuse_others(dst: Path, job: Mapping[str, Any], *, overwrite: bool) -> None:
-    """Raise :class:`OutputExistsError` where ``dst`` holds what the job must not replace.
+def refuse_others(dst: Path, job: Mapping[str, Any], *, overwrite: bool) -> tuple[OldFile, ...]:
+    """Return the files of a former output in ``dst``, which the job replaces.
 
-    ``job`` is its identity.
+    ``job`` is its identity. Raises :class:`OutputExistsError` where ``dst`` holds what it must not
+    replace.
     """
-    if os.path.lexists(dst / MANIFEST) and not (dst / ".streamconv").exists():
-        if not overwrite:
-            raise OutputExistsError(
-                _which_job(dst, job),
-                where=str(dst),
-                hint="choose another folder, or replace it with --overwrite",
-            )
-    elif dst.is_dir() and staging_path(dst).parent != dst:
-        # Neither empty nor begun by us.
-        if not overwrite:
-            raise OutputExistsError(
-                "the output folder is not empty and was not made by streamconv",
-                where=str(dst),
-                hint="choose another folder, or replace it with --overwrite",
-            )
-        if not may_be_replaced(dst):
-            raise OutputExistsError(
-                "the output folder holds no model; --overwrite would delete something else",
-                where=str(dst),
-                hint="choose another folder, or empty this one",
-            )
+    # What a stopped run has begun to put in its place, the next command finishes.
+    if not dst.is_dir() or is_empty(dst) or publication.is_begun(staging_path(dst)):
+        return ()
+    if overwrite:
+        return former_output(dst)
+    ours = os.path.lexists(dst / MANIFEST)
+    raise OutputExistsError(
+        _which_job(dst, job)
+        if ours
+        else "the output folder is not empty and was not made by streamconv",
+        where=str(dst),
+        found=None if ours else some(contents(dst)),
+        hint="choose another folder, or replace it with --overwrite"
+        if ours
+        else "choose another folder, or move that away",
+    )
 
 
 def _which_job(dst: Path, job: Mapping[str, Any]) -> str:
@@ -145,7 +138,7 @@ def convert(src: Path, dst: Path, job: JobOptions, run: RunOptions) -> Result:
     budget = _budget_bytes(run)
     dst = _target(dst, source.root, source.side_dir, job.lora.base)
     with _full_disk_told(dst), locked(dst) as lock, budgets.PeakMeter() as meter:
-        done = _preflight(dst, source.identity, run)
+        done, old = _preflight(dst, source.identity, run)
         if done:
             return done
         staging = Staging(dst, sync=run.sync)
@@ -170,7 +163,7 @@ def convert(src: Path, dst: Path, job: JobOptions, run: RunOptions) -> Result:
                     found=format_size(budget),
                     hint=f"--max-mem {meter.peak_bytes * 102 // 10**8 + 1}MB works",
                 )
-        return _Conversion(plan, dst, run, budget, staging, meter).execute()
+        return _Conversion(plan, dst, run, budget, staging, meter, old).execute()
 
 
 def run_plan(plan_path: Path, dst: Path, run: RunOptions) -> Result:
@@ -181,7 +174,7 @@ def run_plan(plan_path: Path, dst: Path, run: RunOptions) -> Result:
     side_dir = Path(first.path.removesuffix(first.name)) if first else None
     dst = _target(dst, Path(plan.head.root), side_dir)
     with _full_disk_told(dst), locked(dst), budgets.PeakMeter() as meter:
-        done = _preflight(dst, plan.head.job, run)
+        done, old = _preflight(dst, plan.head.job, run)
         if done:
             return done
         staging = Staging(dst, sync=run.sync)
@@ -196,7 +189,7 @@ def run_plan(plan_path: Path, dst: Path, run: RunOptions) -> Result:
                 raise
             staging.seal(staged)
         staged.find_sources(root, side)
-        return _Conversion(staged, dst, run, budget, staging, meter).execute()
+        return _Conversion(staged, dst, run, budget, staging, meter, old).execute()
 
 
 def _copied(plan: Plan, path: Path) -> Plan:
@@ -237,22 +230,25 @@ def _target(dst: Path, source: Path, *others: Path | None) -> Path:
     return dst.resolve()
 
 
-def _preflight(dst: Path, job: Mapping[str, Any], run: RunOptions) -> Result | None:
-    """Return a result where there is nothing to do; refuse another job's folder."""
+def _preflight(
+    dst: Path, job: Mapping[str, Any], run: RunOptions
+) -> tuple[Result | None, tuple[OldFile, ...]]:
+    """Return a result where there is nothing to do, and the former output that is to be replaced."""
     digest = job["digest"]
+    publication.finish(staging_path(dst), dst, sync=run.sync)
     done = finished_output(dst, digest)
     if done is not None:
         discard_leftover(dst, digest)
         files = done["files"]
-        return Result(
+        result = Result(
             "nothing-to-do",
             dst,
             write_bytes=sum(f["nbytes"] for f in files),
             files=len(files),
             tensors=len(done["tensors"]),
         )
-    refuse_others(dst, job, overwrite=run.overwrite)
-    return None
+        return result, ()
+    return None, refuse_others(dst, job, overwrite=run.overwrite)
 
 
 def _complete(dst: Path, manifest: dict[str, Any]) -> bool:
@@ -272,6 +268,7 @@ class _Conversion:
     budget: int
     staging: Staging
     meter: budgets.PeakMeter
+    old: tuple[OldFile, ...]
 
     def execute(self) -> Result:
         """Stream every output file, then publish."""
@@ -362,7 +359,10 @@ class _Conversion:
             },
             sync=run.sync,
         )
-        self._publish(outputs)
+        kept = self._publish(outputs)
+        if kept is not None:
+            notice = f"what appeared in the old output meanwhile is in {kept}"
+            result = replace(result, notices=(*result.notices, notice))
         return replace(result, peak_bytes=self.meter.peak_bytes)
 
     def _check_finished(self, outputs: list[OutputFile]) -> int:
@@ -445,11 +445,11 @@ class _Conversion:
             write_text(path, self.plan.content(written.name), sync=self.run.sync)
             yield written.name, written.nbytes, hash_file(path)
 
-    def _publish(self, outputs: list[OutputFile]) -> None:
+    def _publish(self, outputs: list[OutputFile]) -> Path | None:
         index = [w.name for w in self.plan.head.written if w.name.endswith(".index.json")]
-        self.staging.publish(
-            last=index[0] if index else outputs[-1].name, overwrite=self.run.overwrite
-        )
+        if self.dst.is_dir() and not is_empty(self.dst):
+            refuse_more(self.dst, self.old)  # hours may have passed
+        return self.staging.publish(last=index[0] if index else outputs[-1].name, old=self.old)
 
 
 class _Progress:

@@ -7,16 +7,13 @@ Beside the target ``DST`` a hidden folder holds everything until the end::
     .DST.streamconv/files/…          the output as it will be
     .DST.streamconv.lock             held while a process works on DST
 
-Publishing renames ``files`` to ``DST``. Where ``DST`` is an empty folder already (a mount point,
-say) the hidden folder lies inside it and the files are moved one by one, last the one without which
-no loader starts (the index, or the only weight file). Names that end in ``.safetensors`` exist only
-in ``files``: loaders glob.
+:mod:`streamconv.publication` renames ``files`` to ``DST``. Where ``DST`` is an empty folder already, or
+a mount point, the hidden folder lies inside it and the files are moved one by one. Names that end in
+``.safetensors`` exist only in ``files``: loaders glob.
 """
 
 from __future__ import annotations
 
-import ctypes
-import errno
 import os
 import shutil
 from collections.abc import Iterator
@@ -25,32 +22,33 @@ from pathlib import Path
 
 from streamconv import newfile
 from streamconv._version import __version__
-from streamconv.errors import BadInputError, OutputExistsError, UsageError
+from streamconv.errors import BadInputError, UsageError
 from streamconv.journal import Journal
 from streamconv.lockfile import locked_file
 from streamconv.plan import Plan
-from streamconv.planned import MANIFEST
+from streamconv.publication import OldFile, Publication
 from streamconv.userkey import Sealer, strong_digest, user_key
-from streamconv.writer import fsync_directory
 
 PLAN = "plan.jsonl"
 JOURNAL = "journal.jsonl"
-_AT_FDCWD = -100
-_RENAME_EXCHANGE = 2
 
 
 def staging_path(target: Path) -> Path:
     """Return where the staging folder of ``target`` lies: beside it, or inside an existing one."""
-    if target.is_dir() and _is_ours_to_fill(target):
-        return target / ".streamconv"
-    return target.parent / f".{target.name}.streamconv"
+    beside = target.parent / f".{target.name}.streamconv"
+    inside = target / ".streamconv"
+    if not target.is_dir():
+        return beside
+    if inside.is_dir() or not _can_be_swapped(target):
+        return inside
+    empty = not any(p.name != "lost+found" for p in target.iterdir())
+    return inside if empty and not beside.is_dir() else beside
 
 
-def _is_ours_to_fill(target: Path) -> bool:
-    """Whether an existing folder is empty, or holds an unfinished run of ours inside it."""
-    return (target / ".streamconv").is_dir() or not any(
-        p.name != "lost+found" for p in target.iterdir()
-    )
+def _can_be_swapped(target: Path) -> bool:
+    """Whether a folder beside ``target`` can take its place: not where a volume is mounted on it."""
+    same_disk = target.stat().st_dev == target.parent.stat().st_dev
+    return same_disk and os.access(target.parent, os.W_OK)
 
 
 def check_target(target: Path, source: Path, side_dir: Path | None = None) -> None:
@@ -165,60 +163,16 @@ class Staging:
         shutil.rmtree(self.root, ignore_errors=True)
 
     def locate(self, name: str) -> Path:
-        """Return where a finished file lies; a run stopped while publishing has moved it already."""
-        staged = self.files / name
-        published = self.target / name
-        return published if self.inside and not staged.exists() else staged
+        """Return where a finished file lies."""
+        return self.files / name
 
-    def publish(self, *, last: str, overwrite: bool) -> None:
-        """Make the output appear under its name; ``last`` is the file that makes it loadable."""
-        if self._sync:
-            fsync_directory(self.files)
-        if self.inside:
-            self._move_into_target(last)
-        elif self.target.exists():
-            if not overwrite:
-                raise OutputExistsError(
-                    "the output folder appeared meanwhile", where=str(self.target)
-                )
-            _exchange(self.files, self.target, self.root / "replaced")
-        else:
-            self.files.rename(self.target)
-        if self._sync:
-            fsync_directory(self.target.parent)
+    def publish(self, *, last: str, old: tuple[OldFile, ...]) -> Path | None:
+        """Make the output appear under its name; ``last`` is the file that makes it loadable.
+
+        ``old`` is the former output there, which it replaces. Returns where that was kept, should
+        something else have appeared in it meanwhile.
+        """
+        publication = Publication(self.root, self.target, last, old, self._sync)
+        kept = publication.publish()
         self.discard()
-
-    def _move_into_target(self, last: str) -> None:
-        # File by file and not folder by folder: a run stopped here may have moved some of a folder.
-        names = sorted(str(p.relative_to(self.files)) for p in self.files.rglob("*") if p.is_file())
-        for name in sorted(names, key=lambda n: n == last):
-            if name == last and self._sync:
-                fsync_directory(self.target)
-            (self.target / name).parent.mkdir(parents=True, exist_ok=True)
-            (self.files / name).replace(self.target / name)
-        if self._sync:
-            fsync_directory(self.target)
-
-
-def _exchange(new: Path, old: Path, aside: Path) -> None:
-    """Swap two folders, atomically where the file system can; ``new`` then is the replaced one."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    if hasattr(libc, "renameat2"):
-        done = libc.renameat2(
-            _AT_FDCWD, os.fsencode(new), _AT_FDCWD, os.fsencode(old), _RENAME_EXCHANGE
-        )
-        if done == 0:
-            return
-        if ctypes.get_errno() not in (errno.EINVAL, errno.ENOSYS):
-            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(old))
-    old.rename(aside)
-    new.rename(old)
-
-
-def may_be_replaced(target: Path) -> bool:
-    """Whether ``--overwrite`` may remove an existing folder: only one that holds a model."""
-    names = [p.name for p in target.iterdir()]
-    # Many a project has a config.json; only together with weights is it a model.
-    return MANIFEST in names or (
-        "config.json" in names and any(n.endswith(".safetensors") for n in names)
-    )
+        return kept

@@ -22,10 +22,8 @@ from streamconv.plan import Plan
 from streamconv.planned import INDEX, MANIFEST, SINGLE
 from streamconv.staging import JOURNAL, PLAN, Staging
 
-# What may lie in an empty output folder beside the staging folder.
-_NO_OUTPUT = {".streamconv", ".streamconv.lock", "lost+found"}
 _NAMED = re.compile(rb'\{"(?:side|text|output)": ?"([^"\\]{1,1024})"')
-_PLAN_PART = re.compile(r"plan\.jsonl\.[0-9a-f]{16}\.part")
+_PART = re.compile(r"(plan\.jsonl\.|\.streamconv-)[0-9a-f]{16}\.part")
 _WEIGHTS = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 _LONGEST_NAME_LINE = 4096
 
@@ -135,15 +133,6 @@ def _refuse_strangers(staging: Staging, names: set[str]) -> None:
             staging.root,
             "what streamconv did not write lies in the folder of an unfinished run",
         )
-    if not staging.inside:
-        return
-    for path in staging.target.iterdir():
-        if path.name not in _NO_OUTPUT | names | folders or path.is_symlink():
-            raise OutputExistsError(
-                "the output folder is not empty and was not made by streamconv",
-                where=str(path),
-                hint=f"choose another folder, or move it away; {staging.root} is an unfinished run",
-            )
 
 
 def _strange(folder: Path, below: str, names: set[str], folders: set[str]) -> Iterator[Path]:
@@ -162,7 +151,7 @@ def _strange(folder: Path, below: str, names: set[str], folders: set[str]) -> It
             elif name.startswith("files/"):
                 if inside not in names and not _WEIGHTS.fullmatch(inside):
                     yield Path(entry.path)
-            elif name not in (PLAN, JOURNAL) and not _PLAN_PART.fullmatch(name):
+            elif name not in (PLAN, JOURNAL) and not _PART.fullmatch(name):
                 whole = name.removesuffix(".part")
                 if whole == name or not (whole in names or _WEIGHTS.fullmatch(whole)):
                     yield Path(entry.path)

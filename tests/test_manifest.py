@@ -229,15 +229,18 @@ def test_a_folder_that_the_manifest_names_is_looked_at_only_where_it_is_that_con
 # --- a damaged output in the way of a conversion ---------------------------------------------------
 
 
-def test_an_output_with_a_damaged_manifest_can_be_replaced(
+def test_an_output_with_a_damaged_manifest_stays(
     checkpoints: dict[str, Made], folder: Path
 ) -> None:
+    """Which of its files are streamconv's nobody knows any more."""
     (folder / MANIFEST).write_text("{")
     assert finished_output(folder, "0" * 32) is None
     with pytest.raises(OutputExistsError, match="cannot be told from another job's"):
-        refuse_others(folder, "0" * 32, overwrite=False)
-    streamconv.convert(checkpoints["fsdp2"].source, folder, overwrite=True, sync=False)
-    assert verify_output(folder).passed
+        refuse_others(folder, {"digest": "0" * 32}, overwrite=False)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(OutputExistsError, match="is not known"):
+        streamconv.convert(checkpoints["fsdp2"].source, folder, overwrite=True, sync=False)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
 # --- room ---------------------------------------------------------------------------------------

@@ -623,7 +623,7 @@ def test_overwrite_spares_a_project_that_has_a_config_but_no_weights(checkpoints
     project.mkdir()
     (project / "config.json").write_text("{}")
     (project / "precious").write_text("x")
-    with pytest.raises(OutputExistsError, match="holds no model"):
+    with pytest.raises(OutputExistsError, match="did not write"):
         convert(checkpoints["fsdp2"].source, project, overwrite=True)
     assert (project / "precious").read_text() == "x"
 

@@ -269,7 +269,7 @@ def test_a_folder_with_other_files_is_not_filled_because_of_a_staging_folder(
         (out / "modeling_evil.py").write_text("evil")
         with pytest.raises(OutputExistsError, match="not empty") as caught:
             convert(tiny, out)
-        assert caught.value.where == str(out / "modeling_evil.py")
+        assert caught.value.found == "modeling_evil.py"
         assert sorted(p.name for p in out.iterdir()) == [".streamconv", "modeling_evil.py"]
 
 

@@ -13,8 +13,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from streamconv import askedfile
 from streamconv import budget as budgets
-from streamconv import ownfile
 from streamconv.api import memory_bytes
 from streamconv.batch import metrics
 from streamconv.batch.hooks import Hooks
@@ -96,9 +96,9 @@ class Batch:
     def _refuse_places(self) -> None:
         """Refuse a report or metrics in a checkpoint, or where what is not ours lies."""
         s = self._settings
-        for path, kind in ((s.report, ownfile.PAGE), (s.prometheus, ownfile.METRICS)):
+        for path, kind in ((s.report, askedfile.PAGE), (s.prometheus, askedfile.METRICS)):
             if path is not None:
-                ownfile.checked(path, kind)
+                askedfile.checked(path, kind)
                 for run in s.run:
                     refuse_inside_checkpoint(path, run.root, f"the {kind.word}")
 
@@ -160,7 +160,7 @@ class Batch:
         }
         try:
             refuse_inside_checkpoint(run.output, run.root, "the output folder")
-            ownfile.checked(run.output / STATUS, ownfile.STATUS)
+            askedfile.checked(run.output / STATUS, askedfile.STATUS)
             store.begin()
             survey = Survey(
                 run,

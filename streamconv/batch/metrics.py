@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import get_args
 
-from streamconv import ownfile
+from streamconv import askedfile
 from streamconv.batch.state import Record, State, write_whole
 
 
@@ -66,7 +66,7 @@ def render(records: Iterable[Record]) -> str:
 
 def write(path: Path, records: Iterable[Record]) -> None:
     """Write the metrics, whole at any moment."""
-    write_whole(ownfile.checked(path, ownfile.METRICS), render(records), ownfile.METRICS)
+    write_whole(askedfile.checked(path, askedfile.METRICS), render(records), askedfile.METRICS)
 
 
 def _escaped(text: str) -> str:

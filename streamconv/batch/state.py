@@ -29,7 +29,7 @@ from urllib.parse import quote
 import filelock
 import xxhash
 
-from streamconv import ownfile
+from streamconv import askedfile
 from streamconv._version import __version__
 from streamconv.batch.record_file import SCHEMA, NewerRecordError, read_record_file, shape_of
 from streamconv.errors import LockedError, StreamconvError
@@ -193,7 +193,7 @@ class Store:
         path: Path,
         data: dict[str, Any],
         indent: int | None = None,
-        kind: ownfile.Kind | None = None,
+        kind: askedfile.Kind | None = None,
     ) -> None:
         try:
             write_whole(path, json.dumps(data, ensure_ascii=False, indent=indent), kind)
@@ -239,7 +239,7 @@ class Store:
             "batch": facts,
             "checkpoints": [r.to_json() for r in records],
         }
-        self._write(self.output / STATUS, data, indent=1, kind=ownfile.STATUS)
+        self._write(self.output / STATUS, data, indent=1, kind=askedfile.STATUS)
 
 
 def file_name(name: str) -> str:
@@ -335,12 +335,12 @@ def is_intact(record: Record) -> bool:
     return now == record.evidence
 
 
-def write_whole(path: Path, text: str, kind: ownfile.Kind | None = None) -> None:
+def write_whole(path: Path, text: str, kind: askedfile.Kind | None = None) -> None:
     """Write a file that others read at any moment: they see the old one or the new one.
 
     With a ``kind`` it replaces nothing but a file of that kind.
 
     Bytes of a file's name that are no text are written as JSON escapes lone surrogates.
     """
-    with ownfile.written(path, kind, errors="backslashreplace") as out:
+    with askedfile.written(path, kind, errors="backslashreplace") as out:
         out.write(text)

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from streamconv import ownfile
+from streamconv import askedfile
 from streamconv.dtypes import BY_NAME
 from streamconv.manifest import read_manifest
 from streamconv.options import Result, RunOptions
@@ -31,7 +31,7 @@ def convert_reported(
     report: Path, convert: Callable[[RunOptions], Result], run: RunOptions
 ) -> Result:
     """Run a conversion, watch it, and write its report: to where nothing of others lies."""
-    ownfile.checked(report, ownfile.PAGE)
+    askedfile.checked(report, askedfile.PAGE)
     with Timeline() as timeline:
         result = convert(replace(run, on_event=timeline.listening(run.on_event)))
     write_report(report, result, timeline)

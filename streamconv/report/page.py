@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup
 
-from streamconv import ownfile
+from streamconv import askedfile
 from streamconv._version import __version__
 from streamconv.durations import format_duration
 from streamconv.shown import shown
@@ -66,8 +66,8 @@ def drawn(svg: str) -> Markup:
 def write_page(path: Path, template: str, **facts: Any) -> None:
     """Render a template into ``path``, which appears whole and replaces nothing but such a page."""
     page = _environment().get_template(template)
-    with ownfile.written(
-        ownfile.checked(path, ownfile.PAGE), ownfile.PAGE, errors="backslashreplace"
+    with askedfile.written(
+        askedfile.checked(path, askedfile.PAGE), askedfile.PAGE, errors="backslashreplace"
     ) as out:
         # Piece by piece: the page of a model of 50,000 tensors is some megabytes.
         for piece in page.generate(version=__version__, **facts):

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
+from streamconv import newfile
 from streamconv.errors import OutputExistsError, UsageError
 
 # Staging folders, their locks, and what a batch keeps.
@@ -120,8 +121,7 @@ def aside(place: Path, kind: Kind | None = None) -> Iterator[Path]:
     """
     place.parent.mkdir(parents=True, exist_ok=True)
     partial = place.with_name(f".streamconv-{secrets.token_hex(8)}.part")
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-    os.close(os.open(partial, flags, 0o666))
+    os.close(newfile.create(partial))
     try:
         yield partial
         if kind is not None:
