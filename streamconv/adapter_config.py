@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 import xxhash
 
 from streamconv.errors import BadInputError
+from streamconv.inputs import readable
 from streamconv.options import LoraOptions
 from streamconv.planned import TextFile
 
@@ -117,7 +118,7 @@ def hashes(root: Path) -> list[tuple[str, str]]:
 
 
 def _read(path: Path) -> bytes:
-    with path.open("rb") as stream:
+    with readable(path), path.open("rb") as stream:
         data = stream.read(_MAX_NBYTES + 1)
     if len(data) > _MAX_NBYTES:
         raise BadInputError("the adapter's settings are too large", where=str(path))

@@ -11,12 +11,14 @@ import shutil
 import tempfile
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 from streamconv import askedfile
 from streamconv.errors import NoSpaceError, StreamconvError, UsageError, VerificationError
+from streamconv.inputs import reading
 from streamconv.options import (
     DTypeChoice,
     Event,
@@ -88,14 +90,21 @@ def convert(
 
     options = job_options(max_shard_size=max_shard_size, **job)
     run = run_options(max_mem, overwrite, sync, direct, source_crc, checksum, io_threads, on_event)
-    if report is None:
-        return run_job(Path(src), Path(dst), options, run)
-    from streamconv.report.conversion import convert_reported
+    with _reading(src, job, dst):
+        if report is None:
+            return run_job(Path(src), Path(dst), options, run)
+        from streamconv.report.conversion import convert_reported
 
-    page = _own_file(Path(report), askedfile.PAGE, src, dst, options)
-    return convert_reported(
-        page, lambda watched: run_job(Path(src), Path(dst), options, watched), run
-    )
+        page = _own_file(Path(report), askedfile.PAGE, src, dst, options)
+        return convert_reported(
+            page, lambda watched: run_job(Path(src), Path(dst), options, watched), run
+        )
+
+
+def _reading(
+    src: StrPath, job: JobKeywords, dst: StrPath | None = None
+) -> AbstractContextManager[None]:
+    return reading(src, job.get("hf_config"), job.get("base"), but=dst)
 
 
 def _own_file(
@@ -131,7 +140,8 @@ def convert_all(src: StrPath, dst: StrPath, **options: Any) -> dict[str, Result]
     """
     from streamconv.formats import model_names
 
-    names = model_names(Path(src))
+    with reading(src):
+        names = model_names(Path(src))
     if not names:
         raise UsageError(
             "there is one model here, or none", where=str(src), hint="leave out --model"
@@ -203,13 +213,15 @@ def plan(
     budget = memory_bytes(max_mem)
     if output is not None:
         place = _own_file(Path(output), askedfile.PLAN, src, dst, options)
-        with askedfile.aside(place, askedfile.PLAN) as partial:
+        with _reading(src, job), askedfile.aside(place, askedfile.PLAN) as partial:
             made = make_plan(Path(src), options, partial, max_mem_bytes=budget)
         made.path = place
     else:
         folder = tempfile.mkdtemp(prefix="streamconv-")
+        path = Path(folder) / "plan.jsonl"
         try:
-            made = make_plan(Path(src), options, Path(folder) / "plan.jsonl", max_mem_bytes=budget)
+            with _reading(src, job):
+                made = make_plan(Path(src), options, path, max_mem_bytes=budget)
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise
@@ -230,7 +242,8 @@ def open(  # noqa: A001 - meant to be called as streamconv.open
     from streamconv.lazy import open_checkpoint
 
     options = job_options(**job)
-    return open_checkpoint(Path(src), options)
+    with _reading(src, job):
+        return open_checkpoint(Path(src), options)
 
 
 def verify(
@@ -278,28 +291,31 @@ def verify(
     report, here = Report(), Path(folder)
     budget = memory_bytes(max_mem)
     other = Path(reference) if reference is not None else None
-    check_room([here, *([other] if other is not None else [])], budget or available_bytes()[0])
-    foreign = forward and not (here / MANIFEST).is_file()
-    if foreign and source is None:
-        report.checked.append(f"note: no {MANIFEST} here, so the files themselves are not checked")
-    elif source is not None or other is None or forward:
-        report.extend(verify_output(here))
-    if source is not None and report.passed:
-        config = Path(hf_config) if hf_config is not None else None
-        report.extend(verify_source(here, Path(source), hf_config=config, max_mem_bytes=budget))
-    if other is not None and not forward:
-        report.extend(verify_reference(here, other, atol=atol, rtol=rtol))
-    if forward and report.passed:
-        report.extend(
-            verify_forward(
-                here,
-                reference=other,
-                prompt=prompt,
-                token_ids=token_ids,
-                logits_atol=logits_atol,
-                max_mem_bytes=budget,
+    with reading(folder, source, reference, hf_config):
+        check_room([here, *([other] if other is not None else [])], budget or available_bytes()[0])
+        foreign = forward and not (here / MANIFEST).is_file()
+        if foreign and source is None:
+            report.checked.append(
+                f"note: no {MANIFEST} here, so the files themselves are not checked"
             )
-        )
+        elif source is not None or other is None or forward:
+            report.extend(verify_output(here))
+        if source is not None and report.passed:
+            config = Path(hf_config) if hf_config is not None else None
+            report.extend(verify_source(here, Path(source), hf_config=config, max_mem_bytes=budget))
+        if other is not None and not forward:
+            report.extend(verify_reference(here, other, atol=atol, rtol=rtol))
+        if forward and report.passed:
+            report.extend(
+                verify_forward(
+                    here,
+                    reference=other,
+                    prompt=prompt,
+                    token_ids=token_ids,
+                    logits_atol=logits_atol,
+                    max_mem_bytes=budget,
+                )
+            )
     return report
 
 
@@ -322,7 +338,8 @@ def inspect(src: StrPath, *, model: str | None = None) -> dict[str, Any]:
     """Return what is in the checkpoint as plain data: format, facts, files, tensors, notices."""
     from streamconv.planning import inspect_checkpoint
 
-    return inspect_checkpoint(Path(src), model)
+    with reading(src):
+        return inspect_checkpoint(Path(src), model)
 
 
 def job_options(

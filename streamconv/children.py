@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from streamconv.errors import BadInputError, StreamconvError
+from streamconv.inputs import of_input
 from streamconv.signals import end_with_parent
 from streamconv.writer import no_space
 
@@ -107,12 +108,23 @@ def serve(tasks: Mapping[str, Task]) -> int:
     except OSError as error:
         # A plan is written here too, so that a full disk shows first in this process.
         full = no_space(error, Path(request.get("plan_path", request["src"])))
-        other = StreamconvError("a file cannot be read or written", found=str(error))
-        other.__cause__ = error
+        other = of_input(error, _places(request)) or StreamconvError.of_system(error)
         answer = {"error": (full or other).to_json()}
     answers.write(json.dumps(answer) + "\n")
     answers.flush()
     return 0
+
+
+def _places(request: Mapping[str, Any]) -> list[Path]:
+    """Return what a request says is to be read: what cannot be read there is bad input."""
+    job = request.get("job", {})
+    given = (
+        request["src"],
+        request.get("folder"),
+        job.get("hf_config"),
+        job.get("lora", {}).get("base"),
+    )
+    return [Path(place) for place in given if place]
 
 
 @contextlib.contextmanager

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from streamconv.dtypes import BF16, DType
+from streamconv.inputs import readable, reading
 from streamconv.lazy import LazyTensor, open_checkpoint
 from streamconv.options import JobOptions
 from streamconv.safefile import FileTensor
@@ -28,9 +30,10 @@ def compare_with_model(src: Path, folder: Path, *, hf_config: Path | None = None
     """
     problems = []
     compared = 0
-    reference = weights_of(folder)
     job = JobOptions(dtype="bfloat16", hf_config=hf_config)
-    with open_checkpoint(src, job) as checkpoint:
+    with reading(src, folder, hf_config), ExitStack() as stack:
+        reference = weights_of(folder)
+        checkpoint = stack.enter_context(open_checkpoint(src, job))
         problems += [f"{n}: not in the checkpoint" for n in reference if n not in checkpoint]
         for name, tensor in checkpoint.items():
             other = reference.get(name)
@@ -52,7 +55,7 @@ def _distance(tensor: LazyTensor, other: FileTensor) -> float:
     rows = tensor.shape[0] if tensor.shape else 1
     row_nbytes = max(1, (other.end - other.begin) // max(rows, 1))
     step = max(1, _BLOCK_NBYTES // row_nbytes)
-    with other.path.open("rb") as stream:
+    with readable(other.path), other.path.open("rb") as stream:
         for lo in range(0, rows, step):
             hi = min(lo + step, rows)
             stream.seek(other.begin + lo * row_nbytes)

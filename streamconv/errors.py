@@ -115,6 +115,12 @@ class UsageError(StreamconvError):
     kind = "usage"
 
 
+class ClosedError(UsageError, ValueError):
+    """Something is read from what was closed before: a ``ValueError``, as Python's own files raise."""
+
+    kind = "closed"
+
+
 class BudgetError(StreamconvError):
     """The memory budget cannot work; the message says the smallest that does (exit code 4)."""
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from streamconv.errors import BadInputError, UnsafeInputError
+from streamconv.inputs import cannot_read, check_regular, readable
 
 _SHOWN = 80
 
@@ -56,9 +57,13 @@ def read_json(
     Raises :class:`UnsafeInputError` for more than ``most_bytes``, :class:`BadInputError` for what is no
     JSON, nests too deep, or is no file at all, and where ``make`` raises ``ValueError``.
     """
-    if not path.is_file():  # opening a pipe would wait for a writer
-        raise BadInputError(f"{path.name} is no file", where=str(path))
-    size = path.stat().st_size
+    try:
+        with readable(path):
+            status = path.stat()
+    except FileNotFoundError as error:
+        raise cannot_read(error, path) from error
+    check_regular(status.st_mode, path)  # opening a pipe would wait for a writer
+    size = status.st_size
     if size > most_bytes:
         raise UnsafeInputError(
             f"{path.name} is too large",
@@ -67,7 +72,8 @@ def read_json(
             found=f"{size} bytes",
         )
     try:
-        text = path.read_text(encoding="utf-8")
+        with readable(path):
+            text = path.read_text(encoding="utf-8")
         return json.loads(text, object_pairs_hook=make)
     except (ValueError, RecursionError) as error:
         raise BadInputError(

@@ -88,60 +88,74 @@ def _apply(op: MoveOp, value: Array, out: Array | None, what: str) -> Array:
     if isinstance(op, AddScalar):
         # In float32 and rounded once: what torch does for 16-bit floats, too.
         wide = np.dtype(np.float64 if value.dtype.itemsize == 8 else np.float32)
-        result: Array = value.astype(wide)
-        result += wide.type(op.value)
-        if out is None:
-            rounded: Array = result.astype(value.dtype)
-            return rounded
-        np.copyto(out, result, casting="unsafe")
-        return out
-    if isinstance(op, Zero):
-        if out is None:
-            return np.zeros_like(value)
-        out[...] = 0
-        return out
-    if not isinstance(op, Cast):
-        raise TypeError(f"no elementwise operation: {op}")
-    return _cast(op, value, out, what)
-
-
-def _cast(op: Cast, value: Array, out: Array | None, what: str) -> Array:
-    dtype = op.dtype.to_numpy()
-    if out is None:
-        out = np.empty(value.shape, dtype)
-    with np.errstate(over="ignore", invalid="ignore"):
+        with np.errstate(over="ignore", invalid="ignore"):
+            made: Array = value.astype(wide)
+            made += wide.type(op.value)
+    elif isinstance(op, Zero):
+        made = np.zeros_like(value)
+    elif isinstance(op, Cast):
+        made = value
         if op.dtype.name in ("BF16", "F16") and value.dtype.itemsize == 8:
             # numpy and ml_dtypes go from float64 straight or by way of float32; torch goes by way
             # of float32, and its bits are the ones people compare with.
-            value = value.astype(np.float32)
-        np.copyto(out, value, casting="unsafe")
-        if dtype.itemsize < value.dtype.itemsize or op.dtype.name == "F16":
-            _check_cast(op, value, out, what)
+            with np.errstate(over="ignore", invalid="ignore"):
+                made = value.astype(np.float32)
+    else:
+        raise TypeError(f"no elementwise operation: {op}")
+    if out is None:
+        out = np.empty(value.shape, op.dtype.to_numpy() if isinstance(op, Cast) else value.dtype)
+    with np.errstate(over="ignore", invalid="ignore"):
+        np.copyto(out, made, casting="unsafe")
+    # Held against what came in, not against a step on the way: that may be infinite already.
+    check_finite((value,), out, what)
     return out
 
 
-# The bit pattern of +inf per dtype: patterns at or above it (sign aside) are inf and NaN.
-_INFINITY = {"BF16": 0x7F80, "F16": 0x7C00, "F32": 0x7F800000}
-_QUIET_NAN = {"BF16": 0x7FC0, "F16": 0x7E00, "F32": 0x7FC00000}
+# By the bytes of an element and whether it is bfloat16: the bit pattern of +inf (patterns at or above
+# it, sign aside, are inf and NaN) and that of the one quiet NaN that is written.
+_INFINITY = {"bfloat16": 0x7F80, "float16": 0x7C00, "float32": 0x7F800000, "float64": 0x7FF << 52}
+_QUIET_NAN = {"bfloat16": 0x7FC0, "float16": 0x7E00, "float32": 0x7FC00000, "float64": 0xFFF << 51}
 
 
-def _check_cast(op: Cast, value: Array, out: Array, what: str) -> None:
-    """Refuse finite values that became infinite, and write every NaN as the one quiet NaN."""
-    bits = out.view(f"u{out.dtype.itemsize}")
-    infinity = _INFINITY[op.dtype.name]
-    sign = 1 << (8 * out.dtype.itemsize - 1)
+def check_finite(inputs: Sequence[Array], out: Array, what: str) -> None:
+    """Refuse infinite results of finite ``inputs``, and make every NaN in ``out`` the one quiet NaN.
+
+    Raises :class:`UnfitValuesError`, naming ``what``.
+    """
+    dtype = out.dtype
+    infinity = _INFINITY[dtype.name]
+    bits = out.view(f"u{dtype.itemsize}")
+    sign = 1 << (8 * dtype.itemsize - 1)
     # Two maxima find out whether there is anything to look at, many times faster than a mask.
-    if bits.view(f"i{out.dtype.itemsize}").max() < infinity and bits.max() < sign + infinity:
+    if not bits.size or (
+        bits.view(f"i{dtype.itemsize}").max() < infinity and bits.max() < sign + infinity
+    ):
         return
-    magnitude = bits & (sign - 1)
-    lost = (magnitude == infinity) & np.isfinite(value)
+    magnitude = bits & bits.dtype.type(sign - 1)
+    lost = magnitude == infinity
+    for value in inputs:
+        with np.errstate(invalid="ignore"):  # of a signalling NaN
+            lost = lost & np.isfinite(value)
     if lost.any():
-        worst = float(np.abs(value[lost].astype(np.float64)).max())
-        raise UnfitValuesError(
-            f"a finite value does not fit into {op.dtype}",
-            where=what,
-            expected=f"values that {op.dtype} can hold",
-            found=f"{worst:.6g} in {int(lost.sum())} or more elements",
-            hint="keep its dtype with `--keep-dtype PATTERN`, or choose bfloat16",
+        worst = max(
+            float(np.abs(np.broadcast_to(value, lost.shape)[lost].astype(np.float64)).max())
+            for value in inputs
         )
-    bits[magnitude > infinity] = _QUIET_NAN[op.dtype.name]
+        raise UnfitValuesError(
+            f"a finite value does not fit into {dtype.name}",
+            where=what,
+            expected=f"values that {dtype.name} can hold",
+            found=f"{worst:.6g} in {int(lost.sum())} or more elements",
+            hint=_WAY_ON[dtype.name].format(what=what),
+        )
+    bits[magnitude > infinity] = _QUIET_NAN[dtype.name]
+
+
+_WAY_ON = {
+    "float16": "`--dtype bfloat16` or `--dtype float32` has room for it, or leave this tensor as it is "
+    "with `--keep-dtype {what}`",
+    "bfloat16": "`--dtype float32` may have room for it, or leave this tensor as it is with "
+    "`--keep-dtype {what}`",
+    "float32": "leave this tensor as it is with `--keep-dtype {what}`, or all with `--dtype keep`",
+    "float64": "look at the checkpoint: training diverged",
+}

@@ -40,6 +40,7 @@ import xxhash
 
 from streamconv.dtypes import BY_NAME
 from streamconv.errors import BadInputError
+from streamconv.inputs import readable
 from streamconv.lowering import Dim, Move, MoveOp, ProductAt
 from streamconv.planned import (
     OutputFile,
@@ -241,7 +242,8 @@ class _At(io.RawIOBase):
 
 def _open(path: Path) -> int:
     # A pipe would be waited for, and a device never ends.
-    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    with readable(path):
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     mode = os.fstat(fd).st_mode
     if stat.S_ISREG(mode):
         return fd
@@ -276,8 +278,9 @@ class Plan:
             ) from error
         weakref.finalize(self, os.close, self._fd)
         try:
-            self.digest = self._check_digest()
-            self.head = self._read_head()
+            with readable(path):
+                self.digest = self._check_digest()
+                self.head = self._read_head()
         except (ValueError, KeyError, TypeError, IndexError) as error:
             raise BadInputError(
                 "this is no streamconv plan, or a damaged one",

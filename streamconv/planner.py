@@ -251,6 +251,13 @@ def with_dtypes(
                 "config.json declares no dtype",
                 hint="say which: --dtype bfloat16, float16 or float32",
             )
+        if not declared.castable:
+            raise UsageError(
+                "config.json declares a dtype that weights are not cast to",
+                expected="bfloat16, float16, float32 or float64",
+                found=str(declared),
+                hint="say which: --dtype bfloat16, float16 or float32; or leave --dtype out",
+            )
         target = declared
     elif options.dtype != "keep":
         target = BY_TORCH[options.dtype]

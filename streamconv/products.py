@@ -19,7 +19,7 @@ import numpy as np
 
 from streamconv.dtypes import F32, DType
 from streamconv.errors import UnfitValuesError
-from streamconv.kernels import Array, apply, strided
+from streamconv.kernels import Array, apply, check_finite, strided
 from streamconv.lowering import Dim, MoveOp, Patch, ProductAt, patches
 from streamconv.planned import PlannedTensor
 from streamconv.recipe import Cast
@@ -139,7 +139,9 @@ def add_product(
             source = strided(data[src * data_dtype.itemsize :], data_dtype.to_numpy(), walk, "src")
             target = strided(out[dst * out_dtype.itemsize :], out_dtype.to_numpy(), walk, "dst")
             wide = np.float64 if data_dtype.itemsize == 8 else np.float32
-            total: Array = np.add(source.astype(wide), update, dtype=wide)
+            with np.errstate(over="ignore", invalid="ignore"):
+                total: Array = np.add(source.astype(wide), update, dtype=wide)
+            check_finite((source, update), total, tensor.name)
             apply(rest, total, target, tensor.name)
 
 

@@ -16,7 +16,8 @@ from pathlib import Path
 
 import xxhash
 
-from streamconv.errors import BadInputError, SourceChangedError
+from streamconv.errors import BadInputError, ClosedError, SourceChangedError
+from streamconv.inputs import open_input, readable
 from streamconv.source import SourceFile
 from streamconv.torchfile.window import FileWindow
 from streamconv.torchfile.zipdir import hash_directory
@@ -59,6 +60,7 @@ class SourceReader:
         self._read_since_drop: dict[int, int] = {}
         self._index_hashes: dict[str, str] = {}
         self._lock = threading.Lock()
+        self._closed = False
         self.read_bytes = 0
         self.reads = 0
 
@@ -70,16 +72,19 @@ class SourceReader:
         """Fill ``buffers``, in order, from byte ``offset`` of file number ``file``.
 
         Raises :class:`SourceChangedError` where the file ends before they are full, or is not the
-        file that was planned; ``OSError`` as the system gives it.
+        file that was planned, :class:`BadInputError` where the system cannot read it, and
+        :class:`ClosedError` after :meth:`close`.
         """
         with self._lock:
+            self.check_open()
             fd = self._descriptor(file)
             self._in_use[file] += 1
         try:
             at = offset
             pending = [b for b in buffers if len(b)]
             while pending:
-                got = os.preadv(fd, pending, at)
+                with readable(self.path(file)):
+                    got = os.preadv(fd, pending, at)
                 self.reads += 1
                 if got == 0:
                     raise SourceChangedError(
@@ -99,6 +104,15 @@ class SourceReader:
         finally:
             with self._lock:
                 self._in_use[file] -= 1
+                if self._closed and not self._in_use[file]:
+                    os.close(self._open.pop(file))
+
+    def check_open(self) -> None:
+        """Raise :class:`ClosedError` after :meth:`close`."""
+        if self._closed:
+            raise ClosedError(
+                "the checkpoint is closed", where=str(self._root), hint="read before you close it"
+            )
 
     def _descriptor(self, file: int) -> int:
         fd = self._open.get(file)
@@ -110,7 +124,7 @@ class SourceReader:
             if idle is not None:  # every one in use: more threads than descriptors
                 os.close(self._open.pop(idle))
         try:
-            fd = os.open(self.path(file), os.O_RDONLY | os.O_CLOEXEC)
+            fd = open_input(self.path(file))
         except FileNotFoundError as error:
             raise SourceChangedError(
                 "a source file vanished", where=str(self.path(file))
@@ -141,7 +155,9 @@ class SourceReader:
         self._index_hashes.clear()
         for file in range(len(self.files)):
             try:
-                self._check_stat(file, self.path(file).stat())
+                with readable(self.path(file)):
+                    status = self.path(file).stat()
+                self._check_stat(file, status)
                 self._check_directory(file)
             except FileNotFoundError as error:
                 raise SourceChangedError(
@@ -155,7 +171,7 @@ class SourceReader:
             return
         if not planned.entry_prefix:
             return
-        fd = os.open(self.path(file), os.O_RDONLY | os.O_CLOEXEC)
+        fd = open_input(self.path(file))
         try:
             window = FileWindow(fd, str(self.path(file)), 0, planned.nbytes)
             found, _ = hash_directory(window)
@@ -203,13 +219,22 @@ class SourceReader:
         self._read_since_drop[file] = seen
 
     def close(self) -> None:
-        """Close every descriptor."""
+        """Close every descriptor; one in use by another thread as soon as that has read.
+
+        Closed under its feet, its number could be another file's by then.
+        """
         with self._lock:
-            for fd in self._open.values():
+            self._closed = True
+            for file, fd in list(self._open.items()):
                 if self._drop_cache:
                     os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-                os.close(fd)
-            self._open.clear()
+                if not self._in_use[file]:
+                    os.close(self._open.pop(file))
+
+    def __del__(self) -> None:
+        # Descriptors are mere numbers: nobody else would close them.
+        if getattr(self, "_open", None):
+            self.close()
 
     def __enter__(self) -> SourceReader:
         return self

@@ -26,6 +26,7 @@ _STEP_BYTES = 1 << 20
 class _Seen:
     coverage: Coverage
     verified: bool = False
+    header: bool = False  # checked, and right
     lock: threading.Lock = field(default_factory=threading.Lock)
 
 
@@ -65,11 +66,14 @@ class RecordChecks:
             return
         with self._lock:
             seen = self._seen.get(key)
-            first = seen is None
             if seen is None:
                 seen = self._seen[key] = _Seen(Coverage())
-        if first:
-            self._check_header(source, record, header)
+        if not seen.header:
+            # Whoever reads the record meanwhile waits, and one that is wrong is wrong every time.
+            with seen.lock:
+                if not seen.header:
+                    self._check_header(source, record, header)
+                    seen.header = True
         if not self._check_crc or seen.verified:
             return
         begin, end = max(lo, record.start), min(lo + len(data), record.start + record.nbytes)
@@ -140,6 +144,6 @@ class RecordChecks:
     def restore(self, journal: Iterable[list[Any]]) -> None:
         """Go on from :meth:`journal`, in place of what is known now."""
         self._seen = {
-            (file, start): _Seen(Coverage(tuple(i) for i in intervals), verified)
+            (file, start): _Seen(Coverage(tuple(i) for i in intervals), verified, header=True)
             for file, start, verified, intervals in journal
         }

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 from streamconv.boxes import Shape
 from streamconv.dtypes import BY_NAME, DType
 from streamconv.errors import BadInputError, UnsafeInputError
+from streamconv.inputs import cannot_read, open_input, readable
 from streamconv.jsonfile import TEXT, mismatches, read_json, unique_keys
 from streamconv.planned import INDEX, SINGLE
 from streamconv.stored import STEP_BYTES, pieces
@@ -45,10 +47,12 @@ def read_header(path: Path) -> dict[str, FileTensor]:
     Raises :class:`BadInputError` for a damaged file, :class:`UnsafeInputError` for an oversized
     header.
     """
-    if not path.is_file():  # opening a pipe would wait for a writer
-        raise BadInputError("this is no file", where=str(path))
-    size = path.stat().st_size
-    with path.open("rb") as stream:
+    try:
+        fd = open_input(path)
+    except FileNotFoundError as error:
+        raise cannot_read(error, path) from error
+    with os.fdopen(fd, "rb") as stream, readable(path):
+        size = os.fstat(fd).st_size
         length = int.from_bytes(stream.read(8), "little")
         if length > MAX_HEADER_BYTES:
             raise UnsafeInputError(

@@ -6,7 +6,9 @@ run. Weights and weight indexes that lie among them are left out, for they are n
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from typing import Any
 from streamconv.custom_code import code_of
 from streamconv.dtypes import BY_TORCH, DType
 from streamconv.errors import BadInputError, UnsafeInputError
+from streamconv.inputs import cannot_read, check_regular
 from streamconv.jsonfile import read_json
 from streamconv.planned import MANIFEST, SideFile, TextFile
 from streamconv.source import Skipped
@@ -91,20 +94,29 @@ def list_side_files(folder: Path, *, root: Path, named: bool = False) -> Iterato
         name = path.relative_to(folder)
         if any(part.startswith(".") or part == "__pycache__" for part in name.parts):
             continue
-        if not named and not path.resolve().is_relative_to(within):
+        try:
+            leads_to = path.resolve()
+        except RuntimeError as error:  # links in a circle
+            raise cannot_read(OSError(errno.ELOOP, os.strerror(errno.ELOOP)), path) from error
+        if not named and not leads_to.is_relative_to(within):
             raise UnsafeInputError(
                 "a link leads out of the checkpoint",
                 where=str(path),
-                found=str(path.resolve()),
+                found=str(leads_to),
                 hint="if you trust it, name a folder yourself: --hf-config DIR",
             )
-        if not path.is_file() or _is_weights(path.name):
+        if path.is_dir() or _is_weights(path.name):
             continue
         if name.as_posix() == MANIFEST:
             continue  # of the output that this folder is; ours will have that name
         # Absolute: a plan may be run from another working directory.
         where = str(path.absolute())
-        yield SideFile(name.as_posix(), where, path.stat().st_size, hash_file(path))
+        try:
+            status = path.stat()
+        except FileNotFoundError as error:  # a link that leads nowhere
+            raise cannot_read(error, path) from error
+        check_regular(status.st_mode, path)
+        yield SideFile(name.as_posix(), where, status.st_size, hash_file(path))
 
 
 def holds_weights(folder: Path, root: Path) -> bool:

@@ -10,6 +10,7 @@ import numpy as np
 
 from streamconv.dtypes import DType
 from streamconv.errors import BadInputError
+from streamconv.inputs import readable
 
 STEP_BYTES = 1 << 20
 # An exponent of all ones is NaN or infinity; of fp8 without infinities all bits but the sign are.
@@ -27,7 +28,7 @@ _MASKS: dict[str, np.unsignedinteger[Any]] = {
 
 def pieces(path: Path, begin: int, nbytes: int, step: int = STEP_BYTES) -> Iterator[bytes]:
     """Yield ``nbytes`` of a file in pieces of ``step``; :class:`BadInputError` where some are gone."""
-    with path.open("rb", buffering=0) as stream:
+    with readable(path), path.open("rb", buffering=0) as stream:
         stream.seek(begin)
         left = nbytes
         while left:

@@ -25,6 +25,7 @@ import xxhash
 
 from streamconv import newfile
 from streamconv.errors import NoSpaceError
+from streamconv.inputs import readable
 from streamconv.planned import OutputFile
 
 _WRITE_BYTES = 1 << 20
@@ -259,7 +260,7 @@ def hash_file(path: Path) -> str:
     """Return the xxh3_128 hex digest of a file, read in 1 MiB steps."""
     digest = xxhash.xxh3_128()
     buffer = memoryview(bytearray(_WRITE_BYTES))
-    with path.open("rb", buffering=0) as stream:
+    with readable(path), path.open("rb", buffering=0) as stream:
         while got := stream.readinto(buffer):
             digest.update(buffer[:got])
     return digest.hexdigest()

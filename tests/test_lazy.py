@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import gc
+import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +18,7 @@ from hypothesis import strategies as st
 
 import streamconv
 from streamconv import planning
+from streamconv.errors import BadInputError, ClosedError
 from streamconv.lazy import LazyCheckpoint
 from tests.makers.fsdp import Made
 from tests.outputs import Stored, read_truth
@@ -80,15 +84,18 @@ def indices(draw: st.DrawFn, shape: tuple[int, ...]) -> object:
     items: list[object] = [draw(items_of(size)) for size in shape[:head]]
     if not items or draw(st.booleans()):
         items += [..., *(draw(items_of(size)) for size in shape[tail:])]
+    if draw(st.booleans()):
+        items.insert(draw(st.integers(0, len(items))), None)
     return tuple(items) if len(items) > 1 or draw(st.booleans()) else items[0]
 
 
 @st.composite
 def items_of(draw: st.DrawFn, size: int) -> object:
     if size and draw(st.booleans()):
-        return draw(st.integers(-size, size - 1))
+        return draw(st.sampled_from((int, np.int64)))(draw(st.integers(-size, size - 1)))
     edge = st.none() | st.integers(-size - 2, size + 2)
-    return slice(draw(edge), draw(edge), draw(st.none() | st.integers(1, 4)))
+    step = st.none() | st.integers(-4, -1) | st.integers(1, 4)
+    return slice(draw(edge), draw(edge), draw(step))
 
 
 @pytest.mark.parametrize("name", ["fsdp2-bf16", "fsdp2-moe", "fsdp2-mixtral", "fsdp2-hsdp-tp"])
@@ -102,7 +109,13 @@ def test_any_index_is_numpys(name: str, checkpoints: dict[str, Made]) -> None:
         def check(data: st.DataObject) -> None:
             tensor = data.draw(st.sampled_from(sorted(truth)))
             index = data.draw(indices(truth[tensor].shape))
-            assert same_bits(np.asarray(checkpoint[tensor][index]), truth[tensor][index])
+            found, expected = checkpoint[tensor][index], truth[tensor][index]
+            assert same_bits(np.asarray(found), np.asarray(expected))
+            in_torch = checkpoint[tensor].torch(index)
+            assert tuple(in_torch.shape) == expected.shape
+            assert in_torch.contiguous().view(-1).view(torch.uint8).numpy().tobytes() == (
+                expected.tobytes()
+            )
 
         check()
 
@@ -166,7 +179,14 @@ def test_rows_are_read_and_nothing_else(name: str, checkpoints: dict[str, Made])
         ((0, 0, 0), "3 indices for 2 dimensions"),
         (509, "out of bounds"),
         (-510, "out of bounds"),
-        (slice(None, None, -1), "negative steps"),
+        (5.9, "only integers"),
+        ("5", "only integers"),
+        (True, "only integers, .* not bool"),
+        (np.bool_(False), "only integers"),
+        (np.float32(5), "only integers"),
+        ([1, 2], "only integers"),
+        (np.array([1, 2]), "only integers"),
+        ((0, True), "only integers"),
         ((..., ...), "single ellipsis"),
     ],
 )
@@ -185,3 +205,120 @@ def test_planned_in_the_child(checkpoints: dict[str, Made]) -> None:
         assert set(checkpoint) == truth.keys()
         name = "model.embed_tokens.weight"
         assert same_bits(checkpoint[name][100:200, 3], as_numpy(truth[name])[100:200, 3])
+
+
+# --- a checkpoint without a model: planned in a moment ------------------------------------------
+
+
+@pytest.fixture
+def plain(tmp_path: Path) -> Path:
+    state = {
+        "a.scalar": torch.tensor(1.5),
+        "a.matrix": torch.arange(12, dtype=torch.bfloat16).reshape(3, 4),
+        "a.empty": torch.empty(0, 3),
+    }
+    torch.save(state, tmp_path / "model_world_size_1_rank_0.pt")
+    return tmp_path
+
+
+def test_numpy_takes_a_lazy_tensor_for_an_array(plain: Path) -> None:
+    with opened(plain) as checkpoint:
+        matrix, scalar = checkpoint["a.matrix"], checkpoint["a.scalar"]
+        assert (matrix.ndim, matrix.size, len(matrix)) == (2, 12, 3)
+        expected = np.arange(12).reshape(3, 4)
+        assert np.asarray(matrix).dtype == ml_dtypes.bfloat16
+        assert np.array_equal(np.asarray(matrix, dtype=np.float64), expected)
+        assert np.array_equal(np.array(matrix, copy=True), expected)
+        assert np.array_equal(np.stack(list(matrix)), expected)
+        assert np.asarray(scalar).shape == ()
+        with pytest.raises(ValueError, match="without a copy"):
+            np.array(matrix, copy=False)
+        for odd in (lambda: len(scalar), lambda: list(scalar), lambda: bool(matrix)):
+            with pytest.raises(TypeError):
+                odd()
+
+
+def test_what_has_no_dimension_has_none_in_torch(plain: Path) -> None:
+    with opened(plain) as checkpoint:
+        for tensor, index in (("a.scalar", ...), ("a.scalar", ()), ("a.matrix", (1, 2))):
+            assert checkpoint[tensor].torch(index).shape == ()
+        assert checkpoint["a.matrix"].torch((1, None, -1)).shape == (1,)
+        assert checkpoint["a.empty"].torch().shape == (0, 3)
+
+
+def descriptors(path: Path) -> int:
+    links = Path("/proc/self/fd")
+    names = [str(link.readlink()) for link in links.iterdir() if link.is_symlink()]
+    return sum(name.startswith(str(path)) for name in names)
+
+
+def test_a_closed_checkpoint_is_not_read(plain: Path) -> None:
+    with opened(plain) as checkpoint:
+        matrix = checkpoint["a.matrix"]
+        assert matrix[1, 1] == 5
+        assert descriptors(plain) == 1
+    assert descriptors(plain) == 0
+    for read in (lambda: matrix[0], matrix.numpy, matrix.torch, lambda: matrix[0:0]):
+        with pytest.raises(ClosedError, match="closed"):
+            read()
+    with pytest.raises(ValueError, match="closed"), checkpoint:
+        pass
+    checkpoint.close()
+    assert descriptors(plain) == 0
+
+
+def test_a_checkpoint_that_is_let_go_keeps_no_file_open(plain: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(planning, "_ask", lambda request: planning._TASKS[request["task"]](request))
+        patch.setattr(planning, "_limited_memory", contextlib.nullcontext)
+        checkpoint = streamconv.open(plain)
+    assert checkpoint["a.scalar"][()] == 1.5
+    del checkpoint
+    gc.collect()
+    assert descriptors(plain) == 0
+
+
+def test_closing_waits_for_a_read_in_another_thread(
+    plain: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else its descriptor could be another file's by the time it reads."""
+    reading, closed, seen = threading.Event(), threading.Event(), []
+    pread = os.preadv
+
+    def slow(fd: int, *arguments):
+        reading.set()
+        assert closed.wait(10)
+        seen.append(str(Path(f"/proc/self/fd/{fd}").readlink()))
+        return pread(fd, *arguments)
+
+    with opened(plain) as checkpoint:
+        monkeypatch.setattr(os, "preadv", slow)
+        found: list[object] = []
+
+        def read() -> None:
+            try:
+                found.append(checkpoint["a.matrix"][...].astype(int).tolist())
+            except ClosedError as error:
+                found.append(error)
+
+        thread = threading.Thread(target=read)
+        thread.start()
+        assert reading.wait(10)
+        checkpoint.close()
+        closed.set()
+        thread.join(10)
+    assert len(found) == 1
+    assert all(name.startswith(str(plain)) for name in seen)
+    assert descriptors(plain) == 0
+
+
+def test_a_damaged_record_is_refused_each_time(plain: Path) -> None:
+    path = plain / "model_world_size_1_rank_0.pt"
+    raw = bytearray(path.read_bytes())
+    at = raw.index(b"model_world_size_1_rank_0/data/1")
+    raw[at + 5] ^= 1  # the name in the local header, which no one has read before
+    path.write_bytes(raw)
+    with opened(plain) as checkpoint:
+        for _ in range(2):
+            with pytest.raises(BadInputError):
+                checkpoint["a.matrix"].numpy()

@@ -25,6 +25,7 @@ from streamconv import formats
 from streamconv.batch.state import holds_batch
 from streamconv.errors import BadInputError, StreamconvError
 from streamconv.formats import mcore_ranks
+from streamconv.inputs import cannot_read, reading
 
 # Deep enough for every run; links being left out, it ends anyway.
 _MAX_DEPTH = 24
@@ -75,7 +76,9 @@ def discover(
     be looked into; one that goes while it is looked at is none. ``on_notice`` is told of checkpoints
     that are left out.
     """
-    if not root.is_dir():
+    with reading(root):
+        there = root.is_dir()
+    if not there:
         raise BadInputError("there is no such folder", where=str(root))
     walk = _Walk(root, {path.resolve() for path in avoid}, on_problem, on_notice)
     found = list(walk.below(root, 0))
@@ -212,7 +215,7 @@ class _Walk:
 
 
 def _unreadable(folder: Path, error: OSError) -> StreamconvError:
-    return StreamconvError(f"a folder cannot be read: {error.strerror}", where=str(folder))
+    return cannot_read(error, folder)
 
 
 def _candidate(root: Path, location: formats.Location) -> Candidate:

@@ -25,6 +25,7 @@ from streamconv.batch.tasks import UNCOMPARED, Task, take_over_finished
 from streamconv.convert_job import IdentifiedJob, finished_output, identify, refuse_others
 from streamconv.errors import LockedError, StreamconvError, UsageError
 from streamconv.identity import chosen_options
+from streamconv.inputs import cannot_read
 from streamconv.lora_plan import base_inputs
 from streamconv.sidefiles import list_side_files
 
@@ -108,8 +109,7 @@ class Survey:
         except FileNotFoundError:
             return  # it went this moment
         except OSError as error:
-            what = f"a checkpoint cannot be looked at: {error.strerror}"
-            self.problems.append(StreamconvError(what, where=str(c.path)))
+            self.problems.append(cannot_read(error, error.filename or c.path))
             return
         known = (record.root, record.relative, record.snapshot, record.marks, record.options) == (
             str(self._root),

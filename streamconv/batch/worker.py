@@ -53,6 +53,7 @@ def _work() -> int:
 def _convert(request: dict[str, Any]) -> dict[str, Any]:
     from streamconv import api
     from streamconv.convert_job import convert
+    from streamconv.inputs import reading
     from streamconv.manifest import read_manifest
     from streamconv.options import Event, JobOptions, RunOptions
     from streamconv.planned import MANIFEST
@@ -63,14 +64,15 @@ def _convert(request: dict[str, Any]) -> dict[str, Any]:
     source, output = Path(request["source"]), Path(request["output"])
     job = JobOptions.from_json(request["job"])
     run = RunOptions(**request["run"], on_event=on_event)
-    if request["report"]:
-        from streamconv.report.conversion import convert_reported
+    with reading(source, job.hf_config, job.lora.base, but=output):
+        if request["report"]:
+            from streamconv.report.conversion import convert_reported
 
-        result = convert_reported(
-            Path(request["report"]), lambda watched: convert(source, output, job, watched), run
-        )
-    else:
-        result = convert(source, output, job, run)
+            result = convert_reported(
+                Path(request["report"]), lambda watched: convert(source, output, job, watched), run
+            )
+        else:
+            result = convert(source, output, job, run)
     verified = None
     if request["verify"]:
         _say({"event": "phase", "text": "verify"})

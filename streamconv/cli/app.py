@@ -27,11 +27,13 @@ app = typer.Typer(
 Source = Annotated[
     Path,
     typer.Argument(
+        readable=False,
         metavar="SRC",
         help="The checkpoint: a folder of rank files, an actor folder, a step folder.",
     ),
 ]
-Target = Annotated[Path, typer.Argument(metavar="DST", help="The output folder.")]
+# readable=False everywhere: else typer calls a path that cannot be read wrong usage, exit code 2.
+Target = Annotated[Path, typer.Argument(readable=False, metavar="DST", help="The output folder.")]
 MaxMem = Annotated[
     str | None,
     typer.Option(
@@ -75,6 +77,7 @@ HfConfig = Annotated[
     Path | None,
     typer.Option(
         "--hf-config",
+        readable=False,
         metavar="DIR",
         help="Take config, tokenizer and the other side files from this folder.",
     ),
@@ -96,7 +99,10 @@ Lora = Annotated[
 Base = Annotated[
     Path | None,
     typer.Option(
-        "--base", metavar="DIR", help="Merge a checkpoint of adapters alone into this model folder."
+        "--base",
+        readable=False,
+        metavar="DIR",
+        help="Merge a checkpoint of adapters alone into this model folder.",
     ),
 ]
 LoraAlpha = Annotated[
@@ -145,7 +151,7 @@ IoThreads = Annotated[
 ]
 Report = Annotated[
     Path | None,
-    typer.Option("--report", metavar="FILE", help="Write an HTML page about it."),
+    typer.Option("--report", readable=False, metavar="FILE", help="Write an HTML page about it."),
 ]
 UploadPath = Annotated[
     str | None,
@@ -252,11 +258,17 @@ def convert(
 def plan(
     src: Source,
     dst: Annotated[
-        Path | None, typer.Argument(metavar="DST", help="Whose disk to look at.")
+        Path | None, typer.Argument(readable=False, metavar="DST", help="Whose disk to look at.")
     ] = None,
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", metavar="PLAN", help="Keep the plan, for `streamconv run`."),
+        typer.Option(
+            "--output",
+            "-o",
+            readable=False,
+            metavar="PLAN",
+            help="Keep the plan, for `streamconv run`.",
+        ),
     ] = None,
     max_mem: MaxMem = None,
     max_shard_size: MaxShard = "5GB",
@@ -316,7 +328,10 @@ def plan(
 
 @app.command()
 def run(
-    plan: Annotated[Path, typer.Argument(metavar="PLAN", help="What `streamconv plan -o` wrote.")],
+    plan: Annotated[
+        Path,
+        typer.Argument(readable=False, metavar="PLAN", help="What `streamconv plan -o` wrote."),
+    ],
     dst: Target,
     max_mem: MaxMem = None,
     overwrite: Overwrite = False,
@@ -333,6 +348,7 @@ def run(
     from streamconv import api
     from streamconv.cli.progress import listen, summarize
     from streamconv.convert_job import run_plan
+    from streamconv.inputs import reading
 
     with listen(json=json, quiet=quiet) as on_event:
         options = api.run_options(
@@ -345,20 +361,30 @@ def run(
             io_threads,
             on_event,
         )
-        result = run_plan(plan, dst, options)
+        with reading(plan, but=dst):
+            result = run_plan(plan, dst, options)
     summarize(result, json=json, quiet=quiet)
 
 
 @app.command()
 def verify(
-    folder: Annotated[Path, typer.Argument(metavar="DST", help="What streamconv wrote.")],
+    folder: Annotated[
+        Path, typer.Argument(readable=False, metavar="DST", help="What streamconv wrote.")
+    ],
     source: Annotated[
         Path | None,
-        typer.Option("--source", metavar="SRC", help="Compare every tensor with the checkpoint."),
+        typer.Option(
+            "--source",
+            readable=False,
+            metavar="SRC",
+            help="Compare every tensor with the checkpoint.",
+        ),
     ] = None,
     reference: Annotated[
         Path | None,
-        typer.Option("--reference", metavar="DIR", help="Compare with another model folder."),
+        typer.Option(
+            "--reference", readable=False, metavar="DIR", help="Compare with another model folder."
+        ),
     ] = None,
     atol: Annotated[float, typer.Option("--atol", help="Tolerated absolute difference.")] = 0.0,
     rtol: Annotated[float, typer.Option("--rtol", help="Tolerated relative difference.")] = 0.0,
@@ -386,6 +412,7 @@ def verify(
         Path | None,
         typer.Option(
             "--hf-config",
+            readable=False,
             metavar="DIR",
             help="With --source: where the folder is now that DST's config came from.",
         ),
@@ -447,10 +474,12 @@ def inspect(src: Source, model: Model = None, json: Json = False, debug: Debug =
 @app.command()
 def doctor(
     src: Annotated[
-        Path | None, typer.Argument(metavar="SRC", help="A checkpoint to try reading.")
+        Path | None,
+        typer.Argument(readable=False, metavar="SRC", help="A checkpoint to try reading."),
     ] = None,
     dst: Annotated[
-        Path | None, typer.Argument(metavar="DST", help="A folder to try writing to.")
+        Path | None,
+        typer.Argument(readable=False, metavar="DST", help="A folder to try writing to."),
     ] = None,
     model: Model = None,
     json: Json = False,
@@ -458,8 +487,10 @@ def doctor(
 ) -> None:
     """Show versions, memory, limits and disks, and whether SRC can be read here."""
     from streamconv.doctor import examine, rows
+    from streamconv.inputs import reading
 
-    found = examine(src, model, dst)
+    with reading(src, but=dst):
+        found = examine(src, model, dst)
     if json:
         say_json(found, indent=2)
     else:

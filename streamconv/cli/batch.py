@@ -49,10 +49,12 @@ def _option(flag: str, text: str, metavar: str | None = None) -> Any:
 @app.command()
 def batch(
     root: Annotated[
-        Path, typer.Argument(metavar="ROOT|JOBS", help="A training run, or a jobs.toml.")
+        Path,
+        typer.Argument(readable=False, metavar="ROOT|JOBS", help="A training run, or a jobs.toml."),
     ],
     dst: Annotated[
-        Path | None, typer.Argument(metavar="DST", help="The folder for all outputs.")
+        Path | None,
+        typer.Argument(readable=False, metavar="DST", help="The folder for all outputs."),
     ] = None,
     max_mem: MaxMem = None,
     jobs: Annotated[
@@ -231,7 +233,9 @@ def _settings(root: Path, dst: Path | None, options: Mapping[str, Any]) -> Any:
 
 @app.command()
 def status(
-    dst: Annotated[Path, typer.Argument(metavar="DST", help="The output folder of a batch.")],
+    dst: Annotated[
+        Path, typer.Argument(readable=False, metavar="DST", help="The output folder of a batch.")
+    ],
     json: Json = False,
     debug: Debug = False,
 ) -> None:

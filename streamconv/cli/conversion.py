@@ -64,10 +64,12 @@ def convert(
 def _choose(src: Path, *, ask: bool) -> str | None:
     """Ask on a terminal which of several models is meant; None leaves the question to the error."""
     from streamconv.formats import model_names
+    from streamconv.inputs import reading
 
     if not (ask and sys.stdin.isatty() and sys.stderr.isatty()):
         return None
-    names = model_names(src)
+    with reading(src):
+        names = model_names(src)
     if len(names) < 2:
         return None
     tell(f"{shown(str(src))} holds {len(names)} models: {', '.join(map(shown, names))}")

@@ -27,13 +27,17 @@ Backend = Annotated[
     str, typer.Option("--backend", metavar="NAME", help="fsdp or megatron; the files decide.")
 ]
 LocalDir = Annotated[
-    Path, typer.Option("--local_dir", "--local-dir", metavar="DIR", help="The checkpoint.")
+    Path,
+    typer.Option(
+        "--local_dir", "--local-dir", readable=False, metavar="DIR", help="The checkpoint."
+    ),
 ]
 HfModelPath = Annotated[
     Path | None,
     typer.Option(
         "--hf_model_path",
         "--hf-model-path",
+        readable=False,
         metavar="DIR",
         help="Config and tokenizer, for checkpoints of old releases that lack them.",
     ),
@@ -64,7 +68,10 @@ def merge(
     backend: Backend,
     local_dir: LocalDir,
     target_dir: Annotated[
-        Path, typer.Option("--target_dir", "--target-dir", metavar="DIR", help="The output folder.")
+        Path,
+        typer.Option(
+            "--target_dir", "--target-dir", readable=False, metavar="DIR", help="The output folder."
+        ),
     ] = Path("tmp"),
     hf_upload_path: Annotated[
         str | None,
@@ -116,7 +123,13 @@ def compare(
     local_dir: LocalDir,
     test_hf_dir: Annotated[
         Path,
-        typer.Option("--test_hf_dir", "--test-hf-dir", metavar="DIR", help="The model to compare."),
+        typer.Option(
+            "--test_hf_dir",
+            "--test-hf-dir",
+            readable=False,
+            metavar="DIR",
+            help="The model to compare.",
+        ),
     ],
     hf_model_path: HfModelPath = None,
     tie_word_embedding: TieWordEmbedding = False,

@@ -21,6 +21,7 @@ from streamconv.boxes import Box, Shape
 from streamconv.dtypes import DType
 from streamconv.errors import BadInputError, StreamconvError, UnsafeInputError
 from streamconv.formats.identity import evidence_of
+from streamconv.inputs import cannot_read, check_regular, open_input
 from streamconv.source import GlobalTensor, Record, ShardLayout, ShardTable, SourceFile
 from streamconv.torchfile.dcp import DcpIndex, DcpTensor, Piece
 from streamconv.torchfile.unpickle import load_inert, no_garbage_collection
@@ -90,7 +91,9 @@ def read_index_bytes(folder: Path) -> bytes:
     """Return the index as it is stored."""
     path = folder / INDEX
     try:
-        nbytes = path.stat().st_size
+        status = path.stat()
+        check_regular(status.st_mode, path)
+        nbytes = status.st_size
         if nbytes > _MAX_INDEX_NBYTES:
             raise UnsafeInputError(
                 "the index is too large",
@@ -100,9 +103,7 @@ def read_index_bytes(folder: Path) -> bytes:
             )
         return path.read_bytes()
     except OSError as error:
-        raise BadInputError(
-            f"the index cannot be read: {error.strerror}", where=str(path)
-        ) from None
+        raise cannot_read(error, path) from error
 
 
 def read_index(folder: Path) -> DcpIndex:
@@ -231,11 +232,9 @@ class _Edges:
 
     def __init__(self, path: Path) -> None:
         try:
-            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            self._fd = open_input(path)
         except OSError as error:
-            raise BadInputError(
-                f"cannot open the file: {error.strerror}", where=str(path)
-            ) from None
+            raise cannot_read(error, path) from error
         self.whole = FileWindow(self._fd, str(path), 0, os.fstat(self._fd).st_size)
         self._kept: list[tuple[int, bytes]] = []
 

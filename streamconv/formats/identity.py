@@ -13,7 +13,7 @@ from pathlib import Path
 
 import xxhash
 
-from streamconv.errors import SourceChangedError
+from streamconv.inputs import cannot_read, open_input
 from streamconv.source import SourceFile
 from streamconv.torchfile.window import FileWindow
 from streamconv.torchfile.zipdir import hash_directory
@@ -28,16 +28,14 @@ def identify_file(file: Path, root: Path) -> SourceFile:
     Nothing is parsed: whoever reads the file checks what it holds.
     """
     try:
-        fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+        fd = open_input(file)
         try:
             status = os.fstat(fd)
             digest, checksums = hash_directory(FileWindow(fd, str(file), 0, status.st_size))
         finally:
             os.close(fd)
     except OSError as error:
-        raise SourceChangedError(
-            f"a rank file cannot be read: {error.strerror}", where=str(file)
-        ) from None
+        raise cannot_read(error, file) from error
     return SourceFile(
         file.relative_to(root).as_posix(),
         status.st_size,
@@ -54,7 +52,7 @@ def evidence_of(file: Path) -> str:
     """
     samples = xxhash.xxh3_64()
     try:
-        fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+        fd = open_input(file)
         try:
             status = os.fstat(fd)
             last = max(0, status.st_size - _SAMPLE_NBYTES)
@@ -63,7 +61,5 @@ def evidence_of(file: Path) -> str:
         finally:
             os.close(fd)
     except OSError as error:
-        raise SourceChangedError(
-            f"a source file cannot be read: {error.strerror}", where=str(file)
-        ) from None
+        raise cannot_read(error, file) from error
     return f"{status.st_mtime_ns}-{samples.hexdigest()}"

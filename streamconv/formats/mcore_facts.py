@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from streamconv.errors import StreamconvError
+from streamconv.inputs import open_input
 from streamconv.jsonfile import object_or_empty
 from streamconv.torchfile.inert import Inert, InertDict
 from streamconv.torchfile.unpickle import load_inert
@@ -79,8 +80,8 @@ _WANTED = frozenset(
 def of_file(path: Path, offset: int = 0, nbytes: int | None = None) -> dict[str, object]:
     """Return the facts in a file that torch.save wrote, or in the record at ``offset`` of one."""
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError:
+        fd = open_input(path)
+    except (StreamconvError, OSError):
         return {}
     try:
         size = os.fstat(fd).st_size if nbytes is None else nbytes

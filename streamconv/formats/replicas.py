@@ -20,6 +20,7 @@ import numpy.typing as npt
 from streamconv.boxes import Shape
 from streamconv.dtypes import DType
 from streamconv.errors import BadInputError
+from streamconv.inputs import readable
 from streamconv.source import Record
 from streamconv.torchfile.rankfile import Stored
 
@@ -211,7 +212,8 @@ def _is_dense(shape: Shape, strides: Shape) -> bool:
 
 
 def _read(fd: int, start: int, nbytes: int, path: Path) -> bytes:
-    data = os.pread(fd, nbytes, start)
+    with readable(path):
+        data = os.pread(fd, nbytes, start)
     if len(data) < nbytes:
         raise BadInputError("the file became shorter while replicas were compared", where=str(path))
     return data

@@ -7,6 +7,7 @@ samples alone.
 
 from __future__ import annotations
 
+import os
 from array import array
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import xxhash
 from streamconv.boxes import Box, contiguous_strides
 from streamconv.errors import BadInputError, UsageError
 from streamconv.formats.identity import evidence_of
+from streamconv.inputs import cannot_read, open_input, readable
 from streamconv.planned import INDEX, SINGLE
 from streamconv.safefile import FileTensor, read_header, read_index, weight_files
 from streamconv.source import GlobalTensor, ShardLayout, ShardTable, SourceFile
@@ -71,8 +73,12 @@ def _check_index(folder: Path, found: dict[str, GlobalTensor]) -> None:
 
 
 def _identify(path: Path) -> SourceFile:
-    stat = path.stat()
-    with path.open("rb") as stream:
+    try:
+        fd = open_input(path)
+    except FileNotFoundError as error:
+        raise cannot_read(error, path) from error
+    with os.fdopen(fd, "rb") as stream, readable(path):
+        stat = os.fstat(fd)
         prefix = stream.read(8)
         header = stream.read(min(int.from_bytes(prefix, "little"), stat.st_size))
     digest = xxhash.xxh3_128_hexdigest(prefix + header)

@@ -22,6 +22,7 @@ from typing import Any, Literal, NamedTuple
 
 from streamconv.dtypes import DType
 from streamconv.errors import BadInputError, StreamconvError, UnsafeInputError
+from streamconv.inputs import cannot_read, open_input
 from streamconv.placements import Placement, ShardOrder
 from streamconv.torchfile import allowlist as allowed
 from streamconv.torchfile.inert import Frozen, Inert, InertStorage
@@ -218,16 +219,14 @@ def open_archive(path: Path) -> Iterator[tuple[os.stat_result, ZipDirectory]]:
     """Open the torch.save zip ``path`` and yield its status and directory; it closes at the end."""
     where = str(path)
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        fd = open_input(path)
     except OSError as error:
-        raise BadInputError(f"cannot open the file: {error.strerror}", where=where) from None
+        raise cannot_read(error, path) from error
     try:
         status = os.fstat(fd)
         directory = read_directory(FileWindow(fd, where, 0, status.st_size))
         _check_byteorder(directory)
         yield status, directory
-    except OSError as error:
-        raise BadInputError(f"cannot read the file: {error.strerror}", where=where) from None
     finally:
         os.close(fd)
 

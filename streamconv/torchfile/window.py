@@ -11,6 +11,7 @@ import os
 from typing import Protocol
 
 from streamconv.errors import BadInputError, SourceChangedError
+from streamconv.inputs import readable
 
 
 class Window(Protocol):
@@ -42,7 +43,8 @@ class FileWindow:
         pieces: list[bytes] = []
         position, missing = self.base + offset, nbytes
         while missing:  # one pread returns at most 2 GiB, and may return less
-            piece = os.pread(self._fd, missing, position)
+            with readable(self.name):
+                piece = os.pread(self._fd, missing, position)
             if not piece:
                 raise SourceChangedError(
                     "the file became shorter while it was read", where=self.name

@@ -15,6 +15,7 @@ import xxhash
 from streamconv import quantization
 from streamconv.adapter_config import OF_A_MODEL, WEIGHTS
 from streamconv.errors import BadInputError, StreamconvError
+from streamconv.inputs import readable
 from streamconv.jsonfile import read_json
 from streamconv.manifest import MAX_MANIFEST_BYTES, read_manifest
 from streamconv.planned import INDEX, MANIFEST, SINGLE
@@ -120,7 +121,7 @@ def _file_problems(
     spans += [(t, t.end) for t in tensors.values()]
     buffer = memoryview(bytearray(_STEP_BYTES))
     size = 0
-    with path.open("rb", buffering=0) as stream:
+    with readable(path), path.open("rb", buffering=0) as stream:
         for tensor, end in [*spans, (None, None)]:
             digest = xxhash.xxh3_128()
             while end is None or size < end:

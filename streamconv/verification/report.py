@@ -25,6 +25,9 @@ class Report:
         """Whether nothing differs."""
         return not self.problems
 
+    def __bool__(self) -> bool:
+        return self.passed
+
     def extend(self, other: Report) -> None:
         """Add what another check found."""
         self.checked += other.checked

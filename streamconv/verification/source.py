@@ -18,7 +18,7 @@ from typing import IO, Any
 
 from streamconv import budget as budgets
 from streamconv.children import ask
-from streamconv.errors import BadInputError, UsageError
+from streamconv.errors import BadInputError, UnfitValuesError, UsageError
 from streamconv.executor import WindowFiller, filled_windows
 from streamconv.options import JobOptions
 from streamconv.plan import Plan
@@ -70,7 +70,13 @@ def verify_source(
         )
         differing: dict[str, str] = answer["differing"]
         left: dict[str, str] = answer["left"]
-        checks_bad, unverifiable = _own_reader(plan, held, left.keys() | differing.keys(), budget)
+        try:
+            checks_bad, unverifiable = _own_reader(
+                plan, held, left.keys() | differing.keys(), budget
+            )
+        except UnfitValuesError as error:
+            checks_bad, unverifiable = {*differing}, 0
+            report.problems.append(f"{error.where}: {error.what} ({error.found})")
     # Not the output's own files: config.json is corrected, and release by release a little otherwise.
     made_of = dict(manifest["job"]["side"])
     report.problems += [
@@ -79,6 +85,9 @@ def verify_source(
         if made_of.get(name, digest) != digest
     ]
     report.problems += [f"{n}: {what}" for n, what in sorted(wrong.items())]
+    report.problems += [
+        f"{n}: infinite here, the source has {what}" for n, what in sorted(answer["lost"].items())
+    ]
     for name in sorted(differing.keys() | checks_bad):
         if name in checks_bad:
             report.problems.append(f"{name}: differs from the source")

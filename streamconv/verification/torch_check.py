@@ -48,6 +48,10 @@ _MAX_TILE_BYTES = 32 << 20
 _MIN_TILE_BYTES = 1 << 20
 
 
+class LostValuesError(Exception):
+    """A finite value of the source is infinite in the type of the output."""
+
+
 class TooLargeError(Exception):
     """A step would need more memory than the budget leaves."""
 
@@ -93,7 +97,7 @@ def _check(request: dict[str, Any]) -> dict[str, Any]:
             used = sorted({s for w in batch for s in w.sources})
             comparison.run(batch, files.read(used))
     except UnreadableError as error:
-        done = answer.same.keys() | answer.differing.keys() | answer.left.keys()
+        done = answer.same | answer.differing | answer.lost | answer.left
         answer.leave((w for w in wanted if w.name not in done), str(error))
     except TooLargeError as error:
         answer.leave(wanted, str(error))
@@ -155,6 +159,7 @@ class _Answer:
     def __init__(self) -> None:
         self.same: dict[str, str] = {}
         self.differing: dict[str, str] = {}
+        self.lost: dict[str, str] = {}
         self.left: dict[str, str] = {}
 
     def leave(self, wanted: Iterable[Wanted], reason: str) -> _Answer:
@@ -165,6 +170,7 @@ class _Answer:
         return {
             "ways": dict(Counter(self.same.values())),
             "differing": self.differing,
+            "lost": self.lost,
             "left": self.left,
         }
 
@@ -316,7 +322,7 @@ class _Comparison:
             self._verdict(
                 wanted,
                 (
-                    (at, flat[at : at + step].to(wanted.dtype))
+                    (at, cast_to(flat[at : at + step], wanted.dtype))
                     for at in range(0, flat.numel(), step)
                 ),
                 cast,
@@ -329,7 +335,7 @@ class _Comparison:
         width = max(source.itemsize, wanted.dtype.itemsize)
         try:
             slices = (
-                (at, evaluate(view, lo, sizes, pieces, self._tile).to(wanted.dtype))
+                (at, cast_to(evaluate(view, lo, sizes, pieces, self._tile), wanted.dtype))
                 for at, lo, sizes in tiles(wanted.shape, max(1, self._tile // width))
             )
             self._verdict(wanted, slices, source != wanted.dtype, way)
@@ -344,10 +350,14 @@ class _Comparison:
         way: str,
     ) -> None:
         tensor = self._output.tensors[wanted.file_name]
-        for at, expected in slices:
-            if self._output.differs(tensor, at, expected, cast):
-                self._answer.differing[wanted.name] = f"from element {at} on"
-                return
+        try:
+            for at, expected in slices:
+                if self._output.differs(tensor, at, expected, cast):
+                    self._answer.differing[wanted.name] = f"from element {at} on"
+                    return
+        except LostValuesError as error:
+            self._answer.lost[wanted.name] = str(error)
+            return
         self._answer.same[wanted.name] = way
 
 
@@ -401,8 +411,27 @@ def evaluate(
             raise AssertionError("adapters are left to the other reader")
         if isinstance(op, Zero):
             made = torch.zeros_like(made)
+        elif isinstance(op, Cast):
+            made = cast_to(made, _torch(op.dtype))
         else:
-            made = made.to(_torch(op.dtype)) if isinstance(op, Cast) else made + op.value
+            made = made + op.value
+    return made
+
+
+def cast_to(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return ``tensor`` in another type, as torch rounds it.
+
+    Raises :class:`LostValuesError` where a finite value becomes infinite: the output holds the same
+    infinity then, and would pass.
+    """
+    made = tensor.to(dtype)
+    if made.dtype != tensor.dtype and made.is_floating_point():
+        lost = made.isinf() & tensor.isfinite()
+        if lost.any():
+            worst = tensor[lost].abs().max().item()
+            raise LostValuesError(
+                f"{worst:.6g}, which {str(dtype).removeprefix('torch.')} cannot hold"
+            )
     return made
 
 
