@@ -13,6 +13,7 @@ from streamconv.errors import StreamconvError
 CODES = {
     "StreamconvError": 1,
     "UsageError": 2,
+    "ClosedError": 2,
     "BudgetError": 4,
     "BadInputError": 5,
     "SourceChangedError": 5,

@@ -172,25 +172,27 @@ def test_a_side_file_of_another_kind_is_not_left_out(
     assert "tokenizer.json" in str(caught.value)
 
 
-def read_all(source: Path) -> None:
-    with streamconv.open(source) as checkpoint:
-        for tensor in checkpoint.values():
-            tensor.numpy()
+def fails(*_: object) -> int:
+    raise OSError(errno.EIO, os.strerror(errno.EIO))
 
 
-@pytest.mark.parametrize("call", ["preadv", "pread"])
-def test_a_disk_that_fails_while_it_is_read(
-    call: str, actor: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_disk_that_fails_while_metadata_is_read(
+    actor: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fails(*_: object) -> int:
-        raise OSError(errno.EIO, os.strerror(errno.EIO))
-
-    plan = tmp_path / "plan.jsonl"
-    streamconv.plan(actor, output=plan)
-    monkeypatch.setattr(os, call, fails)
+    monkeypatch.setattr(os, "pread", fails)
     with pytest.raises(BadInputError, match=RANK_FILE) as caught:
-        streamconv.convert(actor, tmp_path / "out") if call == "pread" else read_all(actor)
+        streamconv.convert(actor, tmp_path / "out")
     assert caught.value.errno == errno.EIO, "a batch tries such an error again"
+
+
+def test_a_disk_that_fails_while_weights_are_read(
+    actor: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with streamconv.open(actor) as checkpoint:
+        monkeypatch.setattr(os, "preadv", fails)
+        with pytest.raises(BadInputError, match=RANK_FILE) as caught:
+            checkpoint["a.weight"].numpy()
+    assert caught.value.errno == errno.EIO
 
 
 def test_what_says_nothing_about_the_input_is_not_bad_input(tmp_path: Path) -> None:

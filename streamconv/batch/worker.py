@@ -76,7 +76,9 @@ def _convert(request: dict[str, Any]) -> dict[str, Any]:
     verified = None
     if request["verify"]:
         _say({"event": "phase", "text": "verify"})
-        report = api.verify(output, source=source, max_mem=run.max_mem_bytes)
+        report = api.verify(
+            output, source=source, hf_config=job.hf_config, max_mem=run.max_mem_bytes
+        )
         if not report.passed:
             raise VerificationError(
                 "the output differs from its source",

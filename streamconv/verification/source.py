@@ -9,6 +9,7 @@ the conversion is trusted.
 from __future__ import annotations
 
 import dataclasses
+import json
 import tempfile
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -20,13 +21,15 @@ from streamconv import budget as budgets
 from streamconv.children import ask
 from streamconv.errors import BadInputError, UnfitValuesError, UsageError
 from streamconv.executor import WindowFiller, filled_windows
+from streamconv.identity import chosen_options
 from streamconv.options import JobOptions
 from streamconv.plan import Plan
-from streamconv.planned import PlannedTensor
+from streamconv.planned import INDEX, MANIFEST, PlannedTensor
 from streamconv.planning import make_plan
 from streamconv.reader import SourceReader
 from streamconv.records import RecordChecks
 from streamconv.safefile import FileTensor, read_folder
+from streamconv.verification.beside import file_problems
 from streamconv.verification.folder import manifest_of
 from streamconv.verification.report import Report
 from streamconv.writer import hash_file
@@ -47,7 +50,7 @@ def verify_source(
     :class:`BadInputError` for a source that is damaged or cannot be read.
     """
     manifest = manifest_of(folder)
-    job = _job(manifest, src, hf_config)
+    job = _job(folder, manifest, src, hf_config)
     budget = max_mem_bytes or budgets.available_bytes()[0]
     report = Report()
     held = read_folder(folder, nested=True)
@@ -77,13 +80,20 @@ def verify_source(
         except UnfitValuesError as error:
             checks_bad, unverifiable = {*differing}, 0
             report.problems.append(f"{error.where}: {error.what} ({error.found})")
-    # Not the output's own files: config.json is corrected, and release by release a little otherwise.
+        beside = list(file_problems(folder, plan))
     made_of = dict(manifest["job"]["side"])
+    renewed = [n for n, digest in plan.head.job["side"] if made_of.get(n, digest) != digest]
+    report.problems += [f"{n}: the source has another one than it was made of" for n in renewed]
+    # A file of weights whose tensors are not those of the source has another header for that reason.
     report.problems += [
-        f"{name}: the source has another one than it was made of"
-        for name, digest in plan.head.job["side"]
-        if made_of.get(name, digest) != digest
+        f"{n}: {what}"
+        for n, what in beside
+        if n not in renewed and not (wrong and n.endswith((".safetensors", INDEX)))
     ]
+    report.checked.append(
+        f"{len(plan.head.side) + len(plan.head.written)} files beside the weights against the source"
+    )
+    report.checked += _by_manifest(job, hf_config)
     report.problems += [f"{n}: {what}" for n, what in sorted(wrong.items())]
     report.problems += [
         f"{n}: infinite here, the source has {what}" for n, what in sorted(answer["lost"].items())
@@ -107,6 +117,21 @@ def verify_source(
     return report
 
 
+def _by_manifest(job: JobOptions, hf_config: Path | None) -> Iterator[str]:
+    """Name what only the manifest says of how the output was made: it is for the user to know."""
+    options = chosen_options(job)
+    options.pop("lora", None)
+    lora = {k: v for k, v in job.lora.to_json().items() if v not in (None, False, "auto")}
+    given = {**options, **{f"lora {k}": v for k, v in lora.items()}}
+    if job.hf_config is not None and hf_config is None:
+        given["config and tokenizer from"] = str(job.hf_config)
+    if given:
+        text = ", ".join(
+            f"{k} {v if isinstance(v, str) else json.dumps(v)}" for k, v in given.items()
+        )
+        yield f"note: made, as the manifest says, with {text}"
+
+
 def _ways(ways: Mapping[str, int], differing: int) -> Iterator[str]:
     total = sum(ways.values()) + differing
     how = {
@@ -119,10 +144,20 @@ def _ways(ways: Mapping[str, int], differing: int) -> Iterator[str]:
         yield f"{total} tensors against the source, byte by byte, read by torch.load{detail}"
 
 
-def _job(manifest: Mapping[str, Any], src: Path, hf_config: Path | None) -> JobOptions:
+def _job(
+    folder: Path, manifest: Mapping[str, Any], src: Path, hf_config: Path | None
+) -> JobOptions:
     """Return the options that the output was made with."""
     job = manifest["job"]
     given = job.get("given", {})
+    for place in (given.get("hf_config"), job.get("base")):
+        if place and Path(place).resolve().is_relative_to(folder.resolve()):
+            raise BadInputError(
+                "the manifest says that the output was made of itself",
+                where=str(folder / MANIFEST),
+                found=place,
+                hint="--hf-config DIR names the folder with the source's config and tokenizer",
+            )
     if hf_config is None and given.get("hf_config"):
         hf_config = _same_config(Path(given["hf_config"]), dict(job["side"]).get("config.json"))
     options = {**job["options"], "hf_config": None, "model": None}
