@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from streamconv import adapters, formats, placing, planner, quantization
-from streamconv.errors import BadInputError, UsageError
-from streamconv.identity import job_identity
+from streamconv.errors import BadInputError, SourceChangedError, UsageError
+from streamconv.identity import JobIdentity, job_identity
 from streamconv.jsonfile import read_json
 from streamconv.lora_plan import LoraPlan, adapter_inputs, idle_options, plan_lora
 from streamconv.lowering import products_of, sources_of
 from streamconv.options import JobOptions, Layout
-from streamconv.plan import PlanWriter
 from streamconv.planned import INDEX, OutputFile, PlanHead, SideFile, TextFile, Totals, WrittenFile
+from streamconv.planwriter import PlanWriter
 from streamconv.recipe import Recipe
 from streamconv.sidefiles import (
     corrected_config,
@@ -34,19 +34,25 @@ if TYPE_CHECKING:
     from streamconv.families.convert import Converted
 
 
-def build_plan(checkpoint: Checkpoint, job: JobOptions, stream: IO[str]) -> None:
+def build_plan(
+    checkpoint: Checkpoint, job: JobOptions, stream: IO[str], asked: JobIdentity | None = None
+) -> None:
     """Write the plan of converting ``checkpoint`` to ``stream``.
 
-    Raises :class:`BadInputError` for what is missing, contradictory or cannot be written.
+    ``asked`` is the job that was asked for: what was read must be that one's source. Raises
+    :class:`BadInputError` for what is missing, contradictory or cannot be written.
     """
     notices = list(checkpoint.notices)
     folder, side = side_files(checkpoint.root, checkpoint.side_dir, job)
     notices += missing_code(side)
     inputs = [*formats.settings(checkpoint.root), *adapter_inputs(checkpoint.root, job.lora)]
     identity = job_identity(checkpoint.format, checkpoint.files, side, job, inputs)
-    if job.lora.base is not None:
-        # No part of the identity, but needed to compare the output with its sources.
-        identity["base"] = str(job.lora.base.absolute())
+    if asked not in (None, identity):
+        raise SourceChangedError(
+            "the checkpoint changed while it was planned",
+            where=str(checkpoint.root),
+            hint="run it again once nobody writes to it",
+        )
     config = read_config(folder) if folder else None
     lora = plan_lora(checkpoint, job.lora)
     if lora is not None:
@@ -81,7 +87,7 @@ def build_plan(checkpoint: Checkpoint, job: JobOptions, stream: IO[str]) -> None
     writer.head(
         PlanHead(
             root=str(checkpoint.root.absolute()),
-            job=identity,
+            job=identity.to_json(),
             totals=totals,
             notices=tuple(notices),
             skipped=(*skipped, *planner.unused(made.tensors, recipes, {s.name for s in skipped})),
@@ -345,7 +351,8 @@ def _totals(
     tensors: dict[str, GlobalTensor],
     placed: list[tuple[Any, list[placing.Placed]]],
 ) -> Totals:
-    used = {f for _, group in placed for p in group for f in sources_of(p.recipe.view)}
+    # In an order that is always the same: a plan is the same to the byte whenever it is made.
+    used = dict.fromkeys(f for _, group in placed for p in group for f in sources_of(p.recipe.view))
     written = [p for _, group in placed for p in group if p.same_as is None]
     unverifiable = sum(
         nbytes

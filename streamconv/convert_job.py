@@ -18,6 +18,7 @@ from streamconv import publication
 from streamconv.errors import (
     BadInputError,
     BudgetError,
+    DamagedPlanError,
     NoSpaceError,
     OutputExistsError,
     SourceChangedError,
@@ -26,6 +27,7 @@ from streamconv.errors import (
 )
 from streamconv.executor import WindowFiller, write_output
 from streamconv.former import contents, former_output, is_empty, refuse_more, some
+from streamconv.identity import JobIdentity, job_identity, why_another
 from streamconv.manifest import read_manifest, write_manifest
 from streamconv.newfile import replacing
 from streamconv.options import Event, JobOptions, Result, RunOptions
@@ -47,18 +49,18 @@ _COPY_BYTES = 1 << 20
 class IdentifiedJob:
     """Which checkpoint a path means, and what makes its conversion this job and no other.
 
-    ``identity`` is that of :mod:`streamconv.identity`, ``side`` the files beside the weights.
+    ``side`` are the files beside the weights.
     """
 
     root: Path
     side_dir: Path | None
     side: tuple[SideFile, ...]
-    identity: dict[str, Any]
+    identity: JobIdentity
 
     @property
     def digest(self) -> str:
         """Return what stands for all of the identity."""
-        return str(self.identity["digest"])
+        return self.identity.digest
 
 
 def identify(src: Path, job: JobOptions) -> IdentifiedJob:
@@ -69,7 +71,6 @@ def identify(src: Path, job: JobOptions) -> IdentifiedJob:
     # Not above: `run` needs none of it, and works in 64 MB.
     from streamconv import formats
     from streamconv.build_plan import side_files
-    from streamconv.identity import job_identity
     from streamconv.lora_plan import adapter_inputs
 
     location = formats.find_model(src, job.model)
@@ -91,11 +92,10 @@ def finished_output(dst: Path, digest: str) -> dict[str, Any] | None:
     return manifest if same and _complete(dst, manifest) else None
 
 
-def refuse_others(dst: Path, job: Mapping[str, Any], *, overwrite: bool) -> tuple[OldFile, ...]:
+def refuse_others(dst: Path, job: JobIdentity, *, overwrite: bool) -> tuple[OldFile, ...]:
     """Return the files of a former output in ``dst``, which the job replaces.
 
-    ``job`` is its identity. Raises :class:`OutputExistsError` where ``dst`` holds what it must not
-    replace.
+    Raises :class:`OutputExistsError` where ``dst`` holds what it must not replace.
     """
     # What a stopped run has begun to put in its place, the next command finishes.
     if not dst.is_dir() or is_empty(dst) or publication.is_begun(staging_path(dst)):
@@ -115,15 +115,13 @@ def refuse_others(dst: Path, job: Mapping[str, Any], *, overwrite: bool) -> tupl
     )
 
 
-def _which_job(dst: Path, job: Mapping[str, Any]) -> str:
-    from streamconv.identity import why_another
-
+def _which_job(dst: Path, job: JobIdentity) -> str:
     try:
         manifest = read_manifest(dst, entries=False)
     except StreamconvError as error:
         return f"the output folder cannot be told from another job's: {error.what}"
     before: Mapping[str, Any] = manifest["job"] if manifest is not None else {}
-    if before.get("digest") == job["digest"]:
+    if before.get("digest") == job.digest:
         return "the output folder is incomplete"
     return f"the output folder is {why_another(before, job)}"
 
@@ -150,7 +148,14 @@ def convert(src: Path, dst: Path, job: JobOptions, run: RunOptions) -> Result:
             budgets.check_planning(budget)
             staging.begin()
             try:
-                plan = make_plan(src, job, staging.plan_path, max_mem_bytes=budget, lock=lock)
+                plan = make_plan(
+                    src,
+                    job,
+                    staging.plan_path,
+                    asked=source.identity,
+                    max_mem_bytes=budget,
+                    lock=lock,
+                )
             except BaseException:
                 staging.discard()
                 raise
@@ -174,12 +179,13 @@ def run_plan(plan_path: Path, dst: Path, run: RunOptions) -> Result:
     side_dir = Path(first.path.removesuffix(first.name)) if first else None
     dst = _target(dst, Path(plan.head.root), side_dir)
     with _full_disk_told(dst), locked(dst), budgets.PeakMeter() as meter:
-        done, old = _preflight(dst, plan.head.job, run)
+        job = JobIdentity.from_json(plan.head.job)
+        done, old = _preflight(dst, job, run)
         if done:
             return done
         staging = Staging(dst, sync=run.sync)
         root, side = Path(plan.head.root), plan.head.side
-        staged = staged_plan(staging, root, plan.head.job, run, plan.digest)
+        staged = staged_plan(staging, root, job, run, plan.digest)
         if staged is None:
             staging.begin()
             try:
@@ -231,10 +237,10 @@ def _target(dst: Path, source: Path, *others: Path | None) -> Path:
 
 
 def _preflight(
-    dst: Path, job: Mapping[str, Any], run: RunOptions
+    dst: Path, job: JobIdentity, run: RunOptions
 ) -> tuple[Result | None, tuple[OldFile, ...]]:
     """Return a result where there is nothing to do, and the former output that is to be replaced."""
-    digest = job["digest"]
+    digest = job.digest
     publication.finish(staging_path(dst), dst, sync=run.sync)
     done = finished_output(dst, digest)
     if done is not None:
@@ -275,7 +281,7 @@ class _Conversion:
         try:
             with _full_disk_told(self.dst):
                 return self._execute()
-        except (SourceChangedError, UnfitValuesError):
+        except (DamagedPlanError, SourceChangedError, UnfitValuesError):
             # Nobody can go on with this plan: what it speaks of is gone, or is not fit for it.
             self.staging.discard()
             raise

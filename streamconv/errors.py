@@ -141,6 +141,12 @@ class SourceChangedError(BadInputError):
     kind = "source-changed"
 
 
+class DamagedPlanError(BadInputError):
+    """A plan that is not one, or whose lines do not fit together: it can never be executed."""
+
+    kind = "damaged-plan"
+
+
 class UnfitValuesError(BadInputError):
     """What the job asks for cannot be made of the weights' values: it fails as often as it is run."""
 

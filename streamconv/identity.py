@@ -8,16 +8,35 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import xxhash
 
+from streamconv.jsonfile import COUNT, TEXT, Leaf, mismatches
 from streamconv.options import JobOptions
-from streamconv.plan import SCHEMA
-from streamconv.planned import SideFile
 from streamconv.source import SourceFile
 
+if TYPE_CHECKING:
+    from streamconv.planned import SideFile
+
+SCHEMA = 1
 _DEFAULTS = JobOptions().to_json()
+_ENTRY = Leaf(
+    "what identifies a file",
+    lambda v: isinstance(v, list) and bool(v) and all(type(x) in (str, int) for x in v),
+)
+_SHAPE: dict[str, Any] = {
+    "schema": COUNT,
+    "format": TEXT,
+    "options": {},
+    "source": [_ENTRY],
+    "side": [(TEXT, TEXT)],
+    "inputs?": [_ENTRY],
+    "given": {"hf_config": TEXT.or_null(), "model": TEXT.or_null()},
+    "base?": TEXT.or_null(),
+    "digest": TEXT,
+}
 
 
 def chosen_options(options: JobOptions) -> dict[str, Any]:
@@ -41,8 +60,78 @@ def identified(file: SourceFile) -> list[str | int]:
     return [file.path, file.nbytes, " ".join(filter(None, (file.directory_hash, file.evidence)))]
 
 
-def why_another(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+@dataclass(frozen=True, slots=True)
+class JobIdentity:
+    """What makes a job this job: made once before it is planned, and compared before a byte moves.
+
+    ``source`` are the files as :func:`identified`, ``side`` the files beside the weights with their
+    hashes, ``inputs`` what else takes part. ``hf_config``, ``model`` and ``base`` say where the config
+    came from, which model was picked and where the base model lies: they are no part of the digest,
+    but of use to whoever plans it again.
+    """
+
+    schema: int
+    format: str
+    options: Mapping[str, Any]
+    source: tuple[tuple[str | int, ...], ...]
+    side: tuple[tuple[str, str], ...]
+    inputs: tuple[tuple[str | int, ...], ...]
+    hf_config: str | None
+    model: str | None
+    base: str | None
+
+    @property
+    def digest(self) -> str:
+        """Return what stands for all of it."""
+        chosen = {k: v for k, v in self.options.items() if k not in _DEFAULTS or v != _DEFAULTS[k]}
+        hashed = {**self._hashed(), "options": chosen}
+        text = json.dumps(hashed, sort_keys=True, separators=(",", ":"))
+        return xxhash.xxh3_128_hexdigest(text.encode())
+
+    def _hashed(self) -> dict[str, Any]:
+        data: dict[str, Any] = {
+            "schema": self.schema,
+            "format": self.format,
+            "options": dict(self.options),
+            "source": [list(f) for f in self.source],
+            "side": [list(s) for s in self.side],
+        }
+        if self.inputs:
+            data["inputs"] = [list(i) for i in self.inputs]
+        return data
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the identity as plans and manifests have it."""
+        given = {"hf_config": self.hf_config, "model": self.model}
+        data = {**self._hashed(), "given": given, "digest": self.digest}
+        return data if self.base is None else {**data, "base": self.base}
+
+    @staticmethod
+    def from_json(data: Mapping[str, Any]) -> JobIdentity:
+        """Rebuild an identity from :meth:`to_json`; raises ``ValueError`` for what is not one."""
+        wrong = next(mismatches(data, _SHAPE), None)
+        if wrong is not None:
+            raise ValueError(f"the job: {wrong}")
+        given = data["given"]
+        found = JobIdentity(
+            data["schema"],
+            data["format"],
+            data["options"],
+            tuple(tuple(f) for f in data["source"]),
+            tuple((name, xxh3) for name, xxh3 in data["side"]),
+            tuple(tuple(i) for i in data.get("inputs", ())),
+            given["hf_config"],
+            given["model"],
+            data.get("base"),
+        )
+        if found.digest != data["digest"]:
+            raise ValueError(f"the job's digest is {found.digest}, and said to be {data['digest']}")
+        return found
+
+
+def why_another(before: Mapping[str, Any], job: JobIdentity) -> str:
     """Return in words in what two jobs differ, as far as a user can tell from it what to do."""
+    now = job.to_json()
     other = "another job's"
     if any(before.get(k) != now.get(k) for k in ("schema", "format", "options", "side")):
         return other
@@ -65,28 +154,23 @@ def job_identity(
     side: Iterable[SideFile],
     options: JobOptions,
     inputs: Iterable[Sequence[str | int]] = (),
-) -> dict[str, Any]:
-    """Return what makes a job this job, with its ``digest``.
+) -> JobIdentity:
+    """Return what makes a job this job.
 
     ``inputs`` are what else takes part, each with what identifies it (``lora_plan.adapter_inputs``).
     Paths are relative, so that a checkpoint that was moved is still the same. Where the central
     directory's hash covers every record's CRC-32, times are left out; elsewhere a file's evidence tells
-    whether it was written anew. ``given`` is no part of the digest: where the config came from and
-    which model was picked, for whoever plans it again.
+    whether it was written anew.
     """
-    identity: dict[str, Any] = {
-        "schema": SCHEMA,
-        "format": format_name,
-        "options": _without_paths(options),
-        "source": [identified(f) for f in files],
-        "side": [[s.name, s.xxh3] for s in side],
-    }
-    if more := [list(i) for i in inputs]:
-        identity["inputs"] = more
-    hashed = {**identity, "options": chosen_options(options)}
-    text = json.dumps(hashed, sort_keys=True, separators=(",", ":"))
-    given = {
-        "hf_config": str(options.hf_config.absolute()) if options.hf_config else None,
-        "model": options.model,
-    }
-    return {**identity, "given": given, "digest": xxhash.xxh3_128_hexdigest(text.encode())}
+    base = options.lora.base
+    return JobIdentity(
+        schema=SCHEMA,
+        format=format_name,
+        options=_without_paths(options),
+        source=tuple(tuple(identified(f)) for f in files),
+        side=tuple((s.name, s.xxh3) for s in side),
+        inputs=tuple(tuple(i) for i in inputs),
+        hf_config=str(options.hf_config.absolute()) if options.hf_config else None,
+        model=options.model,
+        base=str(base.absolute()) if base else None,
+    )

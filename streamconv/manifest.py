@@ -19,34 +19,14 @@ from streamconv._version import __version__
 from streamconv.errors import BadInputError
 from streamconv.executor import FinishedFile
 from streamconv.jsonfile import COUNT, FLAG, NUMBER, TEXT, Leaf, mismatches, read_json, unique_keys
+from streamconv.outputname import is_output_name
 from streamconv.plan import Plan
 from streamconv.planned import MANIFEST
 
 # A million tensors; whoever needs less memory than that checks the file's size before.
 MAX_MANIFEST_BYTES = 256 << 20
-_LONGEST_NAME = 255  # of one component, on all file systems that matter
-_LONGEST_PATH = 1024
 
-
-def _is_inside(value: Any) -> bool:
-    """Whether a name is that of a file in the folder, written in the one way that we write it."""
-    if not isinstance(value, str):
-        return False
-    try:
-        raw = os.fsencode(value)
-    except UnicodeEncodeError:
-        return False
-    parts = value.split("/")
-    return (
-        len(raw) <= _LONGEST_PATH
-        and b"\0" not in raw
-        and all(part not in ("", ".", "..") for part in parts)
-        and all(len(os.fsencode(part)) <= _LONGEST_NAME for part in parts)
-        and value != MANIFEST
-    )
-
-
-_NAME = Leaf("the name of a file in this folder", _is_inside)
+_NAME = Leaf("the name of a file in this folder", is_output_name)
 _XXH3 = Leaf("an xxh3_128", lambda v: _is_hex(v, 32))
 _SHAPE: dict[str, Any] = {
     "streamconv": TEXT,

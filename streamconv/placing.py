@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 from streamconv.errors import UsageError
 from streamconv.lowering import Move, lower, products_of, sources_of
-from streamconv.plan import PlanWriter
 from streamconv.planned import SINGLE, OutputFile, PlannedProduct, PlannedSource, PlannedTensor
 from streamconv.planner import Ties
+from streamconv.planwriter import PlanWriter
 from streamconv.recipe import AddProduct, Op, Recipe, SourceRef, View
 from streamconv.sizes import format_size
 from streamconv.source import GlobalTensor, ShardLayout

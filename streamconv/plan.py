@@ -30,198 +30,34 @@ import json
 import os
 import stat
 import weakref
-from array import array
-from collections.abc import Container, Iterable, Iterator, Sequence
-from dataclasses import asdict, astuple, replace
+from collections.abc import Container, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 import xxhash
 
-from streamconv.dtypes import BY_NAME
-from streamconv.errors import BadInputError
+from streamconv import planlines
+from streamconv.errors import BadInputError, DamagedPlanError
+from streamconv.identity import SCHEMA, JobIdentity
 from streamconv.inputs import readable
-from streamconv.lowering import Dim, Move, MoveOp, ProductAt
 from streamconv.planned import (
     OutputFile,
     PlanHead,
-    PlannedProduct,
     PlannedSource,
     PlannedTensor,
     SideFile,
-    TextFile,
-    Totals,
-    WrittenFile,
 )
-from streamconv.recipe import AddScalar, Cast, Zero
-from streamconv.source import ShardTable, Skipped, SourceFile
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-SCHEMA = 1
 _PIECE = '{"piece"'
 _PIECE_CHARACTERS = 1 << 16
 # Of anything else, such as weights given for a plan, no more is read.
 _LONGEST_FIRST_LINE = 1 << 16
 # Left free beyond what an output needs: the journal, the manifest, the directories themselves.
 _DISK_MARGIN_BYTES = 4 << 20
-
-
-def _op_to_json(op: MoveOp) -> list[Any]:
-    if isinstance(op, ProductAt):
-        return ["product", *astuple(op)]
-    if isinstance(op, Zero):
-        return ["zero"]
-    return ["cast", op.dtype.name] if isinstance(op, Cast) else ["add", op.value]
-
-
-def _op_from_json(data: Sequence[Any]) -> MoveOp:
-    if data[0] == "product":
-        return ProductAt(*data[1:])
-    if data[0] == "zero":
-        return Zero()
-    return Cast(BY_NAME[data[1]]) if data[0] == "cast" else AddScalar(float(data[1]))
-
-
-def _column(values: array[int]) -> list[int] | int:
-    """Return a column as JSON; one that holds a single value throughout is that value alone."""
-    return values[0] if len(values) > 1 and len(set(values)) == 1 else values.tolist()
-
-
-def _table_from_json(data: dict[str, Any]) -> ShardTable:
-    n = max((len(data[c]) for c in _COLUMNS if isinstance(data[c], list)), default=data["n"])
-    columns = {
-        c: array(code, data[c] if isinstance(data[c], list) else [data[c]] * n)
-        for c, code in _COLUMNS.items()
-    }
-    return ShardTable(**columns)
-
-
-_COLUMNS = {
-    "files": "I",
-    "keys": "I",
-    "starts": "Q",
-    "nbytes": "Q",
-    "crcs": "I",
-    "header_nbytes": "H",
-}
-
-
-class PlanWriter:
-    """Writes a plan line by line; nothing is kept but what numbers sources and patterns."""
-
-    def __init__(self, stream: IO[str]) -> None:
-        self._stream = stream
-        self._digest = xxhash.xxh3_128()
-        self._lines = 0
-        self._sources: dict[int, int] = {}
-        self._patterns: dict[tuple[Move, ...], int] = {}
-
-    def _line(self, data: dict[str, Any]) -> None:
-        text = json.dumps(data, separators=(",", ":"), ensure_ascii=False) + "\n"
-        if self._lines:
-            self._digest.update(text.encode())
-        self._lines += 1
-        self._stream.write(text)
-
-    def head(self, head: PlanHead, texts: Iterable[TextFile]) -> None:
-        """Write everything that comes before the first section; ``texts`` are ``head.written``."""
-        self._line({"streamconv_plan": SCHEMA, "root": head.root})
-        self._line({"job": head.job})
-        self._line({"totals": asdict(head.totals)})
-        self._line({"notices": list(head.notices)})
-        self._line({"skipped": [[s.name, s.reason] for s in head.skipped]})
-        for f in head.files:
-            self._line({"file": f.path, **{k: v for k, v in asdict(f).items() if k != "path"}})
-        for side in head.side:
-            self._line(
-                {"side": side.name, "path": side.path, "nbytes": side.nbytes, "xxh3": side.xxh3}
-            )
-        for written, text in zip(head.written, texts, strict=True):
-            self._line({"text": written.name, "nbytes": written.nbytes})
-            for at in range(0, len(text.content), _PIECE_CHARACTERS):
-                self._line({"piece": text.content[at : at + _PIECE_CHARACTERS]})
-
-    def output(self, output: OutputFile) -> None:
-        """Begin a section."""
-        self._sources.clear()
-        self._patterns.clear()
-        self._line(
-            {
-                "output": output.name,
-                "nbytes": output.nbytes,
-                "tensors": output.tensors,
-                "header": output.header,
-            }
-        )
-
-    def tensor(self, tensor: PlannedTensor) -> None:
-        """Add a tensor to the section, with the sources and the pattern it is the first to use."""
-        ids = [self._source_id(s) for s in tensor.sources]
-        line: dict[str, Any] = {"tied" if tensor.same_as else "tensor": tensor.name}
-        if tensor.same_as:
-            line["same_as"] = tensor.same_as
-        line |= {
-            "dtype": tensor.dtype.name,
-            "shape": tensor.shape,
-            "at": [tensor.begin, tensor.end],
-            "sources": ids,
-            "pattern": self._pattern_id(tensor.moves),
-            "last": tensor.last,
-        }
-        if tensor.products:
-            line["products"] = [
-                [p.shape, p.rank, p.scale, self._pattern_id(p.left), self._pattern_id(p.right)]
-                for p in tensor.products
-            ]
-        self._line(line)
-
-    def _source_id(self, source: PlannedSource) -> int:
-        known = self._sources.get(id(source.shards))
-        if known is not None:
-            return known
-        number = self._sources[id(source.shards)] = len(self._sources)
-        table = source.shards
-        line: dict[str, Any] = {
-            "source": number,
-            "fqn": source.fqn,
-            "dtype": source.dtype.name,
-            "n": len(table),
-        }
-        line |= {c: _column(getattr(table, c)) for c in _COLUMNS}
-        self._line(line)
-        return number
-
-    def _pattern_id(self, moves: tuple[Move, ...]) -> int:
-        known = self._patterns.get(moves)
-        if known is not None:
-            return known
-        number = self._patterns[moves] = len(self._patterns)
-        self._line(
-            {
-                "pattern": number,
-                "moves": [
-                    [
-                        m.source,
-                        m.shard,
-                        m.dst_offset,
-                        m.src_offset,
-                        m.dims,
-                        [_op_to_json(op) for op in m.ops],
-                    ]
-                    for m in moves
-                ],
-            }
-        )
-        return number
-
-    def end(self) -> str:
-        """Write the last line; return the digest."""
-        digest = self._digest.hexdigest()
-        lines = self._lines + 1
-        self._stream.write(json.dumps({"end": digest, "lines": lines}) + "\n")
-        return digest
 
 
 class _At(io.RawIOBase):
@@ -281,8 +117,8 @@ class Plan:
             with readable(path):
                 self.digest = self._check_digest()
                 self.head = self._read_head()
-        except (ValueError, KeyError, TypeError, IndexError) as error:
-            raise BadInputError(
+        except planlines.DAMAGES as error:
+            raise DamagedPlanError(
                 "this is no streamconv plan, or a damaged one",
                 where=str(path),
                 found=f"{type(error).__name__}: {error}",
@@ -323,27 +159,37 @@ class Plan:
     def _read_head(self) -> PlanHead:
         found: dict[str, Any] = {}
         files, side, written = [], [], []
+        outputs, side_folder, job = [], None, None
         for line in self._lines():
             if line.startswith(_PIECE):
                 continue
-            if line.startswith(('{"output"', '{"end"')):
+            if line.startswith('{"end"'):
                 break
-            data = json.loads(line)
-            kind = next(iter(data))
-            if kind == "file":
-                files.append(SourceFile(path=data.pop("file"), **data))
-            elif kind == "side":
-                side.append(SideFile(data["side"], data["path"], data["nbytes"], data["xxh3"]))
-            elif kind == "text":
-                written.append(WrittenFile(data["text"], data["nbytes"]))
-            else:
-                found |= data
+            if line.startswith('{"output"'):
+                # Its header, which may be megabytes, is for who streams the section.
+                outputs.append(planlines.output_file(planlines.parse(line)).name)
+            elif not outputs:
+                data = planlines.parse(line)
+                kind = next(iter(data))
+                if kind == "file":
+                    files.append(planlines.source_file(data, job.base if job else None))
+                elif kind == "side":
+                    one, side_folder = planlines.side_file(data, side_folder)
+                    side.append(one)
+                elif kind == "text":
+                    written.append(planlines.written_file(data))
+                elif kind in found:
+                    raise ValueError(f"{kind} is said twice")
+                else:
+                    found |= data
+                    job = JobIdentity.from_json(data["job"]) if kind == "job" else job
+        planlines.apart([*outputs, *(s.name for s in side), *(w.name for w in written)])
         return PlanHead(
             root=found["root"],
             job=found["job"],
-            totals=Totals(**found["totals"]),
-            notices=tuple(found["notices"]),
-            skipped=tuple(Skipped(n, r) for n, r in found["skipped"]),
+            totals=planlines.totals(found["totals"]),
+            notices=planlines.notices(found["notices"]),
+            skipped=planlines.skipped(found["skipped"]),
             files=tuple(files),
             side=tuple(side),
             written=tuple(written),
@@ -355,7 +201,7 @@ class Plan:
         The headers of a large model are megabytes; :meth:`sections` has one at a time.
         """
         return [
-            replace(_output_from_json(json.loads(line)), header="")
+            replace(planlines.output_file(planlines.parse(line)), header="")
             for line in self._lines()
             if line.startswith('{"output"')
         ]
@@ -389,49 +235,55 @@ class Plan:
         """Yield each output file with its tensors.
 
         The tensors of a section are parsed as they are asked for, in the order of their bytes; a
-        section that is not asked for is skipped without being parsed.
+        section that is not asked for is skipped without being parsed. Raises :class:`DamagedPlanError`
+        for what does not fit together.
         """
         lines = self._lines()
         line = next((x for x in lines if x.startswith('{"output"')), "")
         while line:
-            section = _Section(lines)
-            yield _output_from_json(json.loads(line)), section
+            section = _Section(self.path, line, lines, len(self.head.files))
+            yield section.output, section
             line = section.next_output()
 
 
 class _Section:
     """The tensors of one section; stops at, and remembers, the line that begins the next one."""
 
-    def __init__(self, lines: Iterator[str]) -> None:
+    def __init__(self, path: Path, line: str, lines: Iterator[str], files: int) -> None:
+        self.output = planlines.output_file(planlines.parse(line))
+        self._path = path
         self._rest = lines
+        self._files = files
         self._next: str | None = None
 
     def __iter__(self) -> Iterator[PlannedTensor]:
+        try:
+            yield from self._tensors()
+        except planlines.DAMAGES as error:
+            raise DamagedPlanError(
+                "the plan does not fit together",
+                where=f"{self._path}, {self.output.name}",
+                found=f"{type(error).__name__}: {error}"[:300],
+                hint="make it anew with `streamconv plan SRC -o PLAN`",
+            ) from error
+
+    def _tensors(self) -> Iterator[PlannedTensor]:
         sources: dict[int, PlannedSource] = {}
-        patterns: dict[int, tuple[Move, ...]] = {}
+        patterns: dict[int, planlines.Pattern] = {}
+        header = planlines.Header(self.output)
         while line := self._advance():
-            data = json.loads(line)
+            data = planlines.parse(line)
             if "source" in data:
-                sources[data["source"]] = PlannedSource(
-                    data["fqn"], BY_NAME[data["dtype"]], _table_from_json(data)
-                )
-            elif "pattern" in data and "moves" in data:
-                patterns[data["pattern"]] = tuple(
-                    Move(
-                        source,
-                        shard,
-                        dst,
-                        src,
-                        tuple(Dim(*d) for d in dims),
-                        tuple(_op_from_json(op) for op in ops),
-                    )
-                    for source, shard, dst, src, dims, ops in data["moves"]
-                )
+                sources[data["source"]] = planlines.source(data, self._files)
+            elif "moves" in data:
+                patterns[data["pattern"]] = planlines.pattern(data)
             else:
-                tensor = _tensor_from_json(data, sources, patterns)
+                tensor = planlines.tensor(data, sources, patterns)
+                header.tensor(tensor)
                 yield tensor
                 for k in tensor.last:
                     sources.pop(data["sources"][k], None)
+        header.end()
 
     def _advance(self) -> str | None:
         if self._next is not None:
@@ -446,29 +298,3 @@ class _Section:
         while self._advance():
             pass
         return self._next or ""
-
-
-def _output_from_json(data: dict[str, Any]) -> OutputFile:
-    return OutputFile(data["output"], data["nbytes"], data["header"], data["tensors"])
-
-
-def _tensor_from_json(
-    data: dict[str, Any],
-    sources: dict[int, PlannedSource],
-    patterns: dict[int, tuple[Move, ...]],
-) -> PlannedTensor:
-    return PlannedTensor(
-        name=data["tied"] if "tied" in data else data["tensor"],
-        dtype=BY_NAME[data["dtype"]],
-        shape=tuple(data["shape"]),
-        begin=data["at"][0],
-        end=data["at"][1],
-        sources=tuple(sources[k] for k in data["sources"]),
-        moves=patterns[data["pattern"]],
-        last=tuple(data["last"]),
-        same_as=data.get("same_as"),
-        products=tuple(
-            PlannedProduct(tuple(shape), rank, scale, patterns[left], patterns[right])
-            for shape, rank, scale, left, right in data.get("products", ())
-        ),
-    )

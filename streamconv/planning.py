@@ -21,6 +21,8 @@ from streamconv._version import __version__
 from streamconv.budget import check_planning
 from streamconv.children import PARSE_BYTES, ask, serve
 from streamconv.children import limited_memory as _limited_memory
+from streamconv.errors import SourceChangedError
+from streamconv.identity import JobIdentity
 from streamconv.newfile import replacing
 from streamconv.options import JobOptions
 from streamconv.plan import Plan
@@ -41,10 +43,13 @@ def make_plan(
     job: JobOptions,
     plan_path: Path,
     *,
+    asked: JobIdentity | None = None,
     max_mem_bytes: int | None = None,
     lock: int | None = None,
 ) -> Plan:
     """Plan the conversion of ``src`` and write the plan to ``plan_path``.
+
+    ``asked`` is the job that it must be the plan of, whatever becomes of ``src`` meanwhile.
 
     The child writes into a file that is made here, and inherits the descriptor ``lock``: whenever this
     process is killed, the child neither outlives the lock nor writes into what a later run has made.
@@ -60,10 +65,14 @@ def make_plan(
                 "job": job.to_json(),
                 "plan_path": str(plan_path.absolute()),
                 "plan_fd": fd,
+                "asked": asked and asked.to_json(),
             },
             inherit=(fd,) if lock is None else (fd, lock),
         )
-    return Plan(plan_path)
+    plan = Plan(plan_path)
+    if asked is not None and JobIdentity.from_json(plan.head.job) != asked:
+        raise SourceChangedError("the plan is that of another job", where=str(src))
+    return plan
 
 
 def inspect_checkpoint(src: Path, model: str | None = None) -> dict[str, Any]:
@@ -108,8 +117,9 @@ def _plan(request: dict[str, Any]) -> dict[str, Any]:
 
     job = JobOptions.from_json(request["job"])
     checkpoint = read_checkpoint(Path(request["src"]), job.model)
+    asked = request["asked"]
     with os.fdopen(request["plan_fd"], "w", encoding="utf-8", closefd=False) as stream:
-        build_plan(checkpoint, job, stream)
+        build_plan(checkpoint, job, stream, asked and JobIdentity.from_json(asked))
         stream.flush()
         os.fsync(stream.fileno())
     return {}

@@ -11,12 +11,12 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 from streamconv import newfile
 from streamconv.errors import OutputExistsError
+from streamconv.identity import JobIdentity
 from streamconv.options import Event, RunOptions
 from streamconv.plan import Plan
 from streamconv.planned import INDEX, MANIFEST, SINGLE
@@ -40,7 +40,7 @@ def discard_leftover(dst: Path, digest: str) -> None:
 def staged_plan(
     staging: Staging,
     root: Path,
-    job: Mapping[str, Any],
+    job: JobIdentity,
     run: RunOptions,
     plan_digest: str | None = None,
 ) -> Plan | None:
@@ -55,7 +55,7 @@ def staged_plan(
         _clear_away(staging, run)
         return None
     _refuse_strangers(staging, _names_of(plan))
-    if plan.head.job["digest"] == job["digest"] and plan_digest in (None, plan.digest):
+    if plan.head.job["digest"] == job.digest and plan_digest in (None, plan.digest):
         return plan
     if not run.overwrite and not _superseded(plan, root, job):
         raise OutputExistsError(
@@ -67,7 +67,7 @@ def staged_plan(
     return None
 
 
-def _superseded(staged: Plan, root: Path, job: Mapping[str, Any]) -> bool:
+def _superseded(staged: Plan, root: Path, job: JobIdentity) -> bool:
     """Whether a staged plan is of what was asked for again, but its source was written anew since.
 
     Or it is gone. Nobody can go on with such a plan, not even its own command.
@@ -75,8 +75,9 @@ def _superseded(staged: Plan, root: Path, job: Mapping[str, Any]) -> bool:
     head = staged.head
     asked = ("options", "given")
     same_place = Path(head.root) == root.absolute() or not Path(head.root).exists()
-    another_source = head.job["digest"] != job["digest"]
-    return same_place and another_source and all(head.job.get(k) == job.get(k) for k in asked)
+    another_source = head.job["digest"] != job.digest
+    now = job.to_json()
+    return same_place and another_source and all(head.job.get(k) == now.get(k) for k in asked)
 
 
 def _clear_away(staging: Staging, run: RunOptions) -> None:

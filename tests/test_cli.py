@@ -20,9 +20,10 @@ from streamconv import errors
 from streamconv.cli import progress
 from streamconv.cli.commands import app
 from streamconv.cli.default import COMMANDS, VALUE_OPTIONS, with_command
-from streamconv.options import Event, Result, RunOptions
-from streamconv.plan import PlanWriter
+from streamconv.identity import job_identity
+from streamconv.options import Event, JobOptions, Result, RunOptions
 from streamconv.planned import PlanHead, Totals
+from streamconv.planwriter import PlanWriter
 
 HEAVY = {"torch", "transformers", "numpy", "safetensors", "ml_dtypes", "rich"}
 
@@ -224,7 +225,8 @@ def test_what_is_no_plan_is_refused_at_once(given, tmp_path):
             stream.truncate(1 << 40)  # one line of a terabyte
     else:
         nothing = Totals(0, 0, 0, 0, 0, {}, {})
-        head = PlanHead("/src", {"digest": "0" * 32}, nothing, (), (), (), (), ())
+        job = job_identity("fsdp", (), (), JobOptions()).to_json()
+        head = PlanHead("/src", job, nothing, (), (), (), (), ())
         with plan.open("w", encoding="utf-8") as stream:
             writer = PlanWriter(stream)
             writer.head(head, ())

@@ -20,8 +20,11 @@ from streamconv.boxes import Box, contiguous_strides
 from streamconv.dtypes import BF16, BY_NAME, F16, F32, F64, DType
 from streamconv.errors import BadInputError, SourceChangedError
 from streamconv.executor import FinishedFile, WindowFiller, write_output
-from streamconv.plan import Plan, PlanWriter
+from streamconv.identity import job_identity
+from streamconv.options import JobOptions
+from streamconv.plan import Plan
 from streamconv.planned import PlanHead, TextFile, Totals, WrittenFile
+from streamconv.planwriter import PlanWriter
 from streamconv.reader import SourceReader
 from streamconv.recipe import AddScalar, Cast, Recipe, SourceRef, View
 from streamconv.records import RecordChecks
@@ -73,12 +76,15 @@ class Source:
         return tuple(found)
 
 
+JOB = job_identity("fsdp", (), (), JobOptions()).to_json()
+
+
 def make_plan(source: Source, recipes: list[Recipe], max_shard_bytes: int = 1 << 40) -> Plan:
     placed = placing.shard(recipes, planner.Ties({}, {}, {}), max_shard_bytes)
     stream = io.StringIO()
     writer = PlanWriter(stream)
     totals = Totals(0, 0, 0, 0, 0, {}, {})
-    writer.head(PlanHead(str(source.root), {}, totals, (), (), source.files(), (), ()), ())
+    writer.head(PlanHead(str(source.root), JOB, totals, (), (), source.files(), (), ()), ())
     placing.write_sections(writer, placed, source.tensors)
     writer.end()
     path = source.root / "plan.jsonl"
@@ -90,14 +96,14 @@ def test_a_plan_holds_long_files_in_short_lines(tmp_path: Path) -> None:
     texts = [
         TextFile("empty.json", ""),
         TextFile("index.json", "".join(f'"weight {k} \u00fc": "\\n",\r\n' for k in range(20_000))),
-        TextFile("piece", '{"piece": 1}'),
+        TextFile("piece.json", '{"piece": 1}'),
     ]
     written = tuple(WrittenFile(t.name, len(t.content.encode())) for t in texts)
     path = tmp_path / "plan.jsonl"
     with path.open("w", encoding="utf-8") as stream:
         writer = PlanWriter(stream)
         totals = Totals(0, 0, 0, 0, 0, {}, {})
-        writer.head(PlanHead("/", {}, totals, (), (), (), (), written), texts)
+        writer.head(PlanHead("/", JOB, totals, (), (), (), (), written), texts)
         writer.end()
     plan = Plan(path)
     assert plan.head.written == written

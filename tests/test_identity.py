@@ -16,7 +16,7 @@ SIDE = [SideFile("config.json", "/x/config.json", 9, "cd" * 16)]
 
 
 def digest(options=None, files=FILES, side=SIDE, name="fsdp") -> str:
-    return identity.job_identity(name, files, side, options or JobOptions())["digest"]
+    return identity.job_identity(name, files, side, options or JobOptions()).digest
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 import streamconv
-from streamconv import convert_job, userkey
-from streamconv.errors import OutputExistsError
+from streamconv import convert_job, planning, userkey
+from streamconv.errors import OutputExistsError, SourceChangedError
 from streamconv.options import Event
 from tests.makers.tiny import make_tiny, whole
 from tests.outputs import contents, read_model
@@ -231,7 +231,7 @@ def test_nothing_is_written_or_removed_through_a_link(name, tiny, clean, tmp_pat
     """Links to a folder or a file elsewhere: refused by name, or replaced as names."""
     out, victim = tmp_path / "out", tmp_path / "victim"
     folder = stopped(tiny, out, monkeypatch)
-    files = [f"model-{k:05d}-of-00006.safetensors" for k in (1, 4)]
+    files = [f"model-{k:05d}-of-00004.safetensors" for k in (1, 4)]
     path = folder / name.format(first=files[0], next=files[1])
     if path.exists():
         path.rename(victim)
@@ -290,3 +290,41 @@ def test_a_plan_that_changes_while_it_is_executed_is_not_read_again(
     convert_job.run_plan(plan, out, streamconv.RunOptions(sync=False, on_event=replaced))
     assert_is_tiny(out, clean)
     assert json.loads(plan.read_text().splitlines()[0])["root"] == str(other)
+
+
+# --- the plan is that of the job that was asked for ------------------------------------------
+
+
+def test_a_source_that_changes_between_the_question_and_the_plan_is_refused(
+    tiny, other, tmp_path, monkeypatch
+):
+    """Through the real child: it is asked for one checkpoint, and finds another in its place."""
+    source, out = tmp_path / "actor", tmp_path / "out"
+    shutil.copytree(tiny, source)
+    make = convert_job.make_plan
+
+    def swapped(*args, **kwargs):
+        shutil.rmtree(source)
+        shutil.copytree(other, source)
+        return make(*args, **kwargs)
+
+    monkeypatch.setattr(convert_job, "make_plan", swapped)
+    with pytest.raises(SourceChangedError, match="while it was planned"):
+        convert(source, out)
+    assert not out.exists()
+    assert not staged(out).exists()
+
+
+@pytest.mark.usefixtures("planned_here")
+def test_a_plan_of_another_job_is_not_executed(tiny, other, tmp_path, monkeypatch):
+    """As a child of another run would leave it."""
+    out = tmp_path / "out"
+    ask = planning._ask
+    monkeypatch.setattr(
+        planning,
+        "_ask",
+        lambda request, **k: ask({**request, "src": str(other), "asked": None}, **k),
+    )
+    with pytest.raises(SourceChangedError, match="another job"):
+        convert(tiny, out)
+    assert not out.exists()

@@ -24,7 +24,7 @@ from streamconv.batch.state import FOLDER, Record, Store, file_name, is_intact
 from streamconv.batch.tasks import UNCOMPARED, Task, take_over_finished
 from streamconv.convert_job import IdentifiedJob, finished_output, identify, refuse_others
 from streamconv.errors import LockedError, StreamconvError, UsageError
-from streamconv.identity import chosen_options
+from streamconv.identity import JobIdentity, chosen_options
 from streamconv.inputs import cannot_read
 from streamconv.lora_plan import base_inputs
 from streamconv.sidefiles import list_side_files
@@ -201,11 +201,11 @@ class Survey:
         except (StreamconvError, OSError):
             return False
 
-    def _refusal(self, record: Record, job: Mapping[str, Any]) -> StreamconvError | None:
+    def _refusal(self, record: Record, job: JobIdentity) -> StreamconvError | None:
         """Return why the output is in the way: that needs no process to be found out."""
         output = Path(record.output)
         try:
-            if finished_output(output, job["digest"]) is None:
+            if finished_output(output, job.digest) is None:
                 refuse_others(output, job, overwrite=self._run.overwrite)
         except StreamconvError as error:
             return error
@@ -284,7 +284,7 @@ def scene(record: Record) -> str:
 
 def content_of(source: IdentifiedJob) -> str:
     """Return what stands for what is in a source, whatever is to be made of it."""
-    text = json.dumps([source.identity["format"], source.identity["source"]])
+    text = json.dumps([source.identity.format, source.identity.source])
     return xxhash.xxh3_128_hexdigest(text.encode())
 
 
