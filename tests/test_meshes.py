@@ -10,7 +10,7 @@ import pytest
 from streamconv.errors import BadInputError
 from streamconv.torchfile import allowlist as allowed
 from streamconv.torchfile.allowlist import WEIGHTS
-from streamconv.torchfile.inert import Frozen, Inert, InertStorage
+from streamconv.torchfile.inert import Frozen, Inert, InertDict, InertStorage
 from streamconv.torchfile.meshes import Mesh, read_mesh
 
 INT32: Any = WEIGHTS["torch", "IntStorage"]
@@ -28,7 +28,7 @@ def tensor(
 ) -> Inert:
     storage = InertStorage()
     storage.kind, storage.key, storage.location, storage.numel = kind, "1", "cpu", numel
-    return allowed.REBUILD_TENSOR(storage, offset, shape, strides, False, None)
+    return allowed.REBUILD_TENSOR(storage, offset, shape, strides, False, InertDict())
 
 
 def ranks_in_order(storage: InertStorage, first: int, nbytes: int) -> bytes:
@@ -58,6 +58,7 @@ def layout_2_10(shape: object, strides: object, world: int, names: object) -> di
 def layout_2_13(axes: list[tuple[Any, Any]], world: int, names: object) -> dict[str, object]:
     flat = tuple(built(allowed.FLAT_LAYOUT, {"shape": s, "stride": t}) for s, t in axes)
     return {
+        "_rank_map": tensor(world, 0, (world,), (1,)),
         "_flatten_rank_map": tuple(range(world)),
         "_layout": built(allowed.MESH_LAYOUT, {"axes": flat}),
         "_mesh_dim_names": names,

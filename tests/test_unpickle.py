@@ -261,7 +261,7 @@ def test_extra_globals() -> None:
 def test_the_table_is_inert() -> None:
     """Every stand-in is one of ours: no method but those that keep or refuse."""
     for (module, name), kind in WEIGHTS.items():
-        assert type(kind) is Frozen, (module, name)
+        assert isinstance(kind, Frozen), (module, name)
         assert kind.__module__.startswith("streamconv."), (module, name)
         assert not hasattr(kind, "__dict__") or "__dict__" not in kind.__dict__
 

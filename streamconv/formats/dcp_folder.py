@@ -23,6 +23,7 @@ from streamconv.errors import BadInputError, StreamconvError, UnsafeInputError
 from streamconv.formats.identity import evidence_of
 from streamconv.inputs import cannot_read, check_regular, open_input
 from streamconv.source import GlobalTensor, Record, ShardLayout, ShardTable, SourceFile
+from streamconv.torchfile.archive import check_byteorder
 from streamconv.torchfile.dcp import DcpIndex, DcpTensor, Piece
 from streamconv.torchfile.unpickle import load_inert, no_garbage_collection
 from streamconv.torchfile.values import MALFORMED, tensor_parts
@@ -173,6 +174,7 @@ class RecordReader:
                     expected=f"entries in the folder {_PREFIX!r}",
                     found=repr(directory.prefix[:80]),
                 )
+            check_byteorder(directory)
             dtype, key, numel, offset, shape, strides = self._view(directory, window)
             if dtype is not tensor.dtype or shape != piece.box.sizes:
                 raise BadInputError(
@@ -205,12 +207,6 @@ class RecordReader:
         data = directory.read_entry("data.pkl", max_nbytes=_MAX_PICKLE_NBYTES)
         parsed = self._parsed.get(data)
         if parsed is None:
-            if "byteorder" in directory.entries:
-                order = directory.read_entry("byteorder", max_nbytes=16)
-                if order != b"little":
-                    raise BadInputError(
-                        "the record holds big-endian numbers", expected="little", found=repr(order)
-                    )
             try:
                 dtype, storage, numel, offset, shape, strides = tensor_parts(
                     load_inert(data, window.name)

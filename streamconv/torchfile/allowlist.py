@@ -14,9 +14,12 @@ from typing import Self
 from streamconv.dtypes import BY_TORCH
 from streamconv.torchfile.inert import (
     Frozen,
+    Function,
     Inert,
     InertDict,
     InertSize,
+    Kept,
+    Rebuild,
     RefusedPickleError,
     StandIn,
     Token,
@@ -26,13 +29,13 @@ from streamconv.torchfile.inert import (
 Globals = Mapping[tuple[str, str], StandIn]
 
 # What is called or built, under the one name by which the readers know it.
-REBUILD_TENSOR = stand_in("torch._utils._rebuild_tensor_v2")
-REBUILD_TENSOR_V3 = stand_in("torch._utils._rebuild_tensor_v3")
-REBUILD_PARAMETER = stand_in("torch._utils._rebuild_parameter")
-REBUILD_PARAMETER_WITH_STATE = stand_in("torch._utils._rebuild_parameter_with_state")
-REBUILD_META_TENSOR = stand_in("torch._utils._rebuild_meta_tensor_no_storage")
-REBUILD_WRAPPER = stand_in("torch._utils._rebuild_wrapper_subclass")
-REBUILD_FROM_TYPE = stand_in("torch._tensor._rebuild_from_type_v2")
+REBUILD_TENSOR = stand_in("torch._utils._rebuild_tensor_v2", Function)
+REBUILD_TENSOR_V3 = stand_in("torch._utils._rebuild_tensor_v3", Function)
+REBUILD_PARAMETER = stand_in("torch._utils._rebuild_parameter", Function)
+REBUILD_PARAMETER_WITH_STATE = stand_in("torch._utils._rebuild_parameter_with_state", Rebuild)
+REBUILD_META_TENSOR = stand_in("torch._utils._rebuild_meta_tensor_no_storage", Function)
+REBUILD_WRAPPER = stand_in("torch._utils._rebuild_wrapper_subclass", Function)
+REBUILD_FROM_TYPE = stand_in("torch._tensor._rebuild_from_type_v2", Rebuild)
 
 DTENSOR = stand_in("torch.distributed.tensor.DTensor", Token)
 DTENSOR_2_4 = stand_in("torch.distributed._tensor.api.DTensor", Token)
@@ -56,23 +59,49 @@ SHARDED_TENSOR_METADATA = stand_in(f"{_SHARDED}.metadata.ShardedTensorMetadata")
 SHARD_METADATA = stand_in("torch.distributed._shard.metadata.ShardMetadata")
 
 
+_MEMORY_FORMATS = "TORCH_CONTIGUOUS_FORMAT TORCH_CHANNELS_LAST TORCH_PRESERVE_FORMAT"
+
+_ENUM_MEMBERS: Globals = {
+    (owner, name): stand_in(f"{owner}.{name}", Token)
+    for owner, names in (
+        (f"{_SHARDED}.metadata.MEM_FORMAT_ENCODING", _MEMORY_FORMATS),
+        ("torch.distributed.checkpoint.metadata._MEM_FORMAT_ENCODING", _MEMORY_FORMATS),
+        ("torch.distributed.checkpoint.planner.WriteItemType", "TENSOR SHARD BYTE_IO"),
+    )
+    for name in names.split()
+}
+MEMBERS: Globals = {
+    **_ENUM_MEMBERS,
+    (SHARDED_TENSOR.path, "ProcessGroupState"): PROCESS_GROUP_STATE,
+}
+"""(class, name): what a pickle may get from a class by its name."""
+
+
 class InertGetattr(Inert):
-    """``builtins.getattr``, which a ShardedTensor's pickle calls for a nested class and nothing
-    else."""
+    """``builtins.getattr``: how protocol 2 spells nested classes, and Python 3.11 members of enums.
+
+    It looks a name up in :data:`MEMBERS` and nowhere else. Of a class that is only reported there is
+    a member of every name, which is as inert as the class.
+    """
 
     __slots__ = ()
     path = "builtins.getattr"
 
     def __new__(cls, *args: object) -> Self:
-        """Return the stand-in for the nested class, never an attribute of anything."""
-        if (
-            len(args) == 2
-            and args[0] is SHARDED_TENSOR
-            and type(args[1]) is str
-            and args[1] == "ProcessGroupState"
-        ):
-            return PROCESS_GROUP_STATE  # type: ignore[return-value]  # a type: NEWOBJ follows
+        """Return the stand-in for the member, never an attribute of anything."""
+        if len(args) == 2:
+            owner, name = args
+            if isinstance(owner, Frozen) and type(name) is str:
+                found = MEMBERS.get((owner.path, name))
+                if found is None and issubclass(owner, Kept) and _is_public(name):
+                    found = stand_in(f"{owner.path}.{name}"[:200], Kept)
+                if found is not None:
+                    return found  # type: ignore[return-value]  # a type: NEWOBJ may follow
         raise RefusedPickleError("a call of builtins.getattr")
+
+
+def _is_public(name: str) -> bool:
+    return name.isidentifier() and not name.startswith("__")
 
 
 STORAGE_DTYPES: dict[Frozen, str] = {}
@@ -106,13 +135,20 @@ _PASSIVE: tuple[tuple[str, type[Inert], str], ...] = (
     ("torch.nn.parameter", Token, "Parameter Buffer"),
     ("torch", Inert, "device"),
     ("torch.serialization", Inert, "_get_layout"),
-    ("__builtin__", Inert, "set"),
-    ("builtins", Inert, "set"),
+    # protocol 2 calls these by their names, and bytes that are not empty by _codecs.encode
+    *(
+        (module, Inert, "set frozenset complex bytes bytearray")
+        for module in ("builtins", "__builtin__")
+    ),
     ("torch.distributed.remote_device", Inert, "_remote_device"),
     (f"{_SHARDED}.metadata", Inert, "TensorProperties MEM_FORMAT_ENCODING"),
-    ("torch.distributed._shard.sharding_spec.api", Inert, "EnumerableShardingSpec"),
+    (
+        "torch.distributed._shard.sharding_spec.api",
+        Inert,
+        "EnumerableShardingSpec DevicePlacementSpec",
+    ),
     ("torch.distributed._shard.sharding_spec.chunk_sharding_spec", Inert, "ChunkShardingSpec"),
-    # numpy scalars beside the weights (step counters); protocol 2 spells bytes with _codecs.encode
+    # numpy scalars beside the weights (step counters)
     ("numpy.core.multiarray", Inert, "scalar"),
     ("numpy._core.multiarray", Inert, "scalar"),
     ("numpy", Inert, "dtype"),

@@ -72,10 +72,14 @@ _GLOBALS = {
                 "Metadata TensorStorageMetadata BytesStorageMetadata ChunkStorageMetadata",
             ),
             (f"{_DCP}.metadata", Inert, "TensorProperties StorageMeta _MEM_FORMAT_ENCODING"),
-            (f"{_DCP}.filesystem", Inert, "_StorageInfo"),
-            (f"{_DCP}.planner", Inert, "SavePlan WriteItem WriteItemType TensorWriteData"),
+            (f"{_DCP}.filesystem", Inert, "_StorageInfo _StoragePrefix"),
+            (
+                f"{_DCP}.planner",
+                Inert,
+                "SavePlan WriteItem WriteItemType TensorWriteData BytesIOWriteData",
+            ),
             (_MCORE, Inert, "MCoreMetadata MCoreSavePlan"),
-            ("pathlib", Inert, "PosixPath PurePosixPath"),
+            *((m, Inert, "PosixPath PurePosixPath") for m in ("pathlib", "pathlib._local")),
             ("io", Inert, "BytesIO"),
         )
     ),

@@ -11,11 +11,19 @@ Traps, all of them ways by which a pickle would change the reader itself rather 
 * BUILD with slot state calls setattr on whatever has no ``__setstate__``: every class here has one.
 * NEWOBJ wants a type, so what getattr returns must be a type too, hence classes and not functions.
 * A key's ``__hash__`` and ``__eq__`` run while a dict is filled: stand-ins cannot be hashed.
+
+And ways by which one pickle would be read in two ways, by torch and by us:
+
+* A function is called at once, and a state is copied into its object: what the memo changes about their
+  arguments afterwards changes nothing. So mutable arguments are copied here, too.
+* NEWOBJ makes an object of a class, REDUCE calls a function: functions cannot be used as classes.
+* BUILD on a tensor sets its data. No torch writes that.
 """
 
 from __future__ import annotations
 
-from typing import ClassVar, NoReturn, Self, cast
+from collections import OrderedDict
+from typing import Any, ClassVar, NoReturn, Self, cast
 
 
 class RefusedPickleError(Exception):
@@ -56,12 +64,67 @@ class Inert(metaclass=Frozen):
     def __setstate__(self, state: object) -> None:
         if self.state is not None:
             raise RefusedPickleError(f"a second state for one {self.path}")
-        self.state = state
+        self.state = copied(state)
 
     __hash__ = None  # type: ignore[assignment]
 
 
 _new = object.__new__
+
+
+def copied(state: object) -> object:
+    """Return a state as it is now: a dict, or (attributes, slots), either of which may be a dict."""
+    if type(state) is dict:
+        return state.copy()
+    if type(state) is tuple and len(state) == 2:
+        first, second = state
+        if type(first) is dict or type(second) is dict:
+            return (
+                first.copy() if type(first) is dict else first,
+                second.copy() if type(second) is dict else second,
+            )
+    return state
+
+
+class FrozenFunction(Frozen):
+    """Metaclass of the stand-ins of functions: a call is what keeps the arguments."""
+
+    def __call__(cls, *args: object) -> Inert:
+        """Keep the arguments of the call."""
+        self = cast("Inert", _new(cast("type[Any]", cls)))
+        self.args = args
+        self.state = None
+        return self
+
+
+class Function(Inert, metaclass=FrozenFunction):
+    """A function: it is called, and what it returned is given no state."""
+
+    __slots__ = ()
+
+    def __new__(cls, *_: object) -> Self:
+        """Refuse to make an object, as if it were a class."""
+        raise RefusedPickleError(f"an object of {cls.path}, which is a function")
+
+    def __setstate__(self, state: object) -> NoReturn:
+        raise RefusedPickleError(f"a state for what {self.path} returned")
+
+
+class FrozenRebuild(FrozenFunction):
+    """Metaclass of a function whose last argument is a state that it sets."""
+
+    def __call__(cls, *args: object) -> Inert:
+        """Keep the arguments of the call, the state as it is now."""
+        self = cast("Inert", _new(cast("type[Any]", cls)))
+        self.args = (*args[:-1], copied(args[-1])) if args else args
+        self.state = None
+        return self
+
+
+class Rebuild(Function, metaclass=FrozenRebuild):
+    """A function that sets a state; see :class:`FrozenRebuild`."""
+
+    __slots__ = ()
 
 
 class Token(Inert):
@@ -72,6 +135,12 @@ class Token(Inert):
     def __new__(cls, *_: object) -> Self:
         """Refuse the call."""
         raise RefusedPickleError(f"a call of {cls.path}")
+
+
+class Kept(Inert):
+    """Whatever a global outside the table names, where such are only reported."""
+
+    __slots__ = ()
 
 
 class InertDict(dict[object, object], metaclass=Frozen):
@@ -97,7 +166,11 @@ class InertDict(dict[object, object], metaclass=Frozen):
     def __setstate__(self, state: object) -> None:
         if self.attributes is not None:
             raise RefusedPickleError(f"a second state for one {self.path}")
-        self.attributes = state
+        if type(state) is not dict or not all(type(k) is str for k in state):
+            raise RefusedPickleError(f"a state of another form for {self.path}")
+        if any(hasattr(OrderedDict, k) for k in state):
+            raise RefusedPickleError(f"a state that hides methods of {self.path}")
+        self.attributes = state.copy()
 
     __hash__ = None
 
@@ -123,7 +196,8 @@ StandIn = type[Inert] | type[InertDict] | type[InertSize]
 def stand_in(path: str, base: type[Inert] = Inert) -> type[Inert]:
     """Return a new stand-in class for the global ``path`` (``module.name``)."""
     name = path.rpartition(".")[2]
-    return cast("type[Inert]", Frozen(name, (base,), {"__slots__": (), "path": path}))
+    metaclass = cast("type[type]", type(base))
+    return cast("type[Inert]", metaclass(name, (base,), {"__slots__": (), "path": path}))
 
 
 class InertStorage:

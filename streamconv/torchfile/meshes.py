@@ -24,11 +24,12 @@ from streamconv.torchfile.allowlist import (
     FLAT_LAYOUT,
     MESH_LAYOUT,
     REBUILD_TENSOR,
-    STORAGE_DTYPES,
 )
 from streamconv.torchfile.inert import Inert, InertStorage
+from streamconv.torchfile.values import tensor_parts
 
 _MAX_RANKS = 1 << 20
+_LATER = ("_layout", "_rank_map", "_mesh_dim_names")
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +60,8 @@ def read_mesh(value: Any, rank: int, where: str, read_storage: ReadStorage) -> M
     state = value.state if isinstance(value, Inert) and type(value) is DEVICE_MESH else None
     if type(state) is not dict:
         raise _bad("no DeviceMesh", where)
+    if "mesh" in state and not state.keys().isdisjoint(_LATER):
+        raise _bad("a device mesh of two torch releases at once", where)
     names = state.get("mesh_dim_names", state.get("_mesh_dim_names"))
     if "mesh" in state:
         generation = "2.2 to 2.9"
@@ -135,26 +138,17 @@ def _int_tensor(
     value: Any, where: str, read_storage: ReadStorage
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Return (shape, elements in row-major order) of a small integer tensor in the same file."""
-    if not isinstance(value, Inert) or type(value) is not REBUILD_TENSOR or len(value.args) < 4:
+    if type(value) is not REBUILD_TENSOR:
         raise _bad("a device mesh without its rank tensor", where)
-    storage, offset, shape, strides = value.args[:4]
-    if (
-        not isinstance(storage, InertStorage)
-        or type(offset) is not int
-        or offset < 0
-        or not is_ints(shape)
-        or not is_ints(strides)
-        or len(shape) != len(strides)
-    ):
+    dtype, storage, numel, offset, shape, strides = tensor_parts(value)
+    if not is_ints((offset, *shape, *strides)) or len(shape) != len(strides):
         raise _bad("a device mesh with a malformed rank tensor", where)
-    sizes: tuple[int, ...] = tuple(shape)
-    steps: tuple[int, ...] = tuple(strides)
-    code = {"int32": "i", "int64": "q"}.get(STORAGE_DTYPES.get(storage.kind, ""))
-    numel = math.prod(sizes)
-    if code is None or not 0 < numel <= _MAX_RANKS or storage.numel > _MAX_RANKS:
+    sizes, steps = shape, strides
+    code = {"int32": "i", "int64": "q"}.get(dtype.torch)
+    if code is None or not 0 < math.prod(sizes) <= _MAX_RANKS or numel > _MAX_RANKS:
         raise _bad("a device mesh with a malformed rank tensor", where)
     last = offset + sum((n - 1) * s for n, s in zip(sizes, steps, strict=True))
-    if last >= storage.numel:
+    if last >= numel:
         raise _bad("a device mesh whose rank tensor reaches past its storage", where)
     width = struct.calcsize(code)
     raw = struct.unpack(
@@ -168,10 +162,11 @@ def _int_tensor(
 
 
 def _rank_map(state: dict[Any, Any], where: str, read_storage: ReadStorage) -> tuple[int, ...]:
-    flat = state.get("_flatten_rank_map")
-    if flat is not None and is_ints(flat) and 0 < len(flat) <= _MAX_RANKS:
-        return flat
-    return _int_tensor(state.get("_rank_map"), where, read_storage)[1]
+    ranks = _int_tensor(state.get("_rank_map"), where, read_storage)[1]
+    flat = state.get("_flatten_rank_map")  # since 2.13 for hashing, and no more than that
+    if flat is not None and flat != ranks:
+        raise _bad("a device mesh whose two rank maps differ", where)
+    return ranks
 
 
 _Axis = tuple[tuple[int, ...], tuple[int, ...]]

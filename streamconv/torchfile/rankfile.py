@@ -25,6 +25,7 @@ from streamconv.errors import BadInputError, StreamconvError, UnsafeInputError
 from streamconv.inputs import cannot_read, open_input
 from streamconv.placements import Placement, ShardOrder
 from streamconv.torchfile import allowlist as allowed
+from streamconv.torchfile.archive import check_archive
 from streamconv.torchfile.inert import Frozen, Inert, InertStorage
 from streamconv.torchfile.meshes import Mesh, is_ints, read_mesh
 from streamconv.torchfile.unpickle import (
@@ -225,7 +226,7 @@ def open_archive(path: Path) -> Iterator[tuple[os.stat_result, ZipDirectory]]:
     try:
         status = os.fstat(fd)
         directory = read_directory(FileWindow(fd, where, 0, status.st_size))
-        _check_byteorder(directory)
+        check_archive(directory)
         yield status, directory
     finally:
         os.close(fd)
@@ -259,9 +260,9 @@ class Contents:
             if type(value) is REBUILD_FROM_TYPE and value.args[0] is REBUILD_WRAPPER:
                 _, kind, outer, state = value.args
                 if kind is DTENSOR or kind is allowed.DTENSOR_2_4:
-                    stored = self._dtensor(outer, state, kind is allowed.DTENSOR_2_4)
+                    stored = self._dtensor(kind, outer, state)
                 elif kind is allowed.SHARDED_TENSOR:
-                    stored = self._sharded(outer, state)
+                    stored = self._sharded(kind, outer, state)
                 else:
                     raise bad(f"a tensor subclass that is not known: {name_of(kind)}")
             elif type(value) in TENSOR_CALLS:
@@ -308,11 +309,13 @@ class Contents:
             )
         return self._store(spec, storage)
 
-    def _dtensor(self, outer: Any, state: Any, torch_2_4: bool) -> Stored:
+    def _dtensor(self, kind: Any, outer: Any, state: Any) -> Stored:
         """The hot path: what one tensor has in common with others is looked up, not built."""
-        _, outer_dtype, global_shape, *_ = outer
+        _, outer_dtype, global_shape, _, _, _, _, _ = outer
         attributes, fields = state
         spec_record = fields["_spec"]
+        check_dtensor(kind, outer, attributes, fields, spec_record)
+        torch_2_4 = kind is allowed.DTENSOR_2_4
         spec_fields = spec_record.state
         dtype, storage, numel, offset, shape, strides = tensor_parts(fields["_local_tensor"])
         mesh_record = spec_fields["mesh"]
@@ -345,7 +348,6 @@ class Contents:
         )
         spec = self._specs.get(key)
         if spec is None:
-            check_dtensor(attributes, fields, spec_record)
             if global_shape != meta_shape or not (
                 allowed.DTYPES.get(outer_dtype) == allowed.DTYPES.get(meta_dtype) == dtype.torch
             ):
@@ -373,11 +375,14 @@ class Contents:
             )
         return self._store(spec, storage)
 
-    def _sharded(self, outer: Any, state: Any) -> Stored:
-        global_shape = tuple(outer[2])
-        dtype = dtype_of(outer[1])
-        shards, metadata, *_ = state
-        size = tuple(metadata.state["size"])
+    def _sharded(self, kind: Any, outer: Any, state: Any) -> Stored:
+        made, outer_dtype, global_shape, _, _, _, _, _ = outer
+        global_shape, dtype = tuple(global_shape), dtype_of(outer_dtype)
+        shards, metadata, _, _, _ = state
+        if made is not kind or not isinstance(metadata, allowed.SHARDED_TENSOR_METADATA):
+            raise bad("a ShardedTensor with a state that no torch writes")
+        properties: Any = metadata.state
+        size = tuple(properties["size"])
         if not is_ints(global_shape) or not is_ints(size) or global_shape != size:
             raise bad("a ShardedTensor whose sizes disagree")
         if type(shards) is not list or len(shards) > 1:
@@ -393,7 +398,10 @@ class Contents:
                 spec = self._reader.add_spec(key, view)
             return Stored(spec, 0, 0, 0, 0, 0)
         (shard,) = shards
-        attributes, fields = shard.state
+        if type(shard) is not allowed.SHARDED_TENSOR_SHARD:
+            raise bad("a ShardedTensor with a state that no torch writes")
+        held: Any = shard.state
+        attributes, fields = held
         _, place = fields["metadata"].state
         offsets, sizes = tuple(place["shard_offsets"]), tuple(place["shard_sizes"])
         local_dtype, storage, numel, offset, shape, strides = tensor_parts(fields["tensor"])
@@ -462,15 +470,3 @@ def _check_view(spec: LocalSpec) -> None:
             expected=f"at most element {numel - 1}",
             found=f"element {last} (shape {list(shape)}, strides {list(strides)}, offset {offset})",
         )
-
-
-def _check_byteorder(directory: ZipDirectory) -> None:
-    if "byteorder" in directory.entries:
-        found = directory.read_entry("byteorder", max_nbytes=16)
-        if found != b"little":
-            raise BadInputError(
-                "the file holds big-endian numbers",
-                where=directory.window.name,
-                expected="little",
-                found=repr(found),
-            )

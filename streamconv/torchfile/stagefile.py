@@ -16,18 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from streamconv.errors import BadInputError
-from streamconv.torchfile.inert import Inert, InertDict, stand_in
+from streamconv.torchfile.inert import Inert, InertDict
 from streamconv.torchfile.rankfile import Contents, RankReader, Stored, open_archive
 from streamconv.torchfile.unpickle import load_inert, no_garbage_collection
 from streamconv.torchfile.values import name_of
 
 _MODEL = re.compile(r"model(\d*)", re.ASCII)
 _MAX_PICKLE_NBYTES = 256 << 20  # the optimizer's tree is in there too
-# Python 3.11 pickles an enum as getattr(class, name); the weights' table knows getattr for one class
-# of ShardedTensor alone, which these files never hold.
-_GLOBALS = {
-    (module, "getattr"): stand_in("builtins.getattr") for module in ("builtins", "__builtin__")
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +57,6 @@ def read_stage_file(
         root = load_inert(
             directory.read_entry("data.pkl", max_nbytes=_MAX_PICKLE_NBYTES),
             where,
-            extra_globals=_GLOBALS,
             unknown="keep",
             max_nbytes=_MAX_PICKLE_NBYTES,
         )

@@ -20,7 +20,14 @@ from typing import IO, TYPE_CHECKING, Literal, cast
 
 from streamconv.errors import BadInputError, UnsafeInputError
 from streamconv.torchfile.allowlist import WEIGHTS, Globals
-from streamconv.torchfile.inert import Frozen, InertStorage, RefusedPickleError, StandIn, stand_in
+from streamconv.torchfile.inert import (
+    Frozen,
+    InertStorage,
+    Kept,
+    RefusedPickleError,
+    StandIn,
+    stand_in,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -53,6 +60,7 @@ class _InertUnpickler(pickle.Unpickler):
         self._table = table
         self._unknown = unknown
         self._kept: dict[tuple[str, str], StandIn] = {}
+        self._storages: dict[str, InertStorage] = {}
 
     def find_class(self, module: str, name: str) -> StandIn:
         """Return the stand-in for a global; called once per global and file (pickle memoises it)."""
@@ -60,7 +68,7 @@ class _InertUnpickler(pickle.Unpickler):
         if found is None:
             if self._unknown == "refuse":
                 raise RefusedPickleError(f"the global {f'{module}.{name}'[:200]}")
-            found = self._kept[module, name] = stand_in(f"{module}.{name}"[:200])
+            found = self._kept[module, name] = stand_in(f"{module}.{name}"[:200], Kept)
         return found
 
     def persistent_load(self, pid: object) -> InertStorage:
@@ -77,7 +85,13 @@ class _InertUnpickler(pickle.Unpickler):
             or type(numel) is not int
         ):
             raise RefusedPickleError("a persistent id that names no storage")
-        storage = _new_storage(InertStorage)
+        known = self._storages.get(key)
+        if known is not None:
+            # Torch takes the type of whichever comes first.
+            if known.kind is not kind or known.numel != numel:
+                raise RefusedPickleError(f"one storage of two types or sizes: {key[:40]!r}")
+            return known
+        storage = self._storages[key] = _new_storage(InertStorage)
         storage.kind = kind
         storage.key = key
         storage.location = location

@@ -13,7 +13,7 @@ from streamconv.dtypes import BY_TORCH, DType
 from streamconv.errors import BadInputError
 from streamconv.placements import Kind, Placement
 from streamconv.torchfile import allowlist as allowed
-from streamconv.torchfile.inert import InertDict, InertStorage
+from streamconv.torchfile.inert import InertDict, InertSize, InertStorage
 
 MALFORMED = (TypeError, ValueError, KeyError, AttributeError, IndexError, OverflowError)
 
@@ -62,37 +62,89 @@ TensorParts = tuple[DType, InertStorage, int, int, tuple[int, ...], tuple[int, .
 
 
 def tensor_parts(value: Any) -> TensorParts:
-    """Return (dtype, storage, its numel in elements, offset, shape, strides) of a plain tensor."""
+    """Return (dtype, storage, its numel in elements, offset, shape, strides) of a plain tensor.
+
+    All arguments are those that torch writes: what it would do with others, it alone knows.
+    """
     call, args = type(value), value.args
     for _ in range(_MAX_WRAPPERS):
         if call is REBUILD_TENSOR:
-            storage, offset, shape, strides, *_, last = args
-            if type(last) is dict:
-                _check_tensor_metadata(last)
+            storage, offset, shape, strides, grad, hooks, *more = args
             dtype = _STORAGE_DTYPES.get(storage.kind)
             if dtype is None:
                 raise bad(f"a tensor of a dtype that is not supported: {name_of(storage.kind)}")
-            return dtype, storage, storage.numel, offset, tuple(shape), tuple(strides)
-        if call is allowed.REBUILD_TENSOR_V3:
-            storage, offset, shape, strides, _, _, kind, *rest = args
-            if rest:
-                _check_tensor_metadata(rest[0])
+            numel = storage.numel
+        elif call is allowed.REBUILD_TENSOR_V3:
+            storage, offset, shape, strides, grad, hooks, kind, *more = args
             if storage.kind is not allowed.UNTYPED_STORAGE:
                 raise bad("a tensor of a typed storage with a dtype of its own")
             dtype = dtype_of(kind)
             numel, remainder = divmod(storage.numel, dtype.itemsize)
             if remainder:
                 raise bad(f"a storage of {storage.numel} bytes holds no whole number of {dtype}")
-            return dtype, storage, numel, offset, tuple(shape), tuple(strides)
-        if call is allowed.REBUILD_FROM_TYPE:
-            call, args = args[0], args[2]
-        elif call in (allowed.REBUILD_PARAMETER, allowed.REBUILD_PARAMETER_WITH_STATE):
-            call, args = type(args[0]), args[0].args
-        elif call is allowed.REBUILD_META_TENSOR:
-            raise bad("a meta tensor: it was saved without data")
+        elif call is allowed.REBUILD_FROM_TYPE:
+            function, kind, inner, state = args
+            if kind not in _PLAIN_TYPES:
+                raise bad(f"a tensor subclass that is not known: {name_of(kind)}")
+            check_attributes(state)
+            call, args = function, inner
+            continue
+        elif call is allowed.REBUILD_PARAMETER:
+            inner, grad, hooks = args
+            _check_grad(grad, hooks)
+            call, args = type(inner), inner.args
+            continue
+        elif call is allowed.REBUILD_PARAMETER_WITH_STATE:
+            inner, grad, hooks, state = args
+            _check_grad(grad, hooks)
+            check_attributes(state)
+            call, args = type(inner), inner.args
+            continue
         else:
             break
+        if type(shape) not in _SIZES or type(strides) not in _SIZES:
+            raise bad("a tensor whose sizes are no tuple")
+        if grad is not False or type(hooks) is not InertDict or hooks:
+            _check_grad(grad, hooks)
+            if dtype.name[0] in "IU" or dtype.name == "BOOL":
+                raise bad(f"a tensor of {dtype} that requires a gradient")
+        if more:
+            _check_tensor_metadata(*more)
+        return dtype, storage, numel, offset, tuple(shape), tuple(strides)
+    if call is allowed.REBUILD_META_TENSOR:
+        raise bad("a meta tensor: it was saved without data")
     raise bad(f"no tensor: {name_of(call)}")
+
+
+_SIZES = (tuple, InertSize)
+_PLAIN_TYPES = {
+    allowed.WEIGHTS["torch", "Tensor"],
+    allowed.WEIGHTS["torch.nn.parameter", "Parameter"],
+    allowed.WEIGHTS["torch.nn.parameter", "Buffer"],
+}
+# What an attribute of this name would set in a tensor is not an attribute: its data, its type.
+_SETTERS = {
+    *("data", "real", "imag", "H", "T", "mH", "mT", "names", "volatile"),
+    *("grad", "grad_dtype", "requires_grad", "_grad", "_grad_fn"),
+    *("_backward_hooks", "_post_accumulate_grad_hooks"),
+}
+
+
+def _check_grad(grad: Any, hooks: Any) -> None:
+    if type(grad) is not bool or type(hooks) is not InertDict or hooks:
+        raise bad("a tensor with arguments that no torch writes")
+
+
+def check_attributes(state: Any) -> None:
+    """Refuse a tensor's state that does more than to add attributes."""
+    parts = state if type(state) is tuple and len(state) == 2 else (state,)
+    for part in parts:
+        if part is None:
+            continue
+        if type(part) is not dict or not all(
+            type(k) is str and k not in _SETTERS and not k.startswith("__") for k in part
+        ):
+            raise bad("a tensor with a state that no torch writes")
 
 
 _STORAGE_DTYPES = {kind: BY_TORCH[name] for kind, name in allowed.STORAGE_DTYPES.items()}
@@ -109,33 +161,49 @@ def dtype_of(kind: Any) -> DType:
 
 def _check_tensor_metadata(metadata: Any) -> None:
     """Lazy conjugation and negation (``conj``, ``neg``) would change what the bytes mean."""
-    if type(metadata) is dict and any(metadata.values()):
+    if type(metadata) is not dict or metadata:
+        named = metadata if isinstance(metadata, dict) else ()
         raise bad(
-            "a tensor with a lazy view of its bytes",
-            found=", ".join(sorted(str(k)[:20] for k, v in metadata.items() if v)),
+            "a tensor with a lazy view of its bytes, or other metadata that no bytes show",
+            found=", ".join(sorted(str(k)[:20] for k in named)) or name_of(metadata),
             hint="call .resolve_conj().resolve_neg() before saving",
         )
 
 
 def check_numbers(numbers: tuple[Any, ...]) -> None:
-    """Refuse what is no number before a tuple of it is hashed.
+    """Refuse what is no exact int before a tuple of it is hashed.
 
-    A tuple of tuples of … a few hundred bytes long can take years to hash. ``sum`` is the cheapest call
-    that fails on everything but numbers; that they are exact ints is checked when a spec is made.
+    A tuple of tuples of … a few hundred bytes long can take years to hash, and 4.0, True and 1 are
+    equal as keys. That they are not negative is checked when a spec is made.
     """
-    sum(numbers)
+    if set(map(type, numbers)) != _INT:
+        raise bad("a size, stride or offset that is no number")
 
 
-def check_dtensor(attributes: Any, fields: Any, spec: Any) -> None:
-    """Refuse a state of a DTensor that no torch writes.
+_INT = {int}
 
-    The state is (instance attributes: None, or a dict for a Parameter; slots: what we read).
+
+def check_dtensor(kind: Any, outer: Any, attributes: Any, fields: Any, spec: Any) -> None:
+    """Refuse a DTensor of a form that no torch writes.
+
+    Its state is (instance attributes: None, or a dict for a Parameter; slots: what we read).
     """
-    if type(spec) is not allowed.DTENSOR_SPEC:
+    if type(spec) is not allowed.DTENSOR_SPEC or spec.args or outer[0] is not kind:
         raise bad("a DTensor without a spec")
-    for state in ({} if attributes is None else attributes, fields, spec.state):
-        if type(state) is not dict or not all(type(k) is str for k in state):
-            raise bad("a DTensor with a state that no torch writes")
+    if type(fields) is not dict or len(fields) != 2 or type(spec.state) is not dict:
+        raise bad("a DTensor with a state that no torch writes")
+    # A field of a later torch may change what the others mean, as shard_order did.
+    strange = [k for k in spec.state if k not in _SPEC_FIELDS and not str(k).startswith("_")]
+    if strange:
+        raise bad("a DTensor's spec with a field that is not known", found=str(strange[0])[:80])
+    if attributes is not None:
+        check_attributes(attributes)
+
+
+_SPEC_FIELDS = {
+    *("mesh", "placements", "tensor_meta"),
+    *("shard_order", "use_strided_shard_as_shard_order"),
+}
 
 
 def placement_key(value: Any) -> tuple[object, int, int]:
@@ -143,8 +211,12 @@ def placement_key(value: Any) -> tuple[object, int, int]:
     kind, state = type(value), value.state
     if kind is SHARD:
         dim, factor = state["dim"], 1
+        if len(state) != 1:
+            raise bad("a placement with a field that is not known")
     elif kind is allowed.STRIDED_SHARD:
         dim, factor = state["dim"], state["split_factor"]
+        if len(state) != 2:
+            raise bad("a placement with a field that is not known")
     elif kind in _PLACEMENT_KINDS:
         return kind, 0, 1
     else:
