@@ -73,21 +73,38 @@ def lone_rank_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return runs.rank_file(tmp_path_factory.mktemp("ranks") / runs.RANK_FILE)
 
 
+@pytest.fixture(scope="session")
+def lone_output(tmp_path_factory: pytest.TempPathFactory, lone_rank_file: Path) -> Path:
+    """What converting :func:`lone_rank_file` makes: the output of every step that is a link to it."""
+    import streamconv
+
+    output = tmp_path_factory.mktemp("outputs") / "made"
+    with pytest.MonkeyPatch.context() as patch:
+        plan_here(patch)
+        streamconv.convert(lone_rank_file.parent, output)
+    return output
+
+
 @pytest.fixture
-def scene(tmp_path: Path, lone_rank_file: Path) -> Scene:
+def scene(tmp_path: Path, lone_rank_file: Path, lone_output: Path) -> Scene:
     """A training run and an output folder, for a batch between them."""
     from tests.scenes import Scene
 
-    return Scene(tmp_path, lone_rank_file)
+    return Scene(tmp_path, lone_rank_file, lone_output)
 
 
 @pytest.fixture
 def planned_here(monkeypatch: pytest.MonkeyPatch) -> None:
     """Run the planning child's task in this process, without its limit on memory."""
+    plan_here(monkeypatch)
+
+
+def plan_here(patch: pytest.MonkeyPatch) -> None:
+    """Do as :func:`planned_here` for as long as ``patch`` is in force."""
     from streamconv import planning
 
     def ask(request: dict[str, Any], inherit: Sequence[int] = ()) -> dict[str, Any]:
         return planning._TASKS[request["task"]](request)
 
-    monkeypatch.setattr(planning, "_ask", ask)
-    monkeypatch.setattr(planning, "_limited_memory", contextlib.nullcontext)
+    patch.setattr(planning, "_ask", ask)
+    patch.setattr(planning, "_limited_memory", contextlib.nullcontext)

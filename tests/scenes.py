@@ -21,11 +21,13 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 class Scene:
     """A run, an output folder and what the pretended conversions do."""
 
-    def __init__(self, folder: Path, file: Path) -> None:
+    def __init__(self, folder: Path, file: Path, made: Path | None = None) -> None:
         self.run, self.out, self.script = folder / "run", folder / "out", folder / "script.json"
         self.file = file
         self.told: list[tuple[str, str]] = []
         self.run.mkdir(parents=True)
+        if made is not None:
+            (folder / runs.MADE).symlink_to(made)
 
     def step(self, *steps: int, **kwargs) -> None:
         for step in steps:

@@ -18,18 +18,22 @@ from streamconv import budget as budgets
 from streamconv.api import memory_bytes
 from streamconv.batch import metrics
 from streamconv.batch.hooks import Hooks
+from streamconv.batch.leases import Lease
 from streamconv.batch.ledger import Ledger
 from streamconv.batch.pins import Holder
 from streamconv.batch.places import refuse_inside_checkpoint
-from streamconv.batch.retention import Removal, finish_removals, remove_output, remove_source
+from streamconv.batch.retention import Removal, Rule, resume_removals
+from streamconv.batch.rules import claim_rule
 from streamconv.batch.runner import Listener, Runner, What, backoff_seconds
 from streamconv.batch.schedule import Schedule, local_now
 from streamconv.batch.settings import BatchSettings, RunSettings
 from streamconv.batch.state import STATUS, Record, Store
 from streamconv.batch.survey import Survey, scene
 from streamconv.batch.tasks import Task
+from streamconv.batch.tidy import Surveyed, tidy
+from streamconv.batch.training import Stillness
 from streamconv.durations import parse_duration
-from streamconv.errors import StreamconvError
+from streamconv.errors import StreamconvError, VerificationError
 from streamconv.writer import no_space
 
 if TYPE_CHECKING:
@@ -82,6 +86,8 @@ class Batch:
         self._hopeless: dict[str, str] = {}
         self._noticed: set[str] = set()
         self._pins = Holder()
+        self._stillness = Stillness()
+        self._rules: dict[Path, Lease | None] = {}
         self._stores = [Store(run.output.absolute()) for run in settings.run]
         self._began = time.time()
         self._overview: Overview | None = None
@@ -107,23 +113,23 @@ class Batch:
         started = time.monotonic()
         self._trouble = None
         made = Round(budget_bytes=self.budget_bytes)
-        surveys = [
-            (run, store, survey)
+        runs = [
+            Surveyed(run, store, self._look(run, store, made))
             for run, store in zip(self._settings.run, self._stores, strict=True)
-            if (survey := self._look(run, store, made)) is not None
         ]
-        made.tasks = [task for _, _, survey in surveys for task in survey.tasks]
+        surveys = [one.survey for one in runs if one.survey is not None]
         s = self._settings
         hooks = Hooks(s.on_done, s.on_error, parse_duration(s.hook_limit))
         try:
-            hooks.resume(record for _, store, _ in surveys for record in store)
-            for record in [r for _, _, survey in surveys for r in survey.gone]:
+            hooks.resume(record for one in runs if one.survey for record in one.store)
+            for record in [record for survey in surveys for record in survey.gone]:
                 hooks.add(record)
-            if made.tasks:
-                self._convert(made, hooks)
+            self._convert(made, surveys, hooks)
             hooks.finish()
-            for run, store, survey in surveys:
-                made.removals += self._tidy(run, store, survey)
+            made.removals += tidy(runs, apply=s.apply)
+            made.problems += [
+                VerificationError(r.refused, where=str(r.path)) for r in made.removals if r.damaged
+            ]
         except StreamconvError as error:
             made.problems.append(error)
         except OSError as error:
@@ -162,6 +168,10 @@ class Batch:
             refuse_inside_checkpoint(run.output, run.root, "the output folder")
             askedfile.checked(run.output / STATUS, askedfile.STATUS)
             store.begin()
+            rule = Rule(run.keep_last, run.keep_every)
+            if rule.active and store.folder not in self._rules:
+                self._rules[store.folder] = claim_rule(store.folder, rule)
+            made.removals += resume_removals(store, apply=s.apply)
             survey = Survey(
                 run,
                 store,
@@ -170,6 +180,7 @@ class Batch:
                 outputs=[other.output for other in self._settings.run],
                 own_files=lambda name: self._own_files(store, name),
                 pin_folder=self._pins.folder,
+                stillness=self._stillness,
             )
             survey.look()
         except StreamconvError as error:
@@ -201,26 +212,35 @@ class Batch:
             found |= {self._overview.page_of(store, name): "pages", s.report: "report"}
         return found
 
-    def _convert(self, made: Round, hooks: Hooks) -> None:
+    def _convert(self, made: Round, surveys: Sequence[Survey], hooks: Hooks) -> None:
+        """Convert what there is to do; and, where one fails, what retention keeps in its place."""
+        tasks = [task for survey in surveys for task in survey.next_tasks()]
+        if not tasks:
+            made.counts += _left_out(surveys)
+            return
         s = self._settings
         own = budgets.resident_bytes()
         ledger = Ledger(self.budget_bytes, own, budgets.PLANNING_FLOOR_BYTES, s.jobs)
-        runner = Runner(
-            ledger,
-            hooks,
-            self._remembering,
-            pins=self._pins,
-            retries=s.retries,
-            command=self._command,
-            every=self.publish,
-            backoff=self._backoff,
-        )
         self.publish()
         with budgets.PeakMeter() as meter, self._overview or nullcontext():
-            runner.run(made.tasks)
+            while tasks:
+                made.tasks += tasks
+                runner = Runner(
+                    ledger,
+                    hooks,
+                    self._remembering,
+                    pins=self._pins,
+                    retries=s.retries,
+                    command=self._command,
+                    every=self.publish,
+                    backoff=self._backoff,
+                )
+                runner.run(tasks)
+                renamed = {"done": "converted"}
+                made.counts += Counter({renamed.get(k, k): n for k, n in runner.outcomes.items()})
+                tasks = [task for survey in surveys for task in survey.next_tasks()]
         made.peak_bytes = meter.peak_bytes
-        renamed = {"done": "converted"}
-        made.counts += Counter({renamed.get(k, k): n for k, n in runner.outcomes.items()})
+        made.counts += _left_out(surveys)
 
     def _remembering(self, what: What, task: Task, text: str) -> None:
         error = task.record.error
@@ -229,26 +249,6 @@ class Batch:
         if self._overview is not None:
             self._overview.listen(what, task, text)
         self._listener(what, task, text)
-
-    def _tidy(self, run: RunSettings, store: Store, survey: Survey) -> list[Removal]:
-        apply = self._settings.apply
-        removals = []
-        if apply:
-            finish_removals(store)
-        if survey.rule.active:
-            finished = [r for r in store if r.state == "done"]
-            surplus = survey.rule.surplus(finished)
-            removals += [remove_output(record, store, apply=apply) for record in surplus]
-        if run.delete_sources:
-            ours = {n: c for n, c in survey.candidates.items() if store.get(n).state == "done"}
-            # Of those that are whole: training does not go on from a step that broke off.
-            newest: dict[tuple[str, str], int] = {}
-            for c in ours.values():
-                newest[c.run, c.model] = max(newest.get((c.run, c.model), -1), c.step or -1)
-            for name, c in ours.items():
-                top = newest[c.run, c.model]
-                removals.append(remove_source(store.get(name), store, c, top, apply=apply))
-        return removals
 
     def publish(self, **more: Any) -> None:
         """Write ``status.json`` of every output folder, and the metrics."""
@@ -268,6 +268,10 @@ class Batch:
             records = [record for store in self._stores for record in store]
             with self._minding():
                 metrics.write(self._settings.prometheus, records)
+
+
+def _left_out(surveys: Sequence[Survey]) -> Counter[str]:
+    return Counter({"pruned": sum(survey.left_out for survey in surveys)})
 
 
 def _refused(error: OSError | StreamconvError, where: Path | None = None) -> StreamconvError:

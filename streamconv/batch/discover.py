@@ -166,7 +166,8 @@ class _Walk:
         try:
             location = formats.detect(folder)
             if location is not None:
-                yield _candidate(self._root, location)
+                side = location.side_dir
+                yield candidate_at(self._root, folder, location.format, side)
                 self._name_inside(folder)
                 return
             below = _folders(folder)
@@ -218,8 +219,8 @@ def _unreadable(folder: Path, error: OSError) -> StreamconvError:
     return cannot_read(error, folder)
 
 
-def _candidate(root: Path, location: formats.Location) -> Candidate:
-    path, side = location.root, location.side_dir
+def candidate_at(root: Path, path: Path, format_name: str, side: Path | None = None) -> Candidate:
+    """Return the candidate that a checkpoint in ``path`` is, there or not; ``side`` has its config."""
     relative = path.relative_to(root)
     parts = relative.parts
     step_at = next(
@@ -242,6 +243,6 @@ def _candidate(root: Path, location: formats.Location) -> Candidate:
         step_number(step_dir.name),
         step_dir,
         "/".join(model_parts),
-        location.format,
+        format_name,
         None if side is None or side.is_relative_to(path) else side,
     )

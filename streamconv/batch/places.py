@@ -9,7 +9,7 @@ from pathlib import Path
 from streamconv import formats
 from streamconv.batch.discover import step_number
 from streamconv.batch.state import holds_batch
-from streamconv.errors import StreamconvError, UsageError
+from streamconv.errors import OutputExistsError, StreamconvError, UsageError
 from streamconv.planned import MANIFEST
 
 
@@ -56,6 +56,29 @@ def refuse_own_files(output: Path, names: Iterable[str], own: Mapping[Path, str]
             where=str(path),
             hint="choose another --name, or another place for that file",
         )
+
+
+def refusal_into_another(output: Path, root: Path) -> StreamconvError | None:
+    """Return an error where an output of ``root`` would lie in another one, or would hold one."""
+    found = _overlapping(output, root)
+    if found is None:
+        return None
+    return OutputExistsError(
+        "the output would be put into another one, or another into it",
+        where=str(output),
+        found=str(found),
+        hint="choose another --name, or another output folder",
+    )
+
+
+def _overlapping(output: Path, root: Path) -> Path | None:
+    for folder in output.parents:
+        if folder == root:
+            break
+        if os.path.lexists(folder / MANIFEST):
+            return folder
+    below = (Path(where) for where, _, names in os.walk(output) if MANIFEST in names)
+    return next((place for place in below if place != output), None)
 
 
 def output_inside(folder: Path) -> Path | None:

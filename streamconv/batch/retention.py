@@ -1,29 +1,34 @@
-"""Which outputs are kept, and the careful removal of the others.
+"""Which outputs are kept, and what is removed of the others and of sources.
 
-Nothing is removed unless asked to apply; an output only where its folder holds what its manifest
-lists and nothing else; a source only after its output was verified against it and while that output
-is there unchanged, and never the newest whole step of a run, from which training goes on.
+Here the facts are gathered, from what is there now; :mod:`deletions` decides, :mod:`removal` carries
+out. Nothing is removed unless asked to apply.
 """
 
 from __future__ import annotations
 
 import contextlib
-import shutil
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from streamconv.batch.discover import Candidate
+from streamconv.batch.deletions import OutputFacts, SourceFacts, why_keep_output, why_keep_source
+from streamconv.batch.discover import Candidate, checkpoint_inside, step_kind, step_number
+from streamconv.batch.hooks import awaits_hook
 from streamconv.batch.places import output_inside
-from streamconv.batch.ready import Snapshot, look_at, read_tracker
+from streamconv.batch.ready import CLOCK_DOUBT_SECONDS, Tracker, look_at
+from streamconv.batch.removal import aside_of, listing, remove, resume
 from streamconv.batch.state import Record, Store, file_name, is_intact
+from streamconv.convert_job import identify
 from streamconv.errors import LockedError, StreamconvError
 from streamconv.manifest import read_manifest
+from streamconv.options import JobOptions
 from streamconv.planned import MANIFEST
 from streamconv.sizes import format_size
+from streamconv.verification.folder import verify_output
 
-_TRASH = "trash"
+_NOTES = "removals"
+_PRUNED = "removed by retention"
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,54 +51,144 @@ class Rule:
         last = set(sorted(steps)[-self.last :]) if self.last else set()
         return last | ({s for s in steps if s % self.every == 0} if self.every else set())
 
-    def surplus(self, records: Iterable[Record]) -> list[Record]:
-        """Return the records that are not kept; one without a step always is."""
-        groups: dict[tuple[str, str], list[Record]] = defaultdict(list)
+    def surplus(
+        self,
+        records: Iterable[Record],
+        tracker: Callable[[Record], Tracker | None] = lambda _: None,
+    ) -> list[Record]:
+        """Return the records that are not kept; one without a step always is.
+
+        Training that went back to an earlier step has abandoned the later ones: they are not among the
+        last any more. Where that is not certain, both the last by number and the last by time are kept.
+        """
+        groups: dict[tuple[str, str, str], list[Record]] = defaultdict(list)
         for record in records:
-            groups[record.run, record.model].append(record)
+            groups[record.run, record.model, _kind(record)].append(record)
         surplus = []
         for group in groups.values():
-            kept = self.kept(r.step for r in group if r.step is not None)
+            steps = {r.step for r in group if r.step is not None}
+            certain = {r.step for r in group if _is_abandoned(r, group, tracker(r), surely=True)}
+            perhaps = {r.step for r in group if _is_abandoned(r, group, tracker(r), surely=False)}
+            live = steps - certain
+            kept = self.kept(live) | self.kept(live - perhaps) | self.kept_for_every(steps)
+            if self.last is not None and len(live) < self.last:
+                kept |= set(sorted(steps - live)[len(live) - self.last :])
             surplus += [r for r in group if r.step is not None and r.step not in kept]
         return surplus
+
+    def kept_for_every(self, steps: Iterable[int]) -> set[int]:
+        """Return the steps that ``every`` divides."""
+        return Rule(None, self.every).kept(steps) if self.every else set()
+
+
+def _kind(record: Record) -> str:
+    names = reversed(Path(record.relative or record.source).parts)
+    return step_kind(next((n for n in names if step_number(n) is not None), ""))
+
+
+def _is_abandoned(
+    record: Record, group: Iterable[Record], tracker: Tracker | None, *, surely: bool
+) -> bool:
+    """Whether training went back to a step before this one, after it was written.
+
+    It did where we saw an earlier step's content appear after this one's, or the tracker says so long
+    after. Times of files alone may come from a copy that was made in any order.
+    """
+    if record.step is None:
+        return False
+    doubt = CLOCK_DOUBT_SECONDS * 1e9 if surely else 0
+    if (
+        tracker is not None
+        and record.written_ns
+        and tracker.step < record.step
+        and tracker.mtime_ns > record.written_ns + doubt
+    ):
+        return True
+    for other in group:
+        if other.step is not None and other.step < record.step:
+            seen_later = other.generation > record.generation
+            written_later = other.written_ns > record.written_ns
+            if seen_later and other.written_ns >= record.written_ns:
+                return True
+            if not surely and (seen_later or written_later):
+                return True
+    return False
 
 
 @dataclass(frozen=True, slots=True)
 class Removal:
-    """A folder that was removed, or would be; ``refused`` says why it must not."""
+    """A folder that was removed, or would be; ``refused`` says why it must not.
+
+    ``left`` names what stayed of it, as nobody had listed it; ``damaged`` says that an output is not
+    what its manifest says.
+    """
 
     kind: str  # "output" or "source"
     path: Path
     nbytes: int
     applied: bool = False
     refused: str = ""
+    left: tuple[str, ...] = ()
+    damaged: bool = False
 
     def __str__(self) -> str:
         if self.refused:
             return f"kept {self.kind} {self.path}: {self.refused}"
         did = "removed" if self.applied else "would remove"
-        return f"{did} {self.kind} {self.path} ({format_size(self.nbytes)})"
+        left = f"; left what came meanwhile: {', '.join(self.left[:5])}" if self.left else ""
+        return f"{did} {self.kind} {self.path} ({format_size(self.nbytes)}){left}"
 
 
-def remove_output(record: Record, store: Store, *, apply: bool) -> Removal:
-    """Remove a finished output, or say what would be removed."""
+def remove_output(
+    record: Record, store: Store, *, apply: bool, owns: Callable[[Record], bool] = lambda _: True
+) -> Removal:
+    """Remove a finished output that the rule does not keep, or say what would be removed.
+
+    ``owns`` tells whether it is this run's.
+    """
     path = Path(record.output)
-    refused = _why_not_output(path, store.output)
-    if refused or not apply:
-        return Removal("output", path, record.write_bytes, refused=refused)
     try:
         with store.holding(record.name):
-            _remove(path, store.folder / _TRASH / file_name(record.name))
+            refused = why_keep_output(_output_facts(record, store, owns))
+            if refused or not apply:
+                return Removal("output", path, record.write_bytes, refused=refused)
+            listed = listing(path)
+            refused = _damage(path)
+            if refused:
+                return Removal(
+                    "output", path, record.write_bytes, refused=f"it was edited: {refused}"
+                )
+            outcome = remove(
+                path,
+                listed,
+                _note(store, "output", record),
+                recheck=lambda: why_keep_output(_output_facts(record, store, owns)),
+            )
+            if outcome.refused:
+                return Removal("output", path, record.write_bytes, refused=outcome.refused)
             for parent in path.parents:
                 if parent == store.output:
                     break
                 with contextlib.suppress(OSError):  # not empty: another's
                     parent.rmdir()
-            record.state, record.reason, record.evidence = "pruned", "removed by retention", []
+            record.state, record.reason, record.evidence = "pruned", _PRUNED, []
             store.save(record)
     except LockedError as error:
         return Removal("output", path, record.write_bytes, refused=error.what)
-    return Removal("output", path, record.write_bytes, applied=True)
+    except OSError as error:
+        return Removal("output", path, record.write_bytes, refused=str(error.strerror))
+    return Removal("output", path, record.write_bytes, applied=True, left=outcome.left)
+
+
+def _output_facts(record: Record, store: Store, owns: Callable[[Record], bool]) -> OutputFacts:
+    path = Path(record.output)
+    place, edited = _why_not_output(path, store.output), ""
+    if not place:
+        manifest = read_manifest(path, entries=False)
+        listed = {MANIFEST, *(f["name"] for f in (manifest or {"files": ()})["files"])}
+        strange = sorted(listing(path).keys() - listed)
+        edited = f"it holds what its manifest does not list: {strange[0]}" if strange else ""
+    return OutputFacts(owns(record), place, edited, is_intact(record), awaits_hook(record))
 
 
 def _why_not_output(path: Path, root: Path) -> str:
@@ -102,70 +197,140 @@ def _why_not_output(path: Path, root: Path) -> str:
     if not path.resolve().is_relative_to(root.resolve()) or path.resolve() == root.resolve():
         return "it lies outside the output folder"
     try:
-        manifest = read_manifest(path)
+        manifest = read_manifest(path, entries=False)
     except StreamconvError as error:
         return error.what
-    if manifest is None:
-        return "it has no manifest of ours"
-    listed = {MANIFEST, *(f["name"] for f in manifest["files"])}
-    there = (
-        p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_symlink() or not p.is_dir()
-    )
-    strange = [name for name in there if name not in listed]
-    return f"it holds what its manifest does not list: {strange[0]}" if strange else ""
+    return "it has no manifest of ours" if manifest is None else ""
+
+
+def _damage(output: Path) -> str:
+    """Read every byte of an output; return how it differs from its manifest."""
+    try:
+        report = verify_output(output)
+    except (StreamconvError, OSError) as error:
+        return str(error).splitlines()[0]
+    return report.problems[0] if report.problems else ""
+
+
+@dataclass(frozen=True, slots=True)
+class Surroundings:
+    """What decides about sources and is no part of them.
+
+    ``job``: how they are converted. ``training`` returns why training still needs one, ``unfinished``
+    which other output made of it is not there. ``needed`` are folders that conversions read: config
+    and base.
+    """
+
+    job: JobOptions
+    training: Callable[[Candidate], str]
+    unfinished: Callable[[Candidate, Record], str] = lambda _, __: ""
+    needed: tuple[Path, ...] = ()
 
 
 def remove_source(
-    record: Record, store: Store, candidate: Candidate, newest: int, *, apply: bool
+    record: Record, store: Store, candidate: Candidate, around: Surroundings, *, apply: bool
 ) -> Removal:
-    """Remove the source of a verified output, or say what would be removed.
-
-    ``newest`` is the highest step of the run that was converted.
-    """
+    """Remove the source of a verified output, or say what would be removed."""
     path = candidate.path
     try:
         with store.holding(record.name):
-            now = look_at(candidate)
-            refused = _why_not_source(store.reload(record.name), candidate, newest, now)
-            if apply and not refused:
-                _remove(path, _aside(path))
+            record = store.reload(record.name)
+            listed = listing(path)
+            nbytes = sum(size for size, _, _ in listed.values())
+            refused = why_keep_source(_source_facts(record, candidate, around))
+            if refused or not apply:
+                return Removal("source", path, nbytes, refused=refused)
+            damage = _damage(Path(record.output))
+            if damage:
+                record.verified, record.reason = False, f"the output is damaged: {damage}"
+                store.save(record)
+                return Removal("source", path, nbytes, refused=record.reason, damaged=True)
+            outcome = remove(
+                path,
+                listed,
+                _note(store, "source", record),
+                recheck=lambda: why_keep_source(_source_facts(record, candidate, around)),
+            )
     except LockedError as error:
         return Removal("source", path, 0, refused=error.what)
     except OSError as error:
         return Removal("source", path, 0, refused=str(error.strerror))
-    return Removal("source", path, now.nbytes, applied=apply and not refused, refused=refused)
+    gone = not outcome.refused
+    return Removal("source", path, nbytes, applied=gone, refused=outcome.refused, left=outcome.left)
 
 
-def _why_not_source(record: Record, candidate: Candidate, newest: int, now: Snapshot) -> str:
-    tracker = read_tracker(candidate.run_dir)
-    if candidate.step is None or candidate.relative == Path():
-        return "it is no step of a run"
-    if candidate.step >= newest or (tracker is not None and candidate.step == tracker.step):
-        return "training goes on from it"
-    if record.state != "done" or record.verified is not True:
-        return "its output has not been verified against it (--verify)"
-    if not is_intact(record):
-        return "its output is not as it was when it was verified"
-    if now.digest != record.snapshot:
-        return "it changed since it was converted"
-    output = output_inside(candidate.path)
-    return f"an output lies in it: {output}" if output is not None else ""
+def _source_facts(record: Record, candidate: Candidate, around: Surroundings) -> SourceFacts:
+    is_step = candidate.step is not None and candidate.relative != Path()
+    verified = record.state == "done" and record.verified is True
+    cheap = is_step and verified
+    return SourceFacts(
+        is_step=is_step,
+        verified=verified,
+        intact=is_intact(record),
+        unchanged=look_at(candidate).digest == record.snapshot,
+        other_job=_other_job(record, candidate, around.job) if cheap else "",
+        inside=_inside(candidate.path, around.needed) if cheap else "",
+        unfinished=around.unfinished(candidate, record) if cheap else "",
+        training=around.training(candidate) if cheap else "",
+    )
 
 
-def finish_removals(store: Store) -> None:
-    """Remove what a batch that was killed had put aside to remove."""
-    asides = [_aside(Path(r.source)) for r in store if r.state == "done"]
-    for path in (store.folder / _TRASH, *asides):
-        shutil.rmtree(path, ignore_errors=True)
+def _other_job(record: Record, candidate: Candidate, job: JobOptions) -> str:
+    """Return whether what is in the source now is not what the output was made of."""
+    try:
+        manifest = read_manifest(Path(record.output), entries=False)
+        digest = identify(candidate.path, job).digest
+    except StreamconvError as error:
+        return error.what
+    made_of = manifest["job"]["digest"] if manifest is not None else ""
+    return "" if made_of == digest else "its output was made of something else, says its manifest"
 
 
-def _aside(source: Path) -> Path:
-    return source.with_name(f".{source.name}.streamconv-deleted")
+def _inside(path: Path, needed: Iterable[Path]) -> str:
+    output = output_inside(path)
+    if output is not None:
+        return f"an output lies in it: {output}"
+    other = checkpoint_inside(path)
+    if other is not None:
+        return f"a checkpoint lies in it that is not converted with it: {other}"
+    real = path.resolve()
+    config = next((p for p in needed if p.resolve().is_relative_to(real)), None)
+    return f"conversions read what lies in it: {config}" if config is not None else ""
 
 
-def _remove(path: Path, aside: Path) -> None:
-    """Remove a folder whole: no reader ever sees a part of it under its name."""
-    aside.parent.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(aside, ignore_errors=True)
-    path.rename(aside)
-    shutil.rmtree(aside, ignore_errors=True)  # another batch may be finishing it
+def _note(store: Store, kind: str, record: Record) -> Path:
+    return store.folder / _NOTES / f"{kind}-{file_name(record.name)}.json"
+
+
+def resume_removals(store: Store, *, apply: bool) -> list[Removal]:
+    """Settle what a batch that was killed had put aside to remove.
+
+    It is put back where all of it is there; what was removed in part goes, with ``apply``.
+    """
+    records = {file_name(record.name): record for record in store}
+    settled = []
+    for note in sorted((store.folder / _NOTES).glob("*.json")):
+        kind, _, name = note.stem.partition("-")
+        record = records.get(name)
+        if record is None or kind not in ("source", "output"):
+            continue
+        path = Path(record.output if kind == "output" else record.source)
+        why_not = "" if apply else "--apply goes on removing it"
+        if apply and kind == "source":
+            why_not = _damage(Path(record.output))
+        try:
+            with store.holding(record.name):
+                outcome = resume(note, path, why_not)
+                if outcome is None:
+                    continue
+                if kind == "output" and not outcome.refused and not path.exists():
+                    record = store.reload(record.name)
+                    record.state, record.reason, record.evidence = "pruned", _PRUNED, []
+                    store.save(record)
+        except (LockedError, OSError):
+            continue
+        refused = f"{outcome.refused}; it is in {aside_of(path)}" if outcome.refused else ""
+        settled.append(
+            Removal(kind, path, 0, applied=not refused, refused=refused, left=outcome.left)
+        )
+    return settled

@@ -30,6 +30,7 @@ from streamconv.batch.hook_process import last_line
 from streamconv.batch.hooks import Hooks
 from streamconv.batch.ledger import Ledger
 from streamconv.batch.pins import Holder
+from streamconv.batch.places import refusal_into_another
 from streamconv.batch.state import Record, is_intact
 from streamconv.batch.tasks import UNCOMPARED, Task, take_over_finished
 from streamconv.convert_job import identify
@@ -161,6 +162,10 @@ class Runner:
 
     def _launch(self, task: Task, share: int) -> bool:
         """Start a worker; False where another batch has the output, or has done it meanwhile."""
+        refused = refusal_into_another(task.output, task.store.output)
+        if refused is not None:  # which came meanwhile
+            self._refuse(task, refused)
+            return False
         try:
             lock = task.store.claim(task.record.name)
         except LockedError as error:

@@ -55,10 +55,11 @@ class Filter:
 
     def choose(self, found: Iterable[Candidate]) -> list[Candidate]:
         """Return the candidates that pass; one without a step fails every filter of steps."""
-        wanted = [c for c in found if self._passes(c)]
+        wanted = [c for c in found if self.passes(c)]
         return keep_last(wanted, self.last) if self.last is not None else wanted
 
-    def _passes(self, c: Candidate) -> bool:
+    def passes(self, c: Candidate) -> bool:
+        """Whether a candidate is wanted, not counting which are the last."""
         if self.model is not None and self.model not in (c.model, c.model.split("/")[0]):
             return False
         if c.step is None:

@@ -13,15 +13,16 @@ from typing import Any
 import xxhash
 
 from streamconv.batch import pins
-from streamconv.batch.discover import Candidate, discover
+from streamconv.batch.discover import Candidate, candidate_at, discover
 from streamconv.batch.leases import boot_clock
-from streamconv.batch.places import refuse_own_files
+from streamconv.batch.places import refusal_into_another, refuse_own_files
 from streamconv.batch.ready import Snapshot, Tracker, judge, look_at, read_tracker
 from streamconv.batch.retention import Rule
 from streamconv.batch.selection import named, namer
 from streamconv.batch.settings import RunSettings
 from streamconv.batch.state import FOLDER, Record, Store, file_name, is_intact
 from streamconv.batch.tasks import UNCOMPARED, Task, take_over_finished
+from streamconv.batch.training import Stillness, Training
 from streamconv.convert_job import IdentifiedJob, finished_output, identify, refuse_others
 from streamconv.errors import LockedError, StreamconvError, UsageError
 from streamconv.identity import JobIdentity, chosen_options
@@ -33,12 +34,13 @@ from streamconv.sidefiles import list_side_files
 class Survey:
     """One look at one run.
 
-    ``tasks`` is what there is to do, ``counts`` how many outputs are in which state,
+    ``tasks`` is what there is to do, of which :meth:`next_tasks` says what retention keeps,
+    ``left_out`` how many it does not; ``counts`` how many outputs are in which state,
     ``candidates`` all that were chosen, by output name, ``problems`` what could not be looked at.
     ``gone`` are the records of those whose source went away, ``notices`` says what was left out.
     ``outputs`` are the output folders of all runs, which are not looked into; ``own_files`` returns
     what the batch writes on account of an output, and what each file is; ``pin_folder`` where it keeps
-    pins below a place.
+    pins below a place. ``training`` are the steps of each run in it, where sources are to be deleted.
     ``hopeless`` are outputs whose conversion failed for good in this process, with what :func:`scene`
     said then: nothing is gained by trying the same again.
     """
@@ -53,6 +55,7 @@ class Survey:
         outputs: Collection[Path] = (),
         own_files: Callable[[str], Mapping[Path, str]] = lambda _: {},
         pin_folder: Callable[[Path], Path] = lambda place: place,
+        stillness: Stillness | None = None,
     ) -> None:
         self._run = run
         self._store = store
@@ -61,6 +64,9 @@ class Survey:
         self._outputs = {run.output, *outputs}
         self._own_files = own_files
         self._pin_folder = pin_folder
+        self._stillness = stillness or Stillness()
+        self._name = namer(run.name, run.model)
+        self._given: set[str] = set()
         self._root = run.root.resolve()
         self._boot, self._now_seconds = boot_clock()
         self._generation = 0
@@ -74,6 +80,8 @@ class Survey:
         self.problems: list[StreamconvError] = []
         self.notices: list[str] = []
         self.gone: list[Record] = []
+        self.left_out = 0
+        self.training: dict[Path, Training] = {}
 
     def look(self) -> None:
         """Find the checkpoints and decide about each."""
@@ -90,7 +98,7 @@ class Survey:
             on_notice=self.notices.append,
         )
         found = run.filter.choose(all_found)
-        self.candidates = named(found, namer(run.name, run.model))
+        self.candidates = named(found, self._name)
         own = {
             path: what for name in self.candidates for path, what in self._own_files(name).items()
         }
@@ -98,9 +106,10 @@ class Survey:
         self._generation = 1 + max((r.generation for r in self._store), default=0)
         for name, candidate in self.candidates.items():
             self._consider(name, candidate)
-        if self.rule.active:
-            self._drop_surplus()
         self._note_vanished()
+        if run.delete_sources:
+            for run_dir in {c.run_dir for c in self.candidates.values()}:
+                self.training[run_dir] = Training(run_dir, run.settle_seconds, self._stillness)
 
     def _consider(self, name: str, c: Candidate) -> None:
         record = self._store.get(name)
@@ -204,6 +213,9 @@ class Survey:
     def _refusal(self, record: Record, job: JobIdentity) -> StreamconvError | None:
         """Return why the output is in the way: that needs no process to be found out."""
         output = Path(record.output)
+        refused = refusal_into_another(output, self._store.output)
+        if refused is not None:
+            return refused
         try:
             if finished_output(output, job.digest) is None:
                 refuse_others(output, job, overwrite=self._run.overwrite)
@@ -235,20 +247,63 @@ class Survey:
             self._trackers[run_dir] = read_tracker(run_dir)
         return self._trackers[run_dir]
 
-    def _drop_surplus(self) -> None:
-        """Leave out what retention would remove as soon as it is there."""
-        done = [r for r in self._store if r.state == "done"]
-        surplus = {r.name for r in self.rule.surplus([*done, *(t.record for t in self.tasks)])}
-        for task in self.tasks:
-            record = task.record
-            if record.name not in surplus:
-                continue
-            self.counts["pruned"] += 1
+    def owns(self, record: Record) -> bool:
+        """Whether an output is one that this run makes, as it is told to now."""
+        if record.options != self._options:
+            return False
+        if record.name in self.candidates:
+            return record.relative == self.candidates[record.name].relative.as_posix()
+        if record.root != str(self._root):
+            return False
+        c = self._candidate_of(record)
+        try:
+            return self._run.filter.passes(c) and self._name(c) == record.name
+        except UsageError:
+            return False
+
+    def _candidate_of(self, record: Record) -> Candidate:
+        root = self._run.root.absolute()
+        return candidate_at(root, root / record.relative, record.format)
+
+    def _tracker_of(self, record: Record) -> Tracker | None:
+        return self._tracker(self._candidate_of(record).run_dir)
+
+    def _kept(self) -> list[Record]:
+        """Return this run's outputs that are there and whole."""
+        return [r for r in self._store if r.state == "done" and self.owns(r) and is_intact(r)]
+
+    def surplus(self) -> list[Record]:
+        """Return the outputs that retention does not keep."""
+        return self.rule.surplus(self._kept(), self._tracker_of)
+
+    def next_tasks(self) -> list[Task]:
+        """Return what is to be converted next: what retention will keep, if that succeeds.
+
+        What failed is not counted the next time, so that the one before it has its turn.
+        """
+        pending = [t for t in self.tasks if t.record.name not in self._given]
+        wanted = pending
+        if self.rule.active:
+            begun = [t.record for t in self.tasks if t.record.name in self._given]
+            begun = [r for r in begun if r.state in ("queued", "running")]  # by another batch
+            running = [r for r in self._store if r.state == "running" and self.owns(r)]
+            held = {r.name: r for r in [*self._kept(), *running, *begun]}
+            held |= {t.record.name: t.record for t in pending}
+            surplus = {r.name for r in self.rule.surplus(held.values(), self._tracker_of)}
+            wanted = [t for t in pending if t.record.name not in surplus]
+            if not wanted:
+                self._leave_out(pending)
+        self._given.update(t.record.name for t in wanted)
+        return wanted
+
+    def _leave_out(self, tasks: Collection[Task]) -> None:
+        """Note what retention would remove as soon as it is there."""
+        self.left_out = len(tasks)
+        for record in (task.record for task in tasks):
             if record.state != "pruned":
                 record.state, record.reason = "pruned", "not converted: retention does not keep it"
                 with suppress(LockedError), self._store.holding(record.name):
                     self._store.save(record)
-        self.tasks = [t for t in self.tasks if t.record.name not in surplus]
 
     def _note_vanished(self) -> None:
         """Say of what was to be done, but has no source any more, that it is gone."""

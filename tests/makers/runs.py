@@ -15,6 +15,8 @@ from pathlib import Path
 
 RANK_FILE = "model_world_size_1_rank_0.pt"
 _LONG_AGO = 1_700_000_000
+# Beside the script: the folder that converting the rank file makes.
+MADE = "made"
 TRACKER = "latest_checkpointed_iteration.txt"
 
 
@@ -70,7 +72,8 @@ def _main() -> int:
     if outcome == "crash":
         os.abort()
     if outcome in ("ok", "sleep", "short-sleep"):
-        _finish(source, output)
+        made = script.parent / MADE
+        _finish(source, output, made if made.is_dir() else None, verified=request["verify"])
         return 0
     number = getattr(errno, outcome, None)
     kind = "failed" if number else outcome
@@ -83,24 +86,28 @@ def _lines(script: Path) -> list[str]:
     return (script.parent / "starts.jsonl").read_text().splitlines()
 
 
-def _finish(source: Path, output: Path) -> None:
+def _finish(source: Path, output: Path, made: Path | None, *, verified: bool) -> None:
     if not (source / RANK_FILE).exists():
         _say(event="error", kind="source-changed", exit_code=5, what="the source is gone")
         return
     _say(event="progress", done_bytes=1, total_bytes=2, memory_bytes=3)
     partial = output.with_name(f".{output.name}.part")
-    partial.mkdir(parents=True)
-    shutil.copy(source / RANK_FILE, partial / "model.safetensors")
-    names = ["model.safetensors"]
-    files = {n: (partial / n).stat().st_size for n in names}
-    (partial / "streamconv.json").write_text(json.dumps(manifest(files)))
+    if made is not None:
+        shutil.copytree(made, partial)
+        names = [p.name for p in made.iterdir() if p.name != "streamconv.json"]
+    else:
+        partial.mkdir(parents=True)
+        shutil.copy(source / RANK_FILE, partial / "model.safetensors")
+        names = ["model.safetensors"]
+        files = {n: (partial / n).stat().st_size for n in names}
+        (partial / "streamconv.json").write_text(json.dumps(manifest(files)))
     partial.rename(output)
     stats = [(n, (output / n).stat()) for n in [*names, "streamconv.json"]]
     _say(
         event="finished",
         status="done",
         evidence=[[n, s.st_size, s.st_mtime_ns] for n, s in stats],
-        verified=None,
+        verified=verified or None,
         tensors=1,
         notices=[],
         seconds=0.5,

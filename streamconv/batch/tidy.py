@@ -1,0 +1,90 @@
+"""What a round does after the conversions: retention, and the deletion of sources."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from streamconv.batch.discover import Candidate
+from streamconv.batch.retention import Removal, Surroundings, remove_output, remove_source
+from streamconv.batch.settings import RunSettings
+from streamconv.batch.state import Record, Store, is_intact
+from streamconv.batch.survey import Survey
+
+
+@dataclass(frozen=True, slots=True)
+class Surveyed:
+    """A run, the records of its outputs, and what was seen of it; None where it was not to be seen."""
+
+    run: RunSettings
+    store: Store
+    survey: Survey | None
+
+
+def tidy(runs: Sequence[Surveyed], *, apply: bool) -> list[Removal]:
+    """Apply retention and delete sources, run by run; without ``apply`` say what would be done."""
+    removals = []
+    for one in runs:
+        if one.survey is None:
+            continue
+        if one.survey.rule.active:
+            removals += [
+                remove_output(record, one.store, apply=apply, owns=one.survey.owns)
+                for record in one.survey.surplus()
+            ]
+        if one.run.delete_sources:
+            removals += _sources(one, one.survey, runs, apply=apply)
+    return removals
+
+
+def _sources(
+    one: Surveyed, survey: Survey, runs: Sequence[Surveyed], *, apply: bool
+) -> list[Removal]:
+    for training in survey.training.values():
+        training.look_again()
+    needed = [p for r in runs for p in (r.run.hf_config, r.run.base) if p is not None]
+    around = Surroundings(
+        job=one.run.job_options(),
+        training=lambda c: survey.training[c.run_dir].why_needed(
+            c, lambda step: _stripped(step, runs)
+        ),
+        unfinished=lambda c, record: _unfinished(c, record, one, runs),
+        needed=tuple(needed),
+    )
+    done = {n: c for n, c in survey.candidates.items() if one.store.get(n).state == "done"}
+    # In the order of their steps: the later ones are there as long as they are asked for.
+    return [
+        remove_source(one.store.get(name), one.store, c, around, apply=apply)
+        for name, c in done.items()
+    ]
+
+
+def _stripped(step: Path, runs: Sequence[Surveyed]) -> str:
+    """Return which source in a step was deleted already."""
+    for record in (r for one in runs for r in one.store):
+        source = Path(record.source)
+        if record.state == "done" and source.is_relative_to(step) and not source.exists():
+            return f"{source.name} was deleted"
+    return ""
+
+
+def _unfinished(
+    candidate: Candidate, record: Record, one: Surveyed, runs: Sequence[Surveyed]
+) -> str:
+    """Return another output that is to be made of a source, and is not there."""
+    for other in runs:
+        if other.survey is None:
+            if candidate.path.resolve().is_relative_to(other.run.root.resolve()):
+                return (
+                    f"another output is made of it, and {other.run.output} could not be looked at"
+                )
+            continue
+        for found in other.store:
+            if other.store is one.store and found.name == record.name:
+                continue
+            if Path(found.source) != candidate.path or found.state == "pruned":
+                continue
+            if found.state != "done" or not is_intact(found):
+                return f"another output that is made of it is not done: {found.output}"
+    return ""

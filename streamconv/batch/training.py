@@ -1,0 +1,303 @@
+"""The steps of a run as training sees them: which came last, and from which it can go on.
+
+Whoever deletes a source must leave a later step that is whole: weights, optimizer, critic, whatever the
+trainer wrote. What that is, the steps themselves say: the later one must have all that the earlier has,
+and every file of it must be whole.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+import xxhash
+
+from streamconv import formats
+from streamconv.batch.discover import Candidate, checkpoints_in, step_kind, step_number
+from streamconv.batch.leases import boot_clock
+from streamconv.batch.ready import Tracker, lies_still, read_tracker
+from streamconv.batch.removal import is_aside
+from streamconv.errors import StreamconvError
+from streamconv.jsonfile import read_json
+from streamconv.safefile import read_header
+from streamconv.torchfile.window import FileWindow
+from streamconv.torchfile.zipdir import hash_directory
+
+_MAX_JSON_BYTES = 4 << 20
+_ZIP = b"PK\x03\x04"
+_ZIP_END = b"PK\x05\x06"
+_ZIP_END_BYTES = 22
+_PICKLE = b"\x80"
+_SETS = (
+    re.compile(r"(?P<of>.*world_size_(?P<count>\d+)_rank_)(?P<at>\d+)(?P<rest>.*)", re.ASCII),
+    re.compile(r"(?P<of>.*-)(?P<at>\d+)(?P<rest>-of-(?P<count>\d+).*)", re.ASCII),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One step's folder as it was at one moment: ``files`` are (bytes, time) by name.
+
+    ``changed_ns`` is the latest time in it, those of folders included: of its own only where it is
+    empty, for a deletion changes that as well.
+    """
+
+    path: Path
+    kind: str
+    number: int
+    files: Mapping[str, tuple[int, int]]
+    changed_ns: int
+
+    @property
+    def written_ns(self) -> int:
+        """Return when a file of it was written last; a deletion does not count."""
+        return max((time for _, time in self.files.values()), default=0)
+
+    @property
+    def digest(self) -> str:
+        """Return what changes with every file."""
+        text = "\n".join(f"{name}\0{size}\0{t}" for name, (size, t) in sorted(self.files.items()))
+        return xxhash.xxh3_64_hexdigest(text.encode(errors="surrogateescape"))
+
+
+def look_at_step(path: Path) -> Step:
+    """Return how a step's folder looks now; raises ``OSError`` where it goes meanwhile."""
+    files: dict[str, tuple[int, int]] = {}
+    created = path.stat().st_mtime_ns
+    changed = 0
+    pending = [str(path)]
+    prefix = len(str(path)) + 1
+    while pending:
+        with os.scandir(pending.pop()) as listing:
+            for entry in listing:
+                if is_aside(entry.name):
+                    continue
+                status = entry.stat(follow_symlinks=False)
+                changed = max(changed, status.st_mtime_ns)
+                if entry.is_dir(follow_symlinks=False):
+                    pending.append(entry.path)
+                else:
+                    files[entry.path[prefix:]] = (_size(entry), status.st_mtime_ns)
+    return Step(path, step_kind(path.name), step_number(path.name) or 0, files, changed or created)
+
+
+def _size(entry: os.DirEntry[str]) -> int:
+    try:
+        return entry.stat().st_size
+    except OSError:
+        return -1  # a link that leads nowhere
+
+
+def steps_in(run_dir: Path) -> list[Step]:
+    """Return the steps of a run; one that goes this moment is left out."""
+    found = []
+    for path in sorted(run_dir.iterdir()):
+        if step_number(path.name) is None or path.is_symlink() or not path.is_dir():
+            continue
+        try:
+            found.append(look_at_step(path))
+        except FileNotFoundError:
+            continue
+    return found
+
+
+def is_later(a: Step, b: Step) -> bool:
+    """Whether ``a`` certainly came after ``b``: both number and time say so.
+
+    Numbers of unlike kinds (epochs and steps) cannot be compared: there the time alone decides.
+    """
+    if a.kind != b.kind:
+        return a.written_ns > b.written_ns
+    return a.number > b.number and a.written_ns >= b.written_ns
+
+
+def may_be_later(a: Step, b: Step) -> bool:
+    """Whether ``a`` may have come after ``b``: its number says so, or where there is none, its time."""
+    return a.number > b.number if a.kind == b.kind else a.written_ns >= b.written_ns
+
+
+class Stillness:
+    """For how long this process has seen folders as they are."""
+
+    def __init__(self) -> None:
+        self._since: dict[Path, tuple[str, float]] = {}
+
+    def seconds(self, path: Path, digest: str) -> float:
+        """Note how a folder looks now; return since when."""
+        now = boot_clock()[1]
+        known, since = self._since.get(path, ("", now))
+        if known != digest:
+            self._since[path] = digest, now
+            return 0.0
+        return now - since
+
+
+class Training:
+    """The steps of one run in one round, looked at when it began and when sources are to be deleted."""
+
+    def __init__(self, run_dir: Path, settle_seconds: float, stillness: Stillness) -> None:
+        self._run_dir = run_dir
+        self._settle = settle_seconds
+        self._stillness = stillness
+        self._whole: dict[tuple[Path, str, str], str] = {}
+        self._steps = steps_in(run_dir)
+        self._first = {s.path: s.digest for s in self._steps}
+        for step in self._steps:
+            stillness.seconds(step.path, step.digest)
+
+    def look_again(self) -> None:
+        """Look at all steps as they are now."""
+        self._steps = steps_in(self._run_dir)
+
+    def why_needed(self, candidate: Candidate, stripped: Callable[[Path], str]) -> str:
+        """Return why training still needs a source, empty where a later step will do.
+
+        ``stripped`` returns what was deleted of a step.
+        """
+        tracker = read_tracker(self._run_dir)
+        if tracker is not None and tracker.step == candidate.step:
+            return "training goes on from it"
+        mine = look_at_step(candidate.step_dir)
+        others = [s for s in self._steps if s.path != mine.path]
+        for step in others:
+            if may_be_later(step, mine) and not self._lies_still(step, tracker):
+                return f"{step.path.name} is being written"
+        reasons = []
+        later = [s for s in others if is_later(s, mine)]
+        for step in sorted(later, key=lambda s: (s.written_ns, s.number), reverse=True):
+            now = look_at_step(step.path)
+            if now.digest != step.digest:
+                return f"{step.path.name} is being written"
+            reason = stripped(step.path) or self._why_not_whole(now, mine)
+            if not reason:
+                return ""
+            reasons.append(f"{step.path.name} will not do: {reason}")
+        return "; ".join(["training goes on from it", *reasons[:1]])
+
+    def _lies_still(self, step: Step, tracker: Tracker | None) -> bool:
+        if self._first.get(step.path) != step.digest:
+            return False
+        if (
+            tracker is not None
+            and step.number <= tracker.step
+            and step.written_ns <= tracker.mtime_ns
+        ):
+            return True
+        return lies_still(
+            step.changed_ns,
+            self._settle,
+            still_seconds=self._stillness.seconds(step.path, step.digest),
+            now_ns=time.time_ns(),
+        )
+
+    def _why_not_whole(self, step: Step, like: Step) -> str:
+        key = (step.path, step.digest, like.digest)
+        if key not in self._whole:
+            self._whole[key] = why_not_whole(step, like)
+        return self._whole[key]
+
+
+def why_not_whole(step: Step, like: Step) -> str:
+    """Return why training cannot go on from ``step`` as well as from ``like``; empty where it can."""
+    return next(_lacks(step, like), "")
+
+
+def _lacks(step: Step, like: Step) -> Iterator[str]:
+    has, wanted = _by_pattern(step), _by_pattern(like)
+    for pattern, names in wanted.items():
+        if pattern not in has:
+            yield f"it has no {names[0]}"
+        elif len(has[pattern]) < len(names) and _set_of(names[0]) is None:
+            yield f"it has {len(has[pattern])} files such as {names[0]}, not {len(names)}"
+    yield from _incomplete_sets(step)
+    yield from _unlike_folders(step)
+    for pattern, names in has.items():
+        for name in names:
+            if step.files[name][0] == 0 and any(like.files[n][0] for n in wanted.get(pattern, ())):
+                yield f"{name} is empty"
+            yield from _broken(step.path / name, step.files[name][0])
+    for path in checkpoints_in(step.path):
+        try:
+            location = formats.detect(path)
+            if location is not None:
+                location.identify()
+        except (StreamconvError, OSError) as error:
+            yield str(error).splitlines()[0]
+
+
+def _by_pattern(step: Step) -> dict[str, list[str]]:
+    """Return the names of files by what they are with all numbers alike."""
+    found = defaultdict(list)
+    for name in sorted(step.files):
+        found[re.sub(r"\d+", "#", name)].append(name)
+    return found
+
+
+def _set_of(name: str) -> re.Match[str] | None:
+    return next((m for s in _SETS if (m := s.fullmatch(name))), None)
+
+
+def _incomplete_sets(step: Step) -> Iterator[str]:
+    """Yield what is missing of files that say of how many they are one."""
+    sets: dict[tuple[str, str, int], set[int]] = defaultdict(set)
+    for name in step.files:
+        match = _set_of(name)
+        if match is not None:
+            sets[match["of"], match["rest"], int(match["count"])].add(int(match["at"]))
+    for (of, rest, count), numbers in sets.items():
+        if len(numbers) < count:
+            yield f"it has {len(numbers)} of {count} files {of}*{rest}"
+
+
+def _unlike_folders(step: Step) -> Iterator[str]:
+    """Yield folders of one kind (``mp_rank_00``, ``mp_rank_01``) that lack what another has."""
+    inside: dict[str, Counter[str]] = defaultdict(Counter)
+    for name in step.files:
+        path = PurePosixPath(name)
+        inside[str(path.parent)][re.sub(r"\d+", "#", path.name)] += 1
+    kinds = defaultdict(list)
+    for folder in inside:
+        kinds[re.sub(r"\d+", "#", folder)].append(folder)
+    for folders in kinds.values():
+        for lacking in folders:
+            other = next((f for f in folders if inside[f].keys() - inside[lacking].keys()), None)
+            if other is not None:
+                lost = min(inside[other].keys() - inside[lacking].keys())
+                yield f"{lacking} has no {lost}, as {other} has"
+
+
+def _broken(path: Path, size: int) -> Iterator[str]:
+    """Yield what is wrong with a file, as far as its ends tell."""
+    if size < 0:
+        yield f"{path} is a link that leads nowhere"
+        return
+    try:
+        if path.suffix == ".safetensors":
+            read_header(path)
+        elif path.suffix == ".json" and size <= _MAX_JSON_BYTES:
+            read_json(path, most_bytes=_MAX_JSON_BYTES)
+        elif path.suffix in {".pt", ".pth", ".bin", ".ckpt", ".distcp"}:
+            yield from _broken_torch_file(path, size)
+    except (StreamconvError, OSError) as error:
+        yield str(error).splitlines()[0]
+
+
+def _broken_torch_file(path: Path, size: int) -> Iterator[str]:
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    try:
+        begin = os.pread(fd, len(_ZIP), 0)
+        if path.suffix == ".distcp":  # torch.save's zips, one after the other
+            end = os.pread(fd, len(_ZIP_END), max(0, size - _ZIP_END_BYTES))
+            if size and (begin != _ZIP or end != _ZIP_END):
+                yield f"{path} is not whole"
+        elif begin == _ZIP:
+            hash_directory(FileWindow(fd, str(path), 0, size))
+        elif path.suffix in {".pt", ".pth"} and begin[:1] != _PICKLE:
+            yield f"{path} is not a file of torch's"
+    finally:
+        os.close(fd)
