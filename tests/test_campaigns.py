@@ -89,5 +89,12 @@ def test_zips_and_safetensors_that_lie(work: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_file_has_one_reading(work: Path) -> None:
+    line = sample("two_readings", 400, work)
+    assert " 400 mutants" in line
+    assert " read alike" in line
+
+
+@pytest.mark.slow
 def test_the_same_bytes_whatever_the_knobs(work: Path) -> None:
     assert "1 output," in sample("determinism", 3, work)

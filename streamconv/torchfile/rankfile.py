@@ -26,7 +26,7 @@ from streamconv.inputs import cannot_read, open_input
 from streamconv.placements import Placement, ShardOrder
 from streamconv.torchfile import allowlist as allowed
 from streamconv.torchfile.archive import check_archive
-from streamconv.torchfile.inert import Frozen, Inert, InertStorage
+from streamconv.torchfile.inert import Frozen, Function, Inert, InertStorage
 from streamconv.torchfile.meshes import Mesh, is_ints, read_mesh
 from streamconv.torchfile.unpickle import (
     MAX_PICKLE_NBYTES,
@@ -265,7 +265,7 @@ class Contents:
                     stored = self._sharded(kind, outer, state)
                 else:
                     raise bad(f"a tensor subclass that is not known: {name_of(kind)}")
-            elif type(value) in TENSOR_CALLS:
+            elif type(value) in TENSOR_CALLS or isinstance(value, Function):
                 stored = self._plain(value)
             else:
                 self.skipped.append((name, f"a {value.path}, not a tensor"))

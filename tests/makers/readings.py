@@ -113,9 +113,19 @@ def read_torch(data: bytes) -> Reading:
             if b"ShardedTensor" not in data:
                 raise
             root = torch.load(io.BytesIO(data), weights_only=False, pickle_module=_Restricted)
-        if isinstance(root.get("model"), dict):
-            root = root["model"]
-        return {n: _torch(v) for n, v in root.items() if isinstance(v, torch.Tensor)}
+        return {n: _torch(v) for n, v in _model(root).items() if isinstance(v, torch.Tensor)}
+
+
+def _model(root: dict[str, Any]) -> dict[str, Any]:
+    """Return the state dict: of a dict without tensors, the only one in it that has some."""
+    if any(isinstance(v, torch.Tensor) for v in root.values()):
+        return root
+    inner = [
+        v
+        for v in root.values()
+        if isinstance(v, dict) and any(isinstance(x, torch.Tensor) for x in v.values())
+    ]
+    return inner[0] if len(inner) == 1 else root
 
 
 def _torch(value: torch.Tensor) -> tuple[Any, ...]:
@@ -367,6 +377,9 @@ REFUSED_BY_TORCH: dict[str, bytes] = {
     "a-function-as-a-class": pickled(("w", TENSOR + arguments() + b"\x81")),
     "sizes-of-floats": pickled(
         ("v", tensor()), ("w", tensor(size=b"G" + struct.pack(">d", 4.0) + b"\x85"))
+    ),
+    "half-a-subclass": pickled(
+        ("w", named("torch._utils._rebuild_wrapper_subclass") + arguments() + b"R")
     ),
     "sizes-in-a-dict": pickled(("w", tensor(size=b"}K\x04Ns"))),
     "hooks-that-are-none-of-it": pickled(("w", tensor(hooks=b"K\x05"))),
