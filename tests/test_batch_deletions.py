@@ -177,6 +177,18 @@ def test_a_set_of_ranks_is_whole_by_what_its_names_say(scene):
     )
 
 
+def test_a_step_without_its_critic_is_not_one_to_train_on(scene):
+    """Though the earlier step's own critic is gone by now, too."""
+    scene.step(10, 20, 30)
+    extras(scene, 20, f"critic/{runs.RANK_FILE}", data=b"cut")
+    made = scene.round(**DELETING)
+    assert "it has no critic, as global_step_20 has" in refusals(made)["global_step_10/actor"]
+    assert sources(scene) == [10, 20, 30]
+    extras(scene, 20, f"critic/{runs.RANK_FILE}")
+    scene.round(**DELETING)
+    assert sources(scene) == [20, 30]
+
+
 @pytest.mark.parametrize("tracker", [None, "", "nonsense", "10", "30"])
 def test_the_tracker_may_be_lost_empty_or_behind(done, tracker):
     if tracker is not None:
@@ -361,6 +373,7 @@ def test_a_removal_that_was_killed_is_undone_or_finished(done, kind, all_there):
         assert made.removals[0].applied
         assert done.states()[10] == "done"
     assert not note.exists()
+    assert any(".actor.streamconv-deleted: put aside" in notice for notice in made.notices)
     assert (done.run / "global_step_20/.actor.streamconv-deleted").is_dir()
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from streamconv.batch import leases, pins
+from streamconv.batch import leases, pins, survey
 from streamconv.batch.state import FOLDER, Store, read_records
 from tests.makers import runs
 from tests.scenes import Scene
@@ -131,6 +131,29 @@ def test_a_clock_that_is_ahead_makes_nothing_old(scene, monkeypatch):
     monkeypatch.setattr("streamconv.batch.survey.boot_clock", lambda: ("other", clock["is"]))
     assert scene.round().counts == {"waiting": 1}  # a machine that sees it for the first time
     monkeypatch.setattr("streamconv.batch.survey.boot_clock", lambda: (boot, clock["is"]))
+    assert scene.round().counts == {"converted": 1}
+
+
+def test_a_clock_of_another_year_makes_nothing_old_either(scene, monkeypatch):
+    """What the file system takes for now tells."""
+    scene.step(10, old=False)
+    monkeypatch.setattr(time, "time_ns", lambda now=time.time_ns: now() + 400 * 86400 * 10**9)
+    assert scene.round().counts == {"waiting": 1}
+
+
+def test_what_changes_while_it_is_looked_at_is_not_whole(scene, monkeypatch):
+    scene.step(10)
+    identify = survey.identify
+
+    def slow(path, job):
+        (path / "new.pt").touch()
+        return identify(path, job)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(survey, "identify", slow)
+        assert scene.round().counts == {"waiting": 1}
+    (scene.run / "global_step_10/actor/new.pt").unlink()
+    runs.age(scene.run / "global_step_10/actor")
     assert scene.round().counts == {"converted": 1}
 
 

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from streamconv import formats
+from streamconv.batch.removal import is_aside
 from streamconv.batch.state import holds_batch
 from streamconv.errors import BadInputError, StreamconvError
 from streamconv.formats import mcore_ranks
@@ -172,6 +173,9 @@ class _Walk:
                 return
             below = _folders(folder)
             self._links += [folder / name for name in _links(folder)]
+            for path in folder.glob(".*"):
+                if is_aside(path.name):
+                    self._notice(f"{path}: put aside by a removal that did not end; nobody uses it")
         except FileNotFoundError:
             return
         except OSError as error:

@@ -17,7 +17,7 @@ from streamconv.batch.discover import Candidate, checkpoint_inside, step_kind, s
 from streamconv.batch.hooks import awaits_hook
 from streamconv.batch.places import output_inside
 from streamconv.batch.ready import CLOCK_DOUBT_SECONDS, Tracker, look_at
-from streamconv.batch.removal import aside_of, listing, remove, resume
+from streamconv.batch.removal import Outcome, aside_of, listing, remove, resume
 from streamconv.batch.state import Record, Store, file_name, is_intact
 from streamconv.convert_job import identify
 from streamconv.errors import LockedError, StreamconvError
@@ -149,6 +149,7 @@ def remove_output(
     path = Path(record.output)
     try:
         with store.holding(record.name):
+            record = store.reload(record.name)
             refused = why_keep_output(_output_facts(record, store, owns))
             if refused or not apply:
                 return Removal("output", path, record.write_bytes, refused=refused)
@@ -188,7 +189,8 @@ def _output_facts(record: Record, store: Store, owns: Callable[[Record], bool]) 
         listed = {MANIFEST, *(f["name"] for f in (manifest or {"files": ()})["files"])}
         strange = sorted(listing(path).keys() - listed)
         edited = f"it holds what its manifest does not list: {strange[0]}" if strange else ""
-    return OutputFacts(owns(record), place, edited, is_intact(record), awaits_hook(record))
+    intact = record.state == "done" and is_intact(record)
+    return OutputFacts(owns(record), place, edited, intact, awaits_hook(record))
 
 
 def _why_not_output(path: Path, root: Path) -> str:
@@ -327,8 +329,10 @@ def resume_removals(store: Store, *, apply: bool) -> list[Removal]:
                     record = store.reload(record.name)
                     record.state, record.reason, record.evidence = "pruned", _PRUNED, []
                     store.save(record)
-        except (LockedError, OSError):
+        except LockedError:
             continue
+        except OSError as error:
+            outcome = Outcome(str(error.strerror))
         refused = f"{outcome.refused}; it is in {aside_of(path)}" if outcome.refused else ""
         settled.append(
             Removal(kind, path, 0, applied=not refused, refused=refused, left=outcome.left)

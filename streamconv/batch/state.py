@@ -6,6 +6,8 @@ In the output folder::
     .streamconv-batch/jobs/NAME.json     one record per output, written by whoever holds its lock
     .streamconv-batch/locks/NAME.lock    held while a batch works on that output
     .streamconv-batch/pins/…             hard links to sources that are being read
+    .streamconv-batch/removals/…         what is being removed: see :mod:`removal`
+    .streamconv-batch/rules/…            which retention rules are at work: see :mod:`rules`
 
 One file per output, so that two batches never write the same one. Every file appears whole. A record
 that is lost costs time and nothing else: the output's manifest says what it was made of. Outputs are

@@ -16,7 +16,15 @@ from streamconv.batch import pins
 from streamconv.batch.discover import Candidate, candidate_at, discover
 from streamconv.batch.leases import boot_clock
 from streamconv.batch.places import refusal_into_another, refuse_own_files
-from streamconv.batch.ready import Snapshot, Tracker, judge, look_at, read_tracker
+from streamconv.batch.ready import (
+    Snapshot,
+    Tracker,
+    Verdict,
+    file_clock_ns,
+    judge,
+    look_at,
+    read_tracker,
+)
 from streamconv.batch.retention import Rule
 from streamconv.batch.selection import named, namer
 from streamconv.batch.settings import RunSettings
@@ -69,6 +77,7 @@ class Survey:
         self._given: set[str] = set()
         self._root = run.root.resolve()
         self._boot, self._now_seconds = boot_clock()
+        self._now_ns = time.time_ns()
         self._generation = 0
         self._job = run.job_options()
         self._options = _options_digest(run)
@@ -103,13 +112,16 @@ class Survey:
             path: what for name in self.candidates for path, what in self._own_files(name).items()
         }
         refuse_own_files(self._store.output, self.candidates, own)
+        self._now_ns = file_clock_ns(self._store.folder)
         self._generation = 1 + max((r.generation for r in self._store), default=0)
         for name, candidate in self.candidates.items():
             self._consider(name, candidate)
         self._note_vanished()
         if run.delete_sources:
             for run_dir in {c.run_dir for c in self.candidates.values()}:
-                self.training[run_dir] = Training(run_dir, run.settle_seconds, self._stillness)
+                self.training[run_dir] = Training(
+                    run_dir, run.settle_seconds, self._stillness, self._now_ns
+                )
 
     def _consider(self, name: str, c: Candidate) -> None:
         record = self._store.get(name)
@@ -174,9 +186,11 @@ class Survey:
             self._tracker(c.run_dir),
             settle_seconds=self._run.settle_seconds,
             still_seconds=self._now_seconds - since,
-            now_ns=time.time_ns(),
+            now_ns=self._now_ns,
             check_whole=lambda: found.append(identify(c.path, self._job)),
         )
+        if verdict.ready and look_at(c).digest != seen.digest:
+            verdict = Verdict(False, "it changed while it was looked at")
         digest = record.job = found[0].digest if found else ""
         if found and verdict.ready and record.content != (content := content_of(found[0])):
             record.content, record.generation = content, self._generation

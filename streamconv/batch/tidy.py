@@ -9,7 +9,7 @@ from pathlib import Path
 from streamconv.batch.discover import Candidate
 from streamconv.batch.retention import Removal, Surroundings, remove_output, remove_source
 from streamconv.batch.settings import RunSettings
-from streamconv.batch.state import Record, Store, is_intact
+from streamconv.batch.state import Record, Store, is_intact, read_records
 from streamconv.batch.survey import Survey
 
 
@@ -43,13 +43,15 @@ def _sources(
 ) -> list[Removal]:
     for training in survey.training.values():
         training.look_again()
+    # As they are now, those of other batches too.
+    known = [(other, read_records(other.store.output)) for other in runs]
     needed = [p for r in runs for p in (r.run.hf_config, r.run.base) if p is not None]
     around = Surroundings(
         job=one.run.job_options(),
         training=lambda c: survey.training[c.run_dir].why_needed(
-            c, lambda step: _stripped(step, runs)
+            c, lambda step: _stripped(step, known)
         ),
-        unfinished=lambda c, record: _unfinished(c, record, one, runs),
+        unfinished=lambda c, record: _unfinished(c, record, one, known),
         needed=tuple(needed),
     )
     done = {n: c for n, c in survey.candidates.items() if one.store.get(n).state == "done"}
@@ -60,27 +62,28 @@ def _sources(
     ]
 
 
-def _stripped(step: Path, runs: Sequence[Surveyed]) -> str:
+_Known = Sequence[tuple[Surveyed, Sequence[Record]]]
+
+
+def _stripped(step: Path, known: _Known) -> str:
     """Return which source in a step was deleted already."""
-    for record in (r for one in runs for r in one.store):
+    for record in (r for _, records in known for r in records):
         source = Path(record.source)
         if record.state == "done" and source.is_relative_to(step) and not source.exists():
             return f"{source.name} was deleted"
     return ""
 
 
-def _unfinished(
-    candidate: Candidate, record: Record, one: Surveyed, runs: Sequence[Surveyed]
-) -> str:
+def _unfinished(candidate: Candidate, record: Record, one: Surveyed, known: _Known) -> str:
     """Return another output that is to be made of a source, and is not there."""
-    for other in runs:
+    for other, records in known:
         if other.survey is None:
             if candidate.path.resolve().is_relative_to(other.run.root.resolve()):
                 return (
                     f"another output is made of it, and {other.run.output} could not be looked at"
                 )
             continue
-        for found in other.store:
+        for found in records:
             if other.store is one.store and found.name == record.name:
                 continue
             if Path(found.source) != candidate.path or found.state == "pruned":

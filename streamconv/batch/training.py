@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import os
 import re
-import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -33,6 +32,7 @@ _ZIP = b"PK\x03\x04"
 _ZIP_END = b"PK\x05\x06"
 _ZIP_END_BYTES = 22
 _PICKLE = b"\x80"
+_WEIGHTS = re.compile(r"model_world_size_\d+_rank_\d+\.pt|\.metadata", re.ASCII)
 _SETS = (
     re.compile(r"(?P<of>.*world_size_(?P<count>\d+)_rank_)(?P<at>\d+)(?P<rest>.*)", re.ASCII),
     re.compile(r"(?P<of>.*-)(?P<at>\d+)(?P<rest>-of-(?P<count>\d+).*)", re.ASCII),
@@ -96,7 +96,7 @@ def _size(entry: os.DirEntry[str]) -> int:
 def steps_in(run_dir: Path) -> list[Step]:
     """Return the steps of a run; one that goes this moment is left out."""
     found = []
-    for path in sorted(run_dir.iterdir()):
+    for path in sorted(run_dir.iterdir()) if run_dir.is_dir() else []:
         if step_number(path.name) is None or path.is_symlink() or not path.is_dir():
             continue
         try:
@@ -140,11 +140,14 @@ class Stillness:
 class Training:
     """The steps of one run in one round, looked at when it began and when sources are to be deleted."""
 
-    def __init__(self, run_dir: Path, settle_seconds: float, stillness: Stillness) -> None:
+    def __init__(
+        self, run_dir: Path, settle_seconds: float, stillness: Stillness, now_ns: int
+    ) -> None:
         self._run_dir = run_dir
         self._settle = settle_seconds
         self._stillness = stillness
-        self._whole: dict[tuple[Path, str, str], str] = {}
+        self._now_ns = now_ns
+        self._broken: dict[tuple[Path, str], str] = {}
         self._steps = steps_in(run_dir)
         self._first = {s.path: s.digest for s in self._steps}
         for step in self._steps:
@@ -173,7 +176,7 @@ class Training:
             now = look_at_step(step.path)
             if now.digest != step.digest:
                 return f"{step.path.name} is being written"
-            reason = stripped(step.path) or self._why_not_whole(now, mine)
+            reason = stripped(step.path) or self._why_not_whole(now, mine, others)
             if not reason:
                 return ""
             reasons.append(f"{step.path.name} will not do: {reason}")
@@ -192,35 +195,51 @@ class Training:
             step.changed_ns,
             self._settle,
             still_seconds=self._stillness.seconds(step.path, step.digest),
-            now_ns=time.time_ns(),
+            now_ns=self._now_ns,
         )
 
-    def _why_not_whole(self, step: Step, like: Step) -> str:
-        key = (step.path, step.digest, like.digest)
-        if key not in self._whole:
-            self._whole[key] = why_not_whole(step, like)
-        return self._whole[key]
+    def _why_not_whole(self, step: Step, mine: Step, others: Iterable[Step]) -> str:
+        lacking = next(lacks(step, mine), "") or next(lacks_part(step, others), "")
+        if lacking:
+            return lacking
+        key = (step.path, step.digest)
+        if key not in self._broken:
+            self._broken[key] = next(broken(step), "")
+        return self._broken[key]
 
 
-def why_not_whole(step: Step, like: Step) -> str:
-    """Return why training cannot go on from ``step`` as well as from ``like``; empty where it can."""
-    return next(_lacks(step, like), "")
-
-
-def _lacks(step: Step, like: Step) -> Iterator[str]:
+def lacks(step: Step, like: Step) -> Iterator[str]:
+    """Yield what ``step`` has not, and ``like`` has."""
     has, wanted = _by_pattern(step), _by_pattern(like)
     for pattern, names in wanted.items():
         if pattern not in has:
             yield f"it has no {names[0]}"
         elif len(has[pattern]) < len(names) and _set_of(names[0]) is None:
             yield f"it has {len(has[pattern])} files such as {names[0]}, not {len(names)}"
-    yield from _incomplete_sets(step)
-    yield from _unlike_folders(step)
     for pattern, names in has.items():
         for name in names:
             if step.files[name][0] == 0 and any(like.files[n][0] for n in wanted.get(pattern, ())):
                 yield f"{name} is empty"
-            yield from _broken(step.path / name, step.files[name][0])
+
+
+def lacks_part(step: Step, others: Iterable[Step]) -> Iterator[str]:
+    """Yield models (actor, critic) that ``step`` has not, and some other step has."""
+    for other in others:
+        for part in sorted(_parts(other) - _parts(step)):
+            yield f"it has no {part}, as {other.path.name} has"
+
+
+def _parts(step: Step) -> set[str]:
+    found = (PurePosixPath(name) for name in step.files)
+    return {str(p.parent) for p in found if _WEIGHTS.fullmatch(p.name)}
+
+
+def broken(step: Step) -> Iterator[str]:
+    """Yield what is not whole in ``step``, as far as its names and the ends of its files tell."""
+    yield from _incomplete_sets(step)
+    yield from _unlike_folders(step)
+    for name, (size, _) in step.files.items():
+        yield from _broken(step.path / name, size)
     for path in checkpoints_in(step.path):
         try:
             location = formats.detect(path)
