@@ -76,6 +76,16 @@ def test_two_runs_at_once(work: Path) -> None:
 
 
 @pytest.mark.slow
+def test_processes_that_outlive_another(work: Path) -> None:
+    assert "8 orphans" in sample("orphans", 8, work)
+
+
+@pytest.mark.slow
+def test_what_a_stranger_planted(work: Path) -> None:
+    assert " forms, " in sample("planted", 1, work)
+
+
+@pytest.mark.slow
 def test_signals(work: Path) -> None:
     assert "1 stuck disks" in sample("stops", 2, work)
 
