@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import json
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -29,6 +29,7 @@ from streamconv.sidefiles import (
     read_config,
 )
 from streamconv.source import Checkpoint, GlobalTensor, Skipped
+from streamconv.writer import hash_file
 
 if TYPE_CHECKING:
     from streamconv.families.convert import Converted
@@ -54,6 +55,7 @@ def build_plan(
             hint="run it again once nobody writes to it",
         )
     config = read_config(folder) if folder else None
+    _check_config(folder, side)
     lora = plan_lora(checkpoint, job.lora)
     if lora is not None:
         checkpoint, side = lora.checkpoint, lora.side(side)
@@ -99,6 +101,13 @@ def build_plan(
     )
     placing.write_sections(writer, made.placed, made.tensors)
     writer.end()
+
+
+def _check_config(folder: Path | None, side: Iterable[SideFile]) -> None:
+    """Raise :class:`SourceChangedError` where the config that was read is not that of the job."""
+    for file in side:
+        if folder and file.name == "config.json" and hash_file(folder / file.name) != file.xxh3:
+            raise SourceChangedError("config.json changed while it was read", where=file.path)
 
 
 @dataclass

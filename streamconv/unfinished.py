@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import stat
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
@@ -94,7 +93,7 @@ def _clear_away(staging: Staging, run: RunOptions) -> None:
         raise _stranger(root, root, "an unfinished run of another user is staged for this output")
     _refuse_strangers(staging, _names_in(staging.plan_path))
     empty = not any(staging.files.rglob("*")) and not os.path.lexists(staging.plan_path)
-    shutil.rmtree(root)
+    staging.discard()
     if not empty:
         run.on_event(
             Event(
