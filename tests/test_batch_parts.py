@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from streamconv.batch import metrics
-from streamconv.batch.discover import Candidate, discover
+from streamconv.batch.discover import Candidate, checkpoint_inside, discover
 from streamconv.batch.ledger import Ledger
 from streamconv.batch.ready import Snapshot, Tracker, judge, look_at, read_tracker, snapshot
 from streamconv.batch.retention import Rule
@@ -243,6 +243,23 @@ def test_checkpoints_that_are_left_out_are_named(tmp_path):
     assert [f[0] for f in found(tmp_path, avoid=[tmp_path / "out"])] == ["global_step_1"]
     left_out = ["global_step_1/critic", "old/global_step_3/actor", "out/global_step_2"]
     assert sorted(noticed(tmp_path, avoid=[tmp_path / "out"])) == left_out
+
+
+def test_what_is_a_checkpoints_own_is_no_other(tmp_path):
+    """Megatron's weights lie in a folder below, and so does its optimizer."""
+    for step, place in ((1, "dist_ckpt"), (2, "model/dist_ckpt"), (3, ".")):
+        actor = tmp_path / f"global_step_{step}/actor"
+        for folder in (place, "optimizer/dist_ckpt", "extra"):
+            tree(actor / folder, ".metadata", "__0_0.distcp", "common.pt")
+            (actor / folder / "metadata.json").write_text('{"sharded_backend": "torch_dist"}')
+    assert [f[0] for f in found(tmp_path)] == [f"global_step_{n}/actor" for n in (1, 2, 3)]
+    assert noticed(tmp_path) == []
+    for step in (1, 2, 3):
+        actor = tmp_path / f"global_step_{step}/actor"
+        assert checkpoint_inside(actor) is None
+        tree(actor, f"critic/{RANKS}")
+        assert checkpoint_inside(actor) == actor / "critic"
+    assert noticed(tmp_path) == [f"global_step_{n}/actor/critic" for n in (1, 2, 3)]
 
 
 def test_a_folder_that_cannot_be_looked_into_is_told(tmp_path):

@@ -31,6 +31,9 @@ from streamconv.inputs import cannot_read, reading
 # Deep enough for every run; links being left out, it ends anyway.
 _MAX_DEPTH = 24
 _MOST_FOLDERS = 20_000
+# What trainers keep in folders like a model's, and what they call the folder of a model's own weights.
+_STATE = re.compile(r"optim|extra|rng|sched|dataload", re.IGNORECASE)
+_OWN = frozenset({"dist_ckpt", "model", "model/dist_ckpt"})
 _STEP = re.compile(
     r"(global_?step|iter|iteration|step|checkpoint|ckpt|epoch)[-_]?(\d{1,18})",
     re.ASCII | re.IGNORECASE,
@@ -108,8 +111,27 @@ def checkpoints_in(folder: Path) -> Iterator[Path]:
 
 
 def checkpoint_inside(folder: Path) -> Path | None:
-    """Return a checkpoint that lies in the checkpoint ``folder``; None where there is none."""
-    return next((p for p in checkpoints_in(folder) if p != folder), None)
+    """Return another checkpoint that lies in the checkpoint ``folder``; None where there is none.
+
+    Optimizer states are none, nor is a folder in which its own weights lie.
+    """
+    inside = _named_inside(folder)
+    own = _weight_files(folder) if inside else set()
+    return next((p for p in inside if not _weight_files(p) or _weight_files(p) - own), None)
+
+
+def _named_inside(folder: Path) -> list[Path]:
+    below = [path for path in checkpoints_in(folder) if path != folder]
+    return [p for p in below if not any(map(_STATE.match, p.relative_to(folder).parts))]
+
+
+def _weight_files(folder: Path) -> set[Path]:
+    try:
+        location = formats.detect(folder)
+        found = () if location is None else location.identify()
+    except (StreamconvError, OSError):
+        return set()  # whoever reads it says why
+    return {folder / f.path for f in found}
 
 
 def _folders(folder: Path) -> list[str]:
@@ -195,9 +217,9 @@ class _Walk:
                 yield from self.below(path, depth + 1)
 
     def _name_inside(self, folder: Path) -> None:
-        inside = checkpoint_inside(folder)
-        if inside is not None:
-            self._notice(f"{inside}: not converted, for it lies in another checkpoint")
+        for inside in _named_inside(folder):
+            if inside.relative_to(folder).as_posix() not in _OWN:
+                self._notice(f"{inside}: not converted, for it lies in another checkpoint")
 
     def _name_among_outputs(self, folder: Path) -> None:
         for inside in checkpoints_in(folder):
