@@ -108,3 +108,10 @@ def test_a_file_has_one_reading(work: Path) -> None:
 @pytest.mark.slow
 def test_the_same_bytes_whatever_the_knobs(work: Path) -> None:
     assert "1 output," in sample("determinism", 3, work)
+
+
+@pytest.mark.slow
+def test_batches_beside_training(work: Path) -> None:
+    line = sample("operation", 40, work)
+    assert " 40 rounds" in line
+    assert " outputs made" in line

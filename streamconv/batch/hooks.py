@@ -170,7 +170,7 @@ class Hooks:
                 # A later one is of a clock that was ahead.
                 if note is not None and not now < note.not_before <= now + _MAX_PAUSE_SECONDS:
                     self._waiting.append(replace(record))
-            elif record.state == "pruned":
+            elif record.state == "pruned" and not Path(record.output).exists():
                 forget_hook(record)
 
     @property
