@@ -23,7 +23,7 @@ And ways by which one pickle would be read in two ways, by torch and by us:
 from __future__ import annotations
 
 from collections import OrderedDict
-from typing import Any, ClassVar, NoReturn, Self, cast
+from typing import ClassVar, NoReturn, Self, cast
 
 
 class RefusedPickleError(Exception):
@@ -75,13 +75,13 @@ _new = object.__new__
 def copied(state: object) -> object:
     """Return a state as it is now: a dict, or (attributes, slots), either of which may be a dict."""
     if type(state) is dict:
-        return state.copy()
+        return {**state}
     if type(state) is tuple and len(state) == 2:
         first, second = state
         if type(first) is dict or type(second) is dict:
             return (
-                first.copy() if type(first) is dict else first,
-                second.copy() if type(second) is dict else second,
+                {**first} if type(first) is dict else first,
+                {**second} if type(second) is dict else second,
             )
     return state
 
@@ -91,7 +91,7 @@ class FrozenFunction(Frozen):
 
     def __call__(cls, *args: object) -> Inert:
         """Keep the arguments of the call."""
-        self = cast("Inert", _new(cast("type[Any]", cls)))
+        self: Inert = _new(cls)  # type: ignore[arg-type]
         self.args = args
         self.state = None
         return self
@@ -115,7 +115,7 @@ class FrozenRebuild(FrozenFunction):
 
     def __call__(cls, *args: object) -> Inert:
         """Keep the arguments of the call, the state as it is now."""
-        self = cast("Inert", _new(cast("type[Any]", cls)))
+        self: Inert = _new(cls)  # type: ignore[arg-type]
         self.args = (*args[:-1], copied(args[-1])) if args else args
         self.state = None
         return self

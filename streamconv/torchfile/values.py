@@ -193,16 +193,17 @@ def check_dtensor(kind: Any, outer: Any, attributes: Any, fields: Any, spec: Any
     if type(fields) is not dict or len(fields) != 2 or type(spec.state) is not dict:
         raise bad("a DTensor with a state that no torch writes")
     # A field of a later torch may change what the others mean, as shard_order did.
-    strange = [k for k in spec.state if k not in _SPEC_FIELDS and not str(k).startswith("_")]
-    if strange:
-        raise bad("a DTensor's spec with a field that is not known", found=str(strange[0])[:80])
+    if not spec.state.keys() <= _SPEC_FIELDS:
+        strange = [k for k in spec.state if k not in _SPEC_FIELDS and not str(k).startswith("_")]
+        if strange:
+            raise bad("a DTensor's spec with a field that is not known", found=str(strange[0])[:80])
     if attributes is not None:
         check_attributes(attributes)
 
 
 _SPEC_FIELDS = {
     *("mesh", "placements", "tensor_meta"),
-    *("shard_order", "use_strided_shard_as_shard_order"),
+    *("shard_order", "use_strided_shard_as_shard_order", "_hash"),
 }
 
 
