@@ -35,6 +35,14 @@ def refusals(made) -> dict[str, str]:
     return {r.path.relative_to(r.path.parents[1]).as_posix(): r.refused for r in made.removals}
 
 
+def flip(path: Path) -> None:
+    """Change a byte, and nothing else that can be seen without reading it."""
+    status, data = path.stat(), bytearray(path.read_bytes())
+    data[-3] ^= 4
+    path.write_bytes(data)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
 @pytest.fixture
 def done(scene: Scene) -> Scene:
     """Steps 10, 20 and 30, converted and verified."""
@@ -67,11 +75,7 @@ def test_sources_of_verified_outputs_go_but_for_the_newest(done):
 
 def test_one_flipped_byte_in_an_output_keeps_its_source(done):
     """Size and time are as they were when it was verified; it is the only copy."""
-    path = done.out / "global_step_10/model.safetensors"
-    status, data = path.stat(), bytearray(path.read_bytes())
-    data[-3] ^= 4
-    path.write_bytes(data)
-    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    flip(done.out / "global_step_10/model.safetensors")
     made = done.batch(**DELETING).round()
     assert "the output is damaged: model.safetensors" in refusals(made)["global_step_10/actor"]
     assert (sources(done), made.exit_code) == ([10, 30], 3)
@@ -347,6 +351,50 @@ def test_what_changed_since_it_was_listed_is_not_removed(tmp_path, monkeypatch, 
     assert removal.remove(folder, listed, note, recheck=lambda: "no").refused == "no"
 
 
+def test_a_kill_at_any_moment_leaves_all_or_nothing(tmp_path, monkeypatch):
+    """Under its name a folder is whole or not there, and the next batch comes to an end with it."""
+
+    def dying(name: str, after: list[int]):
+        real = getattr(Path, name)
+
+        def call(self: Path, *args, **kwargs):
+            after[0] -= 1
+            if after[0] == 0:
+                raise KeyboardInterrupt
+            made = real(self, *args, **kwargs)
+            if after[0] == 1:
+                after[0] = 0
+                raise KeyboardInterrupt
+            return made
+
+        return call
+
+    moments = 0
+    for moment in range(1, 100):
+        folder, note = tmp_path / f"{moment}/actor", tmp_path / f"{moment}/n.json"
+        (folder / "below").mkdir(parents=True)
+        for name in ("a", "below/b", "c"):
+            (folder / name).write_text(name)
+        listed = removal.listing(folder)
+        left = [moment]
+        try:
+            with monkeypatch.context() as patch:
+                for name in ("rename", "unlink", "rmdir", "replace", "mkdir"):
+                    patch.setattr(Path, name, dying(name, left))
+                removal.remove(folder, listed, note)
+        except KeyboardInterrupt:
+            moments += 1
+        else:
+            break
+        assert not folder.exists() or removal.listing(folder) == listed
+        removal.resume(note, folder, "")
+        removal.resume(note, folder, "")
+        assert not note.exists()
+        assert not removal.aside_of(folder).exists()
+        assert not folder.exists() or removal.listing(folder) == listed
+    assert moments > 8
+
+
 @pytest.mark.parametrize("kind", ["source", "output"])
 @pytest.mark.parametrize("all_there", [True, False])
 def test_a_removal_that_was_killed_is_undone_or_finished(done, kind, all_there):
@@ -404,6 +452,15 @@ def test_outputs_that_are_not_there_do_not_count(done):
     assert outputs(done) == [20]
 
 
+def test_damaged_outputs_do_not_count(done):
+    """Their sizes and times are as they were."""
+    path = done.out / "global_step_30/model.safetensors"
+    flip(path)
+    made = done.batch(keep_last=1, shared={"apply": True}).round()
+    assert (outputs(done), made.exit_code) == ([20, 30], 3)
+    assert "global_step_30: the output is damaged" in str(made.removals[0])
+
+
 def test_outputs_of_another_run_are_not_touched(done, tmp_path):
     """Two commands, one output folder."""
     other = Scene(tmp_path / "other", done.file, done.script.with_name(runs.MADE))
@@ -421,11 +478,7 @@ def test_outputs_of_another_run_are_not_touched(done, tmp_path):
 def test_an_output_that_somebody_has_a_hand_in_stays(done, how):
     output = done.out / "global_step_10"
     if how == "edited":
-        path = output / "model.safetensors"
-        status, data = path.stat(), bytearray(path.read_bytes())
-        data[-1] ^= 1
-        path.write_bytes(data)
-        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+        flip(output / "model.safetensors")
     elif how == "added":
         (output / "README.md").touch()
     elif how == "nested":

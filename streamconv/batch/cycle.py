@@ -30,7 +30,7 @@ from streamconv.batch.settings import BatchSettings, RunSettings
 from streamconv.batch.state import STATUS, Record, Store
 from streamconv.batch.survey import Survey, scene
 from streamconv.batch.tasks import Task
-from streamconv.batch.tidy import Surveyed, tidy
+from streamconv.batch.tidy import Read, Surveyed, tidy
 from streamconv.batch.training import Stillness
 from streamconv.durations import parse_duration
 from streamconv.errors import StreamconvError, VerificationError
@@ -87,6 +87,7 @@ class Batch:
         self._noticed: set[str] = set()
         self._pins = Holder()
         self._stillness = Stillness()
+        self._read = Read()
         self._rules: dict[Path, Lease | None] = {}
         self._stores = [Store(run.output.absolute()) for run in settings.run]
         self._began = time.time()
@@ -126,7 +127,7 @@ class Batch:
                 hooks.add(record)
             self._convert(made, surveys, hooks)
             hooks.finish()
-            made.removals += tidy(runs, apply=s.apply)
+            made.removals += tidy(runs, self._read, apply=s.apply)
             made.problems += [
                 VerificationError(r.refused, where=str(r.path)) for r in made.removals if r.damaged
             ]

@@ -61,11 +61,8 @@ class Rule:
         Training that went back to an earlier step has abandoned the later ones: they are not among the
         last any more. Where that is not certain, both the last by number and the last by time are kept.
         """
-        groups: dict[tuple[str, str, str], list[Record]] = defaultdict(list)
-        for record in records:
-            groups[record.run, record.model, _kind(record)].append(record)
         surplus = []
-        for group in groups.values():
+        for group in groups_of(records):
             steps = {r.step for r in group if r.step is not None}
             certain = {r.step for r in group if _is_abandoned(r, group, tracker(r), surely=True)}
             perhaps = {r.step for r in group if _is_abandoned(r, group, tracker(r), surely=False)}
@@ -79,6 +76,14 @@ class Rule:
     def kept_for_every(self, steps: Iterable[int]) -> set[int]:
         """Return the steps that ``every`` divides."""
         return Rule(None, self.every).kept(steps) if self.every else set()
+
+
+def groups_of(records: Iterable[Record]) -> list[list[Record]]:
+    """Return records in groups that are counted apart: by run, model and kind of step."""
+    groups: dict[tuple[str, str, str], list[Record]] = defaultdict(list)
+    for record in records:
+        groups[record.run, record.model, _kind(record)].append(record)
+    return list(groups.values())
 
 
 def _kind(record: Record) -> str:
@@ -154,7 +159,7 @@ def remove_output(
             if refused or not apply:
                 return Removal("output", path, record.write_bytes, refused=refused)
             listed = listing(path)
-            refused = _damage(path)
+            refused = damage(path)
             if refused:
                 return Removal(
                     "output", path, record.write_bytes, refused=f"it was edited: {refused}"
@@ -205,7 +210,7 @@ def _why_not_output(path: Path, root: Path) -> str:
     return "it has no manifest of ours" if manifest is None else ""
 
 
-def _damage(output: Path) -> str:
+def damage(output: Path) -> str:
     """Read every byte of an output; return how it differs from its manifest."""
     try:
         report = verify_output(output)
@@ -242,9 +247,9 @@ def remove_source(
             refused = why_keep_source(_source_facts(record, candidate, around))
             if refused or not apply:
                 return Removal("source", path, nbytes, refused=refused)
-            damage = _damage(Path(record.output))
-            if damage:
-                record.verified, record.reason = False, f"the output is damaged: {damage}"
+            wrong = damage(Path(record.output))
+            if wrong:
+                record.verified, record.reason = False, f"the output is damaged: {wrong}"
                 store.save(record)
                 return Removal("source", path, nbytes, refused=record.reason, damaged=True)
             outcome = remove(
@@ -319,7 +324,7 @@ def resume_removals(store: Store, *, apply: bool) -> list[Removal]:
         path = Path(record.output if kind == "output" else record.source)
         why_not = "" if apply else "--apply goes on removing it"
         if apply and kind == "source":
-            why_not = _damage(Path(record.output))
+            why_not = damage(Path(record.output))
         try:
             with store.holding(record.name):
                 outcome = resume(note, path, why_not)

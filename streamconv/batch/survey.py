@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -282,13 +282,13 @@ class Survey:
     def _tracker_of(self, record: Record) -> Tracker | None:
         return self._tracker(self._candidate_of(record).run_dir)
 
-    def _kept(self) -> list[Record]:
+    def kept(self) -> list[Record]:
         """Return this run's outputs that are there and whole."""
         return [r for r in self._store if r.state == "done" and self.owns(r) and is_intact(r)]
 
-    def surplus(self) -> list[Record]:
-        """Return the outputs that retention does not keep."""
-        return self.rule.surplus(self._kept(), self._tracker_of)
+    def surplus(self, kept: Iterable[Record]) -> list[Record]:
+        """Return those of outputs that retention does not keep."""
+        return self.rule.surplus(kept, self._tracker_of)
 
     def next_tasks(self) -> list[Task]:
         """Return what is to be converted next: what retention will keep, if that succeeds.
@@ -301,9 +301,9 @@ class Survey:
             begun = [t.record for t in self.tasks if t.record.name in self._given]
             begun = [r for r in begun if r.state in ("queued", "running")]  # by another batch
             running = [r for r in self._store if r.state == "running" and self.owns(r)]
-            held = {r.name: r for r in [*self._kept(), *running, *begun]}
+            held = {r.name: r for r in [*self.kept(), *running, *begun]}
             held |= {t.record.name: t.record for t in pending}
-            surplus = {r.name for r in self.rule.surplus(held.values(), self._tracker_of)}
+            surplus = {r.name for r in self.surplus(held.values())}
             wanted = [t for t in pending if t.record.name not in surplus]
             if not wanted:
                 self._leave_out(pending)

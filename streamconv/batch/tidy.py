@@ -7,7 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from streamconv.batch.discover import Candidate
-from streamconv.batch.retention import Removal, Surroundings, remove_output, remove_source
+from streamconv.batch.retention import (
+    Removal,
+    Surroundings,
+    damage,
+    groups_of,
+    remove_output,
+    remove_source,
+)
 from streamconv.batch.settings import RunSettings
 from streamconv.batch.state import Record, Store, is_intact, read_records
 from streamconv.batch.survey import Survey
@@ -22,20 +29,68 @@ class Surveyed:
     survey: Survey | None
 
 
-def tidy(runs: Sequence[Surveyed], *, apply: bool) -> list[Removal]:
+class Read:
+    """The outputs that were read and found to be whole, as they look."""
+
+    def __init__(self) -> None:
+        self._found: dict[tuple[str, str], str] = {}
+
+    def damage(self, record: Record) -> str:
+        """Return how an output differs from its manifest, having read it once."""
+        key = (record.output, repr(record.evidence))
+        if key not in self._found:
+            self._found[key] = damage(Path(record.output))
+        return self._found[key]
+
+
+def tidy(runs: Sequence[Surveyed], read: Read, *, apply: bool) -> list[Removal]:
     """Apply retention and delete sources, run by run; without ``apply`` say what would be done."""
     removals = []
     for one in runs:
         if one.survey is None:
             continue
         if one.survey.rule.active:
-            removals += [
-                remove_output(record, one.store, apply=apply, owns=one.survey.owns)
-                for record in one.survey.surplus()
-            ]
+            removals += _outputs(one, one.survey, read, apply=apply)
         if one.run.delete_sources:
             removals += _sources(one, one.survey, runs, apply=apply)
     return removals
+
+
+def _outputs(one: Surveyed, survey: Survey, read: Read, *, apply: bool) -> list[Removal]:
+    """Remove outputs in favour of later ones, which are read before: a damaged one does not count."""
+    kept, removals = survey.kept(), []
+    surplus = survey.surplus(kept)
+    while apply and surplus:
+        damaged = [r for r in _in_favour_of(kept, surplus, survey) if read.damage(r)]
+        if not damaged:
+            break
+        removals += [
+            Removal(
+                "output",
+                Path(r.output),
+                r.write_bytes,
+                refused=f"the output is damaged: {read.damage(r)}",
+                damaged=True,
+            )
+            for r in damaged
+        ]
+        kept = [r for r in kept if r not in damaged]
+        surplus = survey.surplus(kept)
+    return removals + [
+        remove_output(record, one.store, apply=apply, owns=survey.owns) for record in surplus
+    ]
+
+
+def _in_favour_of(
+    kept: Sequence[Record], surplus: Sequence[Record], survey: Survey
+) -> list[Record]:
+    """Return the last outputs of each group that loses some."""
+    found: list[Record] = []
+    for group in groups_of(kept):
+        staying = [r for r in group if r not in surplus and r.step is not None]
+        if len(staying) < len(group):
+            found += sorted(staying, key=lambda r: r.step or 0)[-(survey.rule.last or 1) :]
+    return found
 
 
 def _sources(
