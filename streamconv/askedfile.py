@@ -19,6 +19,7 @@ from typing import TextIO
 
 from streamconv import newfile
 from streamconv.errors import OutputExistsError, UsageError
+from streamconv.filesystems import lies_in
 
 # Staging folders, their locks, and what a batch keeps.
 _WORKING = re.compile(r"\.(.*\.)?streamconv(\.lock|-batch)?", re.DOTALL)
@@ -66,11 +67,11 @@ def checked(path: Path, kind: Kind, apart: Iterable[tuple[Path, str]] = ()) -> P
             hint="choose another path",
         )
     for folder, what in apart:
-        real = folder.resolve()
-        if place.is_relative_to(real) or real.is_relative_to(place):
+        inside = lies_in(place, folder)
+        if inside or lies_in(folder, place):
             raise UsageError(
                 f"the {kind.word} would lie in {what}"
-                if place.is_relative_to(real)
+                if inside
                 else f"the {kind.word} would take the place of {what}",
                 where=str(path),
                 found=str(folder),

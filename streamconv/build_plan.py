@@ -17,7 +17,17 @@ from streamconv.jsonfile import read_json
 from streamconv.lora_plan import LoraPlan, adapter_inputs, idle_options, plan_lora
 from streamconv.lowering import products_of, sources_of
 from streamconv.options import JobOptions, Layout
-from streamconv.planned import INDEX, OutputFile, PlanHead, SideFile, TextFile, Totals, WrittenFile
+from streamconv.outputnames import refuse_overlaps
+from streamconv.planned import (
+    INDEX,
+    MANIFEST,
+    OutputFile,
+    PlanHead,
+    SideFile,
+    TextFile,
+    Totals,
+    WrittenFile,
+)
 from streamconv.planwriter import PlanWriter
 from streamconv.recipe import Recipe
 from streamconv.sidefiles import (
@@ -85,6 +95,9 @@ def build_plan(
         notices.append(
             "the source files carry no checksums for some records: damage in them cannot be seen"
         )
+    side = [s for s in side if s.name not in written | made.side_left_out]
+    outputs = [output.name for output, _ in made.placed]
+    refuse_overlaps([*outputs, *written, *(s.name for s in side), MANIFEST])
     writer = PlanWriter(stream)
     writer.head(
         PlanHead(
@@ -94,7 +107,7 @@ def build_plan(
             notices=tuple(notices),
             skipped=(*skipped, *planner.unused(made.tensors, recipes, {s.name for s in skipped})),
             files=checkpoint.files,
-            side=tuple(s for s in side if s.name not in written | made.side_left_out),
+            side=tuple(side),
             written=tuple(WrittenFile(t.name, len(t.content.encode())) for t in made.texts),
         ),
         made.texts,

@@ -31,6 +31,7 @@ from streamconv.identity import JobIdentity, job_identity, why_another
 from streamconv.manifest import read_manifest, write_manifest
 from streamconv.newfile import replacing
 from streamconv.options import Event, JobOptions, Result, RunOptions
+from streamconv.outputnames import refuse_folded
 from streamconv.plan import Plan
 from streamconv.planned import MANIFEST, OutputFile, PlannedTensor, SideFile
 from streamconv.planning import make_plan
@@ -302,6 +303,8 @@ class _Conversion:
         started = time.monotonic()
         self.staging.clear_unfinished()
         outputs = self.plan.outputs()
+        sorts = (outputs, head.side, head.written)
+        refuse_folded(self.staging.root, [MANIFEST, *(f.name for sort in sorts for f in sort)])
         max_window, factors = budgets.shares(
             self.budget,
             merging=bool(head.totals.merged),

@@ -54,6 +54,27 @@ def nearest(path: Path) -> Path:
     return here
 
 
+def lies_in(path: Path, folder: Path) -> bool:
+    """Whether ``path`` is ``folder`` or lies in it, however either is written.
+
+    On a file system that ignores case, and under a bind mount, a folder has more than one name.
+    """
+    path = path.resolve()
+    if path.is_relative_to(folder.resolve()):
+        return True
+    try:
+        wanted = folder.stat()
+    except OSError:
+        return False
+    for place in (path, *path.parents):
+        try:
+            if os.path.samestat(place.stat(), wanted):
+                return True
+        except OSError:
+            continue
+    return False
+
+
 def why_not_writable(path: Path) -> str | None:
     """Return why nothing can be written at ``path``, which need not exist yet; None where it can be."""
     here = nearest(path)

@@ -7,10 +7,11 @@ run. Weights and weight indexes that lie among them are left out, for they are n
 from __future__ import annotations
 
 import errno
+import fnmatch
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from streamconv.custom_code import code_of
@@ -56,6 +57,7 @@ _NAMES = (
     "tokenization_*.py",
     "*processing_*.py",
 )
+_ADAPTER = "adapter_config.json"
 _MAX_CONFIG_BYTES = 16 << 20
 # transformers 5 writes ``dtype``, 4 wrote ``torch_dtype``; both read both.
 _DTYPE_KEYS = ("dtype", "torch_dtype")
@@ -64,7 +66,7 @@ _DTYPE_KEYS = ("dtype", "torch_dtype")
 def read_config(folder: Path) -> dict[str, Any] | None:
     """Return the parsed config.json of ``folder``, None where there is none."""
     path = folder / "config.json"
-    if not path.is_file():
+    if not os.path.lexists(path):
         return None
     config = read_json(path, most_bytes=_MAX_CONFIG_BYTES)
     if not isinstance(config, dict):
@@ -105,7 +107,10 @@ def list_side_files(folder: Path, *, root: Path, named: bool = False) -> Iterato
                 found=str(leads_to),
                 hint="if you trust it, name a folder yourself: --hf-config DIR",
             )
-        if path.is_dir() or _is_weights(path.name):
+        if path.is_dir():
+            _refuse_folder(path, name)
+            continue
+        if _is_weights(path.name) or name.as_posix() == _ADAPTER:
             continue
         if name.as_posix() == MANIFEST:
             continue  # of the output that this folder is; ours will have that name
@@ -117,6 +122,16 @@ def list_side_files(folder: Path, *, root: Path, named: bool = False) -> Iterato
             raise cannot_read(error, path) from error
         check_regular(status.st_mode, path)
         yield SideFile(name.as_posix(), where, status.st_size, hash_file(path))
+
+
+def _refuse_folder(path: Path, name: PurePath) -> None:
+    """Raise :class:`BadInputError` for a folder that has the name of one of a model's files."""
+    if name.suffix and any(fnmatch.fnmatchcase(name.as_posix(), known) for known in _NAMES):
+        raise BadInputError(
+            "a folder lies in the place of a model's file",
+            where=str(path),
+            hint="move it away, or name another folder: --hf-config DIR",
+        )
 
 
 def holds_weights(folder: Path, root: Path) -> bool:
@@ -143,15 +158,24 @@ def missing_code(side: Sequence[SideFile]) -> list[str]:
 
 
 def left_out(folder: Path, root: Path) -> Iterator[Skipped]:
-    """Yield the weight files of ``folder``, which are not copied: the rank files are newer."""
+    """Yield what lies in ``folder`` and is not copied: weights above all, the rank files are newer."""
     inside = folder.glob("*.safetensors") if holds_weights(folder, root) else folder.rglob("*")
     for path in sorted(inside):
+        inner = path.relative_to(folder).as_posix()
         if path.is_file() and _is_weights(path.name):
-            name = f"{folder.name}/{path.relative_to(folder).as_posix()}"
-            yield Skipped(name, "weights beside the config; the output's come from the rank files")
+            reason = "weights beside the config; the output's come from the rank files"
+        elif path.is_file() and inner == _ADAPTER:
+            # With it transformers would look for an adapter, and find none.
+            reason = "an adapter's config; the output is a whole model"
+        elif path.is_dir() and path.is_symlink():
+            reason = "a link to a folder"
+        else:
+            continue
+        yield Skipped(f"{folder.name}/{inner}", reason)
 
 
 def _is_weights(name: str) -> bool:
+    name = name.lower()
     return Path(name).suffix in _WEIGHT_SUFFIXES or name.endswith(
         (".safetensors.index.json", ".bin.index.json")
     )

@@ -24,6 +24,7 @@ from pathlib import Path
 from streamconv import newfile
 from streamconv._version import __version__
 from streamconv.errors import BadInputError, UsageError
+from streamconv.filesystems import lies_in
 from streamconv.journal import Journal
 from streamconv.lockfile import locked_file
 from streamconv.plan import Plan
@@ -71,17 +72,15 @@ def check_target(target: Path, source: Path, side_dir: Path | None = None) -> No
         raise UsageError(
             "the output cannot lie in a file", where=str(target), found=f"{parent} is a file"
         )
-    real_target = target.resolve()
-    if source.resolve().is_relative_to(real_target):
+    if lies_in(source, target):
         raise UsageError(
             "the output folder contains the source", where=str(target), hint="choose another folder"
         )
     if side_dir is None:
         return
-    real_side = side_dir.resolve()
-    if source.resolve().is_relative_to(real_side):
+    if lies_in(source, side_dir):
         return  # of a folder that holds the weights, too, single files are taken
-    if real_side.is_relative_to(real_target) or real_target.is_relative_to(real_side):
+    if lies_in(side_dir, target) or lies_in(target, side_dir):
         raise UsageError(
             "the output folder overlaps the one with config and tokenizer",
             where=str(target),

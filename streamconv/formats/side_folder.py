@@ -6,6 +6,7 @@ none, a ``config.json`` beside the weights counts if it is a model's: trainers c
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from streamconv.errors import StreamconvError
@@ -33,9 +34,12 @@ def above(folder: Path) -> Path:
 
 
 def _is_model_config(file: Path) -> bool:
-    """Whether a file is the config of a model; one that cannot be read is reported by its reader."""
+    """Whether a file is the config of a model; one that cannot be read is reported by its reader.
+
+    So is what has the name alone: a pipe, a folder, a link that leads nowhere.
+    """
     if not file.is_file():
-        return False
+        return os.path.lexists(file)
     try:
         config = read_json(file, most_bytes=_MAX_CONFIG_NBYTES)
     except (StreamconvError, OSError):
