@@ -11,6 +11,8 @@ from streamconv.errors import StreamconvError
 
 def main() -> None:
     """Run the command line; never returns."""
+    # What we make we must be able to open again; others get what the user's mask gives them.
+    os.umask(os.umask(0o077) & ~0o700)
     sys.exit(_run(sys.argv[1:]))
 
 

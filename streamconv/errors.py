@@ -6,6 +6,7 @@ and are printed one to a line in a fixed order, so that a script can read them t
 
 from __future__ import annotations
 
+import errno
 from typing import Any, ClassVar
 
 from streamconv.shown import shown
@@ -43,7 +44,12 @@ class StreamconvError(Exception):
                 hint="raise the limit of `ulimit -v`, or see what else takes memory here",
             )
         where = None if error.filename is None else str(error.filename)
-        told = cls(f"the system refused: {error.strerror or error}", where=where)
+        few = error.errno in (errno.EMFILE, errno.ENFILE)
+        told = cls(
+            f"the system refused: {error.strerror or error}",
+            where=where,
+            hint="raise the limit: `ulimit -n 1024`" if few else None,
+        )
         told.__cause__ = error
         return told
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
+import stat
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -144,3 +147,39 @@ def test_a_name_twice_and_a_file_that_is_a_folder_are_refused():
         with pytest.raises(BadInputError, match="each other's place"):
             outputnames.refuse_overlaps(names)
     outputnames.refuse_overlaps(["a/b", "a/c", "d"])
+
+
+# --- what the system gives ------------------------------------------------------------------------
+
+
+def limited(source: Path, out: Path, limit: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "streamconv", "convert", str(source), str(out), "--no-sync"]
+    return subprocess.run(
+        ["bash", "-c", f'{limit}; exec "$@"', "bash", *command], capture_output=True, text=True
+    )
+
+
+def test_too_few_files_are_told_with_what_to_do(source, tmp_path):
+    done = limited(source, tmp_path / "out", "ulimit -n 9")
+    assert done.returncode == 1
+    assert "Too many open files" in done.stderr
+    assert "ulimit -n 1024" in done.stderr
+    assert not (tmp_path / "out").exists()
+    done = limited(source, tmp_path / "out", "ulimit -n 16")
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(("mask", "mode"), [("0777", 0o600), ("0077", 0o600), ("0022", 0o644)])
+def test_what_is_made_can_be_opened_by_its_maker(mask, mode, source, tmp_path):
+    # Root may open anything, unless it gives that up.
+    drop = "setpriv --bounding-set=-dac_override,-dac_read_search" if os.geteuid() == 0 else "env"
+    if shutil.which(drop.split()[0]) is None:
+        pytest.skip("no setpriv here")
+    place = tmp_path / "place"
+    place.mkdir()
+    command = f'set -- {drop} "$@"; umask {mask}'
+    done = limited(source, place / "out", command)
+    assert done.returncode == 0, done.stderr
+    assert [p.name for p in place.iterdir()] == ["out"]
+    files = [p for p in (place / "out").rglob("*") if p.is_file()]
+    assert {stat.S_IMODE(p.stat().st_mode) for p in files} == {mode}
