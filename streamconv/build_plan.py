@@ -16,8 +16,8 @@ from streamconv.identity import JobIdentity, job_identity
 from streamconv.jsonfile import read_json
 from streamconv.lora_plan import LoraPlan, adapter_inputs, idle_options, plan_lora
 from streamconv.lowering import products_of, sources_of
+from streamconv.namesakes import refuse_overlaps
 from streamconv.options import JobOptions, Layout
-from streamconv.outputnames import refuse_overlaps
 from streamconv.planned import (
     INDEX,
     MANIFEST,

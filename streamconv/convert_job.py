@@ -29,9 +29,9 @@ from streamconv.executor import WindowFiller, write_output
 from streamconv.former import contents, former_output, is_empty, refuse_more, some
 from streamconv.identity import JobIdentity, job_identity, why_another
 from streamconv.manifest import read_manifest, write_manifest
+from streamconv.namesakes import refuse_folded
 from streamconv.newfile import replacing
 from streamconv.options import Event, JobOptions, Result, RunOptions
-from streamconv.outputnames import refuse_folded
 from streamconv.plan import Plan
 from streamconv.planned import MANIFEST, OutputFile, PlannedTensor, SideFile
 from streamconv.planning import make_plan
@@ -162,6 +162,7 @@ def convert(src: Path, dst: Path, job: JobOptions, run: RunOptions) -> Result:
                 raise
             staging.seal(plan)
             if meter.peak_bytes > budget:
+                plan.close()
                 staging.discard()
                 raise BudgetError(
                     "planning took more memory than the budget",
@@ -284,12 +285,12 @@ class _Conversion:
                 return self._execute()
         except (DamagedPlanError, SourceChangedError, UnfitValuesError):
             # Nobody can go on with this plan: what it speaks of is gone, or is not fit for it.
-            self.staging.discard()
+            self._discard()
             raise
         except BudgetError:
             # Before the first byte: what an earlier run finished is kept for a larger budget.
             if not self.staging.journal.finished:
-                self.staging.discard()
+                self._discard()
             raise
         except NoSpaceError as error:
             if error.expected is None:  # it filled up on the way
@@ -393,7 +394,7 @@ class _Conversion:
         needed, room = self._disk()
         if room < needed:
             if not self.staging.journal.finished:
-                self.staging.discard()
+                self._discard()
             raise NoSpaceError(
                 "not enough disk space for the output",
                 where=str(self.staging.root.parent),
@@ -458,7 +459,15 @@ class _Conversion:
         index = [w.name for w in self.plan.head.written if w.name.endswith(".index.json")]
         if self.dst.is_dir() and not is_empty(self.dst):
             refuse_more(self.dst, self.old)  # hours may have passed
-        return self.staging.publish(last=index[0] if index else outputs[-1].name, old=self.old)
+        last = index[0] if index else outputs[-1].name
+        kept = self.staging.publish(last=last, old=self.old)
+        self._discard()
+        return kept
+
+    def _discard(self) -> None:
+        # NFS and FUSE keep what is open under another name, and so the folder that it lies in.
+        self.plan.close()
+        self.staging.discard()
 
 
 class _Progress:

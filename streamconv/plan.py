@@ -112,7 +112,7 @@ class Plan:
                 where=str(path),
                 hint="make one with `streamconv plan SRC -o PLAN`",
             ) from error
-        weakref.finalize(self, os.close, self._fd)
+        self.close = weakref.finalize(self, os.close, self._fd)
         try:
             with readable(path):
                 self.digest = self._check_digest()

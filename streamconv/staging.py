@@ -179,7 +179,4 @@ class Staging:
         ``old`` is the former output there, which it replaces. Returns where that was kept, should
         something else have appeared in it meanwhile.
         """
-        publication = Publication(self.root, self.target, last, old, self._sync)
-        kept = publication.publish()
-        self.discard()
-        return kept
+        return Publication(self.root, self.target, last, old, self._sync).publish()

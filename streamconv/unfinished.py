@@ -32,6 +32,7 @@ def discard_leftover(dst: Path, digest: str) -> None:
     staging = Staging(dst, sync=False)
     plan = staging.sealed_plan()
     if plan is not None and plan.head.job["digest"] == digest:
+        plan.close()
         staging.discard()
     # Otherwise it is another job's, begun with --overwrite: its own command finishes it.
 
@@ -62,6 +63,7 @@ def staged_plan(
             where=str(staging.root),
             hint="finish it with its own command, or start afresh with --overwrite",
         )
+    plan.close()
     staging.discard()
     return None
 

@@ -115,3 +115,11 @@ def test_batches_beside_training(work: Path) -> None:
     line = sample("operation", 40, work)
     assert " 40 rounds" in line
     assert " outputs made" in line
+
+
+def test_files_of_others(work: Path) -> None:
+    assert "24 commands" in sample("bystanders", 24, work)
+
+
+def test_a_file_system_that_ignores_case(work: Path) -> None:
+    assert "200 sets of names pretended" in sample("case_folding", 1, work)

@@ -14,7 +14,7 @@ import pytest
 
 import streamconv
 from scripts.campaigns import folding
-from streamconv import outputnames
+from streamconv import namesakes
 from streamconv.errors import BadInputError, OutputExistsError, UsageError
 from tests.outputs import contents
 
@@ -105,7 +105,7 @@ def test_names_that_some_file_systems_take_for_one_are_two_where_they_are_two(
     convert(source, tmp_path / "out")
     for name in names:
         assert (tmp_path / "out" / name).read_text() == name
-    assert list(outputnames._alike(names))
+    assert list(namesakes._alike(names))
 
 
 def test_they_are_refused_where_they_are_one(source, ntfs):
@@ -127,6 +127,8 @@ def test_an_output_on_a_file_system_that_ignores_case(source, ntfs, tmp_path):
     convert(source, ntfs / "OUT", dtype="bfloat16", overwrite=True)
     convert(source, tmp_path / "expected", dtype="bfloat16")
     assert contents(out) == contents(tmp_path / "expected")
+    # A file that is still open keeps its folder there, under another name.
+    assert [p.name for p in ntfs.iterdir() if p.name.startswith(".out")] == []
     (ntfs / "OUT" / "Notes.txt").touch()
     with pytest.raises(OutputExistsError, match="did not write"):
         convert(source, out, overwrite=True)
@@ -145,8 +147,8 @@ def test_a_checkpoint_by_another_name_is_still_the_checkpoint(source, ntfs):
 def test_a_name_twice_and_a_file_that_is_a_folder_are_refused():
     for names in (["a", "a"], ["a", "a/b"], ["a/b/c", "a/b"]):
         with pytest.raises(BadInputError, match="each other's place"):
-            outputnames.refuse_overlaps(names)
-    outputnames.refuse_overlaps(["a/b", "a/c", "d"])
+            namesakes.refuse_overlaps(names)
+    namesakes.refuse_overlaps(["a/b", "a/c", "d"])
 
 
 # --- what the system gives ------------------------------------------------------------------------
