@@ -18,23 +18,29 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from streamconv.errors import BadInputError, StreamconvError
+from streamconv.budget import resident_bytes
+from streamconv.errors import BadInputError, BudgetError, StreamconvError
 from streamconv.inputs import of_input
+from streamconv.memorylimit import PARSE_BYTES, MemoryNeededError, bind, share_of
 from streamconv.signals import end_with_parent
+from streamconv.sizes import format_size
 from streamconv.writer import no_space
-
-# Enough for the metadata of most checkpoints, too little for a pickle that asks for the moon.
-PARSE_BYTES = 1 << 30
 
 
 def ask(
-    module: str, request: Mapping[str, Any], *, doing: str, inherit: Sequence[int] = ()
+    module: str,
+    request: Mapping[str, Any],
+    *,
+    doing: str,
+    inherit: Sequence[int] = (),
+    budget_bytes: int | None = None,
 ) -> dict[str, Any]:
     """Run ``module`` in a child and return its answer.
 
     ``request["task"]`` names one of its tasks, ``request["src"]`` what it is about; ``doing`` says in
-    messages what it was doing; ``inherit`` are descriptors that the child has, too. Raises the child's
-    error.
+    messages what it was doing; ``inherit`` are descriptors that the child has, too. ``budget_bytes``
+    binds the child from its first line to its last: this process and it take no more together. Raises
+    the child's error.
     """
     # -P: the working directory, which may be the checkpoint's, is no place to import from.
     process = subprocess.Popen(
@@ -53,6 +59,11 @@ def ask(
         },
     )
     try:
+        if budget_bytes is not None:
+            # It reads nothing before the request, which comes after this.
+            share = share_of(budget_bytes, resident_bytes())
+            bind(share, process.pid)
+            request = {**request, "budget_bytes": budget_bytes, "share_bytes": share}
         out, err = process.communicate(json.dumps(request).encode())
     except BaseException:
         process.kill()
@@ -61,6 +72,8 @@ def ask(
     try:
         answer: dict[str, Any] = json.loads(out.splitlines()[-1])
     except (IndexError, ValueError):
+        if budget_bytes is not None and any(sign in err for sign in _NO_MEMORY):
+            raise _too_small(request) from None
         last = err.decode(errors="replace").strip().splitlines()[-1:] or ["no message"]
         if process.returncode < 0:
             # No Python error can end a process by signal: the pickle broke the interpreter, or the
@@ -96,15 +109,19 @@ def serve(tasks: Mapping[str, Task]) -> int:
         with contextlib.redirect_stdout(io.StringIO()):
             answer = tasks[request["task"]](request)
     except StreamconvError as error:
-        answer = {"error": error.to_json()}
-    except (MemoryError, RecursionError) as error:
+        # A library may have turned it into an error of its own.
+        short = _ran_out(error) if "share_bytes" in request else None
+        answer = {"error": (error if short is None else _too_small(request, short)).to_json()}
+    except MemoryError as error:
         answer = {
-            "error": BadInputError(
-                "the checkpoint's metadata is too large or too deep to read",
-                where=request["src"],
-                found=type(error).__name__,
+            "error": (
+                _too_small(request, error)
+                if "share_bytes" in request
+                else too_large(Path(request["src"]))
             ).to_json()
         }
+    except RecursionError:
+        answer = {"error": too_large(Path(request["src"])).to_json()}
     except OSError as error:
         # A plan is written here too, so that a full disk shows first in this process.
         full = no_space(error, Path(request.get("plan_path", request["src"])))
@@ -113,6 +130,53 @@ def serve(tasks: Mapping[str, Task]) -> int:
     answers.write(json.dumps(answer) + "\n")
     answers.flush()
     return 0
+
+
+def too_large(src: Path) -> BadInputError:
+    """Return that no memory is worth what the metadata of ``src`` asks for."""
+    return BadInputError(
+        "the checkpoint's metadata is too large or too deep to read", where=str(src)
+    )
+
+
+# What allocators of libraries write before they give up the process.
+_NO_MEMORY = (b"bad_alloc", b"MemoryError", b"memory allocation of", b"Cannot allocate memory")
+
+
+def _ran_out(error: BaseException) -> MemoryError | None:
+    """Return what an error was made of where that is a lack of memory."""
+    cause: BaseException | None = error
+    for _ in range(20):
+        if cause is None or isinstance(cause, MemoryError):
+            return cause
+        if isinstance(cause, ImportError | RuntimeError) and any(
+            sign.decode() in str(cause) for sign in (*_NO_MEMORY, b"not enough memory")
+        ):
+            return MemoryError(str(cause))
+        cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
+    return None
+
+
+def _too_small(request: Mapping[str, Any], error: MemoryError | None = None) -> BudgetError:
+    """Return that what is to be read needs more than the budget, with one that is enough."""
+    budget, share = request["budget_bytes"], request["share_bytes"]
+    if isinstance(error, MemoryNeededError):
+        need = budget - share + error.needed_bytes
+        return BudgetError(
+            f"the memory budget is too small for what {Path(error.where).name} says",
+            where=error.where,
+            expected=f"at least {format_size(need)} to read {format_size(error.nbytes)} of it",
+            found=format_size(budget),
+            hint=f"--max-mem {-(-need // 10**7) * 10}MB is enough for it",
+        )
+    need = max(2 * budget, 10**9)
+    return BudgetError(
+        "the memory budget is too small for what the checkpoint's metadata and config say",
+        where=str(request["src"]),
+        expected=f"more than {format_size(budget)}",
+        found=format_size(budget),
+        hint=f"try --max-mem {need // 10**6}MB",
+    )
 
 
 def _places(request: Mapping[str, Any]) -> list[Path]:

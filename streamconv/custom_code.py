@@ -20,7 +20,7 @@ from typing import Any
 from streamconv.jsonfile import object_or_empty
 
 _MOST_CODE_BYTES = 4 << 20
-_MOST_CONFIG_BYTES = 16 << 20
+_MOST_CONFIG_BYTES = 4 << 20
 _IGNORED = frozenset({tokenize.COMMENT, tokenize.NL, tokenize.ENCODING})
 _BEFORE_A_STATEMENT = frozenset({tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT})
 

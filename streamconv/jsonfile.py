@@ -17,6 +17,7 @@ from typing import Any
 
 from streamconv.errors import BadInputError, UnsafeInputError
 from streamconv.inputs import cannot_read, check_regular, readable
+from streamconv.memorylimit import too_much
 
 _SHOWN = 80
 
@@ -75,6 +76,8 @@ def read_json(
         with readable(path):
             text = path.read_text(encoding="utf-8")
         return json.loads(text, object_pairs_hook=make)
+    except MemoryError:
+        raise too_much(str(path), size) from None
     except (ValueError, RecursionError) as error:
         raise BadInputError(
             f"{path.name} is not valid JSON", where=str(path), found=str(error)[:200]

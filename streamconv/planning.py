@@ -17,12 +17,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from streamconv import memorylimit
 from streamconv._version import __version__
-from streamconv.budget import check_planning
-from streamconv.children import PARSE_BYTES, ask, serve
+from streamconv.budget import available_bytes, check_planning
+from streamconv.children import ask, serve, too_large
 from streamconv.children import limited_memory as _limited_memory
 from streamconv.errors import SourceChangedError
 from streamconv.identity import JobIdentity
+from streamconv.memorylimit import PARSE_BYTES, MemoryNeededError
 from streamconv.newfile import replacing
 from streamconv.options import JobOptions
 from streamconv.plan import Plan
@@ -68,6 +70,7 @@ def make_plan(
                 "asked": asked and asked.to_json(),
             },
             inherit=(fd,) if lock is None else (fd, lock),
+            budget_bytes=max_mem_bytes,
         )
     plan = Plan(plan_path)
     if asked is not None and JobIdentity.from_json(plan.head.job) != asked:
@@ -80,9 +83,16 @@ def inspect_checkpoint(src: Path, model: str | None = None) -> dict[str, Any]:
     return _ask({"task": "inspect", "src": str(src), "model": model})
 
 
-def _ask(request: dict[str, Any], inherit: Sequence[int] = ()) -> dict[str, Any]:
-    doing = "reading the checkpoint's metadata"
-    return ask("streamconv.planning", request, doing=doing, inherit=inherit)
+def _ask(
+    request: dict[str, Any], inherit: Sequence[int] = (), budget_bytes: int | None = None
+) -> dict[str, Any]:
+    return ask(
+        "streamconv.planning",
+        request,
+        doing="reading the checkpoint's metadata",
+        inherit=inherit,
+        budget_bytes=available_bytes()[0] if budget_bytes is None else budget_bytes,
+    )
 
 
 @contextlib.contextmanager
@@ -104,12 +114,21 @@ def read_checkpoint(src: Path, model: str | None) -> Checkpoint:
     """Read a checkpoint's metadata within what memory and time may be worth; for children only."""
     from streamconv import formats
 
-    with _limited_time(src):
-        with _limited_memory(PARSE_BYTES):
-            location = formats.find_model(src, model)
-            index_nbytes = location.index_nbytes
-        with _limited_memory(max(PARSE_BYTES, _PARSE_BYTES_A_BYTE * index_nbytes)):
-            return location.read()
+    most = PARSE_BYTES
+    try:
+        with _limited_time(src):
+            with _limited_memory(most):
+                location = formats.find_model(src, model)
+            most = max(PARSE_BYTES, _PARSE_BYTES_A_BYTE * location.index_nbytes)
+            with _limited_memory(most):
+                return location.read()
+    except MemoryNeededError:
+        raise
+    except MemoryError:
+        mine = memorylimit.limit()
+        if mine is not None and mine < most:
+            raise  # a larger budget would do
+        raise too_large(src) from None
 
 
 def _plan(request: dict[str, Any]) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from streamconv.dtypes import BY_NAME, DType
 from streamconv.errors import BadInputError, UnsafeInputError
 from streamconv.inputs import cannot_read, open_input, readable
 from streamconv.jsonfile import TEXT, mismatches, read_json, unique_keys
+from streamconv.memorylimit import too_much
 from streamconv.planned import INDEX, SINGLE
 from streamconv.stored import STEP_BYTES, pieces
 
@@ -76,6 +77,8 @@ def read_header(path: Path) -> dict[str, FileTensor]:
             at = t.end
         if at != size:
             raise ValueError(f"the tensors end at byte {at} of {size}")
+    except MemoryError:
+        raise too_much(str(path), length) from None
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise BadInputError(
             "this is no valid safetensors file", where=str(path), found=str(error)[:200]

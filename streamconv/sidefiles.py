@@ -58,7 +58,8 @@ _NAMES = (
     "*processing_*.py",
 )
 _ADAPTER = "adapter_config.json"
-_MAX_CONFIG_BYTES = 16 << 20
+# The longest ones known list what is not quantized, or the names of 21,000 classes: a megabyte.
+_MAX_CONFIG_BYTES = 4 << 20
 # transformers 5 writes ``dtype``, 4 wrote ``torch_dtype``; both read both.
 _DTYPE_KEYS = ("dtype", "torch_dtype")
 

@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -103,7 +103,7 @@ def plan_here(patch: pytest.MonkeyPatch) -> None:
     """Do as :func:`planned_here` for as long as ``patch`` is in force."""
     from streamconv import planning
 
-    def ask(request: dict[str, Any], inherit: Sequence[int] = ()) -> dict[str, Any]:
+    def ask(request: dict[str, Any], **_: object) -> dict[str, Any]:
         return planning._TASKS[request["task"]](request)
 
     patch.setattr(planning, "_ask", ask)

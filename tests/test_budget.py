@@ -15,10 +15,12 @@ import psutil
 import pytest
 import torch
 
-from streamconv import budget
-from streamconv.errors import BudgetError
+import streamconv
+from streamconv import budget, children, planning
+from streamconv.errors import BadInputError, BudgetError, UnsafeInputError
 from tests.makers.fsdp import Made
 from tests.makers.large import LargeMade, make_large
+from tests.makers.zips import E, Zip
 from tests.outputs import (
     differences,
     large_checkpoint,
@@ -256,6 +258,54 @@ def test_a_limit_of_open_files_is_kept(tmp_path: Path) -> None:
             [*few, *map(str, command), "-q"], capture_output=True, text=True, check=False
         )
         assert done.returncode == 0, done.stderr
+
+
+# --- metadata that says more than it weighs -----------------------------------------------------
+
+
+@pytest.fixture
+def in_150_mb(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A budget that a test can afford to exceed; this process, which has torch, counts for nothing."""
+    monkeypatch.setattr(children, "resident_bytes", lambda: 0)
+    monkeypatch.setattr(planning, "available_bytes", lambda: (150 * 10**6, "the test"))
+
+
+def test_a_pickle_that_needs_more_than_the_budget_is_named(in_150_mb: None, tmp_path: Path) -> None:
+    path = tmp_path / "model_world_size_1_rank_0.pt"
+    torch.save({"a.weight": torch.ones(2), "more": [{} for _ in range(10**6)]}, path)
+    with pytest.raises(BudgetError, match=r"rank_0\.pt says") as caught:
+        planning.inspect_checkpoint(tmp_path)
+    assert caught.value.where == str(path)
+    assert "--max-mem" in str(caught.value.hint)
+
+
+def test_what_no_budget_is_worth_is_unsafe(in_150_mb: None, tmp_path: Path) -> None:
+    """A memo index of two billion: the pickle is tiny, and its table is not."""
+    hostile = b"\x80\x02}r" + (2**31 - 1).to_bytes(4, "little") + b"."
+    raw = Zip([E("data.pkl", hostile), E("version", b"3\n")]).bytes()
+    (tmp_path / "model_world_size_1_rank_0.pt").write_bytes(raw)
+    with pytest.raises(UnsafeInputError, match="too much memory"):
+        planning.inspect_checkpoint(tmp_path)
+
+
+def test_a_config_that_nobody_writes_is_not_parsed(tmp_path: Path) -> None:
+    side = tmp_path / "huggingface"
+    side.mkdir()
+    torch.save({"a.weight": torch.ones(2)}, tmp_path / "model_world_size_1_rank_0.pt")
+    (side / "config.json").write_text('{"x": [' + "1," * 2_200_000 + "1]}")
+    with pytest.raises(UnsafeInputError, match=r"config\.json is too large"):
+        streamconv.plan(tmp_path)
+
+
+def test_a_lack_of_memory_is_not_taken_for_another_error() -> None:
+    """Libraries turn it into errors of their own, and what is refused for another reason is not one."""
+    for inside in (MemoryError(), RuntimeError("not enough memory: you tried to allocate")):
+        wrapped = BadInputError("cannot build")
+        wrapped.__cause__ = inside
+        assert isinstance(children._ran_out(wrapped), MemoryError)
+    refused = UnsafeInputError("too much")
+    refused.__context__, refused.__suppress_context__ = MemoryError(), True  # raised from None
+    assert children._ran_out(refused) is None
 
 
 # --- kept ------------------------------------------------------------------------------------

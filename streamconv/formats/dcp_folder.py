@@ -21,7 +21,7 @@ from streamconv.boxes import Box, Shape
 from streamconv.dtypes import DType
 from streamconv.errors import BadInputError, StreamconvError, UnsafeInputError
 from streamconv.formats.identity import evidence_of
-from streamconv.inputs import cannot_read, check_regular, open_input
+from streamconv.inputs import cannot_read, check_regular, open_input, readable
 from streamconv.source import GlobalTensor, Record, ShardLayout, ShardTable, SourceFile
 from streamconv.torchfile.archive import check_byteorder
 from streamconv.torchfile.dcp import DcpIndex, DcpTensor, Piece
@@ -32,6 +32,7 @@ from streamconv.torchfile.zipdir import ZipDirectory, read_directory
 
 INDEX = ".metadata"
 _MAX_INDEX_NBYTES = 512 << 20
+_STEP_NBYTES = 1 << 20
 _MAX_PICKLE_NBYTES = 1 << 16
 # Enough for what lies behind a record's data (some 700 bytes) and before the next one's.
 _AROUND_NBYTES = 4096
@@ -48,7 +49,7 @@ def source_files(folder: Path, root: Path) -> tuple[SourceFile, ...]:
     The index holds no checksums. That it names the save by a random id, since torch 2.3, says nothing
     of files that another save into the same folder wrote anew.
     """
-    digest = xxhash.xxh3_128_hexdigest(read_index_bytes(folder))
+    digest = hash_index(folder)
     index = (folder / INDEX).relative_to(root).as_posix()
     files = []
     for path in sorted(folder.glob("*.distcp")):
@@ -88,20 +89,38 @@ def older_index(folder: Path, files: Sequence[SourceFile]) -> tuple[str, ...]:
     return (notice,)
 
 
+def hash_index(folder: Path) -> str:
+    """Return the digest of the index, which need not fit into memory."""
+    path = folder / INDEX
+    digest = xxhash.xxh3_128()
+    try:
+        fd = open_input(path)
+    except OSError as error:
+        raise cannot_read(error, path) from error
+    with os.fdopen(fd, "rb", buffering=0) as stream, readable(path):
+        _check_size(path, os.fstat(fd).st_size)
+        while piece := stream.read(_STEP_NBYTES):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def _check_size(path: Path, nbytes: int) -> None:
+    if nbytes > _MAX_INDEX_NBYTES:
+        raise UnsafeInputError(
+            "the index is too large",
+            where=str(path),
+            expected=f"at most {_MAX_INDEX_NBYTES} bytes",
+            found=f"{nbytes} bytes",
+        )
+
+
 def read_index_bytes(folder: Path) -> bytes:
     """Return the index as it is stored."""
     path = folder / INDEX
     try:
         status = path.stat()
         check_regular(status.st_mode, path)
-        nbytes = status.st_size
-        if nbytes > _MAX_INDEX_NBYTES:
-            raise UnsafeInputError(
-                "the index is too large",
-                where=str(path),
-                expected=f"at most {_MAX_INDEX_NBYTES} bytes",
-                found=f"{nbytes} bytes",
-            )
+        _check_size(path, status.st_size)
         return path.read_bytes()
     except OSError as error:
         raise cannot_read(error, path) from error

@@ -42,7 +42,7 @@ _FOLDER = re.compile(r"mp_rank_(\d{2,})((?:_\d{3,}){0,2})", re.ASCII)
 _FILES = ("model.pt", "model_optim_rng.pt")
 _SUBFOLDERS = (".", "model")
 _OTHER_FOLDERS = ("optim", "rng_states", "extra")
-_MAX_CONFIG_NBYTES = 16 << 20
+_MAX_CONFIG_NBYTES = 4 << 20
 _OUTPUT = "output_layer.weight"
 
 

@@ -18,8 +18,10 @@ from streamconv.errors import BadInputError, UsageError
 from streamconv.formats.identity import evidence_of
 from streamconv.inputs import cannot_read, open_input, readable
 from streamconv.planned import INDEX, SINGLE
-from streamconv.safefile import FileTensor, read_header, read_index, weight_files
+from streamconv.safefile import MAX_HEADER_BYTES, FileTensor, read_header, read_index, weight_files
 from streamconv.source import GlobalTensor, ShardLayout, ShardTable, SourceFile
+
+_STEP_NBYTES = 1 << 20
 
 
 def identify(folder: Path) -> tuple[SourceFile, ...]:
@@ -80,11 +82,18 @@ def _identify(path: Path) -> SourceFile:
     with os.fdopen(fd, "rb") as stream, readable(path):
         stat = os.fstat(fd)
         prefix = stream.read(8)
-        header = stream.read(min(int.from_bytes(prefix, "little"), stat.st_size))
-    digest = xxhash.xxh3_128_hexdigest(prefix + header)
+        digest = xxhash.xxh3_128(prefix)
+        left = min(int.from_bytes(prefix, "little"), MAX_HEADER_BYTES)
+        while left and (piece := stream.read(min(left, _STEP_NBYTES))):
+            digest.update(piece)
+            left -= len(piece)
     # Absolute, for the plan's root is the checkpoint's.
     return SourceFile(
-        str(path.absolute()), stat.st_size, stat.st_mtime_ns, digest, evidence=evidence_of(path)
+        str(path.absolute()),
+        stat.st_size,
+        stat.st_mtime_ns,
+        digest.hexdigest(),
+        evidence=evidence_of(path),
     )
 
 

@@ -14,7 +14,7 @@ from streamconv.jsonfile import read_json
 
 _OWN = ("huggingface", "hf_config_and_tokenizer")
 _CONFIG = "config.json"
-_MAX_CONFIG_NBYTES = 16 << 20
+_MAX_CONFIG_NBYTES = 4 << 20
 
 
 def side_folder(*places: Path) -> Path | None:
@@ -41,7 +41,12 @@ def _is_model_config(file: Path) -> bool:
     if not file.is_file():
         return os.path.lexists(file)
     try:
-        config = read_json(file, most_bytes=_MAX_CONFIG_NBYTES)
+        # Inner objects become flags: nobody has limited this process's memory.
+        config = read_json(
+            file,
+            most_bytes=_MAX_CONFIG_NBYTES,
+            make=lambda pairs: any(name == "model_type" for name, _ in pairs),
+        )
     except (StreamconvError, OSError):
         return True
-    return isinstance(config, dict) and "model_type" in config
+    return config is True

@@ -11,15 +11,18 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import marshal
+import mmap
 import os
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import fields
 from pathlib import Path
 from typing import IO, Any
 
+from streamconv import memorylimit
 from streamconv.dtypes import BY_NAME
 from streamconv.errors import BadInputError, StreamconvError
 from streamconv.placements import Kind, Placement
@@ -65,9 +68,23 @@ class _Helper:
             close_fds=False,  # what this process was given to inherit (a lock) is handed on
         )
         assert self._process.stdin is not None  # noqa: S101 - PIPE
+        self._shared = contextlib.ExitStack()
+        self._shared.enter_context(self._share())
         request = marshal.dumps([(rank, str(path)) for rank, path in files])
         self._process.stdin.write(request)
         self._process.stdin.close()
+
+    def _share(self) -> AbstractContextManager[None]:
+        """Give the helper a part of what is left of the memory limit, before it reads a file.
+
+        This interpreter keeps what both have found, hence the larger part.
+        """
+        mine = memorylimit.limit()
+        if mine is None:
+            return contextlib.nullcontext()
+        share = max(1, mine - _private_bytes()) // 3
+        memorylimit.bind(share, self._process.pid)
+        return memorylimit.within(mine - share)
 
     def next(self, reader: RankReader, path: Path) -> RankFile:
         """Return what the helper found in its next file, which is ``path``."""
@@ -80,6 +97,8 @@ class _Helper:
                 found=signal.Signals(-code).name if code < 0 else f"exit code {code}",
                 hint="the file is damaged or hostile, or the machine is out of memory",
             )
+        if "memory" in answer:
+            raise memorylimit.MemoryNeededError(*answer["memory"])
         if "error" in answer:
             raise StreamconvError.from_json(answer["error"])
         self._specs += [reader.adopt(_spec_from_plain(s)) for s in answer["specs"]]
@@ -108,6 +127,7 @@ class _Helper:
     def __exit__(self, *exc: object) -> None:
         self._process.kill()
         self._process.wait()
+        self._shared.close()
         if self._process.stdout:
             self._process.stdout.close()
 
@@ -148,6 +168,12 @@ def _spec_from_plain(plain: tuple[Any, ...]) -> LocalSpec:
     )
 
 
+def _private_bytes() -> int:
+    """Return what counts against the limit by now."""
+    fields = Path("/proc/self/statm").read_text().split()
+    return int(fields[5]) * mmap.PAGESIZE
+
+
 def _serve(stdin: IO[bytes], stdout: IO[bytes]) -> None:
     """Be the second interpreter: read the files that are asked for, answer for one after the other."""
     reader = RankReader()
@@ -158,6 +184,13 @@ def _serve(stdin: IO[bytes], stdout: IO[bytes]) -> None:
             found = reader.read(Path(path), rank)
         except StreamconvError as error:
             _send(stdout, {"error": error.to_json()})
+            return
+        except MemoryError as error:
+            if isinstance(error, memorylimit.MemoryNeededError):
+                needed = error.where, error.nbytes, error.needed_bytes
+            else:
+                needed = path, Path(path).stat().st_size, memorylimit.PARSE_BYTES
+            _send(stdout, {"memory": needed})
             return
         same = names == (names := tuple(found.tensors))
         specs, *columns = zip(*found.tensors.values(), strict=True) if names else ((),) * 6

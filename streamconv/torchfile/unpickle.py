@@ -6,7 +6,8 @@ back is a tree of plain Python values and :mod:`streamconv.torchfile.inert` reco
 
 What this cannot prevent in process: memory (a memo index of 2**31, a bytearray of 2**40) and the depth
 of nested tuples. Both end in MemoryError or a crash of the process, so untrusted files are read
-in a child with RLIMIT_AS. With that limit a MemoryError comes out as UnsafeInputError like the rest.
+in a child with limits. A MemoryError then comes out as UnsafeInputError like the rest, or as
+MemoryNeededError where a larger budget would do.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from contextlib import contextmanager
 from typing import IO, TYPE_CHECKING, Literal, cast
 
 from streamconv.errors import BadInputError, UnsafeInputError
+from streamconv.memorylimit import too_much
 from streamconv.torchfile.allowlist import WEIGHTS, Globals
 from streamconv.torchfile.inert import (
     Frozen,
@@ -139,7 +141,7 @@ def load_inert(
             "tensors",
         ) from None
     except MemoryError:
-        raise UnsafeInputError("the pickle asks for too much memory", where=where) from None
+        raise too_much(where, len(data)) from None
     except _DAMAGE as error:
         raise BadInputError(
             "the pickle is damaged or truncated",

@@ -27,6 +27,7 @@ from streamconv.budget import resident_bytes
 from streamconv.build_plan import side_files
 from streamconv.children import serve
 from streamconv.dtypes import BY_TORCH, DType
+from streamconv.memorylimit import share_of, within
 from streamconv.options import JobOptions
 from streamconv.plan import Plan
 from streamconv.planning import read_checkpoint
@@ -78,7 +79,8 @@ def _check(request: dict[str, Any]) -> dict[str, Any]:
     if format_name != "fsdp":
         return answer.leave(wanted, f"torch has no reader for {format_name}").to_json()
     # Untrusted files: torch sees only what the strict reader has accepted.
-    checkpoint = read_checkpoint(src, job.model)
+    with within(share_of(request["budget_bytes"], resident_bytes(str(os.getppid())))):
+        checkpoint = read_checkpoint(src, job.model)
     if checkpoint.undecided or (len(checkpoint.files) > 1 and _all_plain(checkpoint.facts)):
         return answer.leave(wanted, "plain tensors on several ranks say no placement").to_json()
     if has_adapter(checkpoint.tensors):

@@ -28,7 +28,8 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from streamconv.boxes import Shape
-from streamconv.children import PARSE_BYTES, limited_memory
+from streamconv.children import limited_memory
+from streamconv.memorylimit import PARSE_BYTES
 
 # It warns of every mesh that there is no process group; none is wanted.
 logging.getLogger("torch.distributed.device_mesh").setLevel(logging.ERROR)
