@@ -224,10 +224,11 @@ def test_steps_that_only_a_link_leads_to_are_named(tmp_path):
     tree(run, f"global_step_1/{RANKS}", f".kept/global_step_3/{RANKS}")
     tree(disk, f"global_step_2/actor/{RANKS}")
     links = {"latest": "global_step_1", "global_step_2": disk / "global_step_2"}
-    links |= {"global_step_3": ".kept/global_step_3", "up": "..", "nowhere": "gone"}
+    links |= {"global_step_3": ".kept/global_step_3", "up": "..", "nowhere": "gone", "loop": "loop"}
     for name, target in links.items():
         (run / name).symlink_to(target)
     assert noticed(run) == ["global_step_2", "global_step_3"]
+    assert [c.step for c in discover(run)] == [1]
 
 
 def test_deep_steps_are_found(tmp_path):

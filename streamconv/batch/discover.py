@@ -144,8 +144,10 @@ def _folders(folder: Path) -> list[str]:
 
 
 def _links(folder: Path) -> list[str]:
+    """Return the links in ``folder`` that lead to folders."""
     with os.scandir(folder) as entries:
-        return sorted(e.name for e in entries if e.is_symlink() and e.is_dir())
+        # Not is_dir() of the entry: that raises for a link to itself.
+        return sorted(e.name for e in entries if e.is_symlink() and Path(e.path).is_dir())
 
 
 def step_number(name: str) -> int | None:
@@ -228,7 +230,7 @@ class _Walk:
     def name_links(self, found: Collection[Path]) -> None:
         """Name the checkpoints that only a link leads to."""
         for link in self._links:
-            target = link.resolve()
+            target = Path(os.path.realpath(link))
             if self._root.resolve().is_relative_to(target):
                 continue
             if any(target.is_relative_to(p) for p in self._avoid):

@@ -14,7 +14,6 @@ from __future__ import annotations
 import os
 import shutil
 import socket
-import time
 import uuid
 from collections.abc import Collection, Iterable
 from contextlib import suppress
@@ -22,6 +21,7 @@ from pathlib import Path
 
 from streamconv.batch import leases
 from streamconv.batch.leases import Lease
+from streamconv.batch.ready import file_clock_ns
 from streamconv.errors import StreamconvError
 
 _FOLDER = "pins"
@@ -96,17 +96,18 @@ def remove_left_behind(place: Path) -> None:
     if not folder.is_dir():
         return
     names = {p.name.removesuffix(_LEASE) for p in folder.iterdir()}
+    now_ns = file_clock_ns(folder) if names else 0
     for name in sorted(names):
         with suppress(OSError):
-            _remove_if_left(folder / name)
+            _remove_if_left(folder / name, now_ns)
 
 
-def _remove_if_left(pins: Path) -> None:
+def _remove_if_left(pins: Path, now_ns: int) -> None:
     path = pins.with_name(pins.name + _LEASE)
     if path.is_symlink() or pins.is_symlink():
         return
     if not path.exists():
-        if _idle_seconds(pins) >= _UNKNOWN_SECONDS:
+        if _idle_seconds(pins, now_ns) >= _UNKNOWN_SECONDS:
             shutil.rmtree(pins, ignore_errors=True)
         return
     lease = leases.take(path)
@@ -115,13 +116,13 @@ def _remove_if_left(pins: Path) -> None:
     # A lock of this very kernel tells for certain; one of another machine may not be seen here.
     here = path.read_text(errors="replace") == leases.boot_clock()[0]
     wait = _UNKNOWN_SECONDS if not lease.locked else 0.0 if here else _FREE_SECONDS
-    if _idle_seconds(path) >= wait:
+    if not wait or _idle_seconds(path, now_ns) >= wait:
         shutil.rmtree(pins, ignore_errors=True)
         lease.release()
 
 
-def _idle_seconds(path: Path) -> float:
-    return time.time() - path.lstat().st_mtime
+def _idle_seconds(path: Path, now_ns: int) -> float:
+    return (now_ns - path.lstat().st_mtime_ns) / 1e9
 
 
 def pin(

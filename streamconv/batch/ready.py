@@ -126,11 +126,13 @@ def file_clock_ns(folder: Path) -> int:
     The server of a network disk gives files their times; what is old by an earlier clock is old.
     """
     ours = time.time_ns()
-    path = folder / "clock"
+    path = folder / f".clock.{os.getpid()}"
     try:
         path.touch()
         os.utime(path)
-        return min(ours, path.stat().st_mtime_ns)
+        theirs = path.stat().st_mtime_ns
+        path.unlink(missing_ok=True)
+        return min(ours, theirs)
     except OSError:
         return ours
 
