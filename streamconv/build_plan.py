@@ -32,6 +32,7 @@ from streamconv.planwriter import PlanWriter
 from streamconv.recipe import Recipe
 from streamconv.sidefiles import (
     corrected_config,
+    corrected_tokenizer,
     declared_dtype,
     left_out,
     list_side_files,
@@ -82,6 +83,9 @@ def build_plan(
         )
     if lora is not None:
         _plan_adapter(made, lora, job, notices)
+    tokenizer, told = corrected_tokenizer(side)
+    made.texts += [tokenizer] if tokenizer else []
+    notices += told
     recipes = [p.recipe for _, group in made.placed for p in group]
     notices += [
         f"--keep-dtype {pattern} matches no tensor"
@@ -221,7 +225,8 @@ def _plan_model(
             config,
             dtype=planner.main_float_dtype(recipes, quantized),
             untie=bool(ties.kept),
-            known=model is not None,
+            tied=bool(model.tied) and not ties.kept if model is not None else None,
+            alike=model.reads_alike if model is not None else None,
             architecture=made.architecture,
             changes=made.config_changes,
         )

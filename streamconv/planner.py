@@ -11,7 +11,7 @@ import fnmatch
 import re
 from collections import Counter
 from collections.abc import Container, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from streamconv.boxes import Shape, contiguous_strides
 from streamconv.dtypes import BY_TORCH, DType
@@ -55,6 +55,9 @@ class Model(Protocol):
 
     def holds_transposed(self, module: str) -> bool | None:
         """Whether a module's weight is (in, out); None where there is no such module."""
+
+    def reads_alike(self, one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+        """Whether the library reads all that ``one`` says from the config ``other``, too."""
 
     def recipes(
         self, tensors: Mapping[str, tuple[Shape, DType]], layout: Layout = "hub"

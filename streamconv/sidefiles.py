@@ -10,13 +10,14 @@ import errno
 import fnmatch
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any
 
+from streamconv import version_4
 from streamconv.custom_code import code_of
 from streamconv.dtypes import BY_TORCH, DType
-from streamconv.errors import BadInputError, UnsafeInputError
+from streamconv.errors import BadInputError, StreamconvError, UnsafeInputError
 from streamconv.inputs import cannot_read, check_regular
 from streamconv.jsonfile import read_json
 from streamconv.planned import MANIFEST, SideFile, TextFile
@@ -198,17 +199,19 @@ def corrected_config(
     *,
     dtype: DType | None,
     untie: bool,
+    tied: bool | None = None,
     architecture: str | None = None,
-    known: bool = False,
+    alike: version_4.Alike | None = None,
     changes: Sequence[str] = (),
 ) -> tuple[TextFile | None, list[str]]:
     """Return config.json as it must be for these weights, and what was changed.
 
     None where it is right as it stands and can be copied byte for byte. ``dtype`` is the weights'
-    floating dtype; ``untie`` says that both of two tied weights are there because they differ;
+    floating dtype; ``untie`` says that both of two tied weights are there because they differ; ``tied``
+    whether the model ties any that are not, None where no model tells;
     ``architecture`` is the class whose weights these are, where it is certain: verl keeps the base
-    model's config for a critic; ``known`` says that transformers knows the model type; ``changes``
-    tell what of ``config`` is no longer as the file has it.
+    model's config for a critic; ``alike`` tells whether transformers, where it knows the model, reads
+    the same from two configs; ``changes`` tell what of ``config`` is no longer as the file has it.
     """
     changed = json.loads(json.dumps(config))
     notices = list(changes)
@@ -217,8 +220,8 @@ def corrected_config(
             f"config.json: architectures {changed.get('architectures')} became [{architecture!r}]"
         )
         changed["architectures"] = [architecture]
-    if known:
-        notices += _add_version_4_keys(changed)
+    if alike is not None:
+        notices += version_4.add_config_keys(changed, alike)
     parts = [("", changed)]
     parts += [
         (f"{key}.", changed[key])
@@ -231,29 +234,11 @@ def corrected_config(
         if untie and part.get("tie_word_embeddings", not where):
             part["tie_word_embeddings"] = False
             notices.append(f"config.json: {where}tie_word_embeddings became false")
+    if tied is not None:
+        notices += version_4.say_ties(changed, tied)
     if not notices:
         return None, []
-    return TextFile(
-        "config.json", json.dumps(changed, indent=2, ensure_ascii=False) + "\n"
-    ), notices
-
-
-def _add_version_4_keys(config: dict[str, Any]) -> list[str]:
-    """Say again under transformers 4's names what version 5 renamed; both then read one config.
-
-    Without them 4.57 takes its defaults in silence: 128 experts, and a rope_theta of 10000.
-    """
-    added = {}
-    if "num_local_experts" in config and "num_experts" not in config:
-        added["num_experts"] = config["num_local_experts"]
-    rope = config.get("rope_parameters")
-    if isinstance(rope, dict) and "rope_theta" in rope:
-        if "rope_theta" not in config:
-            added["rope_theta"] = rope["rope_theta"]
-        if "rope_scaling" not in config and rope.get("rope_type", "default") != "default":
-            added["rope_scaling"] = {k: v for k, v in rope.items() if k != "rope_theta"}
-    config |= added
-    return [f"config.json: {', '.join(added)} added for transformers 4"] if added else []
+    return _json_file("config.json", changed), notices
 
 
 def _correct_dtype(part: dict[str, Any], where: str, dtype: str) -> list[str]:
@@ -267,3 +252,24 @@ def _correct_dtype(part: dict[str, Any], where: str, dtype: str) -> list[str]:
             notices.append(f"config.json: {where}{key} {part[key]} became {dtype}")
             part[key] = dtype
     return notices
+
+
+def corrected_tokenizer(side: Iterable[SideFile]) -> tuple[TextFile | None, list[str]]:
+    """Return tokenizer_config.json as both versions of transformers read it, and what was changed.
+
+    None where it is right as it stands, is not there, or is no JSON.
+    """
+    name = version_4.TOKENIZER_CONFIG
+    path = next((Path(s.path) for s in side if s.name == name), None)
+    if path is None:
+        return None, []
+    try:
+        said = read_json(path, most_bytes=_MAX_CONFIG_BYTES)
+    except StreamconvError:
+        return None, []
+    changed, notices = version_4.tokenizer_config(said)
+    return (_json_file(name, changed), notices) if notices else (None, [])
+
+
+def _json_file(name: str, content: Any) -> TextFile:
+    return TextFile(name, json.dumps(content, indent=2, ensure_ascii=False) + "\n")

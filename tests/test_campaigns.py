@@ -123,3 +123,9 @@ def test_files_of_others(work: Path) -> None:
 
 def test_a_file_system_that_ignores_case(work: Path) -> None:
     assert "200 sets of names pretended" in sample("case_folding", 1, work)
+
+
+@pytest.mark.slow
+@pytest.mark.compat
+def test_configs_there_and_back(work: Path) -> None:
+    assert "configs that version 4 reads alike" in sample("version_4", 2, work)

@@ -67,30 +67,38 @@ def test_every_recipe_equals_save_pretrained(name, checkpoints, tmp_path):
 
 
 def assert_side_files(out: Path, made: Made) -> None:
-    """Every side file byte for byte; config.json but for what these weights and version 4 need."""
+    """Every side file byte for byte; the configs but for what these weights and version 4 need."""
     side = made.source / "huggingface"
     expected = {p.name: p.read_bytes() for p in side.iterdir()}
     found = {p.name: p.read_bytes() for p in out.iterdir() if p.suffix != ".safetensors"}
     found.pop(MANIFEST)
-    assert_config(
-        json.loads(expected.pop("config.json")), json.loads(found.pop("config.json")), made
-    )
-    assert found == expected
-
-
-def assert_config(before: dict, after: dict, made: Made) -> None:
-    """transformers 4 finds its old names beside the new ones, and nothing else has changed."""
+    before, after = (json.loads(files.pop("config.json")) for files in (expected, found))
     if made.recipe.arch == "tied_differs":
         assert before.pop("tie_word_embeddings") is True
         assert after.pop("tie_word_embeddings") is False
-    rope = before.get("rope_parameters", {})
+    assert_config(before, after)
+    name = "tokenizer_config.json"
+    expected[name] = expected[name].replace(b"TokenizersBackend", b"PreTrainedTokenizerFast")
+    assert json.loads(found.pop(name)) == json.loads(expected.pop(name))
+    assert found == expected
+
+
+def assert_config(before: dict, after: dict) -> None:
+    """transformers 4 finds its old names beside the new ones, and nothing else has changed."""
+    rope = before.get("rope_parameters") or {}
+    full = rope.get("full_attention", rope)
     added = {
         "num_experts": before.get("num_local_experts"),
-        "rope_theta": rope.get("rope_theta"),
-        "rope_scaling": {k: v for k, v in rope.items() if k != "rope_theta"},
+        "rope_theta": full.get("rope_theta"),
+        "rope_scaling": {k: v for k, v in full.items() if k != "rope_theta"},
+        "rope_local_base_freq": rope.get("sliding_attention", {}).get("rope_theta"),
     }
     for key in after.keys() - before.keys():
         assert after.pop(key) == added[key]
+    if "text_config" in before:
+        tied = [c["text_config"].pop("tie_word_embeddings", None) for c in (before, after)]
+        assert tied[1] in (tied[0], before.get("tie_word_embeddings"))
+        assert_config(before.pop("text_config"), after.pop("text_config"))
     assert after == before
 
 

@@ -683,7 +683,7 @@ def test_a_fifo_among_the_rank_files_is_refused(checkpoints, tmp_path):
 @pytest.mark.usefixtures("planned_here")
 def test_after_a_changed_source_the_same_command_starts_afresh(checkpoints, tmp_path, monkeypatch):
     source = copied(checkpoints["fsdp2"], tmp_path)
-    tokenizer = source / "huggingface" / "tokenizer_config.json"
+    tokenizer = source / "huggingface" / "tokenizer.json"
 
     def change(event: Event) -> None:
         if event.kind == "progress" and not tokenizer.read_text().endswith("\n\n"):
@@ -693,7 +693,7 @@ def test_after_a_changed_source_the_same_command_starts_afresh(checkpoints, tmp_
         convert(source, tmp_path / "out", on_event=change)
     assert not (tmp_path / "out").exists()
     convert(source, tmp_path / "out")
-    assert (tmp_path / "out" / "tokenizer_config.json").read_text().endswith("\n\n")
+    assert (tmp_path / "out" / "tokenizer.json").read_text().endswith("\n\n")
 
 
 # --- going on after a stop -----------------------------------------------------------------------

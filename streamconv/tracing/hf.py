@@ -106,6 +106,10 @@ class MetaModel:
         config = getattr(self._model.config, "vision_config", None)
         return config.to_dict() if config is not None else {}
 
+    def reads_alike(self, one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+        """Whether transformers reads all that ``one`` says from the config ``other``, too."""
+        return hf_build.reads_alike(one, other)
+
     @property
     def module(self) -> Any:
         """Return the model itself, a module on the meta device."""

@@ -194,23 +194,45 @@ def build(config: Mapping[str, Any], architecture: str) -> Any:
 
 def class_and_settings(config: Mapping[str, Any], architecture: str) -> tuple[Any, Any]:
     """Return the library's class ``architecture``, and its config object made of ``config``."""
-    from transformers.models.auto.configuration_auto import (
-        CONFIG_MAPPING_NAMES,
-        model_type_to_module_name,
-    )
-
-    model_type = str(config["model_type"])
-    package = importlib.import_module(
-        f"transformers.models.{model_type_to_module_name(model_type)}"
-    )
-    config_class = _member(package, CONFIG_MAPPING_NAMES[model_type])
-    model_class = _member(package, architecture)
-    settings = config_class(**{k: v for k, v in clean(config).items() if k != "model_type"})
+    settings = _settings(config)
+    model_class = _member(_package(config), architecture)
     if not isinstance(settings, model_class.config_class):
         # A text-only class of a multimodal model type takes the nested text config.
         nested = [c for c in vars(settings).values() if isinstance(c, model_class.config_class)]
         settings = nested[0] if len(nested) == 1 else settings
     return model_class, settings
+
+
+def reads_alike(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether the library reads all that ``one`` says from the config ``other``, too.
+
+    False where it does not know the model type, or refuses one of them.
+    """
+    try:
+        with refusing(str(one.get("model_type"))):
+            return _holds(_settings(other).to_dict(), _settings(one).to_dict())
+    except BadInputError:
+        return False
+
+
+def _holds(found: Any, wanted: Any) -> bool:
+    if isinstance(wanted, dict) and isinstance(found, dict):
+        return all(k in found and _holds(found[k], v) for k, v in wanted.items())
+    return bool(found == wanted)
+
+
+def _settings(config: Mapping[str, Any]) -> Any:
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    config_class = _member(_package(config), CONFIG_MAPPING_NAMES[str(config["model_type"])])
+    return config_class(**{k: v for k, v in clean(config).items() if k != "model_type"})
+
+
+def _package(config: Mapping[str, Any]) -> Any:
+    from transformers.models.auto.configuration_auto import model_type_to_module_name
+
+    module = model_type_to_module_name(str(config["model_type"]))
+    return importlib.import_module(f"transformers.models.{module}")
 
 
 def _construct(config: Mapping[str, Any], architecture: str) -> Any:

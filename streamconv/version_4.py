@@ -1,0 +1,133 @@
+"""Files that transformers 5 saved, so that transformers 4 (4.46 to 4.57) reads the same from them.
+
+Version 5 renamed settings, and version 4 takes its defaults for what it does not find, in silence. Both
+read a file that says it under both names. What is added must not change what version 5 reads.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+Config = dict[str, Any]
+Alike = Callable[[Mapping[str, Any], Mapping[str, Any]], bool]
+
+TOKENIZER_CONFIG = "tokenizer_config.json"
+
+# The ways of scaling that version 4 knows.
+_SCALINGS = frozenset({"linear", "dynamic", "yarn", "longrope", "llama3"})
+# Settings of the rotary embedding that stand beside rope_scaling and not in it.
+_BESIDE = ("rope_theta", "partial_rotary_factor")
+_GPT_NEOX = {"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"}
+
+
+def add_config_keys(config: Config, alike: Alike) -> list[str]:
+    """Say again under version 4's names what version 5 renamed, at every level; tell what was added.
+
+    ``alike`` tells whether version 5 reads the same from two configs: what it does not is left out.
+    """
+    notices = []
+    for where, part in _parts("", config):
+        added = {k: v for k, v in _older(part).items() if part.get(k) is None}
+        if not added:
+            continue
+        before = json.loads(json.dumps(config))
+        part |= added
+        if alike(before, config):
+            names = ", ".join(where + key for key in added)
+            notices.append(f"config.json: {names} added for transformers 4")
+        else:
+            for key in added:
+                del part[key]
+    return notices
+
+
+def say_ties(config: Config, tied: bool) -> list[str]:
+    """Say in each text_config whether the model is ``tied``, as its own config does; tell where.
+
+    Version 5 goes by the config of the whole model, 4 by that of its text part, which version 5 saves
+    with a default of its own. A config that 4 saved and that does not say it has the right default.
+    """
+    notices = []
+    of_5 = str(config.get("transformers_version")).startswith("5.")
+    for where, outer in (("", config), ("thinker_config.", config.get("thinker_config"))):
+        part = outer.get("text_config") if isinstance(outer, dict) else None
+        if not isinstance(part, dict):
+            continue
+        said = part.get("tie_word_embeddings")
+        if said is not tied and (of_5 or said is not None):
+            part["tie_word_embeddings"] = tied
+            notices.append(
+                f"config.json: {where}text_config.tie_word_embeddings became {str(tied).lower()}, "
+                "for transformers 4"
+            )
+    return notices
+
+
+def _parts(where: str, part: Config) -> Iterator[tuple[str, Config]]:
+    yield where, part
+    for key, value in part.items():
+        if isinstance(value, dict) and key.endswith("config"):
+            yield from _parts(f"{where}{key}.", value)
+
+
+def _older(part: Config) -> Config:
+    """Return what a part of a config says, under the names of version 4."""
+    found: Config = {}
+    if "num_local_experts" in part:
+        found["num_experts"] = part["num_local_experts"]
+    rope = part.get("rope_parameters")
+    if not isinstance(rope, dict) or part.get("rope_scaling") is not None:
+        return found  # where there is a rope_scaling, version 5 reads that, too
+    model_type = str(part.get("model_type"))
+    # Settings for each type of layer; others beside them count for nothing.
+    layers = {k: v for k, v in rope.items() if k.endswith("_attention") and isinstance(v, dict)}
+    if not layers:
+        return found | _flat(rope, model_type)
+    full, sliding = layers.get("full_attention", {}), layers.get("sliding_attention", {})
+    if model_type.startswith("modernbert"):
+        found["global_rope_theta"] = full.get("rope_theta")
+        found["local_rope_theta"] = sliding.get("rope_theta")
+    else:
+        found |= _flat(full, model_type)
+        if model_type.startswith("gemma3"):
+            found["rope_local_base_freq"] = sliding.get("rope_theta")
+    return {k: v for k, v in found.items() if v is not None}
+
+
+def _flat(rope: Config, model_type: str) -> Config:
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    names = _GPT_NEOX if model_type.startswith("gpt_neox") else {}
+    found = {names.get(k, k): rope[k] for k in _BESIDE if rope.get(k) is not None}
+    if kind in _SCALINGS or (kind == "default" and "mrope_section" in rope):
+        scaling = {k: v for k, v in rope.items() if k not in _BESIDE}
+        if model_type.startswith("phi3") and kind == "longrope":
+            # These three and no other, and the first by its old name.
+            scaling = {"type": kind} | {k: rope.get(k) for k in ("short_factor", "long_factor")}
+        found["rope_scaling"] = scaling
+    return found
+
+
+def tokenizer_config(said: Any) -> tuple[Any, list[str]]:
+    """Return what tokenizer_config.json has to say, and what was changed, nothing as a rule.
+
+    Version 5 has a name of its own for the class of tokenizers that ``tokenizers`` runs, and lists in
+    ``extra_special_tokens``, a dict to version 4, what both read as ``additional_special_tokens``.
+    """
+    if not isinstance(said, dict):
+        return said, []
+    changed, notices = dict(said), []
+    if said.get("tokenizer_class") == "TokenizersBackend":
+        changed["tokenizer_class"] = "PreTrainedTokenizerFast"
+        notices.append("tokenizer_class TokenizersBackend became PreTrainedTokenizerFast")
+    extra = said.get("extra_special_tokens")
+    if isinstance(extra, list):
+        # Of two lists version 5 takes its own, if there is anything in it.
+        tokens = extra or said.get("additional_special_tokens") or []
+        changed.pop("additional_special_tokens", None)
+        names = {"extra_special_tokens": "additional_special_tokens"}
+        changed = {names.get(k, k): v for k, v in changed.items()}
+        changed["additional_special_tokens"] = tokens
+        notices.append("the list in extra_special_tokens became additional_special_tokens")
+    return changed, [f"{TOKENIZER_CONFIG}: {n}, for transformers 4" for n in notices]
