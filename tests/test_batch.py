@@ -209,10 +209,11 @@ def test_a_failed_one_is_tried_again_by_the_next_batch_and_counted(scene):
     assert read_records(scene.out)[0].attempts == 0
 
 
-def test_while_watching_bad_input_is_not_tried_again_before_it_changes(scene):
+@pytest.mark.parametrize("pinning", [False, True])
+def test_while_watching_bad_input_is_not_tried_again_before_it_changes(scene, pinning):
     scene.step(10)
     scene.says(s10=["bad-input", "ok"])
-    batch = scene.batch()
+    batch = scene.batch(pin=pinning)
     assert batch.round().counts == {"failed": 1}
     assert batch.round().counts == {"failed": 1}
     assert len(scene.starts()) == 1

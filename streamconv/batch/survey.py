@@ -142,11 +142,7 @@ class Survey:
         if known and self._is_done(record):
             self.counts["done"] += 1
             return
-        if (
-            known
-            and record.state == "failed"
-            and self._hopeless.get(record.output) == scene(record)
-        ):
+        if known and self._is_hopeless(record):
             self.counts["failed"] += 1
             return
         if known and record.state == "pruned":
@@ -158,6 +154,9 @@ class Survey:
         except LockedError:
             self.counts["elsewhere"] += 1
 
+    def _is_hopeless(self, record: Record) -> bool:
+        return record.state == "failed" and self._hopeless.get(record.output) == scene(record)
+
     def _is_done(self, record: Record) -> bool:
         verified = record.verified is True or not self._run.verify
         return record.state == "done" and verified and is_intact(record)
@@ -168,6 +167,7 @@ class Survey:
         if not same:
             record.seen = {}
         unchanged = same and record.options == self._options
+        failed = unchanged and self._is_hopeless(record)
         if not unchanged or (record.evidence and not is_intact(record)):
             record.verified = None
         record.root, record.relative = str(self._root), c.relative.as_posix()
@@ -193,6 +193,7 @@ class Survey:
             verdict = Verdict(False, "it changed while it was looked at")
         digest = record.job = found[0].digest if found else ""
         if found and verdict.ready and record.content != (content := content_of(found[0])):
+            failed = False
             record.content, record.generation = content, self._generation
             record.written_ns = max(0, seen.newest_ns)
         if not verdict.ready:
@@ -200,6 +201,8 @@ class Survey:
             self.counts["waiting"] += 1
         elif digest and self._adopt(record, digest):
             self.counts["done"] += 1
+        elif digest and failed:
+            self.counts["failed"] += 1  # links to it came or went, and it is what it was
         else:
             record.state, record.reason = "queued", verdict.reason
             task = self._task(record, c)
