@@ -148,13 +148,12 @@ def convert_all(src: StrPath, dst: StrPath, **options: Any) -> dict[str, Result]
         )
     report = options.pop("report", None)
     page = Path(report) if report is not None else None
+    pages = {name: page and page.with_name(f"{page.stem}-{name}{page.suffix}") for name in names}
+    for path in pages.values():  # before the first of the models is converted
+        if path is not None:
+            askedfile.checked(path, askedfile.PAGE)
     return {
-        name: convert(
-            src,
-            Path(dst) / name,
-            **{**options, "model": name},
-            report=page and page.with_name(f"{page.stem}-{name}{page.suffix}"),
-        )
+        name: convert(src, Path(dst) / name, **{**options, "model": name}, report=pages[name])
         for name in names
     }
 

@@ -170,6 +170,15 @@ def test_a_place_that_takes_no_file_is_found_before_any_work(write, source, tmp_
     assert tree(tmp_path) == before
 
 
+def test_of_several_models_each_page_has_a_free_place_or_nothing_is_done(source, tmp_path):
+    shutil.copytree(source, source.with_name("critic"))
+    (tmp_path / "page-critic.html").write_text("mine")
+    before = tree(tmp_path)
+    with pytest.raises(OutputExistsError, match="not a report"):
+        streamconv.convert_all(source.parent, tmp_path / "out", report=tmp_path / "page.html")
+    assert tree(tmp_path) == before
+
+
 def test_a_plan_that_fails_leaves_nothing(source, tmp_path):
     (source / runs.RANK_FILE).write_bytes(b"PK")
     before = tree(tmp_path)
