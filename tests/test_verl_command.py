@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 import streamconv
 from streamconv.cli import conversion
 from streamconv.cli.app import app
-from streamconv.errors import BadInputError, UsageError
+from streamconv.errors import BadInputError, OutputExistsError, UsageError
 from tests.outputs import cast, differences, read_model, read_truth
 
 pytestmark = pytest.mark.usefixtures("planned_here")
@@ -200,3 +200,31 @@ def test_quantised_weights_and_their_scales_pass_through(checkpoints, tmp_path):
     for name in list(state)[:2]:
         raw = state[name].view(torch.uint8).numpy().tobytes()
         assert found[name].data == raw
+
+
+def test_advice_can_be_followed(tmp_path):
+    """verl's words have no --keep-dtype and no --hf-config: the advice names the command that has."""
+    src, out = tmp_path / "actor", tmp_path / "out"
+    src.mkdir()
+    merge = ["verl", "merge", "--backend", "fsdp", "--local_dir", src, "--target_dir", out]
+
+    def save(value: float) -> None:
+        weights = {"a.weight": torch.tensor([value], dtype=torch.float64)}
+        torch.save(weights, src / "model_world_size_1_rank_0.pt")
+
+    save(1e300)
+    with pytest.raises(BadInputError, match="does not fit") as caught:
+        command(*merge)
+    assert f"streamconv convert {src} {out} --dtype bfloat16" in caught.value.hint
+    save(1.0)
+    assert command(*merge).exit_code == 0
+    save(2.0)
+    with pytest.raises(OutputExistsError) as caught:
+        command(*merge)
+    assert "--overwrite" in caught.value.hint
+    assert "streamconv convert" not in caught.value.hint, "it is an option here, too"
+    assert command(*merge, "--overwrite").exit_code == 0
+    assert (
+        read_model(out)["a.weight"].data
+        == torch.tensor([2.0]).bfloat16().view(torch.uint8).numpy().tobytes()
+    )

@@ -6,14 +6,17 @@ streamconv's own it stands for.
 
 from __future__ import annotations
 
+import re
 import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from streamconv.cli.output import say, say_json, tell
-from streamconv.errors import UsageError
+from streamconv.errors import StreamconvError, UsageError
 from streamconv.shown import shown
 
 app = typer.Typer(
@@ -65,6 +68,7 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
 
 @app.command()
 def merge(
+    context: typer.Context,
     backend: Backend,
     local_dir: LocalDir,
     target_dir: Annotated[
@@ -86,6 +90,10 @@ def merge(
     trust_remote_code: TrustRemoteCode = False,
     use_cpu_initialization: UseCpuInitialization = False,
     max_mem: MaxMem = None,
+    overwrite: Annotated[
+        bool,
+        typer.Option("--overwrite", help="Replace another output; verl writes into any folder."),
+    ] = False,
     json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -98,6 +106,8 @@ def merge(
     command += ["--hf-config", str(hf_model_path)] if hf_model_path else []
     command += ["--hf-upload-path", hf_upload_path] if hf_upload_path else []
     command += ["--private"] if private else []
+    command += ["--max-mem", max_mem] if max_mem else []
+    command += ["--overwrite"] if overwrite else []
     if not (json or quiet):
         tell(f"this is: {shown(shlex.join(command))}")
     options: dict[str, Any] = {
@@ -105,16 +115,33 @@ def merge(
         "hf_config": hf_model_path,
         "max_mem": max_mem,
         "model": None,
+        "overwrite": overwrite,
     }
-    convert(
-        local_dir,
-        target_dir,
-        options,
-        json=json,
-        quiet=quiet,
-        upload_to=hf_upload_path,
-        private=private,
-    )
+    with _advice(context, command):
+        convert(
+            local_dir,
+            target_dir,
+            options,
+            json=json,
+            quiet=quiet,
+            upload_to=hf_upload_path,
+            private=private,
+        )
+
+
+@contextmanager
+def _advice(context: typer.Context, command: list[str]) -> Iterator[None]:
+    """Give advice that can be followed: options that verl's words lack belong to another command."""
+    try:
+        yield
+    except StreamconvError as error:
+        known = {name for p in context.command.params for name in p.opts}
+        named = re.findall(r"--[a-z][a-z_-]*", error.hint or "")
+        if any(name not in known for name in named):
+            error.hint = (
+                f"{error.hint}; an option of the command that this is: {shlex.join(command)}"
+            )
+        raise
 
 
 @app.command("test")
