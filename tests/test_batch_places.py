@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import shutil
+from pathlib import Path
 
 import pytest
 
-from streamconv.batch.settings import settings
-from streamconv.batch.state import Store
-from streamconv.errors import UsageError
+from streamconv.batch.cycle import Batch
+from streamconv.batch.settings import load, settings
+from streamconv.batch.state import FOLDER, STATUS, Store
+from streamconv.errors import StreamconvError, UsageError
 from tests.makers import runs
 from tests.scenes import Scene, cli
 
@@ -32,6 +34,54 @@ def test_an_output_takes_no_place_of_a_file_of_the_batch(scene, name, shared, wh
     assert f"where the batch keeps its {what}" in problem.what
     assert (made.exit_code, scene.starts()) == (2, [])
     assert scene.states() == {}
+    assert [p.name for p in scene.out.iterdir()] == [FOLDER], "nothing was written before"
+
+
+@pytest.mark.parametrize("option", ["report", "prometheus"])
+@pytest.mark.parametrize(
+    "place", ["weights", "beside weights", "rank file", "in a step", "jobs.toml"]
+)
+def test_what_tells_of_a_batch_takes_no_place_of_what_is_not_its_own(
+    scene, tmp_path, place, option
+):
+    scene.step(10)
+    scene.round()
+    scene.step(20)
+    jobs = tmp_path / "jobs.toml"
+    jobs.write_text(f'[[run]]\nroot = "{scene.run}"\noutput = "{scene.out}"\nmodel = "actor"\n')
+    path = {
+        "weights": scene.out / "global_step_10/model.safetensors",
+        "beside weights": scene.out / "global_step_10/new.html",
+        "rank file": scene.run / "global_step_10/actor" / runs.RANK_FILE,
+        "in a step": scene.run / "global_step_20/new.html",
+        "jobs.toml": jobs,
+    }[place]
+
+    def everything() -> dict[Path, bytes]:
+        return {p: p.read_bytes() for p in sorted(tmp_path.rglob("*")) if p.is_file()}
+
+    before = everything()
+    with pytest.raises(StreamconvError) as refused:
+        Batch(load(jobs, {option: path}), lambda *_: None)
+    assert refused.value.exit_code in (2, 8)
+    assert str(path) in str(refused.value)
+    assert everything() == before
+
+
+def test_a_status_that_is_not_ours_stays(scene):
+    scene.step(10)
+    scene.out.mkdir()
+    (scene.out / STATUS).write_text('{"status": "mine"}')
+    made = scene.batch().round()
+    assert made.exit_code == 8
+    assert (scene.out / STATUS).read_text() == '{"status": "mine"}'
+    assert [p.name for p in scene.out.iterdir()] == [STATUS]
+
+
+def test_a_report_without_a_suffix_has_its_pages_beside_it(scene, tmp_path):
+    scene.step(10)
+    scene.round(shared={"report": tmp_path / "report"})
+    assert (tmp_path / "report").is_file()
 
 
 def test_files_of_the_batch_may_lie_beside_the_outputs(scene):

@@ -21,7 +21,11 @@ from streamconv.batch.hooks import Hooks
 from streamconv.batch.leases import Lease
 from streamconv.batch.ledger import Ledger
 from streamconv.batch.pins import Holder
-from streamconv.batch.places import refuse_inside_checkpoint
+from streamconv.batch.places import (
+    MisplacedError,
+    refuse_inside_checkpoint,
+    refuse_inside_output,
+)
 from streamconv.batch.retention import Removal, Rule, resume_removals
 from streamconv.batch.rules import claim_rule
 from streamconv.batch.runner import Listener, Runner, What, backoff_seconds
@@ -108,6 +112,7 @@ class Batch:
                 askedfile.checked(path, kind)
                 for run in s.run:
                     refuse_inside_checkpoint(path, run.root, f"the {kind.word}")
+                refuse_inside_output(path, f"the {kind.word}")
 
     def round(self) -> Round:
         """Look at every run once, convert what is ready, apply retention."""
@@ -118,6 +123,9 @@ class Batch:
             Surveyed(run, store, self._look(run, store, made))
             for run, store in zip(self._settings.run, self._stores, strict=True)
         ]
+        misplaced = [p for p in made.problems if isinstance(p, MisplacedError)]
+        if misplaced:
+            return Round(problems=[*misplaced])  # before anything is written in that place
         surveys = [one.survey for one in runs if one.survey is not None]
         s = self._settings
         hooks = Hooks(s.on_done, s.on_error, parse_duration(s.hook_limit))

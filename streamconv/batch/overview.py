@@ -35,7 +35,10 @@ class Overview:
         place = store.output.name
         if len(self._stores) > 1:
             place = f"{self._stores.index(store) + 1}-{place}"
-        return self._path.with_suffix("") / place / f"{name}.html"
+        pages = self._path.with_suffix("")
+        if pages == self._path:  # which has no suffix to leave out
+            pages = self._path.with_name(f"{self._path.name}.pages")
+        return pages / place / f"{name}.html"
 
     def __enter__(self) -> Overview:
         self._timeline = Timeline()

@@ -13,6 +13,10 @@ from streamconv.errors import OutputExistsError, StreamconvError, UsageError
 from streamconv.planned import MANIFEST
 
 
+class MisplacedError(UsageError):
+    """A file of the batch's own would lie among what is converted or published."""
+
+
 def refuse_inside_checkpoint(output: Path, root: Path, what: str) -> None:
     """Refuse what lies in a checkpoint, or in a step of the run in ``root``.
 
@@ -51,11 +55,23 @@ def refuse_own_files(output: Path, names: Iterable[str], own: Mapping[Path, str]
     around = [o for f in files for o in f.parents if o in outputs]
     for path in sorted({*over, *around}):
         what = next(w for f, w in files.items() if path.is_relative_to(f) or f.is_relative_to(path))
-        raise UsageError(
+        raise MisplacedError(
             f"an output would be where the batch keeps its {what}",
             where=str(path),
             hint="choose another --name, or another place for that file",
         )
+
+
+def refuse_inside_output(path: Path, what: str) -> None:
+    """Refuse a file in a published output: retention would take it for somebody else's, and stop."""
+    for folder in path.resolve().parents:
+        if (folder / MANIFEST).is_file():
+            raise MisplacedError(
+                f"{what} lies in an output",
+                where=str(path),
+                found=str(folder),
+                hint="choose a path outside of it",
+            )
 
 
 def refusal_into_another(output: Path, root: Path) -> StreamconvError | None:
