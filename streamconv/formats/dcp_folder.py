@@ -33,6 +33,8 @@ from streamconv.torchfile.zipdir import ZipDirectory, read_directory
 INDEX = ".metadata"
 _MAX_INDEX_NBYTES = 512 << 20
 _STEP_NBYTES = 1 << 20
+# A small folder that is copied without its times gets them in any order, one right after the other.
+_AT_ONCE_NS = 1_000_000_000
 _MAX_PICKLE_NBYTES = 1 << 16
 # Enough for what lies behind a record's data (some 700 bytes) and before the next one's.
 _AROUND_NBYTES = 4096
@@ -77,7 +79,7 @@ def source_files(folder: Path, root: Path) -> tuple[SourceFile, ...]:
 
 def older_index(folder: Path, files: Sequence[SourceFile]) -> tuple[str, ...]:
     """Return a notice where files of records are newer than the index, which torch writes last."""
-    written = (folder / INDEX).stat().st_mtime_ns
+    written = (folder / INDEX).stat().st_mtime_ns + _AT_ONCE_NS
     newer = [Path(f.path).name for f in files if f.mtime_ns > written]
     if not newer:
         return ()
