@@ -57,7 +57,7 @@ def _acquire(path: Path, what: Path, wait_seconds: float) -> int:
             if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
                 raise
             if holder or time.monotonic() > deadline:
-                raise _locked(what, holder) from error
+                raise _locked(what, holder, None if holder else _orphan(path)) from error
             time.sleep(_POLL_SECONDS)
             continue
         if _same_file(fd, path):
@@ -95,13 +95,27 @@ def _no_lock_file(path: Path) -> OutputExistsError:
     )
 
 
-def _locked(what: Path, holder: int | None) -> LockedError:
+def _locked(what: Path, holder: int | None = None, orphan: int | None = None) -> LockedError:
+    found = f"process {holder}" if holder else None
+    hint = "wait for it to end, or choose another folder"
+    if orphan:
+        found = (
+            f"process {orphan}, which a run that was killed had started, and which has not ended"
+        )
+        hint = f"wait for it to end, or end it: kill -9 {orphan}"
     return LockedError(
-        "another process is writing this output",
-        where=str(what),
-        found=f"process {holder}" if holder else None,
-        hint="wait for it to end, or choose another folder",
+        "another process is writing this output", where=str(what), found=found, hint=hint
     )
+
+
+def _orphan(path: Path) -> int | None:
+    """Return a process of this machine that has inherited the lock, where it can be seen."""
+    for opened in Path("/proc").glob("[0-9]*/fd/*"):
+        with contextlib.suppress(OSError):
+            pid = int(opened.parts[2])
+            if pid != os.getpid() and str(opened.readlink()) == str(path):
+                return pid
+    return None
 
 
 def _same_file(fd: int, path: Path) -> bool:
@@ -164,7 +178,7 @@ def _without_file_locks(what: Path) -> int:
         except OSError as error:
             if error.errno != errno.EADDRINUSE or time.monotonic() > deadline:
                 held.close()
-                raise _locked(what, None) from error
+                raise _locked(what) from error
             time.sleep(_POLL_SECONDS)
             continue
         return held.detach()

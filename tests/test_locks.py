@@ -45,8 +45,9 @@ def test_a_child_that_outlives_its_killed_parent_keeps_the_lock(tmp_path, monkey
     done = subprocess.run([sys.executable, "-c", program, out], stdout=subprocess.PIPE, check=False)
     orphan = int(done.stdout)
     try:
-        with pytest.raises(LockedError), locked(out):
+        with pytest.raises(LockedError) as caught, locked(out):
             pass
+        assert f"process {orphan}, which a run that was killed had started" in caught.value.found
         os.kill(orphan, signal.SIGSTOP)
         with pytest.raises(LockedError), locked(out):
             pass

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,10 +12,11 @@ from typing import Any
 
 import pytest
 import torch
+import xxhash
 
 import streamconv
 from streamconv import convert_job, planning, userkey
-from streamconv.errors import OutputExistsError, SourceChangedError
+from streamconv.errors import DamagedPlanError, OutputExistsError, SourceChangedError
 from streamconv.options import Event
 from tests.makers.tiny import make_tiny, whole
 from tests.outputs import contents, read_model
@@ -328,3 +330,80 @@ def test_a_plan_of_another_job_is_not_executed(tiny, other, tmp_path, monkeypatc
     with pytest.raises(SourceChangedError, match="another job"):
         convert(tiny, out)
     assert not out.exists()
+
+
+# --- a plan is checked line by line -----------------------------------------------------------
+
+
+def _refitted(plan: Path, change: Callable[[list[dict[str, Any]]], None]) -> None:
+    """Edit the lines of a plan and make its digest fit, which anybody can."""
+    lines = [json.loads(line) for line in plan.read_text().splitlines()]
+    change(lines)
+    texts = [json.dumps(line, separators=(",", ":")) for line in lines[:-1]]
+    body = "".join(text + "\n" for text in texts[1:]).encode()
+    end = {"end": xxhash.xxh3_128_hexdigest(body), "lines": len(lines)}
+    plan.write_text("\n".join([*texts, json.dumps(end)]) + "\n")
+
+
+def _first(lines: list[dict[str, Any]], key: str) -> dict[str, Any]:
+    return next(line for line in lines if key in line)
+
+
+@pytest.mark.parametrize(
+    ("key", "change", "told"),
+    [
+        ("output", {"output": "../evil.safetensors"}, "not the name of an output file"),
+        ("output", {"output": "/tmp/evil.safetensors"}, "not the name of an output file"),
+        ("output", {"output": "modeling_evil.py"}, "does not end in .safetensors"),
+        ("output", {"nbytes": -1}, "a size is -1"),
+        ("output", {"tensors": 99}, "the number of tensors"),
+        ("file", {"file": "../../etc/passwd"}, "outside the checkpoint"),
+        ("file", {"file": "/etc/passwd"}, "outside the checkpoint"),
+        ("file", {"index": "../.metadata"}, "outside it"),
+        ("source", {"starts": [-1, 0, 0]}, "starts is -1"),
+        ("source", {"files": [9, 9, 9]}, "a file that there is not"),
+        ("source", {"dtype": "F99"}, "F99"),
+        ("tensor", {"at": [8, 56]}, "begins at 8"),
+        ("tensor", {"shape": [1, 6]}, "the header of"),
+        ("tensor", {"sources": [7]}, "KeyError"),
+        ("moves", {"moves": [[0, 0, 1 << 40, 0, [], []]]}, "elements are moved|past the end"),
+        ("moves", {"moves": [[0, 0, 0, 1 << 40, [[6, 1, 1]], []]]}, "reads past"),
+        ("job", {"job": {}}, "the job"),
+    ],
+)
+def test_a_crafted_plan_is_refused_and_writes_nothing(key, change, told, tiny, tmp_path):
+    plan, out = tmp_path / "place" / "plan.jsonl", tmp_path / "place" / "out"
+    plan.parent.mkdir()
+    shutil.copy(_tiny_plan(tiny), plan)
+    _refitted(plan, lambda lines: _first(lines, key).update(change))
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(DamagedPlanError) as caught:
+        convert_job.run_plan(plan, out, streamconv.RunOptions(sync=False))
+    assert caught.value.exit_code == 5
+    assert re.search(told, caught.value.found), caught.value.found
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def _tiny_plan(tiny: Path) -> Path:
+    path = tiny.parent / "plan.jsonl"
+    if not path.exists():
+        streamconv.plan(tiny, output=path, max_shard_size="1MB", layout="memory")
+    return path
+
+
+def test_side_files_of_a_plan_come_from_one_folder_under_their_own_names(tiny, tmp_path):
+    plan, secret = tmp_path / "plan.jsonl", tmp_path / "id_rsa"
+    secret.write_text("secret")
+    digest = xxhash.xxh3_128_hexdigest(secret.read_bytes())
+    for names in (["notes.txt"], ["id_rsa", "x/../id_rsa"]):
+        shutil.copy(_tiny_plan(tiny), plan)
+        side = [{"side": n, "path": str(secret), "nbytes": 6, "xxh3": digest} for n in names]
+
+        def add(lines: list[dict[str, Any]], side: list[dict[str, Any]] = side) -> None:
+            at = lines.index(_first(lines, "output"))
+            lines[at:at] = side
+
+        _refitted(plan, add)
+        with pytest.raises(DamagedPlanError):
+            convert_job.run_plan(plan, tmp_path / "out", streamconv.RunOptions(sync=False))
+        assert not (tmp_path / "out").exists()
