@@ -64,6 +64,10 @@ class Journal:
         os.close(fd)
         return True
 
+    def is_ours(self) -> bool:
+        """Whether a run of this user has begun the journal for this target, of whatever plan."""
+        return next(self._read(), None) is not None
+
     def _read(self) -> Iterator[tuple[dict[str, Any], str, int]]:
         """Yield what the lines say, with their seals and sizes, as far as the seals are right."""
         fd = newfile.reopen(self._path)

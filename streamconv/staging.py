@@ -161,13 +161,22 @@ class Staging:
     def discard(self) -> None:
         """Remove the staging folder and everything in it.
 
-        What says whose it is goes last: of a run that is killed right here nothing looks foreign.
+        The journal, which says whose it is, goes last: of a run that is killed right here nothing
+        looks foreign.
         """
         with contextlib.suppress(OSError):
             for path in self.root.iterdir():
                 if path.is_dir() and not path.is_symlink():
                     shutil.rmtree(path, ignore_errors=True)
+            for path in self.root.iterdir():
+                if path.name != JOURNAL:
+                    path.unlink()
         shutil.rmtree(self.root, ignore_errors=True)
+
+    def is_rest_of_ours(self) -> bool:
+        """Whether there is what a run of this user leaves that is killed while it discards the rest."""
+        names = {p.name for p in self.root.iterdir()} if self.root.is_dir() else {""}
+        return not names or (names == {JOURNAL} and self.journal.is_ours())
 
     def locate(self, name: str) -> Path:
         """Return where a finished file lies."""

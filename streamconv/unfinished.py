@@ -30,9 +30,13 @@ _LONGEST_NAME_LINE = 4096
 def discard_leftover(dst: Path, digest: str) -> None:
     """Remove what a run that was killed right after publishing left beside its output."""
     staging = Staging(dst, sync=False)
+    if staging.root.is_symlink():
+        return
     plan = staging.sealed_plan()
-    if plan is not None and plan.head.job["digest"] == digest:
+    same = plan is not None and plan.head.job["digest"] == digest
+    if plan is not None:
         plan.close()
+    if same or staging.is_rest_of_ours():
         staging.discard()
     # Otherwise it is another job's, begun with --overwrite: its own command finishes it.
 

@@ -137,6 +137,22 @@ def test_the_key_is_made_once_and_never_written_through_a_link(tmp_path, monkeyp
     assert victim.read_bytes() == bytes(32)
 
 
+@pytest.mark.usefixtures("planned_here")
+@pytest.mark.parametrize("left", [["plan.jsonl", "journal.jsonl"], ["journal.jsonl"], []])
+def test_what_a_run_leaves_that_is_killed_after_publishing_is_removed(
+    left, tiny, clean, tmp_path, monkeypatch
+):
+    out = tmp_path / "out"
+    folder = stopped(tiny, out, monkeypatch)
+    shutil.copytree(clean, out)
+    shutil.rmtree(folder / "files")
+    for path in folder.iterdir():
+        if path.name not in left:
+            path.unlink()
+    convert(tiny, out)
+    assert_is_tiny(out, clean)
+
+
 # --- what is not ours is not -----------------------------------------------------------------
 
 
