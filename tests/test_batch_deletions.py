@@ -12,7 +12,7 @@ import pytest
 
 from streamconv.batch import removal, retention, training
 from streamconv.batch.deletions import OutputFacts, SourceFacts, why_keep_output, why_keep_source
-from streamconv.batch.state import FOLDER, Store, read_records
+from streamconv.batch.state import FOLDER, Record, Store, read_records
 from tests.makers import runs
 from tests.scenes import Scene
 
@@ -597,3 +597,10 @@ def test_retention_and_training_agree_on_kinds(tmp_path):
     assert [r.name for r in retention.Rule(last=1).surplus(records)] == ["step_1100", "epoch_2"]
     a, b = (training.Step(tmp_path, "step", n, {"f": (1, n)}, n) for n in (1, 2))
     assert (training.is_later(b, a), training.is_later(a, b)) == (True, False)
+
+
+def test_a_record_that_the_disk_did_not_take_abandons_nothing():
+    """A full disk keeps an older record: without the look in which the content appeared."""
+    known = Record("20", "/out/20", run="r", step=20, state="done", generation=3, written_ns=5)
+    lost = Record("60", "/out/60", run="r", step=60, state="done")
+    assert retention.Rule(last=1).surplus([known, lost]) == []

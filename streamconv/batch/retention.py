@@ -97,9 +97,10 @@ def _is_abandoned(
     """Whether training went back to a step before this one, after it was written.
 
     It did where we saw an earlier step's content appear after this one's, or the tracker says so long
-    after. Times of files alone may come from a copy that was made in any order.
+    after. Times of files alone may come from a copy that was made in any order; and of a record that
+    the disk did not take, nobody knows when its content appeared.
     """
-    if record.step is None:
+    if record.step is None or (surely and not (record.generation and record.written_ns)):
         return False
     doubt = CLOCK_DOUBT_SECONDS * 1e9 if surely else 0
     if (
