@@ -250,3 +250,18 @@ def test_a_model_of_671_billion_parameters_is_described_in_little_memory() -> No
     assert tensors == 45_395
     assert seconds < 20
     assert peak_kib < 450 * 1024
+
+
+@pytest.mark.parametrize(("intermediate", "square"), [(24, 0), (16, 1), (32, 1)])
+def test_square_experts_that_transformers_transposes_by_shape(
+    intermediate: int, square: int
+) -> None:
+    """Qwen3-VL-MoE's are stored transposed, which version 5 sees by their shape alone."""
+    from tests.test_compat import MODELS
+
+    settings = MODELS["qwen3_vl_moe"][1]
+    text = settings["text_config"] | {"moe_intermediate_size": intermediate, "hidden_size": 32}
+    model = build_meta({"model_type": "qwen3_vl_moe", **settings, "text_config": text})
+    assert model is not None
+    _, notices = model.recipes({n: (shape, BF16) for n, shape in model.state_shapes.items()})
+    assert sum("are square" in n for n in notices) == square

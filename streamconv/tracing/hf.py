@@ -243,6 +243,8 @@ class MetaModel:
             made = self._hub_recipes(given, notices)
         made = [Recipe(r.name, r.dtype, hf_convert.rebase(r.view, original)) for r in made]
         _refuse_duplicates(made)
+        if layout == "hub":
+            notices += self._told_of_squares(made)
         return _in_source_order(made, list(tensors)), tuple(notices)
 
     def converter(
@@ -259,6 +261,22 @@ class MetaModel:
             return hf_convert.convert(self._model, {canonical[n]: t for n, t in given.items()})
 
         return convert
+
+    def _told_of_squares(self, made: Sequence[Recipe]) -> Iterator[str]:
+        """Tell of tensors that transformers transposes or not by their shape, and that are square."""
+        by_shape = hf_convert.transposed_by_shape(self._model)
+        square = [
+            r.name
+            for r in made
+            if len(set(r.view.shape[-2:])) == 1 and any(re.search(p, r.name) for p in by_shape)
+        ]
+        if square:
+            yield (
+                f"{len(square)} tensors (such as {square[0]}) are square, and transformers 5 goes by "
+                "the shape when it transposes them: it will not, and compute something else than was "
+                "trained (vLLM, SGLang and transformers 4 read them right; verify --forward "
+                "--reference tells)"
+            )
 
     def _hub_recipes(self, given: Headers, notices: list[str]) -> list[Recipe]:
         group_of = self._group_of(given)

@@ -36,6 +36,18 @@ class Group:
     converted: bool
 
 
+def transposed_by_shape(model: Any) -> list[str]:
+    """Return patterns of the tensors that the library transposes while loading where that fits."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    return [
+        pattern
+        for conversion in get_model_conversion_mapping(model, add_legacy=False)
+        if any(getattr(op, "check_dims", False) for op in getattr(conversion, "operations", ()))
+        for pattern in conversion.target_patterns
+    ]
+
+
 def attach_conversions(model: Any) -> None:
     """Give ``model`` the conversions that a model loaded from the Hub would have.
 
