@@ -1,8 +1,8 @@
 """kill -9 anywhere, then the same command: the same bytes, and before that all or nothing.
 
-Kills at every write, fsync and rename of ``run PLAN`` into a new folder, into an empty one and over
-an older output, at COUNT random system calls of ``run PLAN``, and at COUNT/20 random ones of
-``convert``.
+Kills at every write, fsync and rename of ``run PLAN`` into a new folder, into an empty one and over an
+older output, also where two folders cannot be swapped; at COUNT random system calls of ``run PLAN``,
+and at COUNT/20 random ones of ``convert``.
 """
 
 from __future__ import annotations
@@ -27,30 +27,41 @@ from scripts.campaigns.common import (
     scratch,
 )
 from scripts.campaigns.strace import Call
-from tests.outputs import INDEX
+from tests.outputs import INDEX, MANIFEST
+
+_SWAP = "renameat2"
 
 
 @dataclass(frozen=True)
 class Scene:
-    """A command and what was there before it: ``before`` is "", "empty" or "older"."""
+    """A command and what was there before it: ``before`` is "", "empty", "older" or "no swap".
+
+    The last is an older output on a file system that cannot swap two folders, as NFS cannot.
+    """
 
     command: tuple[object, ...]
     before: str
     expected: dict[str, bytes]
     older: Path
 
+    @property
+    def also(self) -> tuple[str, ...]:
+        return (f"inject={_SWAP}:error=EINVAL",) if self.before == "no swap" else ()
+
     def arguments(self, out: Path) -> tuple[object, ...]:
-        overwrite = ("--overwrite",) if self.before == "older" else ()
+        overwrite = ("--overwrite",) if self.before in ("older", "no swap") else ()
         return (*self.command, out, "--quiet", *overwrite)
 
     def set_up(self, out: Path) -> None:
         if self.before == "empty":
             out.mkdir()
-        if self.before == "older":
+        if self.before in ("older", "no swap"):
             shutil.copytree(self.older, out)
 
     def halfway(self, out: Path) -> str | None:
         """Return what is wrong with what a killed command left, None where nothing is."""
+        if self.before == "no swap":
+            return None if self._is_at_hand(out) else "neither the old output nor the new one"
         if not out.exists():
             return "the older output is gone" if self.before == "older" else None
         if is_complete(out, self.expected):
@@ -62,6 +73,21 @@ class Scene:
             return None
         return f"half an output: {sorted(names)}"
 
+    def _is_at_hand(self, out: Path) -> bool:
+        """Whether the older output is there, or the new one in its place and what is staged."""
+        if is_complete(out, contents(self.older)):
+            return True
+        staged = out.parent / f".{out.name}.streamconv" / "files"
+        places = [place for place in (out, staged) if place.is_dir()]
+        there = {
+            str(path.relative_to(place)): path.read_bytes()
+            for place in places
+            for path in place.rglob("*")
+            if path.is_file()
+        }
+        weights = {n: d for n, d in self.expected.items() if n != MANIFEST}
+        return weights.items() <= there.items()
+
 
 def campaign(work: Path, count: int, seed: int) -> Figures:
     every = strace.WRITING + strace.PLACING
@@ -70,7 +96,7 @@ def campaign(work: Path, count: int, seed: int) -> Figures:
     older = prepare(work, dtype="bfloat16").folder
     execute = Scene(("run", job.plan), "", job.expected, older)
     figures = Figures()
-    for before in ("", "empty", "older"):
+    for before in ("", "empty", "older", "no swap"):
         scene = replace(execute, before=before)
         points = _points(work, scene, every)
         if count < len(points):
@@ -94,9 +120,10 @@ def _points(work: Path, scene: Scene, names: tuple[str, ...]) -> list[Call]:
     with scratch(work) as folder:
         out = folder / "out"
         scene.set_up(out)
-        calls = strace.calls(*scene.arguments(out), names=names, about=folder.name if names else "")
+        about = folder.name if names else ""
+        calls = strace.calls(*scene.arguments(out), names=names, about=about, also=scene.also)
         if names:
-            return calls
+            return [c for c in calls if not (scene.also and c.name == _SWAP)]
         first = next(k for k, c in enumerate(calls) if f"{folder.name}/.out" in c.line)
         return calls[first:]
 
@@ -114,7 +141,7 @@ def _kill_once(work: Path, scene: Scene, call: Call) -> Figures:
         out = folder / "out"
         scene.set_up(out)
         command = scene.arguments(out)
-        outcome, _ = strace.struck(call, "signal=SIGKILL", *command)
+        outcome, _ = strace.struck(call, "signal=SIGKILL", *command, also=scene.also)
         where = f"{scene.before or 'new'} {command[0]}, {call}"
         if outcome.code == -9:
             figures.add("killed")

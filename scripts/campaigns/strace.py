@@ -42,17 +42,20 @@ def why_not() -> str | None:
     return None
 
 
-def calls(*command: object, names: Iterable[str] = (), about: str = "") -> list[Call]:
+def calls(
+    *command: object, names: Iterable[str] = (), about: str = "", also: Iterable[str] = ()
+) -> list[Call]:
     """Run a command and return its calls of ``names`` (all by default) that mention ``about``.
 
-    Descriptors are shown with the files that they stand for, so that a write mentions its file.
+    Descriptors are shown with the files that they stand for, so that a write mentions its file. What
+    ``also`` happens meanwhile is said in strace's words: ``inject=…``.
     """
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log"
-        traced = ",".join(names) or "all"
-        outcome = run(
-            *command, wrap=_strace("-y", "-s", "0", "-o", str(log), "-e", f"trace={traced}")
-        )
+        traced = ",".join((*names, *_struck_too(also))) if names else "all"
+        more = [word for what in also for word in ("-e", what)]
+        options = ("-y", "-s", "0", "-o", str(log), "-e", f"trace={traced}", *more)
+        outcome = run(*command, wrap=_strace(*options))
         if outcome.code != 0:
             raise RuntimeError(f"the command alone fails: {outcome.last_words}")
         lines = log.read_text(errors="replace").splitlines()
@@ -70,7 +73,9 @@ def calls(*command: object, names: Iterable[str] = (), about: str = "") -> list[
     return found
 
 
-def struck(call: Call, what: str, *command: object) -> tuple[Outcome, str]:
+def struck(
+    call: Call, what: str, *command: object, also: Iterable[str] = ()
+) -> tuple[Outcome, str]:
     """Run a command with ``what`` (``signal=SIGKILL``, ``error=EIO``) at one of its calls.
 
     Returns also the line of the call that failed: every thread and child counts for itself, so it may
@@ -78,11 +83,18 @@ def struck(call: Call, what: str, *command: object) -> tuple[Outcome, str]:
     """
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log"
+        traced = ",".join((call.name, *_struck_too(also)))
         inject = f"inject={call.name}:{what}:when={call.ordinal}"
-        options = ("-y", "-s", "0", "-o", str(log), "-e", f"trace={call.name}", "-e", inject)
+        options = ("-y", "-s", "0", "-o", str(log), "-e", f"trace={traced}", "-e", inject)
+        options += tuple(word for more in also for word in ("-e", more))
         outcome = run(*command, wrap=_strace(*options))
         lines = log.read_text(errors="replace").splitlines()
-    return outcome, next((line for line in lines if "(INJECTED)" in line), "")
+    return outcome, next((line for line in lines if "(INJECTED)" in line and call.name in line), "")
+
+
+def _struck_too(also: Iterable[str]) -> list[str]:
+    """Return the calls that ``also`` tampers with: strace tampers with none that it does not trace."""
+    return [what.removeprefix("inject=").partition(":")[0] for what in also]
 
 
 def _strace(*options: str) -> list[str]:
