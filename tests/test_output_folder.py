@@ -404,7 +404,10 @@ def test_a_terminated_process_says_so_and_resumes(large, tmp_path):
     out = tmp_path / "out"
     journal = tmp_path / ".out.streamconv" / "journal.jsonl"
     process = start(large.source, out, "--max-shard-size", "4MB", "--no-sync")
-    while process.poll() is None and not journal.exists():
+    # Its first line is there before a file is finished.
+    while process.poll() is None and not (
+        journal.exists() and journal.read_bytes().count(b"\n") > 2
+    ):
         time.sleep(0.005)
     process.terminate()
     _, err = process.communicate(timeout=60)
