@@ -122,12 +122,16 @@ def _short(value: Any) -> str:
 def _changes(
     part: dict[str, Any], other_names: set[str], path: tuple[str, ...] = ()
 ) -> Iterator[tuple[tuple[str, ...], Any]]:
+    nested = path or any(isinstance(v, dict) and k.endswith("config") for k, v in part.items())
     for key, value in part.items():
         here = (*path, key)
         if key in NOT_COMPARED or key in other_names:
             continue
-        if path and key == "tie_word_embeddings":
-            continue  # it would contradict the whole config's, which version 5 goes by
+        # One that contradicts another: version 5 goes by the whole config's, or by encoder_layers.
+        if (key == "tie_word_embeddings" and nested) or (
+            key == "num_hidden_layers" and "encoder_layers" in part
+        ):
+            continue
         if isinstance(value, dict) and key.endswith("config"):
             yield from _changes(value, other_names, here)
         elif key == "rope_scaling":
