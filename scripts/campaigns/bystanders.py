@@ -196,7 +196,8 @@ def _lay(scene: _Scene, figures: Figures) -> None:
     mine = [n for n in sorted(scene.ours) if (scene.root / n).is_file()]
     if mine and rng.random() < 0.15:
         name = rng.choice(mine)
-        if ".streamconv" not in name:  # what is at work is streamconv's own
+        # What is at work is streamconv's own, and a report or a plan is recognized by how it begins.
+        if ".streamconv" not in name and (scene.root / name).is_relative_to(scene.out):
             with (scene.root / name).open("ab") as stream:
                 stream.write(b"edited")
             scene.ours.discard(name)
