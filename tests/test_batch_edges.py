@@ -54,6 +54,23 @@ def test_the_newest_whole_step_is_kept_though_a_later_one_broke_off(scene):
     assert sources(scene) == ["global_step_20", "global_step_30"]
 
 
+def test_a_later_step_whose_bytes_are_damaged_is_none_to_train_on(scene, tmp_path):
+    """Its ends are as they should be: only the conversion reads all of it."""
+    scene.step(10)
+    weights = scene.run / "global_step_20/actor" / runs.RANK_FILE
+    runs.rank_file(weights)
+    whole = weights.read_bytes()
+    payload = bytes.fromhex("0000803f") * 16
+    assert payload in whole
+    weights.write_bytes(whole.replace(payload, payload[:-1] + b"@"))
+    runs.age(scene.run / "global_step_20")
+    made = scene.round(fake=False, verify=True, delete_sources=True, shared={"apply": True})
+    assert made.counts == {"converted": 1, "failed": 1}
+    (kept,) = made.removals
+    assert "global_step_20 will not do: actor could not be converted" in kept.refused
+    assert sources(scene) == ["global_step_10", "global_step_20"]
+
+
 def test_a_source_is_kept_while_another_batch_makes_its_output_again(scene):
     scene.step(10, 20)
     scene.round()

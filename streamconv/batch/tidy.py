@@ -18,6 +18,7 @@ from streamconv.batch.retention import (
 from streamconv.batch.settings import RunSettings
 from streamconv.batch.state import Record, Store, is_intact, read_records
 from streamconv.batch.survey import Survey
+from streamconv.errors import BadInputError, UnsafeInputError
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +105,7 @@ def _sources(
     around = Surroundings(
         job=one.run.job_options(),
         training=lambda c: survey.training[c.run_dir].why_needed(
-            c, lambda step: _stripped(step, known)
+            c, lambda step: _unfit(step, known)
         ),
         unfinished=lambda c, record: _unfinished(c, record, one, known),
         needed=tuple(needed),
@@ -117,15 +118,20 @@ def _sources(
     ]
 
 
+_BAD_INPUT = (BadInputError.exit_code, UnsafeInputError.exit_code)
 _Known = Sequence[tuple[Surveyed, Sequence[Record]]]
 
 
-def _stripped(step: Path, known: _Known) -> str:
-    """Return which source in a step was deleted already."""
+def _unfit(step: Path, known: _Known) -> str:
+    """Return why training cannot go on from a step: what was deleted of it, or found to be damaged."""
     for record in (r for _, records in known for r in records):
         source = Path(record.source)
-        if record.state == "done" and source.is_relative_to(step) and not source.exists():
+        if not source.is_relative_to(step):
+            continue
+        if record.state == "done" and not source.exists():
             return f"{source.name} was deleted"
+        if record.state == "failed" and (record.error or {}).get("exit_code") in _BAD_INPUT:
+            return f"{source.name} could not be converted: {record.reason}"
     return ""
 
 
