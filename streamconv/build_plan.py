@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from streamconv import adapters, formats, placing, planner, quantization
+from streamconv import adapters, formats, placing, planner, quantization, strays
 from streamconv.errors import BadInputError, SourceChangedError, UsageError
 from streamconv.identity import JobIdentity, job_identity
 from streamconv.jsonfile import read_json
@@ -131,7 +131,8 @@ def _check_config(folder: Path | None, side: Iterable[SideFile]) -> None:
 class _Output:
     """What goes into the output: first what it is made of, then what is made of that.
 
-    ``recipes`` are the model's. ``skipped`` are sources that are left out.
+    ``recipes`` are the model's. ``skipped`` are sources that are left out. ``prefix`` is what the names
+    begin with, of a model among several.
     """
 
     tensors: dict[str, GlobalTensor]
@@ -141,6 +142,7 @@ class _Output:
     config_changes: tuple[str, ...]
     recipes: list[Recipe]
     skipped: list[Skipped]
+    prefix: str = ""
     placed: list[tuple[OutputFile, list[placing.Placed]]] = field(default_factory=list)
     texts: list[TextFile] = field(default_factory=list)
     side_left_out: set[str] = field(default_factory=set)
@@ -170,11 +172,29 @@ def _sources(
             "no config.json: names and shapes could not be checked, and the output has none "
             "(--hf-config DIR names a folder that has it)"
         )
-    names = [*checkpoint.tensors, *checkpoint.undecided]
-    model = _model(config, names, job.layout, notices)
-    tensors = planner.decide_plain(checkpoint, model)
+    chosen, model, prefix = one_model(checkpoint, config, job, notices)
+    tensors = planner.decide_plain(chosen, model)
     architecture = model.architecture if model is not None and model.certain else None
-    return _Output({n: tensors[n] for n in names}, config, model, architecture, (), [], [])
+    tensors = {n: tensors[n] for n in (*chosen.tensors, *chosen.undecided)}
+    left = chosen.skipped[len(checkpoint.skipped) :]
+    return _Output(tensors, config, model, architecture, (), [], list(left), prefix=prefix)
+
+
+def one_model(
+    checkpoint: Checkpoint, config: Mapping[str, Any] | None, job: JobOptions, notices: list[str]
+) -> tuple[Checkpoint, planner.Model | None, str]:
+    """Return the checkpoint with one model in it, that model, and what its names begin with.
+
+    The user may have named it among several (:mod:`streamconv.strays`); a folder of that name was
+    found before.
+    """
+    model = _model(config, [*checkpoint.tensors, *checkpoint.undecided], job.layout, notices)
+    wanted = job.model if job.model != checkpoint.root.absolute().name else None
+    chosen, prefix = strays.choose(checkpoint, model.has if model is not None else None, wanted)
+    if model is not None and chosen is not checkpoint:
+        # Heads of the others must not betray a critic.
+        model = _model(config, [*chosen.tensors, *chosen.undecided], job.layout, [])
+    return chosen, model, prefix
 
 
 def _plan_model(
@@ -190,7 +210,7 @@ def _plan_model(
         _drop_value_head(made)
     if lora is not None:
         made.tensors = lora.with_tied(made.tensors, model)
-    recipes = made.recipes or _recipes(made.tensors, model, job, notices)
+    recipes = made.recipes or _recipes(made, job, notices)
     expected = planner.expected_shapes(model, job)
     recipes = quantization.with_names_of_weights(recipes, expected)
     quantized = quantization.find({r.name: (r.view.shape, r.dtype) for r in recipes}, expected)
@@ -344,16 +364,12 @@ def _model(
     return model
 
 
-def _recipes(
-    tensors: dict[str, GlobalTensor],
-    model: planner.Model | None,
-    job: JobOptions,
-    notices: list[str],
-) -> list[Recipe]:
+def _recipes(made: _Output, job: JobOptions, notices: list[str]) -> list[Recipe]:
+    tensors, model = made.tensors, made.model
     if not tensors:
         raise BadInputError("the checkpoint holds no tensor")
     if model is None:
-        return [planner.identity_recipe(n, t) for n, t in tensors.items()]
+        return [planner.identity_recipe(n.removeprefix(made.prefix), t) for n, t in tensors.items()]
     recipes, told = model.recipes({n: (t.shape, t.dtype) for n, t in tensors.items()}, job.layout)
     notices += told
     return list(recipes)

@@ -44,6 +44,9 @@ class Model(Protocol):
     def is_optional_unexpected(self, name: str) -> bool:
         """Whether the library ignores a tensor that it does not know."""
 
+    def has(self, name: str) -> bool:
+        """Whether a tensor of this name is the model's, whatever release or layout names it so."""
+
     def load(self, tensors: Mapping[str, tuple[Shape, DType]]) -> Loaded:
         """Return what the library makes of files that hold ``tensors``."""
 

@@ -84,6 +84,8 @@ def find_model(path: Path, model: str | None = None) -> Location:
     found = _in_folders(path)
     if model in found:
         return found[model]
+    if here and not found and here.module in (fsdp, dcp):
+        return here  # is it one of several in one checkpoint? Its names tell (streamconv.strays)
     if model is not None and (found or not _steps(path)):
         raise UsageError(
             f"there is no model {model!r} in this checkpoint",

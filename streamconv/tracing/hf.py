@@ -22,7 +22,7 @@ from streamconv.recipe import Recipe, SourceRef, View
 from streamconv.tracing import hf_build, hf_convert, hf_load
 from streamconv.tracing.hf_convert import Group
 from streamconv.tracing.hf_layout import Layout, decide
-from streamconv.tracing.hf_names import read_names
+from streamconv.tracing.hf_names import read_names, without_markers
 
 if TYPE_CHECKING:
     import torch
@@ -313,6 +313,11 @@ class MetaModel:
             if all(name in table for name in known):
                 return table
         return self._by_hub | self._by_memory
+
+    def has(self, name: str) -> bool:
+        """Whether a tensor of this name is the model's, in memory, on the Hub or in another release."""
+        name = without_markers(name)
+        return self._knows(name) or self._knows(self._rename(name))
 
     def _knows(self, name: str) -> bool:
         return name in self._by_memory or name in self._by_hub

@@ -71,15 +71,28 @@ def attach_conversions(model: Any) -> None:
 
 
 def _is_nested(prefix_change: Any, model: Any) -> bool:
-    """Whether a PrefixChange belongs to a submodel and not to ``model`` itself or its base model.
+    """Whether a PrefixChange belongs to a model of another family that ``model`` has inside.
 
-    A base model of a class of its own (Qwen2.5-Omni's thinker) has the scope "": what leads its files
-    into a larger model leads these out of their own.
+    Not to ``model`` itself nor to its base model: one of a class of its own (Qwen2.5-Omni's thinker)
+    has the scope "", and what leads its files into a larger model leads these out of their own. Nor to
+    a part of the same family: classes took the inside of their own tower (CLIP's for images), and
+    their files have no name of what is around it.
     """
-    if hasattr(prefix_change, "scope_prefix"):
-        return bool(prefix_change.scope_prefix)
-    # Releases without scopes (5.8) write the submodel's path into the prefix.
-    return prefix_change.model_prefix not in ("", model.base_model_prefix)
+    if not hasattr(prefix_change, "scope_prefix"):
+        # Releases without scopes (5.8) write the submodel's path into the prefix.
+        return prefix_change.model_prefix not in ("", model.base_model_prefix)
+    scope, base = prefix_change.scope_prefix, model.base_model_prefix
+    for path in filter(None, (scope, f"{base}.{scope}")) if scope else ():
+        try:
+            part = model.get_submodule(path)
+        except AttributeError:
+            continue
+        return _package(part) != _package(model)
+    return False
+
+
+def _package(model: Any) -> str:
+    return type(model).__module__.rpartition(".")[0]
 
 
 def _without_check(conversion: Any) -> Any:

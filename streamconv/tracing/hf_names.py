@@ -7,7 +7,7 @@ leave in front, and names that another release of transformers uses in memory.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 
@@ -39,7 +39,7 @@ def read_names(
     renamed = cache(rename)
     notices: list[str] = []
     canonical = {name: name for name in names}
-    canonical = _apply(canonical, _without_markers, "markers of wrapper modules", notices)
+    canonical = _apply(canonical, without_markers, "markers of wrapper modules", notices)
     prefix = _wrapper_prefix(canonical.values(), lambda n: known(n) or known(renamed(n)))
     if prefix:
         canonical = _apply(
@@ -58,13 +58,14 @@ def doubtful(names: Iterable[str]) -> list[str]:
     return [
         name
         for name in names
-        if name != _without_markers(name)
+        if name != without_markers(name)
         or name.startswith(("module.", "app.", "model.model."))
         or name.endswith((".experts.gate_up_proj", ".experts.down_proj"))
     ]
 
 
-def _without_markers(name: str) -> str:
+def without_markers(name: str) -> str:
+    """Return a name without the components that wrappers leave inside it."""
     return ".".join(part for part in name.split(".") if part not in _MARKERS)
 
 
@@ -96,6 +97,9 @@ def _wrapper_prefix(names: Iterable[str], resolves: Callable[[str], bool]) -> st
 
     best, most = "", resolved("")
     total = sum(amount for _, amount in samples)
+    for prefix in _common(name for name, _ in samples) if most < total else ():
+        if resolved(prefix) > most:
+            best, most = prefix, resolved(prefix)
     tried = [""]
     while tried and most < total:
         prefix = tried.pop(0)
@@ -108,6 +112,16 @@ def _wrapper_prefix(names: Iterable[str], resolves: Callable[[str], bool]) -> st
             if longer.count(".") < _MOST_WRAPPERS:
                 tried.append(longer)
     return best
+
+
+def _common(names: Iterable[str]) -> Iterator[str]:
+    """Yield the prefixes that all names have, shortest first: whatever a trainer calls its model."""
+    prefix = ""
+    for parts in zip(*(name.split(".")[:-1] for name in names), strict=False):
+        if len(set(parts)) > 1 or parts[0].isdigit():
+            return
+        prefix += f"{parts[0]}."
+        yield prefix
 
 
 def _renamed(

@@ -18,6 +18,7 @@ from functools import cache
 from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -43,7 +44,7 @@ def trace(inputs: Mapping[str, tuple[Shape, DType]], body: Body) -> dict[str, Re
     """
     recorder = _Recorder()
     given = {name: recorder.source(name, shape, dtype) for name, (shape, dtype) in inputs.items()}
-    with torch.no_grad(), recorder:
+    with torch.no_grad(), recorder, _ListsOfIndices():
         made = dict(body(given))
     return {name: recorder.recipe(name, tensor) for name, tensor in made.items()}
 
@@ -161,6 +162,28 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         names = list(dict.fromkeys(name for view in views for name in sources_of(view)))
         more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
         return ", ".join(names[:_NAMED]) + more or None
+
+
+class _ListsOfIndices(TorchFunctionMode):
+    """Takes ``tensor[:, [0, 3]]`` apart while the numbers are there: on meta, they are lost."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        if func is torch.Tensor.__getitem__:
+            tensor, index = args
+            items = index if isinstance(index, tuple) else (index,)
+            lists = [k for k, item in enumerate(items) if isinstance(item, list)]
+            plain = all(isinstance(i, slice | list) for i in items)
+            if len(lists) == 1 and plain and all(type(i) is int for i in items[lists[0]]):
+                (dim,) = lists
+                rest = tensor[tuple(slice(None) if k == dim else i for k, i in enumerate(items))]
+                return torch.cat([rest.narrow(dim, i, 1) for i in items[dim]], dim)
+        return func(*args, **(kwargs or {}))
 
 
 @cache

@@ -24,7 +24,7 @@ import torch
 from streamconv.adapters import has_adapter
 from streamconv.boxes import Shape
 from streamconv.budget import resident_bytes
-from streamconv.build_plan import side_files
+from streamconv.build_plan import one_model, side_files
 from streamconv.children import serve
 from streamconv.dtypes import BY_TORCH, DType
 from streamconv.memorylimit import share_of, within
@@ -86,12 +86,12 @@ def _check(request: dict[str, Any]) -> dict[str, Any]:
     if has_adapter(checkpoint.tensors):
         return answer.leave(wanted, "torch has no reader for LoRA adapters").to_json()
     files = RankFiles([checkpoint.root / f.path for f in checkpoint.files])
-    names = list(checkpoint.tensors)
     try:
-        headers = files.headers(names)
         folder, _ = side_files(checkpoint.root, checkpoint.side_dir, job)
         config = read_config(folder) if folder else None
-        conversion = _Conversion(config, headers, job)
+        chosen, _, prefix = one_model(checkpoint, config, job, [])
+        headers = files.headers(list(chosen.tensors))
+        conversion = _Conversion(config, headers, job, prefix)
         room = _free_bytes(request["budget_bytes"])
         tile = min(_MAX_TILE_BYTES, room // 6)
         comparison = _Comparison(conversion, _Output(Path(request["folder"])), tile, room, answer)
@@ -185,6 +185,7 @@ class _Conversion:
         config: Mapping[str, Any] | None,
         headers: Mapping[str, tuple[Shape, torch.dtype]],
         job: JobOptions,
+        prefix: str,
     ) -> None:
         from streamconv.tracing.hf import build_meta
         from streamconv.tracing.hf_convert import identity
@@ -193,9 +194,9 @@ class _Conversion:
             name: (shape, BY_TORCH[str(dtype).removeprefix("torch.")])
             for name, (shape, dtype) in headers.items()
         }
-        model = build_meta(config, list(given)) if config is not None else None
+        model = build_meta(config, list(given), job.layout) if config is not None else None
         if model is None:
-            made = [identity(n, n, *header) for n, header in given.items()]
+            made = [identity(n.removeprefix(prefix), n, *header) for n, header in given.items()]
         else:
             made = list(model.recipes(given, job.layout)[0])
         self.recipes: dict[str, Recipe] = {r.name: r for r in made}
