@@ -144,7 +144,7 @@ def choose(
     ``wanted`` is the model that the user has named, where that is not the folder. Raises
     :class:`UsageError` where there are several, or not this one.
     """
-    tensors = {**{n: pair[0] for n, pair in checkpoint.undecided.items()}, **checkpoint.tensors}
+    tensors = {**{n: u.copies for n, u in checkpoint.undecided.items()}, **checkpoint.tensors}
     skipped = dict(_counters(tensors, resolves))
     several = models_in([n for n in tensors if n not in skipped], resolves)
     labels = {prefix.rstrip(".") or _MAIN: prefix for prefix in several}

@@ -8,8 +8,8 @@ against the library itself: ``save_pretrained`` of the unsharded model, bit for 
 for bit; and the logits. A class is *right* when all of it is so; *equal when loaded* when names differ
 from ``save_pretrained``'s and what loads is the same; *refused* when streamconv says why; *wrong* else.
 
-``--write`` keeps the outcome of a run over all of them in bench/architectures.json, and README's
-statement with it; ``--readme`` writes the statement anew from what is kept.
+``--write`` keeps the outcome in bench/architectures.json, where it takes the place of an earlier one
+of the same classes, and README's statement with it; ``--readme`` writes the statement anew.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from streamconv.build_plan import build_plan
 from streamconv.convert_job import run_plan
 from streamconv.errors import StreamconvError
 from streamconv.options import JobOptions, RunOptions
-from tests.makers.architectures import Architecture, NotSmallError, architectures, build
+from tests.makers.architectures import TASKS, Architecture, NotSmallError, architectures, build
 from tests.makers.ranks import write_ranks
 
 RESULT = REPOSITORY / "bench" / "architectures.json"
@@ -210,43 +210,35 @@ def _quiet() -> Iterator[None]:
 # --- what a run amounts to ------------------------------------------------------------------------
 
 
-def summary(outcomes: Mapping[Architecture, Outcome]) -> dict[str, Any]:
-    """Return the outcome of a run as it is kept: figures, every type by verdict, every reason."""
-    types: dict[str, str] = {}
+def merged(kept: Mapping[str, Any], outcomes: Mapping[Architecture, Outcome]) -> dict[str, Any]:
+    """Return what is kept of a run: one line for each class, and of one tried again the last."""
+    lines = dict(kept.get("classes", {}))
     for architecture, outcome in outcomes.items():
-        if outcome.verdict != UNBUILT:
-            before = types.get(architecture.model_type, RIGHT)
-            types[architecture.model_type] = max(before, outcome.verdict, key=_VERDICTS.index)
-    tried = [o for o in outcomes.values() if o.verdict != UNBUILT]
-    return {
-        "transformers": transformers.__version__,
-        "classes": dict(Counter(o.verdict for o in outcomes.values())),
-        "logits compared": sum(o.logits for o in tried),
-        "tasks": {
-            task: dict(Counter(o.verdict for a, o in outcomes.items() if a.task == task))
-            for task in dict.fromkeys(a.task for a in outcomes)
-        },
-        "model types": {
-            verdict: sorted(t for t, v in types.items() if v == verdict)
-            for verdict in _VERDICTS[:4]
-        },
-        "not right": {
-            a.name: f"{o.verdict}: {o.reason}" for a, o in outcomes.items() if o.verdict != RIGHT
-        },
-    }
+        line = {"type": architecture.model_type, "for": architecture.task, "is": outcome.verdict}
+        lines[architecture.name] = line | ({"why": outcome.reason} if outcome.reason else {})
+    return {"transformers": transformers.__version__, "classes": dict(sorted(lines.items()))}
+
+
+def written(kept: Mapping[str, Any]) -> str:
+    """Return the file of what is kept, a class a line."""
+    lines = [f"  {json.dumps(name)}: {json.dumps(line)}" for name, line in kept["classes"].items()]
+    head = f'{{\n "transformers": {json.dumps(kept["transformers"])},\n "classes": {{\n'
+    return head + ",\n".join(lines) + "\n }\n}\n"
 
 
 def statement(kept: Mapping[str, Any]) -> str:
     """Return README's statement of what is supported."""
-    types, classes = kept["model types"], kept["classes"]
-    tried = sum(n for verdict, n in classes.items() if verdict != UNBUILT)
+    classes = kept["classes"].values()
+    tried = [c for c in classes if c["is"] != UNBUILT]
+    counts = Counter(c["is"] for c in classes)
     tried_with = (
-        f"Tried with transformers {kept['transformers']} (`python -m scripts.campaigns.architectures`"
-        f"): {sum(map(len, types.values()))} model types, {tried} classes, each on two ranks under its "
-        f"in-memory and under its Hub names. {classes.get(RIGHT, 0)} come out as `save_pretrained` "
-        "writes them, bit for bit, load with nothing missing and give the same logits; "
-        f"{classes.get(LOADED, 0)} have other names, mostly those of the released models, and load to "
-        f"the same; {classes.get(REFUSED, 0)} are refused; {classes.get(WRONG, 0)} are wrong."
+        f"Tried with transformers {kept['transformers']} by "
+        f"`python -m scripts.campaigns.architectures`: {len({c['type'] for c in tried})} model types, "
+        f"{len(tried)} classes, each on two ranks under its in-memory and under its Hub names. "
+        f"{counts[RIGHT]} come out as `save_pretrained` writes them, bit for bit, load with nothing "
+        "missing and, where they run on text or a picture alone, give the same logits; "
+        f"{counts[LOADED]} have other names, mostly those of the released models, and load to the "
+        f"same; {counts[REFUSED]} are refused; {counts[WRONG]} are wrong."
     )
     lines = [
         tried_with,
@@ -254,17 +246,18 @@ def statement(kept: Mapping[str, Any]) -> str:
         "| for | classes | right | equal when loaded | refused | wrong |",
         "|---|---|---|---|---|---|",
     ]
-    for task, counts in kept["tasks"].items():
-        amount = sum(n for verdict, n in counts.items() if verdict != UNBUILT)
-        cells = " | ".join(str(counts.get(v, 0)) for v in _VERDICTS[:4])
-        lines.append(f"| {task} | {amount} | {cells} |")
+    for task in TASKS:
+        verdicts = [c["is"] for c in tried if c["for"] == task]
+        cells = " | ".join(str(verdicts.count(v)) for v in _VERDICTS[:4])
+        lines.append(f"| {task} | {len(verdicts)} | {cells} |")
     for verdict in (LOADED, REFUSED, WRONG):
-        if types[verdict]:
-            lines += ["", f"{verdict.capitalize()}: {', '.join(types[verdict])}."]
+        names = sorted({c["type"] for c in tried if c["is"] == verdict})
+        if names:
+            lines += ["", f"{verdict.capitalize()}: {', '.join(names)}."]
     untried = (
-        f"{classes.get(UNBUILT, 0)} more could not be made small, want libraries that were not there, "
-        "or cannot be loaded from what they save. [bench/architectures.json](bench/architectures.json) "
-        "names every type and every reason."
+        f"{counts[UNBUILT]} more could not be made small, want libraries that were not there, or "
+        "cannot be loaded from what they save. [bench/architectures.json](bench/architectures.json) "
+        "names every class and every reason."
     )
     lines += ["", untried]
     return "\n".join(lines) + "\n"
@@ -325,8 +318,9 @@ def main() -> None:
         outcomes = sweep(Path(work), chosen)
     counts = Counter(o.verdict for o in outcomes.values())
     if options.write:
-        kept = summary(outcomes)
-        RESULT.write_text(json.dumps(kept, indent=1) + "\n")
+        before = json.loads(RESULT.read_text()) if RESULT.exists() else {}
+        kept = merged(before, outcomes)
+        RESULT.write_text(written(kept))
         README.write_text(readme_with(README.read_text(), kept))
     line = ", ".join(f"{counts[verdict]} {verdict}" for verdict in _VERDICTS)
     compared = sum(o.logits for o in outcomes.values())

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import transformers
 from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.models.auto import modeling_auto
@@ -137,14 +138,25 @@ class NotSmallError(Exception):
 
 
 def architectures() -> list[Architecture]:
-    """Return every class of :data:`TASKS` once, by model type."""
+    """Return every class of :data:`TASKS` once, with the model type that is its own."""
     found: dict[str, Architecture] = {}
     for task, table in TASKS.items():
         for model_type, names in getattr(modeling_auto, table).items():
             for name in names if isinstance(names, tuple | list) else (names,):
-                if model_type in CONFIG_MAPPING_NAMES:
-                    found.setdefault(name, Architecture(model_type, name, task))
+                known = found.get(name)
+                if model_type not in CONFIG_MAPPING_NAMES:
+                    continue
+                if known is None or (
+                    _is_home(model_type, name) and not _is_home(known.model_type, name)
+                ):
+                    found[name] = Architecture(model_type, name, known.task if known else task)
     return sorted(found.values(), key=lambda a: (a.model_type, a.name))
+
+
+def _is_home(model_type: str, name: str) -> bool:
+    """Whether a class comes from the package of a model type; others borrow it."""
+    module: str = transformers._class_to_module.get(name, "")
+    return module.split(".")[1:2] == [model_type_to_module_name(model_type)]
 
 
 def build(architecture: Architecture) -> PreTrainedModel:
