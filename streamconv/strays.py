@@ -33,6 +33,8 @@ _DEEPEST = 3
 # So much of a model makes another one of it; the rest may be tied, or buffers that are not averaged.
 _MUCH = 0.8
 _MAIN = "main"
+ANOTHERS = "another model's, not the one that --model names"
+"""Why a tensor is skipped where the user has named one of several models in one checkpoint."""
 
 Resolves = Callable[[str], bool]
 T = TypeVar("T")
@@ -167,7 +169,7 @@ def choose(
         # What else is below another model's prefix goes with it.
         below = next((p for p in several if p != prefix and p and name.startswith(p)), None)
         if name in others or below or (prefix and not name.startswith(prefix)):
-            skipped.setdefault(name, "another model's, not the one that --model names")
+            skipped.setdefault(name, ANOTHERS)
     if not skipped:
         return checkpoint, prefix
     kept = dataclasses.replace(

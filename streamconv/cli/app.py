@@ -85,7 +85,9 @@ HfConfig = Annotated[
 Model = Annotated[
     str | None,
     typer.Option(
-        "--model", metavar="NAME", help="Which model of a step folder: actor, critic, or all."
+        "--model",
+        metavar="NAME",
+        help="Which model of a step folder (actor, critic, or all) or of a checkpoint (ema).",
     ),
 ]
 Lora = Annotated[

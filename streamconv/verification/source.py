@@ -29,6 +29,7 @@ from streamconv.planning import make_plan
 from streamconv.reader import SourceReader
 from streamconv.records import RecordChecks
 from streamconv.safefile import FileTensor, read_folder
+from streamconv.strays import ANOTHERS
 from streamconv.verification.beside import file_problems
 from streamconv.verification.folder import manifest_of
 from streamconv.verification.report import Report
@@ -175,7 +176,10 @@ def _job(
         raise BadInputError(
             "the manifest names options that are not known", found=str(error)
         ) from error
-    return dataclasses.replace(made, hf_config=hf_config, model=_model(src, given.get("model")))
+    within = any(reason == ANOTHERS for _, reason in manifest.get("skipped", ()))
+    return dataclasses.replace(
+        made, hf_config=hf_config, model=_model(src, given.get("model"), within)
+    )
 
 
 def _same_config(folder: Path, digest: str | None) -> Path:
@@ -192,17 +196,20 @@ def _same_config(folder: Path, digest: str | None) -> Path:
     return folder
 
 
-def _model(src: Path, given: str | None) -> str | None:
-    """Return which model of ``src`` is meant: none where ``src`` is that model's own folder."""
+def _model(src: Path, given: str | None, within: bool) -> str | None:
+    """Return which model of ``src`` is meant: none where ``src`` is that model's own folder.
+
+    ``within`` says that it was one of several in one checkpoint.
+    """
     from streamconv import formats
 
-    if given is None:
-        return None
+    if given is None or within:
+        return given
     try:
-        formats.find_model(src, given)
+        location = formats.find_model(src, given)
     except UsageError:
         return None
-    return given
+    return given if location.root.absolute().name == given else None
 
 
 def _tensors(plan: Plan) -> Iterator[PlannedTensor]:
