@@ -171,6 +171,15 @@ def test_the_step_that_remains_has_all_that_training_needs(scene, names, broken)
     assert sources(scene) == [20]
 
 
+def test_a_step_that_could_not_be_converted_is_none_to_go_on_from(scene):
+    """Its files look whole at their ends, and are damaged between them."""
+    scene.step(10, 20, 30)
+    scene.says(s30=["bad-input"])
+    made = scene.round(**DELETING)
+    assert "global_step_30 will not do" in refusals(made)["global_step_20/actor"]
+    assert sources(scene) == [20, 30]
+
+
 def test_a_set_of_ranks_is_whole_by_what_its_names_say(scene):
     """Though the earlier step has lost its own optimizer, or never had one."""
     scene.step(10, 20)

@@ -59,7 +59,8 @@ class Rule:
         """Return the records that are not kept; one without a step always is.
 
         Training that went back to an earlier step has abandoned the later ones: they are not among the
-        last any more. Where that is not certain, both the last by number and the last by time are kept.
+        last by number any more. Those written last are kept in any case, and where it is not certain,
+        the last by number, too.
         """
         surplus = []
         for group in groups_of(records):
@@ -68,10 +69,17 @@ class Rule:
             perhaps = {r.step for r in group if _is_abandoned(r, group, tracker(r), surely=False)}
             live = steps - certain
             kept = self.kept(live) | self.kept(live - perhaps) | self.kept_for_every(steps)
+            told = [r for r in group if not _is_behind(r, tracker(r), CLOCK_DOUBT_SECONDS)]
+            kept |= self._last_written(told)
             if self.last is not None and len(live) < self.last:
                 kept |= set(sorted(steps - live)[len(live) - self.last :])
             surplus += [r for r in group if r.step is not None and r.step not in kept]
         return surplus
+
+    def _last_written(self, group: Iterable[Record]) -> set[int]:
+        """Return the steps that were written last, as we saw them appear."""
+        dated = [(r.generation, r.written_ns, r.step) for r in group if r.step is not None]
+        return {step for _, _, step in sorted(dated)[-self.last :]} if self.last else set()
 
     def kept_for_every(self, steps: Iterable[int]) -> set[int]:
         """Return the steps that ``every`` divides."""
@@ -102,13 +110,7 @@ def _is_abandoned(
     """
     if record.step is None or (surely and not (record.generation and record.written_ns)):
         return False
-    doubt = CLOCK_DOUBT_SECONDS * 1e9 if surely else 0
-    if (
-        tracker is not None
-        and record.written_ns
-        and tracker.step < record.step
-        and tracker.mtime_ns > record.written_ns + doubt
-    ):
+    if _is_behind(record, tracker, CLOCK_DOUBT_SECONDS if surely else 0.0):
         return True
     for other in group:
         if other.step is not None and other.step < record.step:
@@ -119,6 +121,17 @@ def _is_abandoned(
             if not surely and (seen_later or written_later):
                 return True
     return False
+
+
+def _is_behind(record: Record, tracker: Tracker | None, doubt_seconds: float) -> bool:
+    """Whether the tracker names an earlier step, so long after this one was written."""
+    return (
+        tracker is not None
+        and record.step is not None
+        and record.written_ns > 0
+        and tracker.step < record.step
+        and tracker.mtime_ns > record.written_ns + doubt_seconds * 1e9
+    )
 
 
 @dataclass(frozen=True, slots=True)

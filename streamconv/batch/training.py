@@ -157,10 +157,10 @@ class Training:
         """Look at all steps as they are now."""
         self._steps = steps_in(self._run_dir)
 
-    def why_needed(self, candidate: Candidate, stripped: Callable[[Path], str]) -> str:
+    def why_needed(self, candidate: Candidate, unfit: Callable[[Path], str]) -> str:
         """Return why training still needs a source, empty where a later step will do.
 
-        ``stripped`` returns what was deleted of a step.
+        ``unfit`` returns why a step is none to go on from, as far as that is known.
         """
         tracker = read_tracker(self._run_dir)
         if tracker is not None and tracker.step == candidate.step:
@@ -176,7 +176,7 @@ class Training:
             now = look_at_step(step.path)
             if now.digest != step.digest:
                 return f"{step.path.name} is being written"
-            reason = stripped(step.path) or self._why_not_whole(now, mine, others)
+            reason = unfit(step.path) or self._why_not_whole(now, mine, others)
             if not reason:
                 return ""
             reasons.append(f"{step.path.name} will not do: {reason}")
