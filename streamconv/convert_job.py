@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,6 +26,7 @@ from streamconv.errors import (
     UnfitValuesError,
 )
 from streamconv.executor import WindowFiller, write_output
+from streamconv.finished import missing_files, proven_output
 from streamconv.former import contents, former_output, is_empty, refuse_more, some
 from streamconv.identity import JobIdentity, job_identity, why_another
 from streamconv.manifest import read_manifest, write_manifest
@@ -81,18 +82,6 @@ def identify(src: Path, job: JobOptions) -> IdentifiedJob:
     return IdentifiedJob(location.root, side_dir, tuple(side), identity)
 
 
-def finished_output(dst: Path, digest: str) -> dict[str, Any] | None:
-    """Return the manifest of ``dst`` where it is the whole output of the job; None otherwise."""
-    try:
-        manifest = read_manifest(dst, entries=False)
-    except StreamconvError:
-        return None  # a damaged output is no whole one
-    if manifest is None:
-        return None
-    same = manifest["job"]["digest"] == digest
-    return manifest if same and _complete(dst, manifest) else None
-
-
 def refuse_others(dst: Path, job: JobIdentity, *, overwrite: bool) -> tuple[OldFile, ...]:
     """Return the files of a former output in ``dst``, which the job replaces.
 
@@ -104,27 +93,31 @@ def refuse_others(dst: Path, job: JobIdentity, *, overwrite: bool) -> tuple[OldF
     if overwrite:
         return former_output(dst)
     ours = os.path.lexists(dst / MANIFEST)
-    raise OutputExistsError(
+    what, found = (
         _which_job(dst, job)
         if ours
-        else "the output folder is not empty and was not made by streamconv",
+        else ("the output folder is not empty and was not made by streamconv", contents(dst))
+    )
+    raise OutputExistsError(
+        what,
         where=str(dst),
-        found=None if ours else some(contents(dst)),
+        found=some(found),
         hint="choose another folder, or replace it with --overwrite"
         if ours
         else "choose another folder, or move that away",
     )
 
 
-def _which_job(dst: Path, job: JobIdentity) -> str:
+def _which_job(dst: Path, job: JobIdentity) -> tuple[str, list[str]]:
+    """Return in words whose output lies there, and which of its files are not as they should be."""
     try:
         manifest = read_manifest(dst, entries=False)
     except StreamconvError as error:
-        return f"the output folder cannot be told from another job's: {error.what}"
+        return f"the output folder cannot be told from another job's: {error.what}", []
     before: Mapping[str, Any] = manifest["job"] if manifest is not None else {}
-    if before.get("digest") == job.digest:
-        return "the output folder is incomplete"
-    return f"the output folder is {why_another(before, job)}"
+    if manifest is not None and before.get("digest") == job.digest:
+        return "the output folder is incomplete", missing_files(dst, manifest)
+    return f"the output folder is {why_another(before, job)}", []
 
 
 def convert(src: Path, dst: Path, job: JobOptions, run: RunOptions) -> Result:
@@ -137,7 +130,12 @@ def convert(src: Path, dst: Path, job: JobOptions, run: RunOptions) -> Result:
     budget = _budget_bytes(run)
     dst = _target(dst, source.root, source.side_dir, job.lora.base)
     with _full_disk_told(dst), locked(dst) as lock, budgets.PeakMeter() as meter:
-        done, old = _preflight(dst, source.identity, run)
+
+        def plan_at(path: Path) -> Plan:
+            run.on_event(Event("phase", "plan"))
+            return make_plan(src, job, path, asked=source.identity, max_mem_bytes=budget, lock=lock)
+
+        done, old = _preflight(dst, source.identity, run, budget, plan_at)
         if done:
             return done
         staging = Staging(dst, sync=run.sync)
@@ -145,18 +143,9 @@ def convert(src: Path, dst: Path, job: JobOptions, run: RunOptions) -> Result:
         if plan is not None:
             plan.find_sources(source.root, source.side)
         else:
-            run.on_event(Event("phase", "plan"))
-            budgets.check_planning(budget)
             staging.begin()
             try:
-                plan = make_plan(
-                    src,
-                    job,
-                    staging.plan_path,
-                    asked=source.identity,
-                    max_mem_bytes=budget,
-                    lock=lock,
-                )
+                plan = plan_at(staging.plan_path)
             except BaseException:
                 staging.discard()
                 raise
@@ -182,21 +171,28 @@ def run_plan(plan_path: Path, dst: Path, run: RunOptions) -> Result:
     dst = _target(dst, Path(plan.head.root), side_dir)
     with _full_disk_told(dst), locked(dst), budgets.PeakMeter() as meter:
         job = JobIdentity.from_json(plan.head.job)
-        done, old = _preflight(dst, job, run)
+        root, side = Path(plan.head.root), plan.head.side
+
+        def plan_at(path: Path) -> Plan:
+            copy = _copied(plan, path)
+            copy.find_sources(root, side)
+            return copy
+
+        done, old = _preflight(dst, job, run, budget, plan_at)
         if done:
             return done
         staging = Staging(dst, sync=run.sync)
-        root, side = Path(plan.head.root), plan.head.side
         staged = staged_plan(staging, root, job, run, plan.digest)
         if staged is None:
             staging.begin()
             try:
-                staged = _copied(plan, staging.plan_path)
+                staged = plan_at(staging.plan_path)
             except BaseException:
                 staging.discard()
                 raise
             staging.seal(staged)
-        staged.find_sources(root, side)
+        else:
+            staged.find_sources(root, side)
         return _Conversion(staged, dst, run, budget, staging, meter, old).execute()
 
 
@@ -239,12 +235,16 @@ def _target(dst: Path, source: Path, *others: Path | None) -> Path:
 
 
 def _preflight(
-    dst: Path, job: JobIdentity, run: RunOptions
+    dst: Path,
+    job: JobIdentity,
+    run: RunOptions,
+    budget: int,
+    plan_at: Callable[[Path], Plan],
 ) -> tuple[Result | None, tuple[OldFile, ...]]:
     """Return a result where there is nothing to do, and the former output that is to be replaced."""
     digest = job.digest
     publication.finish(staging_path(dst), dst, sync=run.sync)
-    done = finished_output(dst, digest)
+    done = proven_output(dst, digest, run, budget, plan_at)
     if done is not None:
         discard_leftover(dst, digest)
         files = done["files"]
@@ -257,13 +257,6 @@ def _preflight(
         )
         return result, ()
     return None, refuse_others(dst, job, overwrite=run.overwrite)
-
-
-def _complete(dst: Path, manifest: dict[str, Any]) -> bool:
-    return all(
-        (dst / f["name"]).is_file() and (dst / f["name"]).stat().st_size == f["nbytes"]
-        for f in manifest["files"]
-    )
 
 
 @dataclass

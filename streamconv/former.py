@@ -16,10 +16,11 @@ from streamconv.errors import BadInputError, OutputExistsError, UnsafeInputError
 from streamconv.manifest import read_manifest
 from streamconv.planned import MANIFEST
 from streamconv.publication import PARTIAL, OldFile
+from streamconv.safefile import read_header
 from streamconv.writer import hash_file
 
 # Ours while a conversion is at work, and a file system's own.
-_NOT_OUTPUT = frozenset({".streamconv", ".streamconv.lock", PARTIAL, "lost+found"})
+NOT_OUTPUT = frozenset({".streamconv", ".streamconv.lock", PARTIAL, "lost+found"})
 # Whatever its time of change says, a file that a person may edit is read: it is soon done.
 _SMALL_BYTES = 64 << 20
 _SHOWN = 3
@@ -32,7 +33,7 @@ def is_empty(folder: Path) -> bool:
 
 def contents(folder: Path) -> list[str]:
     """Return the names of what lies in a folder, but for what a conversion into it keeps there."""
-    return sorted(path.name for path in folder.iterdir() if path.name not in _NOT_OUTPUT)
+    return sorted(path.name for path in folder.iterdir() if path.name not in NOT_OUTPUT)
 
 
 def some(names: list[str]) -> str:
@@ -98,7 +99,7 @@ def _walk(folder: Path, into: Collection[str]) -> Iterator[tuple[str, os.stat_re
     while left:
         for path in sorted(left.pop().iterdir()):
             name = path.relative_to(folder).as_posix()
-            if name in _NOT_OUTPUT:
+            if name in NOT_OUTPUT:
                 continue
             status = path.lstat()
             yield name, status
@@ -109,12 +110,27 @@ def _walk(folder: Path, into: Collection[str]) -> Iterator[tuple[str, os.stat_re
 def _was_changed(
     path: Path, status: os.stat_result, entry: dict[str, Any], written_ns: int
 ) -> bool:
-    if not stat.S_ISREG(status.st_mode) or status.st_size != entry["nbytes"]:
+    if not stat.S_ISREG(status.st_mode):
         return True
+    if status.st_size != entry["nbytes"]:
+        return status.st_size > entry["nbytes"] or not _is_cut_off(path, status.st_size)
     # The manifest was written last: what is older than it is as it was then.
     if status.st_mtime_ns <= written_ns and status.st_size > _SMALL_BYTES:
         return False
     return bool(hash_file(path) != entry["xxh3_128"])
+
+
+def _is_cut_off(path: Path, size: int) -> bool:
+    """Whether a file is what damage leaves, and nobody's work: empty, or weights without their end."""
+    if size == 0:
+        return True
+    try:
+        read_header(path)
+    except BadInputError:
+        return path.suffix == ".safetensors"
+    except (UnsafeInputError, OSError):
+        return False
+    return False
 
 
 def _refuse(folder: Path, names: list[str], what: str) -> None:

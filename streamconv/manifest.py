@@ -22,6 +22,7 @@ from streamconv.jsonfile import COUNT, FLAG, NUMBER, TEXT, Leaf, mismatches, rea
 from streamconv.outputname import is_output_name
 from streamconv.plan import Plan
 from streamconv.planned import MANIFEST
+from streamconv.userkey import Sealer, same_seal, user_key
 
 # A million tensors; whoever needs less memory than that checks the file's size before.
 MAX_MANIFEST_BYTES = 256 << 20
@@ -76,6 +77,7 @@ _SHAPE: dict[str, Any] = {
         "budget_bytes?": COUNT,
         "read_bytes?": COUNT,
         "source?": TEXT,
+        "seal?": TEXT,
     },
 }
 
@@ -127,6 +129,22 @@ def read_manifest(folder: Path, *, entries: bool = True) -> dict[str, Any] | Non
     return manifest
 
 
+def is_ours(manifest: Mapping[str, Any]) -> bool:
+    """Whether a run of this user wrote the manifest: its job and the hashes of its files.
+
+    Neither another user nor another machine has the key, nor this one where it was lost.
+    """
+    seal = manifest.get("run", {}).get("seal", "")
+    return same_seal(seal, _seal(manifest["job"]["digest"], manifest["files"]))
+
+
+def _seal(job_digest: str, files: Iterable[Mapping[str, Any]]) -> str:
+    """Return what proves who wrote an output; its place takes no part, as it may be moved."""
+    rows = json.dumps([[f["name"], f["nbytes"], f["xxh3_128"]] for f in files])
+    # Of any release: an output outlives the one that wrote it.
+    return Sealer(user_key(), "output").seal("output", job_digest.encode(), rows.encode())
+
+
 def write_manifest(
     path: Path,
     plan: Plan,
@@ -140,7 +158,8 @@ def write_manifest(
     """Write the manifest of a finished output.
 
     ``finished`` are the weight files, ``digests`` returns those of the tensors of one of them, ``side``
-    are the other files as (name, bytes, xxh3_128), ``run`` the timings, budget and peak of this run.
+    are the other files as (name, bytes, xxh3_128), ``run`` the timings, budget and peak of this run,
+    which are sealed with the user's key.
     """
     head = plan.head
     files: list[dict[str, Any]] = [
@@ -158,6 +177,7 @@ def write_manifest(
         "skipped": [[s.name, s.reason] for s in head.skipped],
         "files": sorted(files, key=lambda f: str(f["name"])),
     }
+    sealed = {**run, "seal": _seal(head.job["digest"], top["files"])}
     with path.open("w", encoding="utf-8") as out:
         text = json.dumps(top, indent=1, ensure_ascii=False)
         out.write(text[: text.rindex("\n}")] + ',\n "tensors": {')
@@ -176,7 +196,7 @@ def write_manifest(
                 }
                 out.write(f"{separator}  {json.dumps(t.name)}: {json.dumps(entry)}")
                 separator = ",\n"
-        out.write(f'\n }},\n "run": {json.dumps(dict(run))}\n}}\n')
+        out.write(f'\n }},\n "run": {json.dumps(sealed)}\n}}\n')
         out.flush()
         if sync:
             os.fsync(out.fileno())

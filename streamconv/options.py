@@ -124,7 +124,9 @@ class JobOptions:
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """Something that happened: ``phase`` (plan, resume, write, publish), ``progress`` or ``notice``.
+    """Something that happened: ``phase``, ``progress`` or ``notice``.
+
+    The phases are plan, compare, resume, write and publish.
 
     ``facts`` are JSON-able: ``progress`` has ``done_bytes``, ``total_bytes`` (of the output),
     ``reused_bytes`` (what of the former an earlier run did),

@@ -31,8 +31,9 @@ from streamconv.batch.settings import RunSettings
 from streamconv.batch.state import FOLDER, Record, Store, file_name, is_intact
 from streamconv.batch.tasks import UNCOMPARED, Task, take_over_finished
 from streamconv.batch.training import Stillness, Training
-from streamconv.convert_job import IdentifiedJob, finished_output, identify, refuse_others
+from streamconv.convert_job import IdentifiedJob, identify, refuse_others
 from streamconv.errors import LockedError, StreamconvError, UsageError
+from streamconv.finished import finished_output
 from streamconv.identity import JobIdentity, chosen_options
 from streamconv.inputs import cannot_read
 from streamconv.lora_plan import base_inputs
@@ -241,9 +242,12 @@ class Survey:
         return None
 
     def _adopt(self, record: Record, digest: str) -> bool:
-        """Take an output for done whose record was lost, or whose source only looks different."""
+        """Take an output for done whose record was lost, or whose source only looks different.
+
+        One that nothing proves to be ours is a task: its conversion compares it with the source.
+        """
         wanting = self._run.verify and record.verified is not True
-        return not wanting and take_over_finished(record, digest)
+        return not wanting and take_over_finished(record, digest, sealed=True)
 
     def _task(self, record: Record, c: Candidate) -> Task:
         root = self._run.root.absolute()

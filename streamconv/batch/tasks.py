@@ -8,8 +8,9 @@ from typing import Any
 
 from streamconv.batch.discover import Candidate
 from streamconv.batch.state import Record, Store
-from streamconv.convert_job import finished_output
 from streamconv.errors import StreamconvError
+from streamconv.finished import finished_output
+from streamconv.manifest import is_ours
 from streamconv.options import JobOptions
 
 UNCOMPARED = "its source went away before it was compared with it"
@@ -52,13 +53,18 @@ class Task:
         return self.record.output
 
 
-def take_over_finished(record: Record, digest: str, reason: str = "") -> bool:
-    """Take an output for done that is the whole one of the job ``digest``; else do nothing."""
+def take_over_finished(
+    record: Record, digest: str, reason: str = "", *, sealed: bool = False
+) -> bool:
+    """Take an output for done that is the whole one of the job ``digest``; else do nothing.
+
+    ``sealed``: only where a run of this user proves to have written it.
+    """
     if not digest:
         return False
     try:
         manifest = finished_output(Path(record.output), digest)
-        if manifest is None:
+        if manifest is None or (sealed and not is_ours(manifest)):
             return False
         record.take_over(manifest, reason)
     except (StreamconvError, OSError):

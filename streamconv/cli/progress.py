@@ -26,6 +26,7 @@ Listener = Callable[[Event], None]
 _LINE_EVERY_SECONDS = 5.0
 _PHASES = {
     "plan": "planning",
+    "compare": "comparing what lies there with the source",
     "resume": "checking what an earlier run finished",
     "write": "writing",
     "publish": "putting the output in its place",

@@ -14,6 +14,7 @@ from typing import Any
 
 import xxhash
 
+from streamconv.former import NOT_OUTPUT
 from streamconv.inputs import readable
 from streamconv.plan import Plan
 from streamconv.planned import MANIFEST
@@ -53,6 +54,8 @@ def file_problems(folder: Path, plan: Plan) -> Iterator[tuple[str, str]]:
             yield output.name, "has another header than the conversion writes"
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
+        if name.partition("/")[0] in NOT_OUTPUT:
+            continue
         if name not in expected and (path.is_symlink() or not path.is_dir()):
             yield name, "nothing in the source gives this file"
 

@@ -15,6 +15,7 @@ import xxhash
 from streamconv import quantization
 from streamconv.adapter_config import OF_A_MODEL, WEIGHTS
 from streamconv.errors import BadInputError, StreamconvError
+from streamconv.former import NOT_OUTPUT
 from streamconv.inputs import readable
 from streamconv.jsonfile import read_json
 from streamconv.manifest import MAX_MANIFEST_BYTES, read_manifest
@@ -95,7 +96,7 @@ def _strays(folder: Path, files: Collection[str]) -> Iterator[str]:
     expected |= {parent.as_posix() for name in files for parent in PurePosixPath(name).parents}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
-        if name in expected:
+        if name in expected or name.partition("/")[0] in NOT_OUTPUT:
             continue
         if path.is_symlink() or not path.is_dir():
             yield name

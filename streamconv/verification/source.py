@@ -12,25 +12,21 @@ import dataclasses
 import json
 import tempfile
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from streamconv import budget as budgets
 from streamconv.children import ask
 from streamconv.errors import BadInputError, UnfitValuesError, UsageError
-from streamconv.executor import WindowFiller, filled_windows
 from streamconv.identity import chosen_options
 from streamconv.options import JobOptions
-from streamconv.plan import Plan
-from streamconv.planned import INDEX, MANIFEST, PlannedTensor
+from streamconv.planned import INDEX, MANIFEST
 from streamconv.planning import make_plan
-from streamconv.reader import SourceReader
-from streamconv.records import RecordChecks
-from streamconv.safefile import FileTensor, read_folder
+from streamconv.safefile import read_folder
 from streamconv.strays import ANOTHERS
 from streamconv.verification.beside import file_problems
+from streamconv.verification.by_plan import differing_tensors, planned_tensors, wrong_headers
 from streamconv.verification.folder import manifest_of
 from streamconv.verification.report import Report
 from streamconv.writer import hash_file
@@ -57,8 +53,8 @@ def verify_source(
     held = read_folder(folder, nested=True)
     with tempfile.TemporaryDirectory(prefix="streamconv-") as scratch:
         plan = make_plan(src, job, Path(scratch) / "plan.jsonl", max_mem_bytes=budget)
-        wrong = dict(_wrong_headers(plan, held))
-        names = {t.name for t in _tensors(plan)}
+        wrong = dict(wrong_headers(plan, held))
+        names = {t.name for t in planned_tensors(plan)}
         answer = ask(
             "streamconv.verification.torch_check",
             {
@@ -75,7 +71,7 @@ def verify_source(
         differing: dict[str, str] = answer["differing"]
         left: dict[str, str] = answer["left"]
         try:
-            checks_bad, unverifiable = _own_reader(
+            checks_bad, unverifiable = differing_tensors(
                 plan, held, left.keys() | differing.keys(), budget
             )
         except UnfitValuesError as error:
@@ -210,61 +206,3 @@ def _model(src: Path, given: str | None, within: bool) -> str | None:
     except UsageError:
         return None
     return given if location.root.absolute().name == given else None
-
-
-def _tensors(plan: Plan) -> Iterator[PlannedTensor]:
-    for _, section in plan.sections():
-        yield from section
-
-
-def _wrong_headers(plan: Plan, held: Mapping[str, FileTensor]) -> Iterator[tuple[str, str]]:
-    for t in _tensors(plan):
-        found = held.get(t.same_as or t.name)
-        if found is None:
-            yield t.name, "in the source, not here"
-        elif (found.dtype, found.shape) != (t.dtype, t.shape):
-            yield (
-                t.name,
-                f"{found.dtype} {list(found.shape)}, the source gives {t.dtype} {list(t.shape)}",
-            )
-
-
-def _own_reader(
-    plan: Plan, held: Mapping[str, FileTensor], names: Collection[str], budget: int
-) -> tuple[set[str], int]:
-    """Compare ``names`` with what the converter would write.
-
-    Returns those that differ, and the source bytes without a checksum. Every source record that
-    takes part is checked against its CRC-32.
-    """
-    if not names:
-        return set(), 0
-    bad: set[str] = set()
-    with ExitStack() as stack:
-        reader = stack.enter_context(SourceReader(Path(plan.head.root), plan.head.files))
-        checks = RecordChecks(reader)
-        max_window, factors = budgets.shares(budget, merging=bool(plan.head.totals.merged))
-        filler = WindowFiller(reader, checks, max_bytes=max_window, factor_bytes=factors)
-        stack.callback(filler.close)
-        streams: dict[Path, IO[bytes]] = {}
-        last = {s.fqn: t.name for t in _tensors(plan) if t.name in names for s in t.sources}
-        for window, buffer in filled_windows(_chosen(plan, names, last), filler, checks):
-            for s in window.segments:
-                target = held[s.tensor.same_as or s.tensor.name]
-                if target.path not in streams:
-                    streams[target.path] = stack.enter_context(target.path.open("rb"))
-                stream = streams[target.path]
-                stream.seek(target.begin + s.lo * target.dtype.itemsize)
-                for at in range(0, s.nbytes, _STEP_BYTES):
-                    n = min(_STEP_BYTES, s.nbytes - at)
-                    if stream.read(n) != buffer[s.at + at : s.at + at + n]:
-                        bad.add(s.tensor.name)
-        reader.check_unchanged()
-    return bad, checks.unverifiable_bytes
-
-
-def _chosen(plan: Plan, names: Collection[str], last: Mapping[str, str]) -> Iterable[PlannedTensor]:
-    for t in _tensors(plan):
-        if t.name in names:
-            final = tuple(k for k, s in enumerate(t.sources) if last[s.fqn] == t.name)
-            yield dataclasses.replace(t, last=final)
