@@ -23,7 +23,7 @@ from streamconv.recipe import Recipe
 from streamconv.safefile import read_folder
 from streamconv.torchfile import rankfile
 from streamconv.tracing import hf_convert
-from streamconv.verification import source, torch_check, torch_files
+from streamconv.verification import by_plan, source, torch_check, torch_files
 from streamconv.verification.report import Report
 from streamconv.verification.source import verify_source
 from tests.makers.fsdp import Made
@@ -251,7 +251,7 @@ def test_a_bug_of_the_converter_is_found_even_where_verify_has_it_too(
     made = checkpoints[name]
     # What it reads from the wrong place has another checksum; this shows what catches it then.
     monkeypatch.setattr(
-        source, "RecordChecks", lambda reader: executor.RecordChecks(reader, check_crc=False)
+        by_plan, "RecordChecks", lambda reader, **_: executor.RecordChecks(reader, check_crc=False)
     )
     bug(monkeypatch)
     out = convert(made, tmp_path / "out", source_crc=False, **options)
