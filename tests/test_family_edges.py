@@ -76,6 +76,8 @@ YARN: dict[str, Any] = {
     }
 }
 BASE: dict[str, Any] = {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}
+LINEAR = {"rope_parameters": {"rope_type": "linear", "factor": 8.0, "rope_theta": 10000.0}}
+SIGMOID = {"moe_router_score_function": "sigmoid"}
 LLAMA3: dict[str, Any] = {
     "rope_parameters": {
         "rope_type": "llama3",
@@ -160,6 +162,24 @@ def test_a_contradiction_shows_both_numbers(
         ("deepseek_v3", YARN, {"rope_type": "yarn", "rotary_scaling_factor": 8}),
         ("deepseek_v3", YARN, {"mscale_all_dim": 0.5}),
         ("qwen3_next", {}, {"linear_num_key_heads": 4}),
+        ("llama", {}, {"rotary_seq_len_interpolation_factor": 8}),
+        ("llama", LINEAR, {"seq_len_interpolation_factor": 4}),
+        ("llama", {}, {"rotary_interleaved": True}),
+        ("llama", {}, {"position_embedding_type": "none"}),
+        ("llama", {}, {"position_embedding_type": "yarn"}),
+        ("llama", {}, {"window_size": [127, 0]}),
+        ("gpt_oss", {}, {"window_size": [63, 0]}),
+        ("gpt_oss", {}, {"window_size": [127, 0], "window_attn_skip_freq": 3}),
+        ("gpt_oss", {}, {"window_size": [127, 0], "window_attn_skip_freq": [1, 1, 0]}),
+        ("gpt_oss", {}, {"position_embedding_type": "yarn", "yarn_rotary_scaling_factor": 8.0}),
+        ("llama", {}, {"no_rope_freq": 3}),
+        ("llama", {}, {"no_rope_freq": [0, 1, 0]}),
+        ("llama", {}, {"softmax_type": "off-by-one"}),
+        ("gpt_oss", {}, {"softmax_type": "off-by-one"}),
+        ("llama", {}, {"qk_l2_norm": True}),
+        ("qwen3_moe", {"norm_topk_prob": True}, {"moe_router_pre_softmax": True}),
+        ("mixtral", {}, {"moe_router_pre_softmax": True}),
+        ("gemma2", {}, {"attn_logit_softcapping": 7.0}),
     ],
 )
 def test_a_setting_that_no_tensor_shows(
@@ -179,6 +199,7 @@ def test_a_setting_that_no_tensor_shows(
         ("llama", {"norm_epsilon": 1e-5}),
         ("gemma2", {"apply_layernorm_1p": False}),
         ("qwen3_next", {"linear_num_key_heads": 16}),
+        ("qwen2_moe", {"moe_router_pre_softmax": False}),
     ],
 )
 def test_a_default_of_megatron_that_differs_is_told(name: str, facts: dict[str, Any]) -> None:
@@ -189,6 +210,26 @@ def test_a_default_of_megatron_that_differs_is_told(name: str, facts: dict[str, 
     assert next(iter(facts)) in told[0]
     with pytest.raises(BadInputError, match="contradict each other"):
         plan(model, tensors, facts | {OF_MODEL: True})
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "facts"),
+    [
+        ("llama", "linear", {"rotary_seq_len_interpolation_factor": None}),
+        ("glm4", "", {"rotary_interleaved": False}),
+        ("llama", "", {"position_embedding_type": "learned_absolute"}),
+        ("gpt_oss", "", {"window_size": None}),
+        ("gpt_oss", "", {"window_size": [127, 0], "window_attn_skip_freq": None}),
+        ("gpt_oss", "", {"softmax_type": "vanilla"}),
+    ],
+)
+def test_a_default_that_modules_of_their_own_may_not_heed(
+    name: str, change: str, facts: dict[str, Any]
+) -> None:
+    model, tensors = tiny(name, **(LINEAR if change else {}))
+    told = [n for n in plan(model, tensors, facts | {OF_MODEL: True}).notices if "default" in n]
+    assert len(told) == 1
+    assert [*facts][-1] in told[0]
 
 
 def test_heads_that_nothing_could_contradict_are_told() -> None:
@@ -214,6 +255,18 @@ def test_settings_that_agree_are_silent() -> None:
         ("deepseek_v3", YARN, {"rope_type": "yarn", "rotary_scaling_factor": 4, "mscale": 1}),
         ("deepseek_v3", {}, {"rope_type": "rope", "rotary_scaling_factor": 40, "mscale": 0.707}),
         ("qwen3_moe", {}, {"moe_router_topk": 2, "moe_router_score_function": "softmax"}),
+        ("llama", LINEAR, {"seq_len_interpolation_factor": 8, "position_embedding_type": "rope"}),
+        ("llama", {}, {"seq_len_interpolation_factor": None, "no_rope_freq": None}),
+        ("llama", {}, {"window_size": None, "window_attn_skip_freq": None}),
+        ("glm4", {}, {"rotary_interleaved": True}),
+        ("gpt_oss", {}, {"window_size": [127, 0], "window_attn_skip_freq": 2}),
+        ("gpt_oss", {}, {"window_size": 128, "window_attn_skip_freq": [1, 0, 1]}),
+        ("gpt_oss", {}, {"softmax_type": "learnable", "moe_router_pre_softmax": False}),
+        ("gemma2", {}, {"window_size": [4095, 0], "window_attn_skip_freq": None}),
+        ("qwen3_moe", {"norm_topk_prob": True}, {"moe_router_pre_softmax": False}),
+        ("qwen3_moe", {"norm_topk_prob": False}, {"moe_router_pre_softmax": True}),
+        ("deepseek_v3", {}, SIGMOID | {"moe_router_pre_softmax": True}),
+        ("deepseek_v3", YARN, {"position_embedding_type": "rope", "rope_type": "yarn"}),
     ):
         model, tensors = tiny(name, **change)
         assert not any("default" in n for n in plan(model, tensors, facts).notices)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import shutil
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,14 @@ def test_bit_for_bit(case: str, layout: str, shared_checkpoints: Path, tmp_path:
     root = shared_checkpoints / "megatron" / case
     answer = root / "hf_answer"
     streamconv.convert(root / layout, tmp_path / "out", hf_config=answer, sync=False)
+    assert differences(read_model(tmp_path / "out"), read_model(answer)) == []
+
+
+def test_a_later_save_of_a_constant_structure(shared_checkpoints: Path, tmp_path: Path) -> None:
+    """Its index says of every rank's plan where the files go, by a class of torch's file system."""
+    root = shared_checkpoints / "megatron_cases/constant_structure"
+    answer = root / "hf_truth"
+    streamconv.convert(root / "iter_0000002", tmp_path / "out", hf_config=answer, sync=False)
     assert differences(read_model(tmp_path / "out"), read_model(answer)) == []
 
 
@@ -263,3 +272,59 @@ def test_what_verl_says_of_the_model_is_its_own_word(tmp_path: Path, folder: str
     facts = torch_dist.run_facts(data, unread)
     assert OF_MODEL not in facts
     assert facts["layernorm_epsilon"] == 1e-6
+
+
+@pytest.mark.parametrize(
+    ("file", "key"), [("weights/run_config.yaml", "model"), ("context/model.yaml", "config")]
+)
+def test_what_bridge_and_nemo_say_of_the_model(tmp_path: Path, file: str, key: str) -> None:
+    """Classes to be made are texts and no more; numbers are as YAML and OmegaConf write them."""
+    data = tmp_path / "weights"
+    data.mkdir()
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    (tmp_path / file).write_text(
+        f"_target_: os.system\nother: {{rotary_base: 1}}\n{key}:\n  _target_: os.system\n"
+        "  rotary_base: 1e+06\n  layernorm_epsilon: 1.0e-06\n  window_size: &w [127, 0]\n"
+        "  no_rope_freq: *w\n  seq_len_interpolation_factor: null\n  vocab_size: 7\n"
+        "  softmax_type: {_target_: os.system, _args_: [ls]}\n"
+        "  mrope_section: !!python/object/apply:os.system [ls]\n  rotary_interleaved: true\n"
+    )
+    unread: Any = None
+    (data / "common.pt").touch()
+    assert torch_dist.run_facts(data, unread) == {
+        "rotary_base": 1e6,
+        "layernorm_epsilon": 1e-6,
+        "window_size": [127, 0],
+        "no_rope_freq": [127, 0],
+        "seq_len_interpolation_factor": None,
+        "mrope_section": ["ls"],
+        "rotary_interleaved": True,
+        OF_MODEL: True,
+    }
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "model: {rotary_base: " + "[" * 100_000,
+        "a: &a [x, x]\n" + "".join(f"k{n}: &b{n} [*a, *a]\n" for n in range(30)) + "model: *b29\n",
+        "a: &a {rotary_base: 3}\nmodel: {<<: [*a, *a], num_layers: &b [*b]}\n",
+        "model: {rotary_base: 1}\n" + "#" * (1 << 20),
+        "model: {rotary_base: " + "1" * 5000 + "}\n",
+        "\x00\x01",
+        "- - -",
+        "",
+    ],
+)
+def test_yaml_of_which_nothing_is_taken(tmp_path: Path, text: str) -> None:
+    (tmp_path / "run_config.yaml").write_text(text)
+    (tmp_path / "common.pt").touch()
+    unread: Any = None
+    assert torch_dist.run_facts(tmp_path, unread) == {}
+
+
+def test_lists_among_the_arguments_count(tmp_path: Path) -> None:
+    args = {"window_size": (127, 0), "no_rope_freq": [0, 0, 1], "window_attn_skip_freq": None}
+    torch.save({"args": argparse.Namespace(**args, rotary_base=[{}])}, tmp_path / "common.pt")
+    unread: Any = None
+    assert torch_dist.run_facts(tmp_path, unread) == args | {"window_size": [127, 0]}

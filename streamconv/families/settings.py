@@ -4,7 +4,9 @@ A base of the rotary embedding, an epsilon or a number of chosen experts changes
 model computes. Where the run tells another value than config.json, the model that is written would not
 be the trained one. An argument may be nobody's word, though: trainers that build their models from
 HuggingFace's config leave Megatron-LM's arguments at their defaults. So a default that differs is told,
-and any other value is an error. verl's copy of the model's own config is always taken at its word.
+and any other value is an error. A copy of the model's own config (verl's, Megatron-Bridge's,
+NeMo's) is taken at its word: a default in it is an error, too, unless trainers are known to leave the
+setting as it is and have modules of their own do what config.json says.
 """
 
 from __future__ import annotations
@@ -15,8 +17,21 @@ from dataclasses import dataclass
 from typing import Any
 
 from streamconv.errors import BadInputError
+from streamconv.families import layer_settings as of_layers
+from streamconv.families.layer_settings import model_type
 from streamconv.families.rules import Dims, Family
 from streamconv.formats.mcore_facts import OF_MODEL
+
+
+def _same(one: object, other: object) -> bool:
+    if isinstance(one, bool) or isinstance(other, bool):
+        return one is other
+    if isinstance(one, int | float) and isinstance(other, int | float):
+        return math.isclose(one, other, rel_tol=1e-6)
+    return one == other
+
+
+_LISTED = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,11 +40,15 @@ class Setting:
 
     ``defaults`` are Megatron-Core's, of any of its versions. ``ours`` returns the values of config.json
     that mean the same, by the name under which they are told; none where it has no such setting.
+    ``same`` compares the run's value with one of them. ``often_unset`` says that the default never
+    contradicts: trainers' own modules may do it whatever the setting says.
     """
 
     names: tuple[str, ...]
     defaults: tuple[object, ...]
     ours: Callable[[Dims], Mapping[str, object]]
+    same: Callable[[Any, Any], bool] = _same
+    often_unset: bool = False
 
 
 def check_settings(dims: Dims, family: Family) -> tuple[str, ...]:
@@ -45,17 +64,18 @@ def check_settings(dims: Dims, family: Family) -> tuple[str, ...]:
         if name is None or not ours:
             continue
         run = dims.megatron[name]
-        if any(_same(run, value) for value in ours.values()):
+        if any(setting.same(run, value) for value in ours.values()):
             continue
-        told = " or ".join(f"{key} {value}" for key, value in ours.items())
+        told = " or ".join(f"{key} {_shown(value)}" for key, value in ours.items())
         default = any(_same(run, value) for value in setting.defaults)
-        if default and not dims.megatron.get(OF_MODEL):
+        if default and (setting.often_unset or not dims.megatron.get(OF_MODEL)):
             notices.append(
-                f"the checkpoint's arguments say {name} {run}, which is Megatron's default, and "
-                f"{_owner(setting, family)} says {told}: the model is right only if that was trained"
+                f"the checkpoint's arguments say {name} {_shown(run)}, which is Megatron's default, "
+                f"and {_owner(setting, family)} says {told}: the model is right only if that was "
+                "trained"
             )
         else:
-            wrong.append((told, f"{name} {run}"))
+            wrong.append((told, f"{name} {_shown(run)}"))
     if wrong:
         raise BadInputError(
             "config.json and the arguments of the run contradict each other",
@@ -71,12 +91,11 @@ def _owner(setting: Setting, family: Family) -> str:
     return "config.json" if setting in _SETTINGS else f"the family {family.name}"
 
 
-def _same(one: object, other: object) -> bool:
-    if isinstance(one, bool) or isinstance(other, bool):
-        return one is other
-    if isinstance(one, int | float) and isinstance(other, int | float):
-        return math.isclose(one, other, rel_tol=1e-6)
-    return one == other
+def _shown(value: object) -> str:
+    """Return ``value`` as it is told; of a list with one number a layer, the beginning."""
+    if isinstance(value, list) and len(value) > _LISTED:
+        return f"[{', '.join(map(str, value[:_LISTED]))}, … {len(value)} in all]"
+    return "null" if value is None else str(value)
 
 
 def _named(*names: str) -> Callable[[Dims], Mapping[str, object]]:
@@ -148,6 +167,83 @@ def _llama3_factor(dims: Dims) -> Mapping[str, object]:
     return _rope("factor", kind="llama3")(dims) if dims.megatron.get("use_rope_scaling") else {}
 
 
+_MAY_INTERLEAVE = frozenset(
+    {"cohere", "cohere2", "ernie4_5", "ernie4_5_moe", "ernie4_5_vl_moe", "glm", "glm4", "glm4v"}
+    | {"glm_ocr", "helium", "llama4"}
+)
+
+
+def _interleaved(dims: Dims) -> Mapping[str, object]:
+    """Latent attention has its own order, which Megatron's code knows without being told."""
+    if dims.get("kv_lora_rank") is not None:
+        return {}
+    return {"interleaved rotary positions": model_type(dims) in _MAY_INTERLEAVE}
+
+
+def _linear_factor(dims: Dims) -> Mapping[str, object]:
+    factors = [r.get("factor", 1) if _kind(r) == "linear" else 1 for r in _ropes(dims)] or [1]
+    ways = dict.fromkeys(factors)
+    return {f"linear rope factor{f' ({n})' if n else ''}": f for n, f in enumerate(ways)}
+
+
+def _same_factor(run: Any, ours: Any) -> bool:
+    return _same(1 if run is None else run, ours)
+
+
+def _positions(dims: Dims) -> Mapping[str, object]:
+    """A model whose config speaks of no rotary embedding, or of layers without one, is not compared."""
+    hybrid = dims.get("hybrid_override_pattern", "layers_block_type") is not None
+    if hybrid or (not _ropes(dims) and dims.get("rope_theta") is None):
+        return {}
+    latent, run = dims.get("kv_lora_rank") is not None, dims.megatron.get("position_embedding_type")
+    yarn = any(_kind(r) == "yarn" for r in _ropes(dims))
+    if latent:  # its kind is rope_type's
+        return {"positions by": run if run in ("rope", "yarn") else "rope"}
+    return {"positions by": "yarn" if yarn else "rope"}
+
+
+def _same_positions(run: Any, ours: Any) -> bool:
+    """The rotary embedding of several axes is the plain one for texts."""
+    return bool(run == ours or (run == "mrope" and ours == "rope"))
+
+
+def _yarn(name: str) -> Callable[[Dims], Mapping[str, object]]:
+    """Return what finds a setting of yarn outside of latent attention."""
+    found = _rope(name, kind="yarn")
+    return lambda d: found(d) if d.megatron.get("position_embedding_type") == "yarn" else {}
+
+
+def _sinks(dims: Dims) -> Mapping[str, object]:
+    learnable = (model_type(dims) or "").startswith(("gpt_oss", "mimo_v2"))
+    return {"softmax of the kind": "learnable" if learnable else "vanilla"}
+
+
+def _l2_norm(dims: Dims) -> Mapping[str, object]:
+    llama4 = model_type(dims) == "llama4"
+    return {"L2 norms of queries and keys": bool(llama4 and dims.get("use_qk_norm"))}
+
+
+_NORMALISES = frozenset({"mixtral", "gpt_oss"})
+"""Model types whose class normalises the chosen experts' weights whatever config.json says."""
+
+
+def _chosen_only(dims: Dims) -> Mapping[str, object]:
+    """A softmax over the chosen experts alone is one over all of them, normalised over the chosen."""
+    sigmoid = "sigmoid" in (
+        dims.get("scoring_func"),
+        dims.megatron.get("moe_router_score_function"),
+    )
+    normalised = True if model_type(dims) in _NORMALISES else dims.get("norm_topk_prob")
+    by_groups = dims.get("topk_method") == "noaux_tc"
+    if sigmoid or by_groups or type(normalised) is not bool or not dims.experts:
+        return {}
+    return {"norm_topk_prob": normalised}
+
+
+def _opposite(run: Any, ours: Any) -> bool:
+    return run is (not ours)
+
+
 def _partial(dims: Dims) -> Mapping[str, object]:
     return {} if dims.get("kv_lora_rank") is not None else _rope("partial_rotary_factor")(dims)
 
@@ -161,6 +257,8 @@ _SETTINGS = (
     Setting(("rotary_base",), (10000,), _rope("rope_theta", "rope_local_base_freq")),
     Setting(("rotary_percent",), (1,), _partial),
     Setting(("use_rope_scaling",), (False,), _llama3),
+    # Bridge's name. Its older providers for Llama 3.1 scale by settings of their own.
+    Setting(("rope_scaling",), (False,), _llama3, often_unset=True),
     Setting(("rope_scaling_factor",), (8,), _llama3_factor),
     Setting(("rope_type",), ("yarn",), _latent_kind),
     *(
@@ -183,6 +281,65 @@ _SETTINGS = (
     Setting(("moe_router_score_function",), ("softmax",), _named("scoring_func")),
     Setting(("moe_router_num_groups",), (), _named("n_group")),
     Setting(("moe_router_group_topk",), (), _named("topk_group")),
+    Setting(("moe_router_pre_softmax",), (False,), _chosen_only, _opposite),
+    Setting(
+        ("rotary_seq_len_interpolation_factor", "seq_len_interpolation_factor"),
+        (None, 1),
+        _linear_factor,
+        _same_factor,
+        often_unset=True,
+    ),
+    Setting(("rotary_interleaved",), (False,), _interleaved, often_unset=True),
+    # Learned positions that were trained are a tensor, which no rule knows.
+    Setting(
+        ("position_embedding_type",),
+        ("learned_absolute",),
+        _positions,
+        _same_positions,
+        often_unset=True,
+    ),
+    *(
+        Setting((f"yarn_{name}",), (), _yarn(ours))
+        for name, ours in (
+            ("rotary_scaling_factor", "factor"),
+            ("beta_fast", "beta_fast"),
+            ("beta_slow", "beta_slow"),
+            ("original_max_position_embeddings", "original_max_position_embeddings"),
+        )
+    ),
+    # Bridge's defaults for Qwen2.5-VL and Qwen3-VL.
+    Setting(
+        ("mrope_section",),
+        ([16, 24, 24], [24, 20, 20]),
+        _rope("mrope_section"),
+        often_unset=True,
+    ),
+    Setting(("window_size",), (None,), of_layers.window, of_layers.same_window, often_unset=True),
+    Setting(
+        ("window_attn_skip_freq",),
+        (None,),
+        of_layers.windowed,
+        of_layers.same_windowed,
+        often_unset=True,
+    ),
+    Setting(
+        ("no_rope_freq",),
+        (None,),
+        of_layers.without_positions,
+        of_layers.same_without_positions,
+        often_unset=True,
+    ),
+    Setting(("softmax_type",), ("vanilla",), _sinks, often_unset=True),
+    Setting(("qk_l2_norm",), (False,), _l2_norm, often_unset=True),
+    Setting(("activation_func_clamp_value",), (), _named("swiglu_limit")),
+    *(
+        Setting((name,), (), _named(name))
+        for name in (
+            "attn_logit_softcapping",
+            "final_logit_softcapping",
+            "query_pre_attn_scalar",
+        )
+    ),
     *(
         Setting((name,), (default,), _named(name))
         for name, default in (

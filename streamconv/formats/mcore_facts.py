@@ -1,9 +1,10 @@
 """What Megatron says of a run beside the weights: parallel sizes, iteration, parts of its config.
 
 The sources are ``common.pt`` (or, since 0.19, the record ``common_state``), which holds the arguments
-of a Megatron-LM run, and verl's ``transformer_config.json``. Both are strangers' data of many classes:
-they are read inertly, only plain numbers, texts and truth values are taken, and what cannot be read
-is no reason to fail.
+of a Megatron-LM run, and the model's own config as trainers save it: verl's
+``transformer_config.json``, Megatron-Bridge's ``run_config.yaml``, NeMo's ``context/model.yaml``. All
+are strangers' data of many classes: they are read inertly, only plain numbers, texts, truth values and
+lists of them are taken, and what cannot be read is no reason to fail.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from streamconv.errors import StreamconvError
+from streamconv.formats.run_yaml import settings_below
+from streamconv.formats.side_folder import above
 from streamconv.inputs import open_input
 from streamconv.jsonfile import object_or_empty
 from streamconv.torchfile.inert import Inert, InertDict
@@ -73,8 +76,38 @@ _WANTED = frozenset(
         "linear_num_value_heads",
         "linear_key_head_dim",
         "linear_value_head_dim",
+        "position_embedding_type",
+        "rotary_interleaved",
+        "rope_scaling",
+        "yarn_rotary_scaling_factor",
+        "yarn_beta_fast",
+        "yarn_beta_slow",
+        "yarn_original_max_position_embeddings",
+        "mrope_section",
+        "qk_l2_norm",
+        "softmax_type",
+        "moe_router_pre_softmax",
+        "attn_logit_softcapping",
+        "final_logit_softcapping",
+        "query_pre_attn_scalar",
+        "activation_func_clamp_value",
+        "noop_layers",
     }
 )
+# Where nothing means something: no scaling, no window, positions in every layer.
+_WANTED_IF_NULL = frozenset(
+    {
+        "rotary_seq_len_interpolation_factor",
+        "seq_len_interpolation_factor",
+        "window_size",
+        "window_attn_skip_freq",
+        "no_rope_freq",
+    }
+)
+# Trainers differ in whether they count padding here.
+_NOT_OF_YAML = frozenset({"vocab_size", "padded_vocab_size"})
+_MAX_LISTED = 1024
+_KINDS = (int, float, bool, str)
 
 
 def of_file(path: Path, offset: int = 0, nbytes: int | None = None) -> dict[str, object]:
@@ -97,6 +130,31 @@ def of_file(path: Path, offset: int = 0, nbytes: int | None = None) -> dict[str,
 def of_json(path: Path) -> dict[str, object]:
     """Return the facts in a JSON file: verl's transformer_config.json."""
     return dict(_scalars(object_or_empty(path, most_bytes=_MAX_NBYTES), 0))
+
+
+def of_run(folder: Path, arguments: Mapping[str, object]) -> dict[str, object]:
+    """Return what is known of the run behind the weights in ``folder``.
+
+    The trainer's own ``arguments`` go before the model's config, where both speak.
+    """
+    config = _of_model(folder)
+    if config and not arguments.keys() & config.keys():
+        # What the model was built of: here a default is no argument that nobody gave.
+        config[OF_MODEL] = True
+    return {**config, **arguments}
+
+
+def _of_model(folder: Path) -> dict[str, object]:
+    """Return the model's own config as verl, Megatron-Bridge or NeMo saved it."""
+    beside = above(folder)
+    if beside.name == "model":
+        beside = above(beside)
+    wanted = (_WANTED | _WANTED_IF_NULL) - _NOT_OF_YAML
+    return (
+        of_json(beside / "transformer_config.json")
+        or dict(_plain(settings_below(folder / "run_config.yaml", "model", wanted)))
+        or dict(_plain(settings_below(beside / "context" / "model.yaml", "config", wanted)))
+    )
 
 
 def of_state(value: object) -> dict[str, object]:
@@ -125,8 +183,18 @@ def _scalars(value: Any, depth: int) -> Iterator[tuple[str, object]]:
         value = value.state
     if type(value) not in (dict, InertDict) or depth > 1:
         return
-    for key, item in value.items():
-        if key == "args":
-            yield from _scalars(item, depth + 1)
-        elif key in _WANTED and type(item) in (int, float, bool, str):
+    if "args" in value:
+        yield from _scalars(value["args"], depth + 1)
+    yield from _plain(value)
+
+
+def _plain(values: Mapping[Any, Any]) -> Iterator[tuple[str, object]]:
+    """Yield the wanted ones of ``values`` that are plain, tuples as lists."""
+    for key, item in values.items():
+        if key not in _WANTED and key not in _WANTED_IF_NULL:
+            continue
+        if type(item) in (list, tuple):
+            if len(item) <= _MAX_LISTED and all(type(i) in _KINDS for i in item):
+                yield str(key), list(item)
+        elif type(item) in _KINDS or (item is None and key in _WANTED_IF_NULL):
             yield str(key), item

@@ -142,7 +142,8 @@ def read(path: Path) -> Checkpoint:
     _check_vocabulary(run, model, _told(config, "vocab_size"))
     check_claim("num_layers", args, layers, files)
     _drop_tied(model, run, _is_tied(args, config))
-    megatron = mcore_facts.of_state(args) | run.sizes(etp)
+    arguments = mcore_facts.of_state(args)
+    megatron = mcore_facts.of_run(run.folder, arguments) | run.sizes(etp)
     skipped = sum((f.skipped for f in files), Counter())
     return Checkpoint(
         root=path,

@@ -135,16 +135,8 @@ def count_ranks(files: Iterable[SourceFile]) -> int:
 
 
 def run_facts(folder: Path, index: DcpIndex) -> dict[str, object]:
-    """Return what the checkpoint says of its run: the trainer's own arguments before verl's config."""
-    beside = above(folder)
-    if beside.name == "model":
-        beside = above(beside)
-    config = mcore_facts.of_json(beside / "transformer_config.json")
-    arguments = _common(folder, index)
-    if config and not arguments.keys() & config.keys():
-        # What the model was built of: here a default is no argument that nobody gave.
-        config[mcore_facts.OF_MODEL] = True
-    return {**config, **arguments}
+    """Return what the checkpoint says of its run."""
+    return mcore_facts.of_run(folder, _common(folder, index))
 
 
 def _common(folder: Path, index: DcpIndex) -> dict[str, object]:

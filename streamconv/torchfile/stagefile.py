@@ -22,6 +22,8 @@ from streamconv.torchfile.unpickle import load_inert, no_garbage_collection
 from streamconv.torchfile.values import name_of
 
 _MODEL = re.compile(r"model(\d*)", re.ASCII)
+_PLAIN = (int, float, bool, str)
+_MAX_LISTED = 1024
 _MAX_PICKLE_NBYTES = 256 << 20  # the optimizer's tree is in there too
 
 
@@ -147,8 +149,10 @@ def _plain_args(root: Any) -> dict[str, object]:
     state: Any = args.state if isinstance(args, Inert) else args
     if type(state) not in (dict, InertDict):
         return {}
-    return {
-        key: value
-        for key, value in state.items()
-        if type(key) is str and type(value) in (int, float, bool, str)
-    }
+    return {k: v for k, v in state.items() if type(k) is str and _is_plain(v)}
+
+
+def _is_plain(value: Any) -> bool:
+    if type(value) in (list, tuple):
+        return len(value) <= _MAX_LISTED and all(type(v) in _PLAIN for v in value)
+    return value is None or type(value) in _PLAIN
