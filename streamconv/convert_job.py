@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import time
@@ -129,7 +130,7 @@ def convert(src: Path, dst: Path, job: JobOptions, run: RunOptions) -> Result:
     source = identify(src, job)
     budget = _budget_bytes(run)
     dst = _target(dst, source.root, source.side_dir, job.lora.base)
-    with _full_disk_told(dst), locked(dst) as lock, budgets.PeakMeter() as meter:
+    with _full_disk_told(dst), _locked(dst) as lock, budgets.PeakMeter() as meter:
 
         def plan_at(path: Path) -> Plan:
             run.on_event(Event("phase", "plan"))
@@ -169,7 +170,7 @@ def run_plan(plan_path: Path, dst: Path, run: RunOptions) -> Result:
     first = next(iter(plan.head.side), None)
     side_dir = Path(first.path.removesuffix(first.name)) if first else None
     dst = _target(dst, Path(plan.head.root), side_dir)
-    with _full_disk_told(dst), locked(dst), budgets.PeakMeter() as meter:
+    with _full_disk_told(dst), _locked(dst), budgets.PeakMeter() as meter:
         job = JobIdentity.from_json(plan.head.job)
         root, side = Path(plan.head.root), plan.head.side
 
@@ -226,6 +227,22 @@ def _full_disk_told(dst: Path) -> Iterator[None]:
         raise no_space(error, dst) or error from error
 
 
+@contextmanager
+def _locked(dst: Path) -> Iterator[int | None]:
+    """Hold the lock of an output; where nobody of us can write there is none, and it may be done."""
+    if dst.is_dir() and not any(os.access(f, os.W_OK | os.X_OK) for f in (dst, dst.parent)):
+        yield None
+    else:
+        with locked(dst) as lock:
+            yield lock
+
+
+def _refuse_unwritable(dst: Path) -> None:
+    """Raise before hours of work what would be raised after them, where ``dst`` is another's."""
+    if dst.is_dir() and not os.access(dst, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, "the output folder cannot be written to", str(dst))
+
+
 def _target(dst: Path, source: Path, *others: Path | None) -> Path:
     dst = dst.absolute()
     for other in {None, *others}:
@@ -256,7 +273,9 @@ def _preflight(
             tensors=len(done["tensors"]),
         )
         return result, ()
-    return None, refuse_others(dst, job, overwrite=run.overwrite)
+    old = refuse_others(dst, job, overwrite=run.overwrite)
+    _refuse_unwritable(dst)
+    return None, old
 
 
 @dataclass

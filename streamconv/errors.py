@@ -9,7 +9,11 @@ from __future__ import annotations
 import errno
 from typing import Any, ClassVar
 
-from streamconv.shown import shown
+from streamconv.shown import clipped, shown
+
+# A name in a file can be as long as the file. A path cannot, and all of it is of use.
+_LONGEST = 500
+_LONGEST_PATH = 5000
 
 
 class StreamconvError(Exception):
@@ -27,12 +31,12 @@ class StreamconvError(Exception):
         found: str | None = None,
         hint: str | None = None,
     ) -> None:
-        super().__init__(what)
-        self.what = what
-        self.where = where
-        self.expected = expected
-        self.found = found
-        self.hint = hint
+        self.what = clipped(what, _LONGEST)
+        super().__init__(self.what)
+        self.where = where and clipped(where, _LONGEST_PATH)
+        self.expected = expected and clipped(expected, _LONGEST)
+        self.found = found and clipped(found, _LONGEST)
+        self.hint = hint and clipped(hint, 2 * _LONGEST_PATH)
         self._errno: int | None = None
 
     @classmethod
@@ -69,15 +73,15 @@ class StreamconvError(Exception):
         return None
 
     def __str__(self) -> str:
-        parts = [shown(self.what)]
-        for label, text in (
-            ("where", self.where),
-            ("expected", self.expected),
-            ("found", self.found),
-            ("next", self.hint),
+        parts = [clipped(shown(self.what), _LONGEST)]
+        for label, text, longest in (
+            ("where", self.where, _LONGEST_PATH),
+            ("expected", self.expected, _LONGEST),
+            ("found", self.found, _LONGEST),
+            ("next", self.hint, 2 * _LONGEST_PATH),
         ):
             if text:
-                parts.append(f"  {label}: {shown(text)}")
+                parts.append(f"  {label}: {clipped(shown(text), longest)}")
         return "\n".join(parts)
 
     def to_json(self) -> dict[str, str | int | None]:

@@ -15,6 +15,7 @@ import errno
 import json
 import os
 import shutil
+import stat
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -85,6 +86,7 @@ class Publication:
         manifest = hash_file(self._files / MANIFEST)
         if self.old and self.root.parent != self.target:
             self._write_down(swap=True, manifest=manifest, old=self.old)
+            _give_access(self._files, self.target)
             if _swapped(self._files, self.target):
                 self._synced(self.target.parent)
                 return self._remove_swapped()
@@ -264,6 +266,17 @@ def _remove(folder: Path, old: Iterable[OldFile]) -> None:
         if parent.parts:
             with contextlib.suppress(OSError):  # something else is in it
                 (folder / parent).rmdir()
+
+
+def _give_access(new: Path, old: Path) -> None:
+    """Let those use a folder who can use the one whose place it takes, and nobody else."""
+    status = old.stat()
+    with contextlib.suppress(OSError):
+        os.chown(new, -1, status.st_gid)
+    for name in ("system.posix_acl_access", "system.posix_acl_default"):
+        with contextlib.suppress(OSError):
+            os.setxattr(new, name, os.getxattr(old, name))
+    new.chmod(stat.S_IMODE(status.st_mode))
 
 
 def _swapped(new: Path, old: Path) -> bool:

@@ -17,6 +17,7 @@ CODES = {
     "BudgetError": 4,
     "BadInputError": 5,
     "SourceChangedError": 5,
+    "DamagedPlanError": 5,
     "UnfitValuesError": 5,
     "VerificationError": 5,
     "UnsafeInputError": 6,
@@ -91,3 +92,16 @@ def test_the_number_of_the_system_error_behind_an_error_survives_too():
     told = StreamconvError("failed")
     told.__cause__ = vague
     assert told.errno is None
+
+
+def test_what_strangers_wrote_is_told_in_part_and_a_path_as_a_whole():
+    path = "/" + "d" * 4000
+    error = StreamconvError(
+        f"unknown layout: {'x' * 5000!r}", where=path, expected="\u202e" * 5000, found="y" * 5000
+    )
+    text = str(error)
+    assert path in text
+    assert len(text) - len(path) < 1700
+    assert "unknown layout: 'xxx" in text
+    assert "more characters)" in text
+    assert all(len(str(v)) <= 500 for k, v in error.to_json().items() if k != "where")

@@ -342,3 +342,11 @@ def test_a_half_moved_output_is_finished_by_who_began_it_alone(what, source, out
             convert(source, out, dtype)
         assert str(staged / "files") in (caught.value.hint or "")
         assert tree(out.parent) == before
+
+
+@pytest.mark.parametrize("mode", [0o700, 0o2770])
+def test_who_may_use_the_folder_stays_as_it_was(mode, source, out):
+    """A private model must not become everybody's, nor a shared one its writer's alone."""
+    out.chmod(mode)
+    convert(source, out, "bfloat16")
+    assert out.stat().st_mode & 0o7777 == mode

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import streamconv
 from streamconv import convert_job, planning
-from streamconv.errors import OutputExistsError
+from streamconv.errors import OutputExistsError, StreamconvError
 from streamconv.options import Event, Result, RunOptions
 from tests.makers.tiny import make_tiny
 from tests.outputs import MANIFEST, contents
@@ -167,3 +168,26 @@ def _record(out: Path) -> Any:
     from streamconv.batch.state import Record
 
     return Record(name="out", output=str(out))
+
+
+def test_in_a_folder_that_cannot_be_written_to_there_may_be_nothing_to_do(
+    command, tmp_path, monkeypatch
+):
+    out = tmp_path / "out"
+    command(out)
+    before = contents(out)
+    monkeypatch.setattr(convert_job.os, "access", lambda path, mode: not mode & os.W_OK)
+    assert command(out)[0].status == "nothing-to-do"
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "another"))
+    assert command(out)[0].status == "nothing-to-do"
+    (out / SINGLE).unlink()
+    with pytest.raises(OutputExistsError, match="incomplete"):
+        command(out)
+
+    def writes(*_: object, **__: object) -> None:
+        raise AssertionError("work was begun")
+
+    monkeypatch.setattr(convert_job, "write_output", writes)
+    with pytest.raises((PermissionError, StreamconvError), match="cannot be written to"):
+        command(out, overwrite=True)
+    assert contents(out) == {n: data for n, data in before.items() if n != SINGLE}
