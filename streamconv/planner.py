@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
+from streamconv import shape_causes
 from streamconv.boxes import Shape, contiguous_strides
 from streamconv.dtypes import BY_TORCH, DType
 from streamconv.errors import BadInputError, UsageError
@@ -171,13 +172,13 @@ def check_recipes(
             where=_listed(wrong),
             expected=f"{first}: {list(expected[first])}",
             found=f"{first}: {list(made[first])}",
-            hint=_OTHER_CONFIG,
+            hint=shape_causes.cause(expected, {n: made[n] for n in wrong}) or _OTHER_CONFIG,
         )
     elif missing:
         raise BadInputError(
             f"{len(missing)} tensors that {model.architecture} needs are not in the checkpoint",
             where=_listed(missing),
-            hint=_OTHER_CONFIG,
+            hint=shape_causes.cause_of_missing(missing, made) or _OTHER_CONFIG,
         )
     if unknown:
         # What loads the model would ignore them in silence: it would not compute what was trained.

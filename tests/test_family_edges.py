@@ -385,6 +385,56 @@ def test_an_unknown_tensor_is_named_with_the_way_out() -> None:
     assert "CONTRIBUTING" in str(caught.value.hint)
 
 
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [
+        ("self_attention.linear_qkv.adapter.linear_in.weight", "adapter .* is not merged"),
+        ("mlp.linear_fc1.lora_A.default.weight", "adapter .* is not merged"),
+        ("mlp.linear_fc2.input_quantizer._pre_quant_scale", "by ModelOpt"),
+        ("mlp.linear_fc2.weight_quantizer._scale", "by ModelOpt"),
+    ],
+)
+def test_unknown_tensors_whose_names_tell_what_they_are(name: str, what: str) -> None:
+    model, tensors = tiny("llama")
+    tensors["decoder.layers.1." + name] = torch.zeros(2)
+    with pytest.raises(BadInputError, match=what) as caught:
+        plan(model, tensors)
+    assert name in str(caught.value.where)
+    alone = {n: t for n, t in tensors.items() if n.endswith(name)}
+    with pytest.raises(BadInputError, match=r"and no model|are not in the checkpoint|ModelOpt"):
+        plan(model, alone)
+
+
+def test_layers_that_do_nothing_are_named() -> None:
+    model, tensors = tiny("llama")
+    moved = {n.replace("layers.2.", "layers.4."): t for n, t in tensors.items()}
+    with pytest.raises(BadInputError, match="noop layers") as caught:
+        plan(model, moved, {"noop_layers": "2,3"})
+    assert "2, 3" in str(caught.value.found)
+    assert "noop_layers 2,3" in str(caught.value.found)
+
+
+def test_layers_that_are_numbered_within_their_stage() -> None:
+    model, tensors = tiny("llama", num_hidden_layers=6)
+    with pytest.raises(BadInputError, match="within each pipeline stage"):
+        plan(model, tensors, {"pipeline_model_parallel_size": 2})
+    with pytest.raises(BadInputError, match="contradict each other"):
+        plan(model, tensors, {"pipeline_model_parallel_size": 1})
+
+
+def test_no_layers_at_all() -> None:
+    model, tensors = tiny("llama")
+    others = {n.replace("decoder", "encoder"): t for n, t in tensors.items()}
+    with pytest.raises(BadInputError, match="no layer of a language model"):
+        plan(model, others)
+
+
+def test_olmoe_is_told_of_its_other_rows() -> None:
+    for name in ("qwen3_moe", "olmoe"):
+        told = any("ms-swift" in n for n in plan(*tiny(name)).notices)
+        assert told is (name == "olmoe")
+
+
 def test_an_unknown_model_type() -> None:
     model, tensors = tiny("llama", model_type="klingon")
     with pytest.raises(BadInputError, match="no family is known"):

@@ -267,6 +267,31 @@ def test_norms_of_the_whole_width_are_cut(tmp_path: Path) -> None:
     check(write_ranks(tmp_path, model, Sizes(tp=2), change=cut_norms), model)
 
 
+@pytest.mark.parametrize("heads", [(4, 1), (2, 2)], ids=["a group on two ranks", "a head a rank"])
+@pytest.mark.parametrize("writer", ["verl", "megatron"])
+def test_norms_of_a_head_that_look_like_the_whole_width(
+    heads: tuple[int, int], writer: str, tmp_path: Path
+) -> None:
+    """The rank's rows are as many as one query, one key and one value head have."""
+    model = whole_model()
+    for n in range(4):
+        for kind, shape in (("weight", (HIDDEN,)), ("bias", ())):
+            name = f"decoder.layers.{n}.self_attention.linear_qkv.{kind}"
+            model[name] = rand((heads[0] + 2 * heads[1]) * HEAD, *shape)
+    check(write_ranks(tmp_path, model, Sizes(tp=2), writer=writer), model)
+
+
+def test_norms_of_the_whole_width_that_look_like_those_of_a_head(tmp_path: Path) -> None:
+    model = whole_model()
+    for n in range(4):
+        at = f"decoder.layers.{n}.self_attention."
+        model |= {f"{at}{p}_layernorm.weight": rand(4 * HEAD) for p in "qk"}
+        model[at + "linear_qkv.weight"] = rand(12 * HEAD, HIDDEN)
+        model[at + "linear_qkv.bias"] = rand(12 * HEAD)
+    special = {k: "rows" for k in model if re.search(r"[qk]_layernorm", k)}
+    check(write_ranks(tmp_path, model, Sizes(tp=4), special=special), model)
+
+
 def test_an_mlp_without_a_gate(tmp_path: Path) -> None:
     model = whole_model()
     for n in range(4):

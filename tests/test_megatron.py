@@ -194,6 +194,31 @@ def test_weights_that_verl_wrote_as_safetensors(tmp_path: Path) -> None:
     assert str(tmp_path / "actor/huggingface") in str(caught.value.hint)
 
 
+def test_an_adapter_that_verl_wrote_beside_no_weights(tmp_path: Path) -> None:
+    folder = tmp_path / "actor/dist_ckpt"
+    save_alone(folder, {"optimizer.state.exp_avg.x": torch.zeros(3)})
+    (folder / "metadata.json").write_text('{"sharded_backend": "torch_dist"}')
+    (tmp_path / "actor/adapter_checkpoint").mkdir()
+    (tmp_path / "actor/huggingface").mkdir()
+    with pytest.raises(BadInputError, match="an adapter was trained") as caught:
+        torch_dist.read(tmp_path / "actor")
+    assert str(tmp_path / "actor/adapter_checkpoint") in str(caught.value.found)
+    (tmp_path / "actor/huggingface/model.safetensors").touch()
+    with pytest.raises(BadInputError, match="an adapter was trained") as caught:
+        torch_dist.read(tmp_path / "actor")
+    assert "no file tells" in str(caught.value.hint)
+
+
+def test_the_ranges_of_modelopts_quantizers_are_no_weights(
+    shared_checkpoints: Path, tmp_path: Path
+) -> None:
+    root = shared_checkpoints / "megatron_cases/modelopt_quantizers"
+    source = root / "modelopt/iter_0000001"
+    streamconv.convert(source, tmp_path / "out", hf_config=root / "hf", sync=False)
+    assert differences(read_model(tmp_path / "out"), read_model(root / "hf")) == []
+    assert any("quantizer state" in s.reason for s in torch_dist.read(source).skipped)
+
+
 # --- names ----------------------------------------------------------------------------------------
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from streamconv import families
 from streamconv.errors import BadInputError, UsageError
+from streamconv.families import causes
 from streamconv.families.engine import Headers, apply
 from streamconv.families.ops import copy
 from streamconv.families.prediction import check_prediction
@@ -106,6 +107,7 @@ def convert(
     _check_output(dims, tensors)
     notices += check_settings(dims, family)
     notices += _untold_heads(dims, tensors)
+    notices += _flat_rows(config)
     notices += _cut_rows(dims, tensors)
     notices += check_prediction({name: shape for name, (shape, _) in tensors.items()}, dims)
     if head:
@@ -190,6 +192,18 @@ def _untold_heads(dims: Dims, tensors: Headers) -> tuple[str, ...]:
     return (notice,)
 
 
+def _flat_rows(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """Tell of other rows under the same name and of the same shape."""
+    if config.get("model_type") != "olmoe":
+        return ()
+    notice = (
+        "linear_qkv is read group by group, as Megatron keeps it. Releases of ms-swift before "
+        "mcore-bridge 1.6.5 kept olmoe's as all queries, all keys and all values, which nothing in a "
+        "checkpoint tells: `verify --forward --reference` shows it"
+    )
+    return (notice,)
+
+
 def _cut_rows(dims: Dims, tensors: Headers) -> tuple[str, ...]:
     """Tell what is taken for padding of the vocabulary where the run does not say how large it is."""
     rows = next((s[0] for n, (s, _) in tensors.items() if _EMBEDDING.fullmatch(n)), 0)
@@ -208,6 +222,9 @@ def _check_layers(dims: Dims, tensors: Headers) -> None:
     beyond = sorted(found - set(range(dims.layers)))
     if not missing and not beyond:
         return
+    cause = causes.of_layers(dims.layers, found, tensors, dims.megatron)
+    if cause is not None:
+        raise cause
     if beyond or missing == list(range(len(found), dims.layers)):
         dims.expect("the number of layers", dims.layers, max(found, default=-1) + 1)
     raise BadInputError(

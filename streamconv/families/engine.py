@@ -16,6 +16,7 @@ import torch
 from streamconv.boxes import Shape
 from streamconv.dtypes import DType
 from streamconv.errors import BadInputError, StreamconvError
+from streamconv.families import causes
 from streamconv.families.rules import Dims, Family, Rule, compiled
 from streamconv.recipe import Gather, Part, Recipe, SourceRef, View
 from streamconv.source import Skipped
@@ -76,7 +77,7 @@ def apply(family: Family, dims: Dims, tensors: Headers) -> Mapped:
             recipes[recipe.name] = recipe
             origin[recipe.name] = name
     if unknown:
-        raise _unknown(family, unknown)
+        raise causes.of_unknown(unknown, len(used)) or _unknown(family, unknown)
     return Mapped(tuple(recipes.values()), tuple(skipped))
 
 

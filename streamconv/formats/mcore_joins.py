@@ -8,6 +8,7 @@ must be the same on every rank: how to put different parts together is never gue
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -32,11 +33,15 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """A local tensor as parts along ``dim``; ``replicated`` where all ranks hold the same."""
+    """A local tensor as parts along ``dim``; ``replicated`` where all ranks hold the same.
+
+    ``or_same`` says that the shapes fit both: ranks that hold the same have replicas, others parts.
+    """
 
     parts: tuple[Part, ...]
     dim: int = 0
     replicated: bool = False
+    or_same: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,15 +131,20 @@ def _fused_down(name: str, shape: Shape, around: Around) -> Cut:
 
 
 def _width(name: str, shape: Shape, around: Around) -> Cut:
-    """Norms of queries and keys: of one head and on every rank, or of the rank's whole width."""
+    """Norms of queries and keys: of one head and on every rank, or of the rank's whole width.
+
+    Where a rank has one query head and one group, or its share of a group's rows comes to as many, that
+    is the same width. The bytes tell then.
+    """
     module = name.rpartition("self_attention.")[0] + "self_attention."
     leaf = name.rpartition(".")[2]
     q, k, qkv = (
         around.shapes.get(module + n)
         for n in (f"q_layernorm.{leaf}", f"k_layernorm.{leaf}", "linear_qkv.weight")
     )
-    full = q and k and qkv and q[0] + 2 * k[0] == qkv[0]
-    return _rows(name, shape, around) if full else _same(name, shape, around)
+    if not (q and k and qkv and q[0] + 2 * k[0] == qkv[0]):
+        return _same(name, shape, around)
+    return dataclasses.replace(_rows(name, shape, around), or_same=q[0] == k[0])
 
 
 def _head(name: str, shape: Shape, around: Around) -> Cut:

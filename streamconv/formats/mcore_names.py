@@ -29,6 +29,7 @@ _WRAPPERS = re.compile(r"^(?:model\.|module\.)+")
 _NO_WEIGHTS = (
     (re.compile(r"(^|\.)(chained_\d+\.)?optimizer\.|^optimizer$"), "optimizer state"),
     (re.compile(r"\._extra_state(/|$)|\._extra_state\d*$"), "state of Transformer Engine (fp8)"),
+    (re.compile(r"_quantizers?\.(\d+\.)?_(global_)?amax$"), "quantizer state (ModelOpt)"),
     (re.compile(r"^rng_state(/|$)"), "random number generators"),
     (re.compile(r"^rerun_state_machine"), "rerun state"),
     (re.compile(r"^common_state(/|$)"), "arguments and counters of the run"),

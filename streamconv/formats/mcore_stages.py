@@ -13,6 +13,7 @@ Canonical names are those of Megatron's torch_dist checkpoints (:mod:`streamconv
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -172,6 +173,8 @@ class Model:
                 continue
             self._check_alike(name, locals_)
             cut = cut_of(name, locals_[0].shape, around)
+            if cut.or_same and all(self.compare.same(locals_[0], o) for o in locals_[1:]):
+                cut = dataclasses.replace(cut, replicated=True)
             self._join(name, cut, locals_)
         self._add_experts(stage, shapes)
 

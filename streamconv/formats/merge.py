@@ -22,6 +22,12 @@ from streamconv.placements import Kind, Piece, Placement, ShardOrder, local_piec
 from streamconv.source import GlobalTensor, ShardLayout, ShardTable
 from streamconv.torchfile.rankfile import LocalSpec, Stored
 
+_OTHER_EXPERTS = (
+    "which of them is right cannot be told from the files: are they of different steps, or did each "
+    "rank of expert parallelism save its own experts under this name? Those must be gathered before "
+    "saving"
+)
+
 
 class Pending:
     """The local tensors of one FQN so far: column entry ``i`` is what one rank file holds."""
@@ -260,7 +266,9 @@ class Merger:
             where=f"{self._paths[other.file]}, {fqn}",
             expected=f"the values of {self._rank(kept)}, {what(kept)}",
             found=f"others on {self._rank(other)}, {what(other)}",
-            hint="which of them is right cannot be told from the files; use a checkpoint whose "
+            hint=_OTHER_EXPERTS
+            if "experts" in fqn
+            else "which of them is right cannot be told from the files; use a checkpoint whose "
             "rank files belong together",
         )
 

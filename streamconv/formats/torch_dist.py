@@ -37,6 +37,7 @@ NAME = "torch_dist"
 
 _SIGN = "metadata.json"
 _SUBFOLDERS = (".", "dist_ckpt", "model/dist_ckpt")
+_ADAPTER = "adapter_checkpoint"  # verl's, beside dist_ckpt/
 _MAX_SIGN_NBYTES = 1 << 16
 
 
@@ -169,12 +170,25 @@ def split_weights(index: DcpIndex) -> tuple[dict[str, DcpTensor], tuple[Skipped,
 def _no_weights(folder: Path, skipped: tuple[Skipped, ...]) -> BadInputError:
     side = side_of(folder)
     found = ", ".join(f"{s.name}: {s.reason}" for s in skipped)
-    if side is not None and any(side.glob("*.safetensors")):
+    model = side if side is not None and any(side.glob("*.safetensors")) else None
+    adapter = above(folder) / _ADAPTER
+    if adapter.is_dir():
+        beside = f", and the trainer wrote a HuggingFace model to {model}" if model else ""
+        return BadInputError(
+            "this checkpoint holds no weights of the model: an adapter was trained",
+            where=str(folder),
+            found=f"the adapter in {adapter}{beside}",
+            hint=f"whether the adapter is merged into {model}, no file tells: compare it with the "
+            "model that the run started from"
+            if model
+            else "the adapter's base is the model that the run started from",
+        )
+    if model is not None:
         return BadInputError(
             "this checkpoint holds no weights: the trainer wrote them as a HuggingFace model",
             where=str(folder),
             found=found,
-            hint=f"nothing is to be converted: the model is in {side}",
+            hint=f"nothing is to be converted: the model is in {model}",
         )
     return BadInputError(
         "this checkpoint holds no weights of a Megatron model", where=str(folder), found=found
