@@ -19,7 +19,7 @@ from streamconv._version import __version__
 from streamconv.errors import BadInputError
 from streamconv.executor import FinishedFile
 from streamconv.jsonfile import COUNT, FLAG, NUMBER, TEXT, Leaf, mismatches, read_json, unique_keys
-from streamconv.outputname import is_output_name
+from streamconv.outputname import is_output_name, is_path
 from streamconv.plan import Plan
 from streamconv.planned import MANIFEST
 from streamconv.userkey import Sealer, same_seal, user_key
@@ -27,6 +27,7 @@ from streamconv.userkey import Sealer, same_seal, user_key
 # A million tensors; whoever needs less memory than that checks the file's size before.
 MAX_MANIFEST_BYTES = 256 << 20
 
+_PATH = Leaf("a path", is_path)
 _NAME = Leaf("the name of a file in this folder", is_output_name)
 _XXH3 = Leaf("an xxh3_128", lambda v: _is_hex(v, 32))
 _SHAPE: dict[str, Any] = {
@@ -42,7 +43,7 @@ _SHAPE: dict[str, Any] = {
             "family?": TEXT.or_null(),
             "lora?": {
                 "mode?": TEXT,
-                "base?": TEXT.or_null(),
+                "base?": _PATH.or_null(),
                 "alpha?": NUMBER.or_null(),
                 "rank?": COUNT.or_null(),
                 "rslora?": FLAG,
@@ -52,8 +53,8 @@ _SHAPE: dict[str, Any] = {
         },
         "source": [(TEXT, COUNT, TEXT)],
         "side": [(_NAME, _XXH3)],
-        "given?": {"hf_config?": TEXT.or_null(), "model?": TEXT.or_null()},
-        "base?": TEXT.or_null(),
+        "given?": {"hf_config?": _PATH.or_null(), "model?": TEXT.or_null()},
+        "base?": _PATH.or_null(),
         "digest": _XXH3,
     },
     "plan_digest": TEXT,

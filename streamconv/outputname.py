@@ -7,23 +7,28 @@ from typing import Any
 
 from streamconv.planned import MANIFEST
 
-_LONGEST_NAME = 255  # of one component, on all file systems that matter
-_LONGEST_PATH = 1024
+_LONGEST_PART = 255  # of one component, on all file systems that matter
+_LONGEST_PATH = 4096  # that the system takes
+_LONGEST_NAME = 1024
 
 
-def is_output_name(value: Any) -> bool:
-    """Whether a name is that of a file in the folder, written in the one way that we write it."""
+def is_path(value: Any) -> bool:
+    """Whether the system can be asked about a path, whatever it answers."""
     if not isinstance(value, str):
         return False
     try:
         raw = os.fsencode(value)
     except UnicodeEncodeError:
         return False
-    parts = value.split("/")
+    fits = len(raw) < _LONGEST_PATH and all(len(p) <= _LONGEST_PART for p in raw.split(b"/"))
+    return fits and b"\0" not in raw
+
+
+def is_output_name(value: Any) -> bool:
+    """Whether a name is that of a file in the folder, written in the one way that we write it."""
     return (
-        len(raw) <= _LONGEST_PATH
-        and b"\0" not in raw
-        and all(part not in ("", ".", "..") for part in parts)
-        and all(len(os.fsencode(part)) <= _LONGEST_NAME for part in parts)
+        is_path(value)
+        and len(os.fsencode(value)) <= _LONGEST_NAME
+        and all(part not in ("", ".", "..") for part in value.split("/"))
         and value != MANIFEST
     )

@@ -127,8 +127,12 @@ def list_side_files(folder: Path, *, root: Path, named: bool = False) -> Iterato
 
 
 def _refuse_folder(path: Path, name: PurePath) -> None:
-    """Raise :class:`BadInputError` for a folder that has the name of one of a model's files."""
-    if name.suffix and any(fnmatch.fnmatchcase(name.as_posix(), known) for known in _NAMES):
+    """Raise :class:`BadInputError` for a folder that has the name of one of a model's files.
+
+    What has no more than their extension is a folder like any other.
+    """
+    named = [n for n in _NAMES if not n.startswith("*.")]
+    if name.suffix and any(fnmatch.fnmatchcase(name.as_posix(), known) for known in named):
         raise BadInputError(
             "a folder lies in the place of a model's file",
             where=str(path),

@@ -83,6 +83,11 @@ def assert_side_files(out: Path, made: Made) -> None:
     assert found == expected
 
 
+def for_version_4(path: Path) -> bytes:
+    """What comes out of a side file: the class that only version 5 knows has another name in 4."""
+    return path.read_bytes().replace(b'"TokenizersBackend"', b'"PreTrainedTokenizerFast"')
+
+
 def assert_config(before: dict, after: dict) -> None:
     """transformers 4 finds its old names beside the new ones, and nothing else has changed."""
     rope = before.get("rope_parameters") or {}
@@ -98,7 +103,8 @@ def assert_config(before: dict, after: dict) -> None:
     if "text_config" in before:
         tied = [c["text_config"].pop("tie_word_embeddings", None) for c in (before, after)]
         assert tied[1] in (tied[0], before.get("tie_word_embeddings"))
-        assert_config(before.pop("text_config"), after.pop("text_config"))
+    for part in [k for k in before if k.endswith("_config") and isinstance(before[k], dict)]:
+        assert_config(before.pop(part), after.pop(part))
     assert after == before
 
 
@@ -164,7 +170,7 @@ def test_files_that_verl_itself_wrote(name, shared_checkpoints, tmp_path):
         assert found[tensor_name].shape == tuple(tensor.shape)
         assert found[tensor_name].data == tensor.contiguous().view(torch.uint8).numpy().tobytes()
     for path in (source / "huggingface").glob("tokenizer*"):
-        assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes()
+        assert (tmp_path / "out" / path.name).read_bytes() == for_version_4(path)
 
 
 # --- what transformers makes of it -----------------------------------------------------------
@@ -352,7 +358,7 @@ def test_plain_tensors_without_a_config_are_a_question(checkpoints, tmp_path):
     with pytest.raises(BadInputError, match="either pieces or whole copies") as caught:
         convert(source, tmp_path / "out")
     assert "--hf-config" in caught.value.hint
-    assert "[1018, 56] as pieces, [509, 56] as copies" in caught.value.found
+    assert "[1018, 56] as pieces along dim 0, or [509, 56] as copies" in caught.value.found
 
     convert(source, tmp_path / "out", hf_config=side)
     assert differences(read_model(tmp_path / "out"), read_truth(made.truth_hf)) == []
@@ -398,7 +404,7 @@ def test_an_unknown_model_type_is_a_notice(checkpoints, tmp_path):
     assert differences(read_model(tmp_path / "out"), read_truth(made.truth_state)) == []
     assert any("'brand_new'" in n and "not checked" in n for n in result.notices)
     for path in (source / "huggingface").iterdir():
-        assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes()
+        assert (tmp_path / "out" / path.name).read_bytes() == for_version_4(path)
 
 
 @pytest.mark.usefixtures("planned_here")

@@ -202,7 +202,7 @@ def test_when_shapes_cannot_tell_the_release_does(version: str | None, same: boo
     down = name.replace("gate_up_proj", "down_proj")
     for shape, handed_on in (((4, 16, 32), True), ((4, 32, 16), False)):
         recipes, notices = meta.recipes({name: ((4, 32, 32), BF16), down: (shape, BF16)})
-        assert notices == ()
+        assert not any("neither names nor shapes tell" in n for n in notices)
         assert [is_identity(r) for r in recipes] == [handed_on, handed_on]
 
 

@@ -14,7 +14,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import streamconv
-from streamconv.errors import BadInputError, UsageError
+from streamconv.errors import BadInputError, OutputExistsError, UsageError
 from tests.makers import models
 from tests.makers.fsdp import LORA_ALPHA, LORA_RANK, Made
 from tests.makers.large import make_large
@@ -409,7 +409,7 @@ def test_changed_settings_make_another_job(checkpoints, tmp_path):
     src = copied(checkpoints["fsdp2-lora"], tmp_path)
     convert(src, tmp_path / "out")
     (src / "lora_train_meta.json").write_text('{"r": 4, "lora_alpha": 20}')
-    with pytest.raises(streamconv.StreamconvError, match="another job"):
+    with pytest.raises(OutputExistsError, match="before its files were written anew"):
         convert(src, tmp_path / "out")
 
 

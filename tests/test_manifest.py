@@ -222,7 +222,7 @@ def test_a_folder_that_the_manifest_names_is_looked_at_only_where_it_is_that_con
     rewrite(folder, lambda m: m["job"]["given"].update(hf_config=str(tmp_path)))
     with pytest.raises(UsageError, match="holds another by now"):
         _job(folder, read_manifest(folder) or {}, folder, None)
-    rewrite(folder, lambda m: m["job"]["given"].update(hf_config=str(tmp_path / "gone")))
+    rewrite(folder, lambda m: m["job"]["given"].update(hf_config=str(folder.parent / "model")))
     shutil.copy(folder / "config.json", tmp_path / "aside.json")
     assert _job(folder, read_manifest(folder) or {}, folder, tmp_path).hf_config == tmp_path
 

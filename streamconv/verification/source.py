@@ -147,7 +147,7 @@ def _job(
     """Return the options that the output was made with."""
     job = manifest["job"]
     given = job.get("given", {})
-    for place in (given.get("hf_config"), job.get("base")):
+    for place in (given.get("hf_config") if hf_config is None else None, job.get("base")):
         if place and Path(place).resolve().is_relative_to(folder.resolve()):
             raise BadInputError(
                 "the manifest says that the output was made of itself",
