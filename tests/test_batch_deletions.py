@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from streamconv.batch import removal, retention, training
+from streamconv.batch import readings, removal, retention, training
 from streamconv.batch.deletions import OutputFacts, SourceFacts, why_keep_output, why_keep_source
-from streamconv.batch.state import FOLDER, Record, Store, read_records
+from streamconv.batch.state import FOLDER, Record, Store, file_name, read_records
 from tests.makers import runs
 from tests.scenes import Scene
 
@@ -178,6 +178,155 @@ def test_a_step_that_could_not_be_converted_is_none_to_go_on_from(scene):
     made = scene.round(**DELETING)
     assert "global_step_30 will not do" in refusals(made)["global_step_20/actor"]
     assert sources(scene) == [20, 30]
+
+
+def with_optimizers(scene: Scene, *steps: int, names=("actor/" + OPTIM,)) -> None:
+    scene.step(*steps)
+    for step in steps:
+        extras(scene, step, *names)
+    for path in [
+        p for s in steps for p in (scene.run / f"global_step_{s}").rglob("*.pt")
+    ]:  # no links: a deletion would change the time of the rest
+        copy = path.with_suffix(".copy")
+        shutil.copy2(path, copy)
+        copy.replace(path)
+        aged(path.parent)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "actor/" + runs.RANK_FILE,
+        "actor/" + OPTIM,
+        "actor/extra_state_world_size_1_rank_0.pt",
+        "critic/" + OPTIM,
+        "actor/mp_rank_00/model_optim_rng.pt",
+        "data.pt",
+    ],
+)
+def test_a_flipped_byte_in_the_step_that_remains_keeps_the_source(scene, name):
+    """Neither name, size, time nor directory tells, and no conversion reads it any more."""
+    critic = ["critic/" + runs.RANK_FILE] if name.startswith("critic") else []
+    with_optimizers(scene, 10, 20, names=[name, *critic] if runs.RANK_FILE not in name else ())
+    scene.round(verify=True)
+    path = scene.run / "global_step_20" / name
+    data, status = path.read_bytes(), path.stat()
+    at = data.index(b"\x00\x00\x80?" * 16)  # the tensor
+    path.write_bytes(data[:at] + b"\x01" + data[at + 1 :])
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    for _ in range(2):  # the second time from memory
+        made = scene.batch(**DELETING).round()
+        assert "CRC-32" in refusals(made)["global_step_10/actor"]
+        (problem,) = made.problems
+        assert str(path) in str(problem)
+        assert "CRC-32" in str(problem)
+        assert (made.exit_code, sources(scene)) == (3, [10, 20])
+    path.write_bytes(data)
+    aged(path.parent)
+    scene.round(**DELETING)
+    assert sources(scene) == [20]
+
+
+def test_where_the_newest_is_damaged_the_one_before_it_will_do(scene):
+    with_optimizers(scene, 10, 20, 30)
+    scene.round(verify=True)
+    path = scene.run / "global_step_30/actor" / OPTIM
+    data = bytearray(path.read_bytes())
+    data[data.index(b"\x00\x00\x80?" * 16)] ^= 1
+    path.write_bytes(data)
+    aged(path.parent)
+    made = scene.batch(**DELETING).round()
+    assert sources(scene) == [20, 30]
+    assert "global_step_30 will not do" in refusals(made)["global_step_20/actor"]
+    assert [p.where for p in made.problems] == [str(scene.run / "global_step_30")]
+
+
+def test_a_later_step_is_read_once(scene, monkeypatch):
+    """By none that only says what it would do, and by one of several rounds and sources."""
+    read = []
+
+    def counted(directory, check=readings.check_records):
+        read.append(Path(directory.window.name).relative_to(scene.run).parts[0])
+        return check(directory)
+
+    monkeypatch.setattr(readings, "check_records", counted)
+    with_optimizers(scene, 10, 20, 30)
+    scene.round(verify=True, delete_sources=True)
+    assert read == []
+    scene.round(**DELETING)
+    assert (sources(scene), read) == ([30], ["global_step_30"] * 2)
+    with_optimizers(scene, 25)
+    scene.round(**DELETING)
+    assert (sources(scene), read) == ([30], ["global_step_30"] * 2)
+
+
+def test_a_reading_that_was_stopped_goes_on_where_it_was(scene, monkeypatch):
+    read = []
+
+    def stopped(directory, check=readings.check_records):
+        read.append(Path(directory.window.name).name)
+        if len(read) == 2:
+            raise SystemExit(143)
+        return check(directory)
+
+    monkeypatch.setattr(readings, "check_records", stopped)
+    with_optimizers(scene, 10, 20)
+    with pytest.raises(SystemExit):
+        scene.round(**DELETING)
+    assert sources(scene) == [10, 20]
+    scene.round(**DELETING)
+    assert (sources(scene), read) == ([20], [runs.RANK_FILE, OPTIM, OPTIM])
+
+
+@pytest.mark.parametrize("memory", ["[]", "{", '{"steps": {"global_step_20": {"a": [1]}}}'])
+def test_what_was_read_may_be_forgotten(scene, memory):
+    with_optimizers(scene, 10, 20)
+    scene.round(verify=True)
+    folder = scene.out / FOLDER / "readings"
+    folder.mkdir()
+    (folder / f"{file_name(str(scene.run))}.json").write_text(memory)
+    scene.round(**DELETING)
+    assert sources(scene) == [20]
+
+
+def test_files_without_checksums_are_judged_by_their_ends_and_named(scene):
+    import torch
+
+    with_optimizers(scene, 10, 20)
+    for step in (10, 20):
+        path = scene.run / f"global_step_{step}/data.pt"
+        torch.save({"at": 1}, path, _use_new_zipfile_serialization=False)
+        aged(path)
+    batch = scene.batch(**DELETING)
+    made = batch.round()
+    assert sources(scene) == [20]
+    (notice,) = made.notices
+    assert "1 files without checksums" in notice
+    assert "data.pt" in notice
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.parametrize("damaged", [False, True])
+def test_records_of_a_distributed_checkpoint_are_read_where_the_index_says(scene, damaged):
+    import torch
+    import torch.distributed.checkpoint as dcp
+
+    scene.step(10, 20)
+    for step in (10, 20):
+        folder = scene.run / f"global_step_{step}/actor/optimizer/dist_ckpt"
+        dcp.save({"exp_avg": torch.ones(4, 4), "step": 3}, checkpoint_id=folder, no_dist=True)
+        aged(folder)
+    scene.round(verify=True)
+    (path,) = (scene.run / "global_step_20").rglob("*.distcp")
+    if damaged:
+        data = bytearray(path.read_bytes())
+        data[data.index(b"\x00\x00\x80?" * 16)] ^= 1
+        path.write_bytes(data)
+        aged(path)
+    made = scene.batch(**DELETING).round()
+    assert sources(scene) == ([10, 20] if damaged else [20]), made.removals
+    assert made.notices == []
+    assert [str(path) in str(p) for p in made.problems] == ([True] if damaged else [])
 
 
 def test_a_set_of_ranks_is_whole_by_what_its_names_say(scene):

@@ -37,7 +37,7 @@ from streamconv.batch.tasks import Task
 from streamconv.batch.tidy import Read, Surveyed, tidy
 from streamconv.batch.training import Stillness
 from streamconv.durations import parse_duration
-from streamconv.errors import StreamconvError, VerificationError
+from streamconv.errors import BadInputError, StreamconvError, VerificationError
 from streamconv.writer import no_space
 
 if TYPE_CHECKING:
@@ -139,6 +139,7 @@ class Batch:
             made.problems += [
                 VerificationError(r.refused, where=str(r.path)) for r in made.removals if r.damaged
             ]
+            self._tell_readings(made, surveys)
         except StreamconvError as error:
             made.problems.append(error)
         except OSError as error:
@@ -155,6 +156,23 @@ class Batch:
         troubles = [*(store.trouble for store in self._stores), self._trouble]
         made.problems += [_refused(trouble) for trouble in troubles if trouble is not None]
         return made
+
+    def _tell_readings(self, made: Round, surveys: Sequence[Survey]) -> None:
+        """Tell what reading the later steps, in favour of which sources go, came to."""
+        for readings in (t.readings for survey in surveys for t in survey.training.values()):
+            made.problems += [
+                BadInputError(f"no step to train on: {damage}", where=str(step))
+                for step, damage in readings.damaged.items()
+            ]
+            for step, names in readings.unchecked.items():
+                shown = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
+                notice = (
+                    f"{step}: {len(names)} files without checksums were judged by their ends, not by "
+                    f"their bytes, as the step to train on: {shown}"
+                )
+                if notice not in self._noticed:
+                    self._noticed.add(notice)
+                    made.notices.append(notice)
 
     @contextmanager
     def _minding(self) -> Iterator[None]:

@@ -237,13 +237,13 @@ def damage(output: Path) -> str:
 class Surroundings:
     """What decides about sources and is no part of them.
 
-    ``job``: how they are converted. ``training`` returns why training still needs one, ``unfinished``
-    which other output made of it is not there. ``needed`` are folders that conversions read: config
-    and base.
+    ``job``: how they are converted. ``training`` returns why training still needs one, having read the
+    later step if told to, ``unfinished`` which other output made of it is not there. ``needed`` are
+    folders that conversions read: config and base.
     """
 
     job: JobOptions
-    training: Callable[[Candidate], str]
+    training: Callable[[Candidate, bool], str]
     unfinished: Callable[[Candidate, Record], str] = lambda _, __: ""
     needed: tuple[Path, ...] = ()
 
@@ -259,6 +259,8 @@ def remove_source(
             listed = listing(path)
             nbytes = sum(size for size, _, _ in listed.values())
             refused = why_keep_source(_source_facts(record, candidate, around))
+            if apply and not refused:  # nothing cheaper is in the way
+                refused = around.training(candidate, True)
             if refused or not apply:
                 return Removal("source", path, nbytes, refused=refused)
             wrong = damage(Path(record.output))
@@ -270,7 +272,10 @@ def remove_source(
                 path,
                 listed,
                 _note(store, "source", record),
-                recheck=lambda: why_keep_source(_source_facts(record, candidate, around)),
+                recheck=lambda: (
+                    why_keep_source(_source_facts(record, candidate, around))
+                    or around.training(candidate, True)
+                ),
             )
     except LockedError as error:
         return Removal("source", path, 0, refused=error.what)
@@ -292,7 +297,7 @@ def _source_facts(record: Record, candidate: Candidate, around: Surroundings) ->
         other_job=_other_job(record, candidate, around.job) if cheap else "",
         inside=_inside(candidate.path, around.needed) if cheap else "",
         unfinished=around.unfinished(candidate, record) if cheap else "",
-        training=around.training(candidate) if cheap else "",
+        training=around.training(candidate, False) if cheap else "",
     )
 
 

@@ -6,6 +6,7 @@ In the output folder::
     .streamconv-batch/jobs/NAME.json     one record per output, written by whoever holds its lock
     .streamconv-batch/locks/NAME.lock    held while a batch works on that output
     .streamconv-batch/pins/…             hard links to sources that are being read
+    .streamconv-batch/readings/…         what was read of steps to train on: see :mod:`readings`
     .streamconv-batch/removals/…         what is being removed: see :mod:`removal`
     .streamconv-batch/rules/…            which retention rules are at work: see :mod:`rules`
 

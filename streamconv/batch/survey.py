@@ -16,6 +16,7 @@ from streamconv.batch import pins
 from streamconv.batch.discover import Candidate, candidate_at, discover
 from streamconv.batch.leases import boot_clock
 from streamconv.batch.places import refusal_into_another, refuse_own_files
+from streamconv.batch.readings import Readings
 from streamconv.batch.ready import (
     Snapshot,
     Tracker,
@@ -121,7 +122,11 @@ class Survey:
         if run.delete_sources:
             for run_dir in {c.run_dir for c in self.candidates.values()}:
                 self.training[run_dir] = Training(
-                    run_dir, run.settle_seconds, self._stillness, self._now_ns
+                    run_dir,
+                    run.settle_seconds,
+                    self._stillness,
+                    self._now_ns,
+                    Readings(self._store.folder, file_name(str(run_dir))),
                 )
 
     def _consider(self, name: str, c: Candidate) -> None:

@@ -104,8 +104,8 @@ def _sources(
     needed = [p for r in runs for p in (r.run.hf_config, r.run.base) if p is not None]
     around = Surroundings(
         job=one.run.job_options(),
-        training=lambda c: survey.training[c.run_dir].why_needed(
-            c, lambda step: _unfit(step, known)
+        training=lambda c, read: survey.training[c.run_dir].why_needed(
+            c, lambda step: _unfit(step, known), read=read
         ),
         unfinished=lambda c, record: _unfinished(c, record, one, known),
         needed=tuple(needed),

@@ -19,6 +19,7 @@ import xxhash
 from streamconv import formats
 from streamconv.batch.discover import Candidate, checkpoints_in, step_kind, step_number
 from streamconv.batch.leases import boot_clock
+from streamconv.batch.readings import TORCH_SUFFIXES, ZIP, ZIP_END, ZIP_END_BYTES, Readings
 from streamconv.batch.ready import Tracker, lies_still, read_tracker
 from streamconv.batch.removal import is_aside
 from streamconv.errors import StreamconvError
@@ -28,9 +29,6 @@ from streamconv.torchfile.window import FileWindow
 from streamconv.torchfile.zipdir import hash_directory
 
 _MAX_JSON_BYTES = 4 << 20
-_ZIP = b"PK\x03\x04"
-_ZIP_END = b"PK\x05\x06"
-_ZIP_END_BYTES = 22
 _PICKLE = b"\x80"
 _WEIGHTS = re.compile(r"model_world_size_\d+_rank_\d+\.pt|\.metadata", re.ASCII)
 _SETS = (
@@ -138,11 +136,20 @@ class Stillness:
 
 
 class Training:
-    """The steps of one run in one round, looked at when it began and when sources are to be deleted."""
+    """The steps of one run in one round, looked at when it began and when sources are to be deleted.
+
+    ``readings`` are what was read of them.
+    """
 
     def __init__(
-        self, run_dir: Path, settle_seconds: float, stillness: Stillness, now_ns: int
+        self,
+        run_dir: Path,
+        settle_seconds: float,
+        stillness: Stillness,
+        now_ns: int,
+        readings: Readings,
     ) -> None:
+        self.readings = readings
         self._run_dir = run_dir
         self._settle = settle_seconds
         self._stillness = stillness
@@ -157,10 +164,13 @@ class Training:
         """Look at all steps as they are now."""
         self._steps = steps_in(self._run_dir)
 
-    def why_needed(self, candidate: Candidate, unfit: Callable[[Path], str]) -> str:
+    def why_needed(
+        self, candidate: Candidate, unfit: Callable[[Path], str], *, read: bool = False
+    ) -> str:
         """Return why training still needs a source, empty where a later step will do.
 
-        ``unfit`` returns why a step is none to go on from, as far as that is known.
+        ``unfit`` returns why a step is none to go on from, as far as that is known. With ``read`` every
+        record of the later step is read, unless that was done before.
         """
         tracker = read_tracker(self._run_dir)
         if tracker is not None and tracker.step == candidate.step:
@@ -176,7 +186,11 @@ class Training:
             now = look_at_step(step.path)
             if now.digest != step.digest:
                 return f"{step.path.name} is being written"
-            reason = unfit(step.path) or self._why_not_whole(now, mine, others)
+            reason = (
+                unfit(step.path)
+                or self._why_not_whole(now, mine, others)
+                or self.readings.damage(step.path, now.files, read=read)
+            )
             if not reason:
                 return ""
             reasons.append(f"{step.path.name} will not do: {reason}")
@@ -300,7 +314,7 @@ def _broken(path: Path, size: int) -> Iterator[str]:
             read_header(path)
         elif path.suffix == ".json" and size <= _MAX_JSON_BYTES:
             read_json(path, most_bytes=_MAX_JSON_BYTES)
-        elif path.suffix in {".pt", ".pth", ".bin", ".ckpt", ".distcp"}:
+        elif path.suffix in TORCH_SUFFIXES:
             yield from _broken_torch_file(path, size)
     except (StreamconvError, OSError) as error:
         yield str(error).splitlines()[0]
@@ -309,12 +323,12 @@ def _broken(path: Path, size: int) -> Iterator[str]:
 def _broken_torch_file(path: Path, size: int) -> Iterator[str]:
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     try:
-        begin = os.pread(fd, len(_ZIP), 0)
+        begin = os.pread(fd, len(ZIP), 0)
         if path.suffix == ".distcp":  # torch.save's zips, one after the other
-            end = os.pread(fd, len(_ZIP_END), max(0, size - _ZIP_END_BYTES))
-            if size and (begin != _ZIP or end != _ZIP_END):
+            end = os.pread(fd, len(ZIP_END), max(0, size - ZIP_END_BYTES))
+            if size and (begin != ZIP or end != ZIP_END):
                 yield f"{path} is not whole"
-        elif begin == _ZIP:
+        elif begin == ZIP:
             hash_directory(FileWindow(fd, str(path), 0, size))
         elif path.suffix in {".pt", ".pth"} and begin[:1] != _PICKLE:
             yield f"{path} is not a file of torch's"

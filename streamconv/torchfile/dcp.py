@@ -178,6 +178,11 @@ class DcpIndex:
         place = self._places.get((name, None))
         return None if place is None else self._record(name, Box((), ()), place)
 
+    def records(self) -> Iterator[Piece]:
+        """Yield where every record lies, of tensors and of objects, without its box."""
+        for (name, _), place in self._places.items():
+            yield self._record(name, Box((), ()), place)
+
     def _piece(self, name: str, chunk: Any) -> Piece:
         offsets = self._size(chunk["offsets"], name)
         sizes = self._size(chunk["sizes"], name)
