@@ -38,6 +38,12 @@ def test_bit_for_bit(case: str, layout: str, shared_checkpoints: Path, tmp_path:
     assert differences(read_model(tmp_path / "out"), read_model(answer)) == []
 
 
+@pytest.mark.parametrize("folder", ["step_10", "step_10/policy", "step_10/policy/weights"])
+def test_the_folders_of_nemo_rl(folder: str, shared_checkpoints: Path) -> None:
+    root = shared_checkpoints / "megatron_cases/nemo_rl_layout"
+    assert find_model(root / folder).root == root / "step_10/policy/weights/iter_0000000"
+
+
 def test_a_later_save_of_a_constant_structure(shared_checkpoints: Path, tmp_path: Path) -> None:
     """Its index says of every rank's plan where the files go, by a class of torch's file system."""
     root = shared_checkpoints / "megatron_cases/constant_structure"
@@ -207,6 +213,17 @@ def test_an_adapter_that_verl_wrote_beside_no_weights(tmp_path: Path) -> None:
     with pytest.raises(BadInputError, match="an adapter was trained") as caught:
         torch_dist.read(tmp_path / "actor")
     assert "no file tells" in str(caught.value.hint)
+
+
+def test_ranges_of_quantizers_in_a_dcp_folder(tmp_path: Path) -> None:
+    at = "model.layers.0.mlp.up_proj."
+    names = ("input_quantizer._amax", "weight_quantizer._global_amax", "weight_quantizers.3._amax")
+    save_alone(tmp_path, {at + n: torch.ones(1) for n in ("weight", *names)})
+    checkpoint = dcp.read(tmp_path)
+    assert [*checkpoint.tensors] == [at + "weight"]
+    assert [(s.name, s.reason) for s in checkpoint.skipped] == [
+        ("3 tensors", "quantizer state (ModelOpt)")
+    ]
 
 
 def test_the_ranges_of_modelopts_quantizers_are_no_weights(

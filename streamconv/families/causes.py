@@ -9,6 +9,10 @@ from streamconv.errors import BadInputError
 
 _ADAPTER = re.compile(r"\.adapter\.|\.lora_[AB]\.|\.adapter_[a-z]+\.")
 _QUANTIZER = re.compile(r"_quantizers?\.")
+_STAGES = (
+    "Megatron-FSDP numbers layers within their stage: the other stages' are not in the checkpoint "
+    "under names of their own. Save from a run without pipeline parallelism, or as torch_dist"
+)
 
 
 def of_unknown(names: Collection[str], known: int) -> BadInputError | None:
@@ -69,14 +73,22 @@ def of_layers(
             hint="such checkpoints are not supported: let the trainer save one without noop layers "
             "or export it",
         )
-    local = found == set(range(len(found))) and type(stages) is int and stages > 1
-    if local and isinstance(stages, int) and len(found) <= -(-expected // stages) < expected:
+    local = found == set(range(len(found))) and len(found) < expected
+    claimed = megatron.get("num_layers")
+    if local and claimed == expected and type(stages) is int and stages > 1:
         return BadInputError(
             "the layers are numbered within each pipeline stage, and the stages share their names",
             where=where,
-            expected=f"{expected} layers, as config.json says",
+            expected=f"{expected} layers, as config.json and the run say",
             found=f"{len(found)} of them, in a run with {stages} pipeline stages",
-            hint="Megatron-FSDP saves so: the other stages' layers are not in the checkpoint under "
-            "names of their own. Save from a run without pipeline parallelism, or as torch_dist",
+            hint=_STAGES,
+        )
+    if local and expected % len(found) == 0 and claimed is None:
+        return BadInputError(
+            "config.json and the checkpoint contradict each other: the number of layers",
+            expected=f"{expected} by config.json",
+            found=f"{len(found)} in the checkpoint",
+            hint="name the config of the model that was trained: --hf-config DIR. If it was trained "
+            f"with pipeline parallelism: {_STAGES}",
         )
     return None

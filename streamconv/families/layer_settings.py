@@ -47,9 +47,9 @@ def same_window(run: Any, ours: Any) -> bool:
     Trainers' defaults for Mistral have HuggingFace's number unchanged.
     """
     left = run[0] if isinstance(run, list) and run else run
-    if type(left) is not int or left < 0:
+    if left is None or left == -1:
         return bool(ours == _NO_WINDOW)
-    return ours in (left, left + 1)
+    return type(left) is int and ours in (left, left + 1)
 
 
 def windowed(dims: Dims) -> Mapping[str, object]:

@@ -41,7 +41,8 @@ class Setting:
     ``defaults`` are Megatron-Core's, of any of its versions. ``ours`` returns the values of config.json
     that mean the same, by the name under which they are told; none where it has no such setting.
     ``same`` compares the run's value with one of them. ``often_unset`` says that the default never
-    contradicts: trainers' own modules may do it whatever the setting says.
+    contradicts: trainers' own modules may do it whatever the setting says. ``fixed`` is what no
+    config.json can say otherwise, so that no other one would help: it is told.
     """
 
     names: tuple[str, ...]
@@ -49,6 +50,7 @@ class Setting:
     ours: Callable[[Dims], Mapping[str, object]]
     same: Callable[[Any, Any], bool] = _same
     often_unset: bool = False
+    fixed: bool = False
 
 
 def check_settings(dims: Dims, family: Family) -> tuple[str, ...]:
@@ -73,6 +75,11 @@ def check_settings(dims: Dims, family: Family) -> tuple[str, ...]:
                 f"the checkpoint's arguments say {name} {_shown(run)}, which is Megatron's default, "
                 f"and {_owner(setting, family)} says {told}: the model is right only if that was "
                 "trained"
+            )
+        elif setting.fixed:
+            notices.append(
+                f"the checkpoint's arguments say {name} {_shown(run)}, and transformers' class always "
+                f"has {told}: it computes something else than was trained"
             )
         else:
             wrong.append((told, f"{name} {_shown(run)}"))
@@ -164,7 +171,8 @@ def _llama3(dims: Dims) -> Mapping[str, object]:
 
 
 def _llama3_factor(dims: Dims) -> Mapping[str, object]:
-    return _rope("factor", kind="llama3")(dims) if dims.megatron.get("use_rope_scaling") else {}
+    scaled = dims.megatron.get("use_rope_scaling") or dims.megatron.get("rope_scaling")
+    return _rope("factor", kind="llama3")(dims) if scaled else {}
 
 
 _MAY_INTERLEAVE = frozenset(
@@ -223,21 +231,22 @@ def _l2_norm(dims: Dims) -> Mapping[str, object]:
     return {"L2 norms of queries and keys": bool(llama4 and dims.get("use_qk_norm"))}
 
 
-_NORMALISES = frozenset({"mixtral", "gpt_oss"})
-"""Model types whose class normalises the chosen experts' weights whatever config.json says."""
-
-
 def _chosen_only(dims: Dims) -> Mapping[str, object]:
     """A softmax over the chosen experts alone is one over all of them, normalised over the chosen."""
     sigmoid = "sigmoid" in (
         dims.get("scoring_func"),
         dims.megatron.get("moe_router_score_function"),
     )
-    normalised = True if model_type(dims) in _NORMALISES else dims.get("norm_topk_prob")
+    normalised = dims.get("norm_topk_prob")
     by_groups = dims.get("topk_method") == "noaux_tc"
     if sigmoid or by_groups or type(normalised) is not bool or not dims.experts:
         return {}
     return {"norm_topk_prob": normalised}
+
+
+def _always_chosen_only(dims: Dims) -> Mapping[str, object]:
+    always = model_type(dims) in ("mixtral", "gpt_oss")
+    return {"the chosen experts' weights normalised:": True} if always else {}
 
 
 def _opposite(run: Any, ours: Any) -> bool:
@@ -282,6 +291,7 @@ _SETTINGS = (
     Setting(("moe_router_num_groups",), (), _named("n_group")),
     Setting(("moe_router_group_topk",), (), _named("topk_group")),
     Setting(("moe_router_pre_softmax",), (False,), _chosen_only, _opposite),
+    Setting(("moe_router_pre_softmax",), (), _always_chosen_only, _opposite, fixed=True),
     Setting(
         ("rotary_seq_len_interpolation_factor", "seq_len_interpolation_factor"),
         (None, 1),

@@ -117,8 +117,18 @@ def _in_folders(path: Path) -> dict[str, Location]:
     return {
         p.name: loc
         for p in sorted(path.iterdir())
-        if p.is_dir() and not _STEP.fullmatch(p.name) and (loc := detect(p))
+        if p.is_dir() and not _STEP.fullmatch(p.name) and (loc := _within(p))
     }
+
+
+def _within(folder: Path) -> Location | None:
+    """Return the model of a folder named for it, which NeMo-RL keeps deeper.
+
+    Its layouts are ``step_10/policy/weights/`` and, with Megatron, ``weights/iter_0000000/``.
+    """
+    weights = folder if folder.name == "weights" else folder / "weights"
+    places = (p for p in (folder, weights, weights / "iter_0000000") if p.is_dir())
+    return next((found for p in places if (found := detect(p))), None)
 
 
 def _in_run(path: Path, model: str | None) -> Location:

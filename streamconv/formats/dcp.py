@@ -12,6 +12,7 @@ one of torch_dist whose ``metadata.json`` is lost.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -26,7 +27,7 @@ from streamconv.formats.dcp_folder import (
     read_index,
     source_files,
 )
-from streamconv.formats.mcore_names import is_mcore, unwrapped
+from streamconv.formats.mcore_names import is_mcore, unwrapped, why_no_weight
 from streamconv.formats.torch_dist import canonical_tensors, count_ranks, run_facts, side_of
 from streamconv.source import Checkpoint, GlobalTensor, Skipped, SourceFile
 from streamconv.torchfile.dcp import DcpIndex, DcpTensor
@@ -34,6 +35,7 @@ from streamconv.torchfile.dcp import DcpIndex, DcpTensor
 NAME = "dcp"
 
 _OPTIMIZER_FOLDER = re.compile(r"optim(izer)?(_\d+)?", re.ASCII)
+_TRAINERS = "optimizer or trainer state"
 _NO_WEIGHTS = re.compile(
     r"(^|\.)(optim|optimizer|optimizers|optimizer_state|optimizer_state_dict|optim_state_dict|"
     r"lr_scheduler|scheduler|dataloader|train_state|rng_state|extra_state)(\.|$)"
@@ -118,15 +120,14 @@ def _notices(weights: Mapping[str, DcpTensor]) -> tuple[str, ...]:
 
 def _split(index: DcpIndex) -> tuple[dict[str, DcpTensor], tuple[Skipped, ...]]:
     weights: dict[str, DcpTensor] = {}
-    optimizer = 0
+    others: Counter[str] = Counter()
     for name in index.tensors:
-        if _NO_WEIGHTS.search(name):
-            optimizer += 1
+        reason = _TRAINERS if _NO_WEIGHTS.search(name) else why_no_weight(name)
+        if reason:
+            others[reason] += 1
         else:
             weights[name] = index.tensor(name)
-    skipped = []
-    if optimizer:
-        skipped.append(Skipped(f"{optimizer} tensors", "optimizer or trainer state"))
+    skipped = [Skipped(f"{n} tensors", reason) for reason, n in others.items()]
     if index.objects:
         skipped.append(Skipped(f"{len(index.objects)} objects", "no tensors"))
     return weights, tuple(skipped)
