@@ -100,9 +100,9 @@ class StreamconvError(Exception):
     @staticmethod
     def from_json(data: dict[str, Any]) -> StreamconvError:
         """Rebuild an error from :meth:`to_json`; an unknown kind becomes the base class."""
-        cls = {c.kind: c for c in _all_classes(StreamconvError)}.get(
-            data.get("kind") or "", StreamconvError
-        )
+        # Of a class and those below it that have no kind of their own, the class.
+        known = {c.kind: c for c in reversed(_all_classes(StreamconvError))}
+        cls = known.get(data.get("kind") or "", StreamconvError)
         error = cls(
             data.get("what") or "unknown error",
             where=data.get("where"),

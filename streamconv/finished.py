@@ -1,14 +1,15 @@
 """Whether an output folder is the finished output of a job: what it says of itself, and proofs of it.
 
-A run of this user seals what it publishes. An output that says to be this job's without that seal may
-be another user's, or an older release's, or a stranger's who knew what would be asked for: it is held
-against the source before it is taken for done.
+A run of this user seals what it publishes, with the hashes of its files: a look at their times is
+enough, and what is newer than the manifest is read. An output that says to be this job's without that
+seal may be another user's, or an older release's, or a stranger's who knew what would be asked for: it
+is held against the source before it is taken for done.
 """
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from streamconv.former import some
 from streamconv.manifest import is_ours, read_manifest
 from streamconv.options import Event, RunOptions
 from streamconv.plan import Plan
+from streamconv.planned import MANIFEST
+from streamconv.writer import hash_file
 
 
 def finished_output(dst: Path, digest: str) -> dict[str, Any] | None:
@@ -43,6 +46,15 @@ def missing_files(dst: Path, manifest: dict[str, Any]) -> list[str]:
     return found
 
 
+def _changed_since(dst: Path, manifest: dict[str, Any]) -> Iterator[str]:
+    """Yield the files that are not as they were written: what is older than the manifest is."""
+    written_ns = (dst / MANIFEST).stat().st_mtime_ns
+    for file in manifest["files"]:
+        path = dst / file["name"]
+        if path.stat().st_mtime_ns > written_ns and hash_file(path) != file["xxh3_128"]:
+            yield file["name"]
+
+
 def proven_output(
     dst: Path,
     digest: str,
@@ -53,11 +65,22 @@ def proven_output(
     """Return the manifest of ``dst`` where it is the whole output of the job; None otherwise.
 
     Without this user's seal it is compared with the source, as the plan says that ``plan_at`` makes at
-    a path. Raises :class:`OutputExistsError` where it differs, unless it is to be replaced.
+    a path. Raises :class:`OutputExistsError` where it differs, unless it is to be replaced, and where
+    it was changed since this user's run wrote it.
     """
     manifest = finished_output(dst, digest)
-    if manifest is None or is_ours(manifest):
-        return manifest
+    if manifest is None:
+        return None
+    if is_ours(manifest):
+        changed = [*_changed_since(dst, manifest)]
+        if not changed:
+            return manifest
+        raise OutputExistsError(
+            "files of the output folder were changed since they were written",
+            where=str(dst),
+            found=some(changed),
+            hint="move that away, or choose another folder",
+        )
     from streamconv.verification.by_plan import plan_problems
 
     with tempfile.TemporaryDirectory(prefix="streamconv-") as scratch:

@@ -71,6 +71,14 @@ def test_an_error_survives_the_way_from_a_child_process(cls):
     assert str(again) == str(error)
 
 
+def test_a_class_without_a_kind_of_its_own_takes_no_other_ones_place():
+    class Narrower(errors.UsageError):
+        pass
+
+    again = StreamconvError.from_json(errors.UsageError("what").to_json())
+    assert type(again) is errors.UsageError
+
+
 def test_an_unknown_kind_becomes_the_base_class():
     assert type(StreamconvError.from_json({"kind": "from the future"})) is StreamconvError
 

@@ -191,3 +191,22 @@ def test_in_a_folder_that_cannot_be_written_to_there_may_be_nothing_to_do(
     with pytest.raises((PermissionError, StreamconvError), match="cannot be written to"):
         command(out, overwrite=True)
     assert contents(out) == {n: data for n, data in before.items() if n != SINGLE}
+
+
+def test_ones_own_that_was_changed_since_is_not_taken_for_done(command, tmp_path):
+    """It has its size and its seal; one that was merely touched, or copied without times, is read."""
+    out = tmp_path / "out"
+    command(out)
+    later = (out / MANIFEST).stat().st_mtime_ns + 10**9
+    os.utime(out / SINGLE, ns=(later, later))
+    assert command(out)[0].status == "nothing-to-do"
+    with (out / SINGLE).open("r+b") as stream:
+        stream.seek(-1, os.SEEK_END)
+        last = stream.read(1)[0]
+        stream.seek(-1, os.SEEK_END)
+        stream.write(bytes([last ^ 1]))
+    os.utime(out / SINGLE, ns=(later, later))
+    for overwrite in (False, True):
+        with pytest.raises(OutputExistsError, match="changed since") as caught:
+            command(out, overwrite=overwrite)
+        assert caught.value.found == SINGLE
