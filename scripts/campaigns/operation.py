@@ -355,7 +355,7 @@ def _settle(
             said = batch.said.read_text(errors="replace")
             check_end(scene, batch)
         look = Look.at(scene)
-        wanted = {i for i in look.sources if i.run == run.name}
+        wanted = {i for i in look.weights if i.run == run.name}
         if last or every:
             # What was written last, where its times agree.
             tops = (

@@ -74,10 +74,14 @@ class Scene:
 class Look:
     """What is there at one moment: items as whole sources, and what lies at each output's path.
 
-    ``trained`` are the items that training left in its folders, whatever became of them.
+    ``trained`` are the items that training left in its folders, whatever became of them, ``weights``
+    those whose weights are there, with or without a whole optimizer, ``trainable`` the sources in steps
+    that are whole altogether.
     """
 
     sources: set[Item]
+    weights: set[Item]
+    trainable: set[Item]
     outputs: dict[Path, Item | None]
     trained: set[Item]
 
@@ -87,22 +91,26 @@ class Look:
 
     @staticmethod
     def at(scene: Scene) -> Look:
-        sources = set()
+        sources, weights = set(), set()
         for run in scene.runs:
-            for (step, model), item in run.whole.items():
+            for (step, model), item in [*run.whole.items(), *run.untrainable.items()]:
                 scene.items.setdefault(item.payload, item)
                 scene.seen_in.setdefault(item, scene.number)
                 folder = run.folder(step, model)
                 want = {folder / RANK_FILE, folder / OPTIMIZER}
                 if all(p.is_file() and p.read_bytes() == run.files.get(p) for p in want):
-                    sources.add(item)
+                    weights.add(item)
+                    if item in run.whole.values():
+                        sources.add(item)
         found = {
             path: scene.items.get(data)
             for out in set(scene.outs)
             for path, data in outputs_below(out)
         }
         trained = {item for run in scene.runs for item in run.whole.values()}
-        return Look(sources, found, trained)
+        broken = {run.name: run.broken for run in scene.runs}
+        trainable = {i for i in sources if i.step not in broken[i.run]}
+        return Look(sources, weights, trainable, found, trained)
 
 
 def outputs_below(out: Path) -> Iterator[tuple[Path, bytes]]:
@@ -188,8 +196,9 @@ def check(scene: Scene, before: Look, batches: list[Batch]) -> None:
         if gone:
             scene.figures.add("sources deleted", len(gone))
             newest = max(run.order[i] for i in gone)
-            there = {i.step: run.order[i] for i in after.sources if i.run == run.name}
-            if not any(order > newest for order in there.values()):
+            # What training itself wrote over meanwhile was there when it counted.
+            there = {*after.trainable, *(before.trainable & run.taken)}
+            if not any(i.run == run.name and run.order[i] > newest for i in there):
                 scene.breach(f"no step to train on is left beside {sorted(gone, key=repr)}")
     scene.figures.add("outputs made", len(after.outputs.keys() - before.outputs.keys()))
     scene.figures.add("outputs removed", len(before.outputs.keys() - after.outputs.keys()))

@@ -81,9 +81,10 @@ def rank_file(base: bytes, payload: bytes) -> bytes:
 class Training:
     """A run in the folder ``root``. ``skew`` is by how many seconds its machine's clock is ahead.
 
-    ``whole`` is what lies in each step's folder now, ``order`` when each item was finished, ``taken``
-    are items that training itself removed or wrote over, ``rewritten`` those of single steps written
-    anew, ``files`` all that a whole folder must hold.
+    ``whole`` is what lies in each step's folder now, ``untrainable`` what is whole there but for its
+    optimizer, ``order`` when each item was finished, ``taken`` are items that training itself removed or
+    wrote over, ``rewritten`` those of single steps written anew, ``broken`` are steps that a file of is
+    damaged, ``files`` all that a whole folder must hold.
     """
 
     name: str
@@ -93,6 +94,7 @@ class Training:
     critic: bool
     skew: float
     whole: dict[tuple[int, str], Item] = field(default_factory=dict)
+    untrainable: dict[tuple[int, str], Item] = field(default_factory=dict)
     order: dict[Item, int] = field(default_factory=dict)
     taken: set[Item] = field(default_factory=set)
     rewritten: set[Item] = field(default_factory=set)
@@ -147,7 +149,8 @@ class Training:
         if steps:
             step = self.dice.choice(steps)
             yield from self._write(step, tracked=self.dice.random() < 0.5)
-            self.rewritten |= {i for i in self.whole.values() if i.step == step}
+            there = (*self.whole.values(), *self.untrainable.values())
+            self.rewritten |= {i for i in there if i.step == step}
 
     def _back(self) -> Iterator[None]:
         steps = sorted({step for step, _ in self.whole})[:-1]
@@ -184,9 +187,10 @@ class Training:
         yield
 
     def _lose(self, step: int, model: str) -> None:
-        item = self.whole.pop((step, model), None)
-        if item is not None:
-            self.taken.add(item)
+        for items in (self.whole, self.untrainable):
+            item = items.pop((step, model), None)
+            if item is not None:
+                self.taken.add(item)
         folder = self.folder(step, model)
         self.files = {p: data for p, data in self.files.items() if folder not in p.parents}
 
@@ -195,7 +199,7 @@ class Training:
         dice = self.dice
         self.writing = step
         same_times = dice.random() < 0.2
-        damaged = dice.random() < 0.06
+        damaged = dice.choice(("weights", "optimizer")) if dice.random() < 0.12 else ""
         made: dict[Path, bytes] = {}
         for model in self.models:
             self.versions += 1
@@ -204,9 +208,11 @@ class Training:
             folder.mkdir(parents=True, exist_ok=True)
             item = Item(self.name, step, model, self.versions)
             data = rank_file(self.base, item.payload)
-            if damaged and model == "actor":
-                data = data.replace(item.payload[:8], bytes(8))
             optimizer = rank_file(self.base, item.payload[::-1])
+            if damaged == "weights" and model == "actor":
+                data = data.replace(item.payload[:8], bytes(8))
+            elif damaged and model == "actor":  # no conversion reads it
+                optimizer = optimizer.replace(item.payload[::-1][:8], bytes(8))
             for name, content in ((RANK_FILE, data), (OPTIMIZER, optimizer)):
                 path = folder / name
                 old = path.stat().st_mtime_ns if path.exists() else None
@@ -229,8 +235,9 @@ class Training:
                 os.utime(path, ns=(when, old if old is not None and same_times else when))
                 made[path] = content
                 yield
-            if not (damaged and model == "actor"):
-                self.whole[step, model] = item
+            if model != "actor" or damaged != "weights":
+                items = self.untrainable if damaged and model == "actor" else self.whole
+                items[step, model] = item
                 self.order[item] = len(self.order)
         self.files |= made
         self.writing = None
