@@ -184,9 +184,9 @@ def with_optimizers(scene: Scene, *steps: int, names=("actor/" + OPTIM,)) -> Non
     scene.step(*steps)
     for step in steps:
         extras(scene, step, *names)
-    for path in [
-        p for s in steps for p in (scene.run / f"global_step_{s}").rglob("*.pt")
-    ]:  # no links: a deletion would change the time of the rest
+    folders = [scene.run / f"global_step_{step}" for step in steps]
+    # No links: a deletion would change the time of the rest.
+    for path in [path for folder in folders for path in folder.rglob("*.pt*")]:
         copy = path.with_suffix(".copy")
         shutil.copy2(path, copy)
         copy.replace(path)
@@ -201,6 +201,7 @@ def with_optimizers(scene: Scene, *steps: int, names=("actor/" + OPTIM,)) -> Non
         "actor/extra_state_world_size_1_rank_0.pt",
         "critic/" + OPTIM,
         "actor/mp_rank_00/model_optim_rng.pt",
+        "actor/optimizer.pth.tar",
         "data.pt",
     ],
 )

@@ -82,9 +82,9 @@ class Training:
     """A run in the folder ``root``. ``skew`` is by how many seconds its machine's clock is ahead.
 
     ``whole`` is what lies in each step's folder now, ``untrainable`` what is whole there but for its
-    optimizer, ``order`` when each item was finished, ``taken`` are items that training itself removed or
-    wrote over, ``rewritten`` those of single steps written anew, ``broken`` are steps that a file of is
-    damaged, ``files`` all that a whole folder must hold.
+    optimizer, ``order`` when each item was finished, ``taken`` are items that training itself removed
+    or wrote over, ``rewritten`` those of single steps written anew, ``broken`` are steps with a
+    damaged file, ``files`` all that a whole folder must hold.
     """
 
     name: str

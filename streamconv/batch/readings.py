@@ -89,11 +89,10 @@ class Readings:
         if self._steps is None:
             self._steps = self._load()
         known, now = self._steps.get(step.name, {}), {}
-        judged = sorted(n for n in names if Path(n).suffix in TORCH_SUFFIXES | _WITHOUT_CHECKSUMS)
         changed = False
         try:
             records = _Records()
-            for name in judged:
+            for name in sorted(names):
                 mark = _Mark.of(step / name)
                 found = known.get(name)
                 if found is None or found.mark != mark:
@@ -204,10 +203,23 @@ def _read(path: Path, mark: _Mark, records: _Records) -> tuple[_Found, bool]:
 def _check(fd: int, path: Path, nbytes: int, records: _Records) -> bool:
     """Check the records of a file; return whether checksums vouch for all of them."""
     if path.suffix != ".distcp":
-        return _check_zip(FileWindow(fd, str(path), 0, nbytes))
+        return _check_file(FileWindow(fd, str(path), 0, nbytes), path.suffix in TORCH_SUFFIXES)
     places = records.of(path)
     whole = [_check_zip(FileWindow(fd, str(path), start, size)) for start, size in places]
     return all(whole) and (bool(places) or not nbytes)
+
+
+def _check_file(window: FileWindow, is_torchs: bool) -> bool:
+    """Check what may be a file of torch's: of what it wrote under another name, the bytes tell."""
+    if is_torchs:
+        return _check_zip(window)
+    if window.nbytes < ZIP_END_BYTES or window.read(0, len(ZIP)) != ZIP:
+        return True  # no weights
+    try:
+        directory = read_directory(window)
+    except StreamconvError:
+        return False  # another zip
+    return check_records(directory)
 
 
 def _check_zip(window: FileWindow) -> bool:
