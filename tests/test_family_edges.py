@@ -163,6 +163,7 @@ def test_a_contradiction_shows_both_numbers(
         ("deepseek_v3", YARN, {"mscale_all_dim": 0.5}),
         ("qwen3_next", {}, {"linear_num_key_heads": 4}),
         ("llama", {}, {"rope_scaling": True}),
+        ("gemma3", {}, {"rotary_base": [10_000, 500_000]}),
         ("llama", LLAMA3, {"rope_scaling": True, "rope_scaling_factor": 32}),
         ("llama", {}, {"rotary_seq_len_interpolation_factor": 8}),
         ("llama", LINEAR, {"seq_len_interpolation_factor": 4}),
@@ -251,6 +252,7 @@ def test_heads_that_nothing_could_contradict_are_told() -> None:
         ("llama", {"num_attention_heads": 6}, ""),
         ("qwen3_next", {"num_attention_heads": 6}, "(linear attention)"),
         ("qwen3_next", {}, "(attention, linear attention)"),
+        ("qwen3_vl", {"num_attention_heads": 6}, "(vision tower)"),
         ("deepseek_v3", {}, ""),
     ):
         found = [n for n in plan(*tiny(name), facts).notices if "cannot be checked" in n]
@@ -264,6 +266,7 @@ def test_settings_that_agree_are_silent() -> None:
         ("llama", BASE, {"rotary_base": 500_000, "rotary_percent": 1.0}),
         ("llama", LLAMA3, {"use_rope_scaling": True, "rope_scaling_factor": 8.0}),
         ("gemma3", {}, {"rotary_base": 1_000_000, "layernorm_zero_centered_gamma": True}),
+        ("gemma3", {}, {"rotary_base": [10_000, 1_000_000], "seq_len_interpolation_factor": None}),
         ("deepseek_v3", YARN, {"rope_type": "yarn", "rotary_scaling_factor": 4, "mscale": 1}),
         ("deepseek_v3", {}, {"rope_type": "rope", "rotary_scaling_factor": 40, "mscale": 0.707}),
         ("qwen3_moe", {}, {"moe_router_topk": 2, "moe_router_score_function": "softmax"}),

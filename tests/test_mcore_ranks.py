@@ -449,6 +449,16 @@ def test_rank_files_in_each_others_folders(one: str, two: str, tmp_path: Path) -
         formats.read(folder)
 
 
+def test_lists_and_nothings_among_the_arguments(tmp_path: Path) -> None:
+    told: dict[str, object] = {"window_size": (127, 0), "no_rope_freq": [0, 1]}
+    folder = write_ranks(
+        tmp_path, whole_model(), Sizes(), writer="megatron", **told, window_attn_skip_freq=None
+    )
+    facts = formats.read(folder).facts["megatron"]
+    assert [facts[n] for n in told] == [[127, 0], [0, 1]]
+    assert facts["window_attn_skip_freq"] is None
+
+
 def test_files_of_two_runs(tmp_path: Path) -> None:
     folder = write_ranks(tmp_path, whole_model(), Sizes(tp=2), writer="megatron")
     file = folder / "mp_rank_01/model_optim_rng.pt"

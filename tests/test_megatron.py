@@ -345,6 +345,18 @@ def test_what_bridge_and_nemo_say_of_the_model(tmp_path: Path, file: str, key: s
     }
 
 
+def test_nemos_models_with_a_tower_have_their_settings_further_in(tmp_path: Path) -> None:
+    for folder in ("weights", "context"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "context/model.yaml").write_text(
+        "config:\n  num_attention_heads: 1\n  language_transformer_config: {num_attention_heads: 32}\n"
+    )
+    (tmp_path / "weights/common.pt").touch()
+    unread: Any = None
+    facts = torch_dist.run_facts(tmp_path / "weights", unread)
+    assert facts == {"num_attention_heads": 32, OF_MODEL: True}
+
+
 @pytest.mark.parametrize(
     "text",
     [

@@ -52,6 +52,12 @@ class Setting:
     often_unset: bool = False
     fixed: bool = False
 
+    def agrees(self, run: object, ours: Sequence[object]) -> bool:
+        """Whether the run's value is one of ``ours``; of a list for kinds of layers, each number."""
+        each = isinstance(run, list) and self.same is _same and type(ours[0]) is not list
+        values = run if isinstance(run, list) and each else [run]
+        return all(any(self.same(value, own) for own in ours) for value in values)
+
 
 def check_settings(dims: Dims, family: Family) -> tuple[str, ...]:
     """Compare what the run tells of itself with config.json and the family; return what to tell.
@@ -66,7 +72,7 @@ def check_settings(dims: Dims, family: Family) -> tuple[str, ...]:
         if name is None or not ours:
             continue
         run = dims.megatron[name]
-        if any(setting.same(run, value) for value in ours.values()):
+        if setting.agrees(run, [*ours.values()]):
             continue
         told = " or ".join(f"{key} {_shown(value)}" for key, value in ours.items())
         default = any(_same(run, value) for value in setting.defaults)

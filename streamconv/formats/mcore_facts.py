@@ -150,11 +150,15 @@ def _of_model(folder: Path) -> dict[str, object]:
     if beside.name == "model":
         beside = above(beside)
     wanted = (_WANTED | _WANTED_IF_NULL) - _NOT_OF_YAML
-    return (
-        of_json(beside / "transformer_config.json")
-        or dict(_plain(settings_below(folder / "run_config.yaml", "model", wanted)))
-        or dict(_plain(settings_below(beside / "context" / "model.yaml", "config", wanted)))
-    )
+    found = of_json(beside / "transformer_config.json")
+    for file, keys in (
+        (folder / "run_config.yaml", ("model",)),
+        # A model with a vision tower: the settings around it only fill up.
+        (beside / "context/model.yaml", ("config", "language_transformer_config")),
+        (beside / "context/model.yaml", ("config",)),
+    ):
+        found = found or dict(_plain(settings_below(file, keys, wanted)))
+    return found
 
 
 def of_state(value: object) -> dict[str, object]:

@@ -2,8 +2,8 @@
 
 Both are strangers' files, and full of classes to be made (``_target_``). Nothing is made of them: the
 parser's events are walked one by one, without recursion, and what is kept are plain numbers, texts,
-truth values and short lists of them, directly below one key. An alias stands for such a value, or for
-nothing, so that none can grow.
+truth values and short lists of them, directly below the keys asked for. An alias stands for such a
+value, or for nothing, so that none can grow.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ _WORDS = {"": None, "~": None, "null": None, "true": True, "false": False}
 _NOTHING = object()
 
 
-def settings_below(path: Path, key: str, wanted: Container[str]) -> dict[str, object]:
-    """Return the ``wanted`` settings below ``key``; none where the file cannot be read as such."""
+def settings_below(path: Path, keys: tuple[str, ...], wanted: Container[str]) -> dict[str, object]:
+    """Return the ``wanted`` settings below ``keys``; none where the file cannot be read as such."""
     try:
         fd = open_input(path)
     except (StreamconvError, OSError):
@@ -42,18 +42,18 @@ def settings_below(path: Path, key: str, wanted: Container[str]) -> dict[str, ob
         return {}
     finally:
         os.close(fd)
-    return _settings(text, key, wanted)
+    return _settings(text, keys, wanted)
 
 
-def _settings(text: bytes, key: str, wanted: Container[str]) -> dict[str, object]:
+def _settings(text: bytes, keys: tuple[str, ...], wanted: Container[str]) -> dict[str, object]:
     import yaml
 
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     found: dict[str, object] = {}
     try:
         for path, value in _leaves(yaml.parse(text, Loader=loader)):
-            if len(path) == 2 and path[0] == key and path[1] in wanted:
-                found[path[1]] = value
+            if path[:-1] == keys and path[-1] in wanted:
+                found[path[-1]] = value
     except (yaml.YAMLError, ValueError, RecursionError, MemoryError):
         return {}
     return found
