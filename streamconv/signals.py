@@ -4,13 +4,14 @@ The signals become ``SystemExit``, so that every ``with`` and ``finally`` on the
 Python runs a handler only once the main thread is back from its system call, and on a slow disk a
 write, a read or an fsync can take minutes. So the signal also wakes a thread that ends the process when
 the orderly end takes too long. That is no worse than kill -9, which every run survives; children die
-with their parent.
+with their parent. Where the exception is lost, as in a ``__del__``, it is raised again.
 """
 
 from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -22,6 +23,15 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 GRACE_SECONDS = 3.5
 WORKER_GRACE_SECONDS = 2.0
 _PR_SET_PDEATHSIG = 1
+_AGAIN_SECONDS = 0.01
+
+
+class _Ended(SystemExit):
+    """The end that a signal asks for."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(128 + signum)
+        self.signum = signum
 
 
 @contextmanager
@@ -38,9 +48,12 @@ def heeded(grace_seconds: float = GRACE_SECONDS) -> Iterator[None]:
     threading.Thread(
         target=_watch, args=(woken, grace_seconds), daemon=True, name="signal-watch"
     ).start()
+    lost = sys.unraisablehook
+    sys.unraisablehook = lambda told: _raise_again(told) or lost(told)
     try:
         yield
     finally:
+        sys.unraisablehook = lost
         signal.set_wakeup_fd(before)
         os.close(wake)  # the thread's cue, unless it has seen a signal
 
@@ -59,7 +72,19 @@ def end_with_parent(signum: signal.Signals, parent: int) -> bool:
 def _end(signum: int, _frame: FrameType | None) -> None:
     # A second signal while cleaning up must not interrupt the cleaning.
     signal.signal(signum, signal.SIG_IGN)
-    raise SystemExit(128 + signum)
+    raise _Ended(signum)
+
+
+def _raise_again(told: sys.UnraisableHookArgs) -> bool:
+    """Have the signal come once more whose ``SystemExit`` Python has just dropped."""
+    if not isinstance(told.exc_value, _Ended):
+        return False
+    signum = told.exc_value.signum
+    signal.set_wakeup_fd(-1)  # the thread knows already
+    signal.signal(signum, _end)
+    # Later: whoever called this would drop it, too.
+    threading.Timer(_AGAIN_SECONDS, os.kill, (os.getpid(), signum)).start()
+    return True
 
 
 def _watch(woken: int, grace_seconds: float) -> None:

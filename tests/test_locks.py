@@ -126,3 +126,26 @@ def test_a_planning_child_whose_parent_is_gone_does_nothing(tmp_path, lone_rank_
     made = planning.make_plan(lone_rank_file.parent, JobOptions(layout="memory"), plan)
     assert made.head.totals.tensors == 1
     assert [p.name for p in tmp_path.iterdir()] == ["plan.jsonl"]
+
+
+def test_a_signal_that_meets_a_destructor_still_ends_in_order():
+    """Python prints and drops what is raised there; the end would then be a hard one, seconds later."""
+    program = (
+        "import os, signal, time\n"
+        "from streamconv.signals import heeded\n"
+        "class Lock:\n"
+        "    def __del__(self):\n"
+        "        os.kill(os.getpid(), signal.SIGTERM)\n"
+        "        time.sleep(0)\n"
+        "with heeded(60.0):\n"
+        "    try:\n"
+        "        lock = Lock()\n"
+        "        del lock\n"
+        "        time.sleep(50)\n"
+        "    finally:\n"
+        "        print('in order')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=40, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (143, "in order\n", "")
