@@ -142,10 +142,14 @@ def why_another(before: Mapping[str, Any], job: JobIdentity) -> str:
     if all(str(old).partition(" ")[0] == str(new).partition(" ")[0] for old, new in anew):
         # Then it is the evidence that differs.
         return (
-            "of these files before they were written anew, or copied without their times (nothing in "
-            f"{len(anew)} of them is a checksum of the weights, so times and samples count)"
+            "of another checkpoint with files of these names and sizes, or of these files before they "
+            f"were written anew, or copied without their times (nothing in {len(anew)} of them is a "
+            "checksum of the weights, so times and samples count)"
         )
-    return "of this checkpoint before its files were written anew"
+    return (
+        "of another checkpoint with files of these names and sizes, or of this checkpoint before its "
+        "files were written anew"
+    )
 
 
 def job_identity(
