@@ -377,6 +377,18 @@ def test_yaml_of_which_nothing_is_taken(tmp_path: Path, text: str) -> None:
     assert torch_dist.run_facts(tmp_path, unread) == {}
 
 
+def test_a_run_with_other_positions_than_config_json(
+    shared_checkpoints: Path, tmp_path: Path
+) -> None:
+    root = shared_checkpoints / "megatron_cases/settings_ropelin"
+    config = root / "hf_config_of_another_model"
+    with pytest.raises(BadInputError, match="contradict each other") as caught:
+        streamconv.convert(root / "iter_0000001", tmp_path / "out", hf_config=config, sync=False)
+    assert "rotary_seq_len_interpolation_factor 8" in str(caught.value.found)
+    assert "rotary_interleaved True" in str(caught.value.found)
+    assert not (tmp_path / "out").exists()
+
+
 def test_lists_among_the_arguments_count(tmp_path: Path) -> None:
     args = {"window_size": (127, 0), "no_rope_freq": [0, 0, 1], "window_attn_skip_freq": None}
     torch.save({"args": argparse.Namespace(**args, rotary_base=[{}])}, tmp_path / "common.pt")
