@@ -73,6 +73,26 @@ def test_sources_of_verified_outputs_go_but_for_the_newest(done):
     assert done.round(**DELETING).counts == {"done": 1}
 
 
+@pytest.mark.parametrize(
+    ("link", "to"),
+    [
+        ("global_step_20/actor/" + OPTIM, "../../global_step_10/actor/" + runs.RANK_FILE),
+        ("global_step_10/critic", "actor"),
+        ("best", "global_step_10"),
+    ],
+)
+def test_a_source_that_a_link_leads_to_stays(done, link, to):
+    """A later step that shares a file with it is not whole without it."""
+    (done.run / link).symlink_to(to)
+    (done.run / "up").symlink_to(".")  # leads to no step
+    for step in (20, 30):
+        aged(done.run / f"global_step_{step}/actor")
+    made = done.batch(**DELETING).round()
+    assert "a link leads to what lies in it" in refusals(made)["global_step_10/actor"]
+    assert sources(done)[0] == 10
+    assert (done.run / link).exists()
+
+
 def test_one_flipped_byte_in_an_output_keeps_its_source(done):
     """Size and time are as they were when it was verified; it is the only copy."""
     flip(done.out / "global_step_10/model.safetensors")

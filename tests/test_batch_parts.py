@@ -568,6 +568,9 @@ RUN = {"root": "/r", "output": "/o"}
         ({"run": [{**RUN, "dtype": "int4"}]}, "run.0.dtype"),
         ({"run": [RUN], "watch": "sometimes"}, "not a schedule"),
         ({"run": [RUN], "jobs": 0}, "jobs: "),
+        ({"run": [{**RUN, "keep-last": True}]}, "run.0.keep-last: expected a number"),
+        ({"run": [{**RUN, "base": "a\0b"}]}, "run.0.base: a path cannot hold a NUL"),
+        ({"run": [{**RUN, "name": "{step:99999999999999d}"}]}, "not a template"),
         ({"run": [RUN, RUN]}, "same output folder"),
         ({"run": [{"root": "/r", "output": "/r"}]}, "the run itself"),
     ],
@@ -593,6 +596,13 @@ def test_one_output_folder_is_one_by_whatever_name(tmp_path):
         )
         with pytest.raises(UsageError, match="same output folder"):
             load(file, {})
+
+
+def test_a_job_file_that_is_nested_too_deeply_is_refused(tmp_path):
+    file = tmp_path / "jobs.toml"
+    file.write_text("x = " + "[" * 5000 + "]" * 5000)
+    with pytest.raises(UsageError, match="not a TOML file"):
+        load(file, {})
 
 
 def test_a_job_file(tmp_path):

@@ -109,11 +109,16 @@ def read_tracker(run_dir: Path) -> Tracker | None:
     for name in _TRACKERS:
         path = run_dir / name
         try:
-            with path.open("rb") as stream:
-                text = stream.read(_MAX_TRACKER_BYTES).decode(errors="replace").strip()
-                mtime = os.fstat(stream.fileno()).st_mtime_ns
+            fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe keeps nobody
         except OSError:
             continue
+        try:
+            text = os.read(fd, _MAX_TRACKER_BYTES).decode(errors="replace").strip()
+            mtime = os.fstat(fd).st_mtime_ns
+        except OSError:
+            continue
+        finally:
+            os.close(fd)
         step = int(text) if text.isdecimal() else step_number(text)
         if step is not None:
             return Tracker(step, mtime)

@@ -127,9 +127,9 @@ def _check_template(template: str) -> None:
 def _filled(template: str, **facts: str | int) -> str:
     try:
         return template.format(**facts)
-    except (ValueError, LookupError) as error:
+    except (ValueError, LookupError, MemoryError) as error:
         # A step that is none is a word, which {step:06d} cannot show.
-        raise UsageError(f"not a template: {template!r}", found=str(error)) from None
+        raise UsageError(f"not a template: {template!r}", found=str(error) or "too long") from None
 
 
 def _checked_name(text: str, c: Candidate) -> str:

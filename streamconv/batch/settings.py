@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import pydantic
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from streamconv.batch.schedule import Schedule, parse_schedule
 from streamconv.batch.selection import Filter, Steps, namer, parse_steps
@@ -47,6 +47,21 @@ def _parsed_by(parse: Callable[[str], object]) -> AfterValidator:
     return AfterValidator(check)
 
 
+def _no_flag(value: object) -> object:
+    """Refuse true as a number: ``keep-last = true`` would keep a single output."""
+    if isinstance(value, bool):
+        raise ValueError("expected a number")  # noqa: TRY004 - pydantic takes no TypeError
+    return value
+
+
+def _no_nul(path: Path) -> Path:
+    if "\0" in str(path):
+        raise ValueError("a path cannot hold a NUL character")
+    return path
+
+
+_Count = Annotated[int, Field(gt=0), BeforeValidator(_no_flag)]
+_Path = Annotated[Path, AfterValidator(_no_nul)]
 _Size = Annotated[str, _parsed_by(parse_size)]
 _Memory = Annotated[str, _parsed_by(lambda text: parse_size(text, whole_bytes=1 << 40))]
 _Duration = Annotated[str, _parsed_by(parse_duration)]
@@ -67,30 +82,30 @@ class _Strict(BaseModel):
 class RunSettings(_Strict):
     """One run: where its checkpoints are, which are wanted, how they are converted and kept."""
 
-    root: Path
-    output: Path
+    root: _Path
+    output: _Path
     name: _Template | None = None
     model: str | None = None
-    every: PositiveInt | None = None
+    every: _Count | None = None
     steps: _StepRanges | None = None
-    last: PositiveInt | None = None
+    last: _Count | None = None
     settle: _Duration = "5m"
     pin: bool = False
     verify: bool = False
-    keep_last: PositiveInt | None = None
-    keep_every: PositiveInt | None = None
+    keep_last: _Count | None = None
+    keep_every: _Count | None = None
     delete_sources: bool = False
     layout: Layout = "hub"
     dtype: DTypeChoice = "keep"
     keep_dtype: tuple[str, ...] = ()
     max_shard_size: _Size = "5GB"
     strict: bool = False
-    hf_config: Path | None = None
+    hf_config: _Path | None = None
     family: str | None = None
     lora: LoraMode = "auto"
-    base: Path | None = None
-    lora_alpha: Annotated[float, Field(gt=0)] | None = None
-    lora_rank: PositiveInt | None = None
+    base: _Path | None = None
+    lora_alpha: Annotated[float, Field(gt=0), BeforeValidator(_no_flag)] | None = None
+    lora_rank: _Count | None = None
     lora_rslora: bool = False
     allow_zero_delta: bool = False
     value_head: ValueHead = "keep"
@@ -134,20 +149,20 @@ class BatchSettings(_Strict):
 
     run: tuple[RunSettings, ...] = Field(min_length=1)
     max_mem: _Memory | None = None
-    jobs: PositiveInt = 1
-    retries: Annotated[int, Field(ge=0)] = 3
+    jobs: _Count = 1
+    retries: Annotated[int, Field(ge=0), BeforeValidator(_no_flag)] = 3
     watch: _When | None = None
     apply: bool = False
     on_done: str | None = None
     on_error: str | None = None
     hook_limit: _Duration = "1h"
-    prometheus: Path | None = None
-    report: Path | None = None
+    prometheus: _Path | None = None
+    report: _Path | None = None
     no_sync: bool = False
     direct: bool = False
     no_source_crc: bool = False
     checksum: Annotated[str, Field(pattern="^sha256$")] | None = None
-    io_threads: PositiveInt = 1
+    io_threads: _Count = 1
 
     @property
     def schedule(self) -> Schedule | None:
@@ -179,7 +194,7 @@ def load(path: Path, given: Mapping[str, Any]) -> BatchSettings:
     """
     try:
         data = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise UsageError("not a TOML file", where=str(path), found=str(error)) from error
     except OSError as error:
         raise BadInputError(

@@ -42,7 +42,7 @@ class Step:
     """One step's folder as it was at one moment: ``files`` are (bytes, time) by name.
 
     ``changed_ns`` is the latest time in it, those of folders included: of its own only where it is
-    empty, for a deletion changes that as well.
+    empty, for a deletion changes that as well. ``links`` are the names of those files that are links.
     """
 
     path: Path
@@ -50,6 +50,7 @@ class Step:
     number: int
     files: Mapping[str, tuple[int, int]]
     changed_ns: int
+    links: tuple[str, ...] = ()
 
     @property
     def written_ns(self) -> int:
@@ -66,6 +67,7 @@ class Step:
 def look_at_step(path: Path) -> Step:
     """Return how a step's folder looks now; raises ``OSError`` where it goes meanwhile."""
     files: dict[str, tuple[int, int]] = {}
+    links: list[str] = []
     created = path.stat().st_mtime_ns
     changed = 0
     pending = [str(path)]
@@ -79,9 +81,12 @@ def look_at_step(path: Path) -> Step:
                 changed = max(changed, status.st_mtime_ns)
                 if entry.is_dir(follow_symlinks=False):
                     pending.append(entry.path)
-                else:
-                    files[entry.path[prefix:]] = (_size(entry), status.st_mtime_ns)
-    return Step(path, step_kind(path.name), step_number(path.name) or 0, files, changed or created)
+                    continue
+                files[entry.path[prefix:]] = (_size(entry), status.st_mtime_ns)
+                if entry.is_symlink():
+                    links.append(entry.path[prefix:])
+    kind, number = step_kind(path.name), step_number(path.name) or 0
+    return Step(path, kind, number, files, changed or created, tuple(links))
 
 
 def _size(entry: os.DirEntry[str]) -> int:
@@ -89,6 +94,14 @@ def _size(entry: os.DirEntry[str]) -> int:
         return entry.stat().st_size
     except OSError:
         return -1  # a link that leads nowhere
+
+
+def leads_into(link: Path, source: Path, step_dir: Path) -> bool:
+    """Whether a link leads to ``source``, into it, or to its step, of which it is a part."""
+    target, real = Path(os.path.realpath(link)), Path(os.path.realpath(source))
+    if not target.is_relative_to(os.path.realpath(step_dir)):
+        return False
+    return target.is_relative_to(real) or real.is_relative_to(target)
 
 
 def steps_in(run_dir: Path) -> list[Step]:
@@ -177,6 +190,11 @@ class Training:
             return "training goes on from it"
         mine = look_at_step(candidate.step_dir)
         others = [s for s in self._steps if s.path != mine.path]
+        source, step_dir = candidate.path, candidate.step_dir
+        links = (p for p in self._links([mine, *others]) if not p.is_relative_to(source))
+        link = next((p for p in links if leads_into(p, source, step_dir)), None)
+        if link is not None:
+            return f"a link leads to what lies in it: {link}"
         for step in others:
             if may_be_later(step, mine) and not self._lies_still(step, tracker):
                 return f"{step.path.name} is being written"
@@ -195,6 +213,11 @@ class Training:
                 return ""
             reasons.append(f"{step.path.name} will not do: {reason}")
         return "; ".join(["training goes on from it", *reasons[:1]])
+
+    def _links(self, steps: Iterable[Step]) -> Iterator[Path]:
+        """Yield the links in the run's folder and in ``steps``."""
+        yield from (path for path in self._run_dir.iterdir() if path.is_symlink())
+        yield from (step.path / name for step in steps for name in step.links)
 
     def _lies_still(self, step: Step, tracker: Tracker | None) -> bool:
         if self._first.get(step.path) != step.digest:
