@@ -438,6 +438,14 @@ def test_trackers(tmp_path, name, text, step):
     assert (tracker.step if tracker else None) == step
 
 
+def test_a_pipe_for_a_tracker_keeps_nobody_waiting(tmp_path):
+    os.mkfifo(tmp_path / "latest_checkpointed_iteration.txt")
+    (tmp_path / "latest").write_text("global_step70")
+    tracker = read_tracker(tmp_path)
+    assert tracker is not None
+    assert tracker.step == 70
+
+
 def test_a_config_that_comes_later_or_changes_is_seen(tmp_path):
     """A trainer may write it after the weights, beside their folder."""
     weights = tmp_path / "step_1" / "pytorch_model_fsdp_0"

@@ -27,6 +27,7 @@ import xxhash
 
 from streamconv.batch.discover import Candidate, step_number
 from streamconv.errors import StreamconvError
+from streamconv.inputs import open_input
 from streamconv.sidefiles import candidates
 
 _TRACKERS = ("latest_checkpointed_iteration.txt", "latest")
@@ -109,8 +110,8 @@ def read_tracker(run_dir: Path) -> Tracker | None:
     for name in _TRACKERS:
         path = run_dir / name
         try:
-            fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe keeps nobody
-        except OSError:
+            fd = open_input(path)
+        except (StreamconvError, OSError):
             continue
         try:
             text = os.read(fd, _MAX_TRACKER_BYTES).decode(errors="replace").strip()

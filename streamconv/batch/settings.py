@@ -50,7 +50,7 @@ def _parsed_by(parse: Callable[[str], object]) -> AfterValidator:
 def _no_flag(value: object) -> object:
     """Refuse true as a number: ``keep-last = true`` would keep a single output."""
     if isinstance(value, bool):
-        raise ValueError("expected a number")  # noqa: TRY004 - pydantic takes no TypeError
+        raise ValueError("expected a number")
     return value
 
 
