@@ -391,6 +391,9 @@ def test_a_run_with_other_positions_than_config_json(
 
 def test_lists_among_the_arguments_count(tmp_path: Path) -> None:
     args = {"window_size": (127, 0), "no_rope_freq": [0, 0, 1], "window_attn_skip_freq": None}
-    torch.save({"args": argparse.Namespace(**args, rotary_base=[{}])}, tmp_path / "common.pt")
+    torch.save(
+        {"args": argparse.Namespace(**args, rotary_base=[{}], norm_epsilon=10**5000)},
+        tmp_path / "common.pt",
+    )
     unread: Any = None
     assert torch_dist.run_facts(tmp_path, unread) == args | {"window_size": [127, 0]}

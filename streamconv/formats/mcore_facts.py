@@ -198,7 +198,12 @@ def _plain(values: Mapping[Any, Any]) -> Iterator[tuple[str, object]]:
         if key not in _WANTED and key not in _WANTED_IF_NULL:
             continue
         if type(item) in (list, tuple):
-            if len(item) <= _MAX_LISTED and all(type(i) in _KINDS for i in item):
+            if len(item) <= _MAX_LISTED and all(map(_is_plain, item)):
                 yield str(key), list(item)
-        elif type(item) in _KINDS or (item is None and key in _WANTED_IF_NULL):
+        elif _is_plain(item) or (item is None and key in _WANTED_IF_NULL):
             yield str(key), item
+
+
+def _is_plain(item: object) -> bool:
+    """A number that no setting has cannot be compared with a float, nor shown."""
+    return type(item) in _KINDS and not (isinstance(item, int) and abs(item) >> 63)
