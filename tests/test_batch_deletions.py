@@ -326,6 +326,22 @@ def test_files_without_checksums_are_judged_by_their_ends_and_named(scene):
     assert "data.pt" in notice
 
 
+def test_what_is_not_a_file_of_weights_is_not_in_the_way(scene, tmp_path):
+    with_optimizers(scene, 10, 20)
+    (tmp_path / "base").mkdir()
+    for step in (10, 20):
+        folder = scene.run / f"global_step_{step}"
+        (folder / "base").symlink_to(tmp_path / "base")
+        os.mkfifo(folder / "pipe")
+        (folder / "samples.zip").write_bytes(b"PK\x03\x04" + bytes(100))
+        (folder / "log.txt").write_text("PK")
+        os.utime(folder / "base", (1_700_000_000,) * 2, follow_symlinks=False)
+        aged(folder)
+    made = scene.round(**DELETING)
+    assert sources(scene) == [20], made.removals
+    assert "samples.zip" in made.notices[0]
+
+
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 @pytest.mark.parametrize("damaged", [False, True])
 def test_records_of_a_distributed_checkpoint_are_read_where_the_index_says(scene, damaged):

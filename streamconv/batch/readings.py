@@ -15,6 +15,7 @@ from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
+from streamconv.batch.state import write_whole
 from streamconv.errors import SourceChangedError, StreamconvError
 from streamconv.formats.dcp_folder import INDEX, read_index
 from streamconv.inputs import cannot_read, open_input
@@ -92,7 +93,7 @@ class Readings:
         changed = False
         try:
             records = _Records()
-            for name in sorted(names):
+            for name in sorted(n for n in names if (step / n).is_file()):  # no links to folders
                 mark = _Mark.of(step / name)
                 found = known.get(name)
                 if found is None or found.mark != mark:
@@ -135,8 +136,6 @@ class Readings:
 
     def _save(self, run_dir: Path) -> None:
         """Keep what is known of steps that are there; a disk that takes none costs another reading."""
-        from streamconv.batch.state import write_whole
-
         self._saved = time.monotonic()
         steps = self._steps or {}
         data = {
