@@ -10,7 +10,6 @@ PEFT's names, after ``base_model.model.``: ``M.base_layer.weight`` (the frozen w
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,28 +17,13 @@ from types import MappingProxyType
 from typing import Any
 
 from streamconv.adapter_config import FILES, PREFIX, Settings
+from streamconv.adapter_names import FOREIGN, ORIGINAL, PART, PARTS, SAVED, canonical
 from streamconv.boxes import contiguous_strides
 from streamconv.dtypes import F32
 from streamconv.errors import BadInputError
 from streamconv.recipe import AddProduct, Cast, Gather, Part, Recipe, SourceRef, View
 from streamconv.source import Checkpoint, GlobalTensor, Skipped
 from streamconv.stored import is_finite, pieces
-
-_PARTS = (
-    "lora_A",
-    "lora_B",
-    "lora_embedding_A",
-    "lora_embedding_B",
-    "lora_magnitude_vector",
-)
-_PART = re.compile(
-    rf"(.+)\.({'|'.join(_PARTS)})(?:\.(?!weight$|bias$)([^.]+))?(?:\.(weight|bias))?"
-)
-_SAVED = re.compile(r"(.+)\.modules_to_save\.([^.]+)\.(.+)")
-_ORIGINAL = re.compile(r"(.+)\.original_module\.(.+)")
-# Parts of other kinds of adapters (AdaLoRA's lora_E, trained tokens): no weights of a model either.
-_FOREIGN = re.compile(r"(?:.+\.)?(?:lora_\w+|token_adapter|ranknum)(?:\..+)?")
-_MARKER = "_fsdp_wrapped_module."
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,18 +59,13 @@ class Adapter:
         return any("lora_magnitude_vector" in t.parts for t in self.targets.values())
 
 
-def has_adapter(names: Iterable[str]) -> bool:
-    """Whether any of these tensors is a part of a LoRA adapter."""
-    return any(_PART.fullmatch(name) for name in names)
-
-
 def separate(checkpoint: Checkpoint) -> tuple[Checkpoint, Adapter]:
     """Return the base model's tensors under their own names, and the adapter.
 
     Raises :class:`BadInputError` for several adapters in one checkpoint, for half an adapter, and for
     tensors that can be read in two ways.
     """
-    unclear = [n for n in checkpoint.undecided if _PART.fullmatch(n)]
+    unclear = [n for n in checkpoint.undecided if PART.fullmatch(canonical(n))]
     if unclear:
         raise BadInputError(
             "the adapter's tensors are either pieces or whole copies, and nothing says which",
@@ -101,22 +80,22 @@ def separate(checkpoint: Checkpoint) -> tuple[Checkpoint, Adapter]:
     _one_adapter(checkpoint)
     skipped: list[Skipped] = []
     for fqn, tensor in checkpoint.tensors.items():
-        name = fqn.replace(_MARKER, "").removeprefix(PREFIX)
-        if match := _PART.fullmatch(name):
+        name = canonical(fqn)
+        if match := PART.fullmatch(name):
             module, part, _, leaf = match.groups()
             key = f"{part}.bias" if leaf == "bias" else part
             _once(targets.setdefault(module, Target(module)).parts, key, fqn)
             parts[fqn] = tensor
-        elif match := _SAVED.fullmatch(name):
+        elif match := SAVED.fullmatch(name):
             _once(saved, f"{match[1]}.{match[3]}", tensor)
             wrapped.add(match[1])
-        elif _ORIGINAL.fullmatch(name):
+        elif ORIGINAL.fullmatch(name):
             skipped.append(Skipped(fqn, "as it was before training (modules_to_save has it anew)"))
-        elif _FOREIGN.fullmatch(name):
+        elif FOREIGN.fullmatch(name):
             raise BadInputError(
                 "this part of an adapter is not LoRA's, and leaving it out would give another model",
                 where=fqn,
-                expected=f"{', '.join(_PARTS)} or modules_to_save",
+                expected=f"{', '.join(PARTS)} or modules_to_save",
                 hint="merge it with PEFT",
             )
         else:
@@ -125,15 +104,14 @@ def separate(checkpoint: Checkpoint) -> tuple[Checkpoint, Adapter]:
         _once(base, name, tensor)
     _refuse_adapted_parameters(targets, base)
     undecided = {
-        n.replace(_MARKER, "").removeprefix(PREFIX).replace(".base_layer.", "."): pair
-        for n, pair in checkpoint.undecided.items()
+        canonical(n).replace(".base_layer.", "."): pair for n, pair in checkpoint.undecided.items()
     }
     found = dataclasses.replace(
         checkpoint,
-        tensors=MappingProxyType({n: _named(n, t) for n, t in base.items()}),
+        tensors=MappingProxyType({n: named(n, t) for n, t in base.items()}),
         undecided=MappingProxyType(
             {
-                n: dataclasses.replace(u, pieces=_named(n, u.pieces), copies=_named(n, u.copies))
+                n: dataclasses.replace(u, pieces=named(n, u.pieces), copies=named(n, u.copies))
                 for n, u in undecided.items()
             }
         ),
@@ -160,9 +138,9 @@ def _refuse_adapted_parameters(targets: Mapping[str, Target], base: Iterable[str
 
 
 def _one_adapter(checkpoint: Checkpoint) -> None:
-    names = {n.replace(_MARKER, "").removeprefix(PREFIX) for n in checkpoint.tensors}
-    adapters = {m[3] or "" for n in names if (m := _PART.fullmatch(n))}
-    adapters |= {m[2] for n in names if (m := _SAVED.fullmatch(n))}
+    names = {canonical(n) for n in checkpoint.tensors}
+    adapters = {m[3] or "" for n in names if (m := PART.fullmatch(n))}
+    adapters |= {m[2] for n in names if (m := SAVED.fullmatch(n))}
     if len(adapters) > 1:
         raise BadInputError(
             f"{len(adapters)} adapters in one checkpoint",
@@ -172,7 +150,8 @@ def _one_adapter(checkpoint: Checkpoint) -> None:
         )
 
 
-def _named(name: str, tensor: GlobalTensor) -> GlobalTensor:
+def named(name: str, tensor: GlobalTensor) -> GlobalTensor:
+    """Return a tensor under another name."""
     return tensor if tensor.fqn == name else dataclasses.replace(tensor, fqn=name)
 
 
@@ -239,6 +218,7 @@ def updates(
     base: Mapping[str, GlobalTensor],
     find: Callable[[str], str | None],
     is_turned: Callable[[str], bool | None],
+    folder: Path | None = None,
 ) -> dict[str, AddProduct]:
     """Return what is to be added to which tensor of ``base``.
 
@@ -261,7 +241,7 @@ def updates(
             )
         name = find(f"{module}.weight")
         if name is None:
-            raise no_weight(module)
+            raise no_weight(module, folder)
         turned = is_turned(module)
         made[name] = _update(adapter, target, settings, base[name], bool(turned))
         if turned is None and not target.embedding:
@@ -279,8 +259,15 @@ def updates(
     return made
 
 
-def no_weight(module: str) -> BadInputError:
-    """Return the error for a module whose weight is nowhere."""
+def no_weight(module: str, folder: Path | None = None) -> BadInputError:
+    """Return the error for a module whose weight is nowhere, the base model's folder included."""
+    if folder is not None:
+        return BadInputError(
+            "the base model does not have a weight that the adapter changes",
+            where=f"{module}.weight",
+            expected=f"it in {folder}",
+            hint="name the folder of the model that the adapter was trained on (--base DIR)",
+        )
     return BadInputError(
         "the checkpoint does not hold the weight that an adapter belongs to",
         where=f"{module}.weight",

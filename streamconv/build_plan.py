@@ -73,6 +73,8 @@ def build_plan(
     else:
         notices += idle_options(job.lora)
     made = _sources(checkpoint, config, job, notices)
+    if lora is not None:
+        lora = lora.fitted(made.model)
     if lora is not None and not lora.merge:
         made.skipped = lora.base_skipped()
     else:
@@ -288,7 +290,7 @@ def _plan_adapter(made: _Output, lora: LoraPlan, job: JobOptions, notices: list[
     notices += lora.notices()
     if lora.hand_on:
         declared = declared_dtype(made.config) if made.config else None
-        recipes = planner.with_dtypes(adapters.recipes(lora.adapter), job, None, declared)
+        recipes = planner.with_dtypes(adapters.recipes(lora.handed_on), job, None, declared)
         # Before the model: a folder is ready when its last file is there.
         made.placed.insert(0, placing.single_file(lora.weights_name, recipes))
         made.texts.append(lora.config(made.model))

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from streamconv import adapter_config, adapters
+from streamconv import adapter_config, adapter_fit, adapter_names, adapters
 from streamconv.adapter_config import Settings
 from streamconv.adapters import Adapter
 from streamconv.errors import BadInputError, UsageError
@@ -38,6 +38,27 @@ class LoraPlan:
     hand_on: bool
     diverged: Sequence[str]
     """Tensors of an adapter that is handed on which are not finite: a merge would refuse them."""
+    base: Path | None = None
+    called: Mapping[str, str] = field(default_factory=dict)
+    """What the model calls the adapted weights, and those that were trained whole."""
+
+    def fitted(self, model: Model | None) -> LoraPlan:
+        """Return the plan with the adapter's names as the model has them; raises where it lacks them.
+
+        The base weights of the checkpoint bear what wrappers put around names, too, so that a merge
+        goes by the names that are there first.
+        """
+        called = adapter_fit.called(self.adapter, model)
+        if model is not None and model.certain:
+            adapter_fit.check(self.adapter, called, model)
+        elif model is None and not self.merge:
+            adapter_fit.refuse_doubtful(self.adapter, self.checkpoint)
+        return dataclasses.replace(self, called=called)
+
+    @property
+    def handed_on(self) -> Adapter:
+        """Return the adapter under the names that the model has."""
+        return adapter_fit.renamed(self.adapter, self.called)
 
     @property
     def folder(self) -> str:
@@ -56,7 +77,8 @@ class LoraPlan:
             return found
         held = {model.hub_name(n) or n: n for n in base}
         for module in self.adapter.targets:
-            name = model.hub_name(f"{module}.weight")
+            weight = f"{module}.weight"
+            name = model.hub_name(self.called.get(weight, weight))
             if name is None or name in held:
                 continue
             for other in (n for pair in model.tied if name in pair for n in pair if n in held):
@@ -72,13 +94,17 @@ class LoraPlan:
         """Return the recipes of the model with the adapter merged in."""
 
         def find(name: str) -> str | None:
-            if name in base or model is None:
-                return name if name in base else None
-            found = model.hub_name(name)
-            return found if found in base else None
+            tried: list[str | None] = [name, self.called.get(name)]
+            tried += [model.hub_name(n) for n in tried if n and model is not None]
+            return next((n for n in tried if n in base), None)
 
         made = adapters.updates(
-            self.adapter, self.settings, base, find, lambda m: self._turned(m, model)
+            self.adapter,
+            self.settings,
+            base,
+            find,
+            lambda m: self._turned(m, model),
+            self.base,
         )
         return adapters.attach(recipes, made)
 
@@ -87,6 +113,8 @@ class LoraPlan:
 
         None where neither the class nor the settings tell.
         """
+        weight = f"{module}.weight"
+        module = self.called.get(weight, weight).removesuffix(".weight")
         known = model.holds_transposed(module) if model is not None else None
         return (self.settings.fan_in_fan_out or None) if known is None else known
 
@@ -131,18 +159,21 @@ class LoraPlan:
 
     def config(self, model: Model | None) -> TextFile:
         """Return the adapter's config for PEFT."""
-        known = [*self.checkpoint.tensors, *(model.state_shapes if model is not None else ())]
+        known = list(model.state_shapes) if model is not None else []
+        if model is None or not model.certain:
+            known += self.checkpoint.tensors
         modules = {".".join(p[:k]) for p in (n.split(".") for n in known) for k in range(1, len(p))}
-        ranks = {m: adapters.rank_of(t, self.adapter) for m, t in self.adapter.targets.items()}
-        biases = any(p.endswith(".bias") for t in self.adapter.targets.values() for p in t.parts)
-        linear = (m for m, t in self.adapter.targets.items() if not t.embedding)
+        adapter = self.handed_on
+        ranks = {m: adapters.rank_of(t, adapter) for m, t in adapter.targets.items()}
+        biases = any(p.endswith(".bias") for t in adapter.targets.values() for p in t.parts)
+        linear = (m for m, t in adapter.targets.items() if not t.embedding)
         settings = dataclasses.replace(
             self.settings,
             fan_in_fan_out=any(self._turned(m, model) for m in linear),
             lora_bias=biases,
         )
         return adapter_config.config_file(
-            self.folder + adapter_config.CONFIG, settings, ranks, modules, self.adapter.wrapped
+            self.folder + adapter_config.CONFIG, settings, ranks, modules, adapter.wrapped
         )
 
     @property
@@ -179,7 +210,18 @@ def plan_lora(checkpoint: Checkpoint, options: LoraOptions) -> LoraPlan | None:
     Raises :class:`UsageError` for options that do not fit the checkpoint, :class:`BadInputError` for an
     adapter that is damaged, that contradicts its settings, or that changes nothing.
     """
-    if not adapters.has_adapter([*checkpoint.tensors, *checkpoint.undecided]):
+    names = [*checkpoint.tensors, *checkpoint.undecided]
+    tuner = adapter_names.other_tuner(names)
+    if tuner is not None:
+        kind, name = tuner
+        raise BadInputError(
+            f"this checkpoint holds an adapter of {kind}, which is not LoRA: leaving it out would give "
+            "another model",
+            where=name,
+            expected="LoRA",
+            hint="load it with PEFT, and merge it there (merge_and_unload) where PEFT can",
+        )
+    if not adapter_names.has_adapter(names):
         _refuse_options(checkpoint, options)
         return None
     found, adapter = adapters.separate(checkpoint)
@@ -193,7 +235,7 @@ def plan_lora(checkpoint: Checkpoint, options: LoraOptions) -> LoraPlan | None:
                 found=f"{held[0]}.weight",
             )
         settings.check_unchanged_base()
-        found = _with_base(found, adapter, options.base)
+        found, adapter = _with_base(found, adapter, options.base)
     mode = options.mode
     if mode == "auto":
         mode = "merge" if held or options.base is not None else "adapter"
@@ -210,7 +252,9 @@ def plan_lora(checkpoint: Checkpoint, options: LoraOptions) -> LoraPlan | None:
             hint="the checkpoint does not hold what was trained; --allow-zero-delta takes it as it is",
         )
     diverged = adapters.not_finite(adapter, paths) if mode == "adapter" else ()
-    return LoraPlan(found, adapter, settings, mode != "adapter", mode != "merge", diverged)
+    return LoraPlan(
+        found, adapter, settings, mode != "adapter", mode != "merge", diverged, options.base
+    )
 
 
 def idle_options(options: LoraOptions) -> list[str]:
@@ -237,12 +281,18 @@ def _refuse_options(checkpoint: Checkpoint, options: LoraOptions) -> None:
         )
 
 
-def _with_base(checkpoint: Checkpoint, adapter: Adapter, base: Path) -> Checkpoint:
+def _with_base(checkpoint: Checkpoint, adapter: Adapter, base: Path) -> tuple[Checkpoint, Adapter]:
     files, tensors = safetensors_folder.read(base, len(checkpoint.files))
-    return dataclasses.replace(
+    # What was trained whole takes the place of the base's own, hence by the base's names.
+    called = adapter_fit.called_in(adapter, tensors)
+    adapter = adapter_fit.renamed(adapter, called)
+    own = {
+        called.get(n, n): adapters.named(called.get(n, n), t) for n, t in checkpoint.tensors.items()
+    }
+    found = dataclasses.replace(
         checkpoint,
         files=(*checkpoint.files, *files),
-        tensors={**tensors, **checkpoint.tensors},
+        tensors={**tensors, **own},
         side_dir=checkpoint.side_dir or base,
         skipped=(
             *checkpoint.skipped,
@@ -253,3 +303,4 @@ def _with_base(checkpoint: Checkpoint, adapter: Adapter, base: Path) -> Checkpoi
             ),
         ),
     )
+    return found, adapter

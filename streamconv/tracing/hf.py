@@ -22,7 +22,8 @@ from streamconv.recipe import Recipe, SourceRef, View
 from streamconv.tracing import hf_build, hf_convert, hf_load
 from streamconv.tracing.hf_convert import Group
 from streamconv.tracing.hf_layout import Layout, decide
-from streamconv.tracing.hf_names import read_names, without_markers
+from streamconv.tracing.hf_names import read_names
+from streamconv.wrappers import without_markers
 
 if TYPE_CHECKING:
     import torch

@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 
-# torch.compile, FSDP1 and activation checkpointing each insert a component of their own.
-_MARKERS = frozenset({"_fsdp_wrapped_module", "_orig_mod", "_checkpoint_wrapped_module"})
+from streamconv.wrappers import without_markers
+
 # What DDP, a trainer's own module or TRL's value-head model put in front, possibly several times.
 # "app" is what the tutorial of torch's DCP calls the state that it saves.
 _WRAPPERS = ("module", "model", "pretrained_model", "actor", "base_model", "app")
@@ -49,6 +49,27 @@ def read_names(
     return Names(canonical, tuple(notices))
 
 
+def called(
+    names: Iterable[str], known: Callable[[str], bool], renamed: Callable[[str], bool]
+) -> dict[str, str]:
+    """Return what the model calls each of ``names``, which are some of its tensors at most.
+
+    ``known`` tells whether the model has a name, ``renamed`` whether another release or the Hub has. A
+    name that is neither, however much is taken away, stays as it is.
+    """
+    names = list(names)
+    prefix = _wrapper_prefix(names, known) or _wrapper_prefix(names, renamed)
+
+    def call(name: str) -> str:
+        bare = name.removeprefix(prefix)
+        # DDP and the like may wrap a single layer, too.
+        inner = ".".join(part for part in bare.split(".") if part != "module")
+        tried = (bare, inner, name)
+        return next((n for has in (known, renamed) for n in tried if has(n)), name)
+
+    return {name: call(name) for name in names}
+
+
 def doubtful(names: Iterable[str]) -> list[str]:
     """Return the names that are none on the Hub, or not of every model there.
 
@@ -62,11 +83,6 @@ def doubtful(names: Iterable[str]) -> list[str]:
         or name.startswith(("module.", "app.", "model.model."))
         or name.endswith((".experts.gate_up_proj", ".experts.down_proj"))
     ]
-
-
-def without_markers(name: str) -> str:
-    """Return a name without the components that wrappers leave inside it."""
-    return ".".join(part for part in name.split(".") if part not in _MARKERS)
 
 
 def _apply(

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from streamconv.adapters import has_adapter
+from streamconv.adapter_names import has_adapter
 from streamconv.boxes import Shape
 from streamconv.budget import resident_bytes
 from streamconv.build_plan import one_model, side_files
