@@ -200,3 +200,29 @@ def test_parts_of_models_are_not_taken_for_adapters():
         "model.layers.0.self_attn.q_a_proj.weight",
     ]
     assert other_tuner(names) is None
+
+
+def test_verify_finds_names_that_peft_does_not_load():
+    from streamconv.safefile import FileTensor
+    from streamconv.verification.folder import _check_adapter
+    from streamconv.verification.report import Report
+
+    def problems(*names: str) -> list[str]:
+        report = Report()
+        path = Path("out/adapter_model.safetensors")
+        _check_adapter({n: FileTensor(n, path, None, (), 0, 0) for n in names}, report)
+        return report.problems
+
+    pair = [f"{PREFIX}model.layers.0.q_proj.lora_{k}.weight" for k in "AB"]
+    assert problems(*pair) == []
+    assert "other factor" in problems(pair[0])[0]
+    assert len(problems(*(n.replace("layers.0", "layers.0._orig_mod") for n in pair))) == 2
+    assert len(problems(*(f"model.{n}" for n in pair))) == 2
+
+
+def test_a_folder_of_peft_is_named_as_such(tmp_path):
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"")
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(BadInputError) as caught:
+        streamconv.plan(tmp_path)
+    assert "an adapter as PEFT saves it" in caught.value.found

@@ -197,6 +197,11 @@ def _what_is_here(path: Path) -> str:
         return "rank folders of Megatron (or files of DeepSpeed) without model.pt or model_optim_rng.pt"
     if any(n.endswith(".distcp") for n in names):
         return ".distcp files without .metadata: files that begin with a dot were not copied"
+    if any(n in names for n in ("adapter_model.safetensors", "adapter_model.bin")):
+        return (
+            "an adapter as PEFT saves it, which is not merged here: PeftModel.from_pretrained loads it "
+            "onto its base model, merge_and_unload merges it"
+        )
     if any(n.endswith(".safetensors") for n in names):
         return "safetensors files: this is a HuggingFace model already"
     if any(n.startswith("optim_world_size_") for n in names):

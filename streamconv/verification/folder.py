@@ -13,7 +13,8 @@ from typing import Any
 import xxhash
 
 from streamconv import quantization
-from streamconv.adapter_config import OF_A_MODEL, WEIGHTS
+from streamconv.adapter_config import OF_A_MODEL, PREFIX, WEIGHTS
+from streamconv.adapter_names import canonical
 from streamconv.errors import BadInputError, StreamconvError
 from streamconv.former import NOT_OUTPUT
 from streamconv.inputs import readable
@@ -67,6 +68,7 @@ def verify_output(folder: Path) -> Report:
         _check_index(folder, own, report)
     _check_side_files(folder, manifest, report)
     if not unreadable:
+        _check_adapter(tensors, report)
         _check_quantization(folder, tensors, report)
     return report
 
@@ -239,6 +241,20 @@ def _check_side_files(folder: Path, manifest: Mapping[str, Any], report: Report)
     if not {"config.json", WEIGHTS} & {*files}:
         report.checked.append("note: there is no config.json, so no loader knows what this is")
     report.checked.append(f"{len(side)} config, tokenizer and other side files")
+
+
+def _check_adapter(tensors: Mapping[str, FileTensor], report: Report) -> None:
+    """An adapter's names must be those that PEFT looks for: it passes over others without a word."""
+    names = [n for n, t in tensors.items() if t.path.name == WEIGHTS]
+    for name in names:
+        if not name.startswith(PREFIX) or canonical(name) != name.removeprefix(PREFIX):
+            report.problems.append(f"{name}: PEFT does not load an adapter by this name")
+        for one, other in (("A", "B"), ("B", "A")):
+            pair = name.replace(f".lora_{one}.", f".lora_{other}.")
+            if pair != name and name.endswith(".weight") and pair not in tensors:
+                report.problems.append(f"{name}: its other factor is not there ({pair})")
+    if names:
+        report.checked.append(f"{len(names)} names of an adapter")
 
 
 def _check_quantization(folder: Path, tensors: Mapping[str, FileTensor], report: Report) -> None:
