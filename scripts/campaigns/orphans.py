@@ -184,7 +184,7 @@ def _trial(
     _act(what, pid, rng)
     code = _end_of(run(second))
     _judge(figures, where, code, out, first, second, expected)
-    for p in _members(pid):
+    for p in (pid, *_members(pid)):  # itself, too: stopped before it had a session of its own
         _send(p, signal.SIGCONT)
     if _end_of(pid) is None:
         figures.breach(f"{where}: the first one hangs")
