@@ -799,3 +799,15 @@ def test_a_record_that_the_disk_did_not_take_abandons_nothing():
     known = Record("20", "/out/20", run="r", step=20, state="done", generation=3, written_ns=5)
     lost = Record("60", "/out/60", run="r", step=60, state="done")
     assert retention.Rule(last=1).surplus([known, lost]) == []
+
+
+def test_a_step_written_last_is_kept_though_others_were_seen_whole_after_it():
+    def record(step: int, generation: int, written_ns: int) -> Record:
+        name = str(step)
+        return Record(
+            name, f"/out/{name}", run="r", step=step, generation=generation, written_ns=written_ns
+        )
+
+    again = record(140, 1, 900)  # after 150 to 170, which a later look was the first to see whole
+    others = [record(step, 2, step) for step in (130, 150, 160, 170)]
+    assert [r.step for r in retention.Rule(last=3).surplus([again, *others])] == []

@@ -77,9 +77,16 @@ class Rule:
         return surplus
 
     def _last_written(self, group: Iterable[Record]) -> set[int]:
-        """Return the steps that were written last, as we saw them appear."""
+        """Return the steps that were written last, as we saw them appear and by their own times.
+
+        The two differ where a later look was the first to see an earlier step whole.
+        """
+        if not self.last:
+            return set()
         dated = [(r.generation, r.written_ns, r.step) for r in group if r.step is not None]
-        return {step for _, _, step in sorted(dated)[-self.last :]} if self.last else set()
+        seen = sorted(dated)[-self.last :]
+        written = sorted((time, look, step) for look, time, step in dated)[-self.last :]
+        return {step for _, _, step in (*seen, *written)}
 
     def kept_for_every(self, steps: Iterable[int]) -> set[int]:
         """Return the steps that ``every`` divides."""
