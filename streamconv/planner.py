@@ -223,7 +223,8 @@ def check_loads(recipes: Iterable[Recipe], model: Model, *, sure: bool) -> None:
             [f"{name} (expected {list(a)}, found {list(b)})" for name, a, b in misshapen],
         ),
     )
-    found = [f"{len(names)} {what}: {_listed(names)}" for what, names in problems if names]
+    # A few of each kind: an error has room for that much.
+    found = [f"{len(names)} {what}: {_listed(names, 2)}" for what, names in problems if names]
     if found:
         raise BadInputError(
             f"transformers would not load the planned tensors as {model.architecture}'s",
@@ -233,9 +234,9 @@ def check_loads(recipes: Iterable[Recipe], model: Model, *, sure: bool) -> None:
         )
 
 
-def _listed(names: Sequence[str]) -> str:
-    more = len(names) - _LISTED
-    return ", ".join(names[:_LISTED]) + (f" and {more} more" if more > 0 else "")
+def _listed(names: Sequence[str], most: int = _LISTED) -> str:
+    more = len(names) - most
+    return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")
 
 
 def with_dtypes(

@@ -96,7 +96,7 @@ def test_no_tensor_may_be_of_another_size(case: Case) -> None:
 def test_no_tensor_may_be_unknown(case: Case) -> None:
     model, walk = taken_apart(case)
     prefix = next(k for k in walk.made if k.endswith("linear_proj.weight")).split("decoder")[0]
-    for key in ("decoder.layers.0.mlp.linear_fc3.weight", "decoder.adapter.weight"):
+    for key in ("decoder.layers.0.mlp.linear_fc3.weight", "decoder.extra.weight"):
         with pytest.raises(BadInputError, match="knows no rule") as refused:
             plan(model, walk.made | {prefix + key: torch.zeros(3)})
         assert key.rsplit(".", 2)[1] in str(refused.value)
