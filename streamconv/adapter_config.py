@@ -142,7 +142,7 @@ def read_settings(root: Path, options: LoraOptions) -> Settings:
     for name in FILES:
         if not (root / name).is_file():
             continue
-        data = _object(root / name)
+        data = read_object(root / name)
         kind = data.get("peft_type")
         if kind not in (None, "LORA"):
             raise BadInputError(
@@ -176,7 +176,31 @@ def read_settings(root: Path, options: LoraOptions) -> Settings:
     )
 
 
-def _object(path: Path) -> dict[str, Any]:
+def is_adapter(folder: Path) -> bool:
+    """Whether this is the folder of an adapter alone."""
+    return (folder / CONFIG).is_file() and not (folder / "config.json").is_file()
+
+
+def base_of(folder: Path, given: Path | None) -> Path | None:
+    """Return the base model's folder: the one given, or what the config names where it is here."""
+    if given is not None or not (folder / CONFIG).is_file():
+        return given
+    named = read_object(folder / CONFIG).get("base_model_name_or_path")
+    local = isinstance(named, str) and named and (Path(named) / "config.json").is_file()
+    return Path(str(named)) if local else None
+
+
+def checked_settings(data: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """Return those of an adapter's own settings that say what it computes.
+
+    Raises :class:`BadInputError` for values that no adapter has, and where the base's were altered.
+    """
+    Settings(kept=data).check_unchanged_base()
+    return dict(_checked(data, path))
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Return the settings in a file as they stand."""
     try:
         data = json.loads(_read(path))
     except (ValueError, RecursionError) as error:

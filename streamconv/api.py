@@ -250,6 +250,7 @@ def verify(
     *,
     source: StrPath | None = None,
     reference: StrPath | None = None,
+    base: StrPath | None = None,
     forward: bool = False,
     prompt: str | None = None,
     token_ids: Sequence[int] | None = None,
@@ -266,7 +267,8 @@ def verify(
     ``hf_config`` where that is given. ``reference`` is another model folder, whose tensors may differ
     by ``atol + rtol * |reference|``. ``forward`` runs the model with transformers, on ``prompt`` or
     ``token_ids``; ``reference`` then is run, too, and the logits are compared and not the tensors
-    (``logits_atol``; None: 1e-5 of the largest logit, 0.05 where the dtypes differ).
+    (``logits_atol``; None: 1e-5 of the largest logit, 0.05 where the dtypes differ). ``base`` is the
+    model that an adapter's folder belongs to: its names are checked there, and it is run on it.
     """
     from streamconv.budget import available_bytes
     from streamconv.planned import MANIFEST
@@ -290,7 +292,10 @@ def verify(
     report, here = Report(), Path(folder)
     budget = memory_bytes(max_mem)
     other = Path(reference) if reference is not None else None
-    with reading(folder, source, reference, hf_config):
+    model = Path(base) if base is not None else None
+    if model is not None and not (model / "config.json").is_file():
+        raise UsageError("no config.json in the base model's folder", where=str(model))
+    with reading(folder, source, reference, hf_config, base):
         check_room([here, *([other] if other is not None else [])], budget or available_bytes()[0])
         foreign = forward and not (here / MANIFEST).is_file()
         if foreign and source is None:
@@ -298,7 +303,7 @@ def verify(
                 f"note: no {MANIFEST} here, so the files themselves are not checked"
             )
         elif source is not None or other is None or forward:
-            report.extend(verify_output(here))
+            report.extend(verify_output(here, base=model))
         if source is not None and report.passed:
             config = Path(hf_config) if hf_config is not None else None
             report.extend(verify_source(here, Path(source), hf_config=config, max_mem_bytes=budget))
@@ -309,6 +314,7 @@ def verify(
                 verify_forward(
                     here,
                     reference=other,
+                    base=model,
                     prompt=prompt,
                     token_ids=token_ids,
                     logits_atol=logits_atol,

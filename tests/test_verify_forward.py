@@ -289,13 +289,13 @@ def test_a_folder_that_is_no_model(tmp_path: Path) -> None:
         verify_forward(tmp_path / "nowhere")
 
 
-def test_an_adapter_is_no_model_to_run(checkpoints: dict[str, Made], tmp_path: Path) -> None:
+def test_an_adapter_alone_is_no_model_to_run(checkpoints: dict[str, Made], tmp_path: Path) -> None:
     streamconv.convert(
         checkpoints["fsdp2-lora"].source, tmp_path / "out", lora="adapter", sync=False
     )
-    with pytest.raises(BadInputError, match=r"no config\.json") as caught:
+    with pytest.raises(UsageError, match="needs its base model") as caught:
         verify_forward(tmp_path / "out")
-    assert caught.value.found == "a LoRA adapter"
+    assert "--base" in caught.value.hint
 
 
 class Sizes:

@@ -388,6 +388,12 @@ def verify(
             "--reference", readable=False, metavar="DIR", help="Compare with another model folder."
         ),
     ] = None,
+    base: Annotated[
+        Path | None,
+        typer.Option(
+            "--base", readable=False, metavar="DIR", help="The model that an adapter belongs to."
+        ),
+    ] = None,
     atol: Annotated[float, typer.Option("--atol", help="Tolerated absolute difference.")] = 0.0,
     rtol: Annotated[float, typer.Option("--rtol", help="Tolerated relative difference.")] = 0.0,
     forward: Annotated[
@@ -432,6 +438,7 @@ def verify(
         folder,
         source=source,
         reference=reference,
+        base=base,
         atol=atol,
         rtol=rtol,
         forward=forward,

@@ -13,8 +13,9 @@ from typing import Any
 import xxhash
 
 from streamconv import quantization
-from streamconv.adapter_config import OF_A_MODEL, PREFIX, WEIGHTS
+from streamconv.adapter_config import OF_A_MODEL, PREFIX, WEIGHTS, base_of
 from streamconv.adapter_names import canonical
+from streamconv.children import ask
 from streamconv.errors import BadInputError, StreamconvError
 from streamconv.former import NOT_OUTPUT
 from streamconv.inputs import readable
@@ -29,8 +30,8 @@ from streamconv.verification.report import Report
 _STEP_BYTES = 1 << 20
 
 
-def verify_output(folder: Path) -> Report:
-    """Check a folder against its own manifest.
+def verify_output(folder: Path, *, base: Path | None = None) -> Report:
+    """Check a folder against its own manifest; ``base`` is the model that an adapter belongs to.
 
     Raises :class:`BadInputError` where there is no manifest to check against.
     """
@@ -69,6 +70,7 @@ def verify_output(folder: Path) -> Report:
     _check_side_files(folder, manifest, report)
     if not unreadable:
         _check_adapter(tensors, report)
+        _check_fit(folder, tensors, base, report)
         _check_quantization(folder, tensors, report)
     return report
 
@@ -255,6 +257,30 @@ def _check_adapter(tensors: Mapping[str, FileTensor], report: Report) -> None:
                 report.problems.append(f"{name}: its other factor is not there ({pair})")
     if names:
         report.checked.append(f"{len(names)} names of an adapter")
+
+
+def _check_fit(
+    folder: Path, tensors: Mapping[str, FileTensor], base: Path | None, report: Report
+) -> None:
+    """An adapter's modules and shapes must be the model's, where one is at hand."""
+    places = {t.path.parent for t in tensors.values() if t.path.name == WEIGHTS}
+    for place in places if report.passed else ():
+        own = folder if (folder / "config.json").is_file() else None
+        model = own or base_of(place, base)
+        found: dict[str, Any] = {"architecture": None, "problem": None}
+        if model is not None:
+            found = ask(
+                "streamconv.verification.adapter_child",
+                {"task": "names", "src": str(place), "model": str(model)},
+                doing="building the adapter's model",
+            )
+        if found["problem"]:
+            report.problems.append(found["problem"])
+        if found["architecture"]:
+            report.checked.append(f"the adapter's modules against {found['architecture']}")
+        else:
+            why = "transformers does not know the model" if model else "--base DIR names the model"
+            report.checked.append(f"note: the adapter's names were checked by form alone ({why})")
 
 
 def _check_quantization(folder: Path, tensors: Mapping[str, FileTensor], report: Report) -> None:

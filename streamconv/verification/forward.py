@@ -3,10 +3,11 @@
 The child holds the weights; where they exceed the budget they stay on disk and come in one module at
 a time. What it found is plain data: ``architecture``, ``dtype`` (as it was loaded), ``stored`` (the
 floating type of most of the files), ``offloaded``, ``token_ids``, ``rows`` (embeddings), ``tokens`` (of
-the tokenizer), ``missing``, ``unexpected``, ``mismatched`` and ``not_finite`` names, ``finite`` (the
-logits), ``top`` (the likeliest tokens after the last one), ``peak_bytes``, ``budget_bytes``, and
-``reference`` where there is one to compare with: ``max_abs``, ``tolerance``, ``kl`` (nats, mean over
-the tokens, reference against output), ``top1`` (share of tokens with the same likeliest class).
+the tokenizer), ``adapter`` (whether it is one), ``missing``, ``unexpected``, ``passed_over`` (by PEFT),
+``mismatched`` and ``not_finite`` names, ``finite`` (the logits), ``top`` (the likeliest tokens after
+the last one), ``peak_bytes``, ``budget_bytes``, and ``reference`` where there is one to compare with:
+``max_abs``, ``tolerance``, ``kl`` (nats, mean over the tokens, reference against output), ``top1``
+(share of tokens with the same likeliest class).
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ def verify_forward(
     folder: Path,
     *,
     reference: Path | None = None,
+    base: Path | None = None,
     prompt: str | None = None,
     token_ids: Sequence[int] | None = None,
     logits_atol: float | None = None,
@@ -47,7 +49,8 @@ def verify_forward(
 
     ``prompt`` is text for the folder's tokenizer, ``token_ids`` are tokens as they are. With
     ``reference`` another folder is run on the same tokens, and the logits may differ by
-    ``logits_atol`` (None: 1e-5 of the largest logit, 0.05 where the dtypes differ). Raises
+    ``logits_atol`` (None: 1e-5 of the largest logit, 0.05 where the dtypes differ). The folder of an
+    adapter is put on ``base`` by PEFT, or on the local folder that its config names. Raises
     :class:`BudgetError` where the model cannot be run in ``max_mem_bytes``, and
     :class:`BadInputError` where transformers cannot load or run it.
     """
@@ -57,6 +60,7 @@ def verify_forward(
     with tempfile.TemporaryDirectory(prefix="streamconv-") as scratch, budgets.PeakMeter() as meter:
         ours_path = Path(scratch) / "ours.npy"
         request = {"prompt": prompt, "token_ids": token_ids, "budget_bytes": budget}
+        request["base"] = str(base) if base is not None else None
         found = _run(folder, ours_path, request, meter)
         _judge(found, report)
         if reference is not None:
@@ -66,12 +70,19 @@ def verify_forward(
             found["reference"] = _compare(
                 np.load(ours_path, mmap_mode="r"),
                 np.load(theirs_path, mmap_mode="r"),
-                same_dtype=all(found[k] == theirs[k] for k in ("dtype", "stored")),
+                same_dtype=_round_alike(found, theirs),
                 atol=logits_atol,
             )
             _judge_reference(found["reference"], reference, theirs, report)
         report.forward = found | {"peak_bytes": meter.peak_bytes, "budget_bytes": budget}
     return report
+
+
+def _round_alike(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether equal models give the same logits: a merge rounds, an adapter does not."""
+    if any(one[k] != other[k] for k in ("dtype", "stored")):
+        return False
+    return one["adapter"] == other["adapter"] or one["dtype"] in ("float32", "float64")
 
 
 def _check_budget(budget: int) -> None:
@@ -118,6 +129,7 @@ def _judge(found: dict[str, Any], report: Report) -> None:
     for key, what in (
         ("missing", "not in the files, so the model would start with a random one"),
         ("mismatched", "of another shape than the model's"),
+        ("passed_over", "PEFT passes over it, so that its layer is dead"),
         ("not_finite", "holds NaN or infinity"),
     ):
         names = found[key]
@@ -171,10 +183,9 @@ def _judge_reference(
     found: dict[str, Any], reference: Path, theirs: dict[str, Any], report: Report
 ) -> None:
     report.checked.append(f"the logits against those of {reference} ({theirs['dtype']})")
-    if theirs["missing"] or theirs["mismatched"]:
-        report.problems.append(
-            f"the reference itself lacks {len(theirs['missing']) + len(theirs['mismatched'])} weights"
-        )
+    lacking = sum(len(theirs[k]) for k in ("missing", "mismatched", "passed_over"))
+    if lacking:
+        report.problems.append(f"the reference itself lacks {lacking} weights")
     if not theirs["finite"]:
         # Infinite logits would make any difference a tolerated one.
         report.problems.append("the logits of the reference hold NaN or infinity")

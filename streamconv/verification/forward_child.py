@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 
 from streamconv.adapter_config import CONFIG as ADAPTER_CONFIG
+from streamconv.adapter_config import base_of, is_adapter
 from streamconv.budget import resident_bytes
 from streamconv.children import serve
 from streamconv.errors import BadInputError, BudgetError, NoSpaceError, StreamconvError, UsageError
@@ -34,6 +35,7 @@ from streamconv.safefile import FileTensor
 from streamconv.sidefiles import declared_dtype, read_config
 from streamconv.sizes import format_size
 from streamconv.stored import is_finite
+from streamconv.verification.adapter_child import put_on
 from streamconv.verification.reference import weights_of
 
 DEFAULT_PROMPT = "The quick brown fox jumps over the lazy dog"
@@ -48,25 +50,39 @@ _DROP_SECONDS = 0.02
 
 def _run(request: dict[str, Any]) -> dict[str, Any]:
     """Load and run; logits go to ``request["logits_path"]`` as float32 of shape (tokens, classes)."""
-    folder = Path(request["src"])
+    given = folder = Path(request["src"])
+    adapter = is_adapter(given)
+    if adapter:
+        base = base_of(given, Path(request["base"]) if request.get("base") else None)
+        if base is None:
+            raise UsageError(
+                "running an adapter needs its base model",
+                where=str(given),
+                found=f"no folder of a model in {ADAPTER_CONFIG}'s base_model_name_or_path",
+                hint="--base DIR names it",
+            )
+        folder = base
     weights = weights_of(folder)
     config = read_config(folder)
     if config is None:
-        adapter = (folder / ADAPTER_CONFIG).is_file()
-        raise BadInputError(
-            "no config.json: nothing says which model this is",
-            where=str(folder),
-            found="a LoRA adapter" if adapter else None,
-            hint="run the model that it is merged into" if adapter else None,
-        )
+        raise BadInputError("no config.json: nothing says which model this is", where=str(folder))
     model_class, settings, meta = _model(config, weights, folder)
-    ids, tokenizer = _token_ids(request, folder, meta.module)
+    ids, tokenizer = _token_ids(
+        request, given if (given / "tokenizer.json").is_file() else folder, meta.module
+    )
     dtype = declared_dtype(config) or next(
         (t.dtype for t in weights.values() if t.dtype.castable), None
     )
     name = dtype.torch if dtype is not None else "float32"
     sizes = _Sizes(meta, name, len(ids))
     offload = _must_offload(sizes, request["budget_bytes"])
+    if adapter and offload:
+        raise BudgetError(
+            "the memory budget is too small to run an adapter: its base is not run from disk",
+            expected=f"more than {format_size(sizes.whole)}, the base model's size",
+            found=format_size(request["budget_bytes"]),
+            hint="merge it and run the merged model, or give a larger --max-mem",
+        )
     with (
         tempfile.TemporaryDirectory(prefix="streamconv-") as scratch,
         _pages_dropped() if offload else nullcontext(),
@@ -74,10 +90,16 @@ def _run(request: dict[str, Any]) -> dict[str, Any]:
         model, info = _load(
             model_class, settings, weights, folder, Path(scratch), name, sizes, offload=offload
         )
+        missing: list[str] = []
+        passed_over: list[str] = []
+        parts: dict[str, FileTensor] = {}
+        if adapter:
+            model, missing, passed_over, parts = put_on(model, given)
         logits = _logits(model, ids)
     np.save(request["logits_path"], logits)
     unexpected = set(info["unexpected_keys"])
     used = [t for name, t in weights.items() if name not in unexpected]
+    used += parts.values()
     mismatched = sorted(
         f"{name} {list(here)} for {list(there)}" for name, here, there in info["mismatched_keys"]
     )
@@ -89,7 +111,9 @@ def _run(request: dict[str, Any]) -> dict[str, Any]:
         "token_ids": ids,
         "rows": meta.module.get_input_embeddings().weight.shape[0],
         "tokens": tokenizer.get_vocab_size() if tokenizer is not None else None,
-        "missing": sorted(info["missing_keys"]),
+        "adapter": adapter,
+        "missing": sorted([*info["missing_keys"], *missing]),
+        "passed_over": passed_over,
         "unexpected": sorted(unexpected),
         "not_finite": sorted(t.name for t in used if not is_finite(t.dtype, t.pieces())),
         "mismatched": mismatched,
