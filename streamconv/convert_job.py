@@ -114,7 +114,7 @@ def _which_job(dst: Path, job: JobIdentity) -> tuple[str, list[str]]:
     try:
         manifest = read_manifest(dst, entries=False)
     except StreamconvError as error:
-        return f"the output folder cannot be told from another job's: {error.what}", []
+        return f"cannot tell which job wrote the output folder: {error.what}", []
     before: Mapping[str, Any] = manifest["job"] if manifest is not None else {}
     if manifest is not None and before.get("digest") == job.digest:
         return "the output folder is incomplete", missing_files(dst, manifest)

@@ -92,7 +92,7 @@ def decide_plain(checkpoint: Checkpoint, model: Model | None) -> dict[str, Globa
                 where=fqn,
                 expected=f"the same {list(copies.shape)} on every rank, which is the model's shape",
                 found=f"different values on {found.differing}",
-                hint="which of them is right cannot be told from the files",
+                hint="the files do not say which of them is right",
             )
         if len(fits) != 1 and pieces.shape != copies.shape:
             unclear.append((fqn, found, expected))

@@ -37,7 +37,7 @@ def check_tensor_name(name: str) -> None:
         )
     if not _is_text(name):
         raise BadInputError(
-            "a tensor's name is no text: no safetensors file can hold it",
+            "a tensor's name is not text: a safetensors file cannot hold it",
             where=name,
             found="half of a surrogate pair in it",
             hint="rename it where the checkpoint was made",
@@ -45,7 +45,7 @@ def check_tensor_name(name: str) -> None:
 
 
 def check_file_name(path: str) -> None:
-    """Raise :class:`BadInputError` for a file or folder whose name is no text."""
+    """Raise :class:`BadInputError` for a file or folder whose name is not text."""
     if not _is_text(path):
         raise BadInputError(
             "the name of a file or folder is not UTF-8",

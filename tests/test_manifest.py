@@ -236,7 +236,7 @@ def test_an_output_with_a_damaged_manifest_stays(
     """Which of its files are streamconv's nobody knows any more."""
     (folder / MANIFEST).write_text("{")
     assert finished_output(folder, "0" * 32) is None
-    with pytest.raises(OutputExistsError, match="cannot be told from another job's"):
+    with pytest.raises(OutputExistsError, match="cannot tell which job wrote"):
         refuse_others(folder, {"digest": "0" * 32}, overwrite=False)
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     with pytest.raises(OutputExistsError, match="is not known"):

@@ -35,7 +35,7 @@ def folding(work: Path) -> Iterator[Path]:
     try:
         yield place
     finally:
-        _run("umount", place)
+        _run("umount", "--lazy", place)  # whatever still holds a file there open
         image.unlink()
 
 

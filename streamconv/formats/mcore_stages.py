@@ -240,7 +240,7 @@ class Model:
                 where=f"{self.compare.path(other)}, {name}",
                 expected=f"the bytes of {self.compare.path(kept)}",
                 found="other bytes",
-                hint="which of them is right cannot be told from the files",
+                hint="the files do not say which of them is right",
             )
         self.compare.drop(other)
 

@@ -23,7 +23,7 @@ from streamconv.source import GlobalTensor, ShardLayout, ShardTable
 from streamconv.torchfile.rankfile import LocalSpec, Stored
 
 _OTHER_EXPERTS = (
-    "which of them is right cannot be told from the files: are they of different steps, or did each "
+    "the files do not say which of them is right: are they of different steps, or did each "
     "rank of expert parallelism save its own experts under this name? Those must be gathered before "
     "saving"
 )
@@ -268,7 +268,7 @@ class Merger:
             found=f"others on {self._rank(other)}, {what(other)}",
             hint=_OTHER_EXPERTS
             if "experts" in fqn
-            else "which of them is right cannot be told from the files; use a checkpoint whose "
+            else "the files do not say which of them is right; use a checkpoint whose "
             "rank files belong together",
         )
 
