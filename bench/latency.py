@@ -15,10 +15,10 @@ from pathlib import Path
 
 from bench.measure import conditions, record, table
 from streamconv.api import plan as make_plan
-from streamconv.executor import WindowFiller, filled_windows
-from streamconv.plan import Plan
-from streamconv.reader import SourceReader
-from streamconv.records import RecordChecks
+from streamconv.executor.pipeline import WindowFiller, filled_windows
+from streamconv.executor.reader import SourceReader
+from streamconv.executor.records import RecordChecks
+from streamconv.ir.planfile import Plan
 from tests.makers.large import make_large
 
 

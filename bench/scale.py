@@ -22,7 +22,7 @@ from pathlib import Path
 
 from bench.measure import conditions, own_memory, record, streamconv, table
 from bench.sparse import SparseMade, make_sparse, sentinels_in
-from streamconv.staging import staging_path
+from streamconv.output.staging import staging_path
 
 _MOUNTED = "STREAMCONV_BENCH_MOUNTED"
 

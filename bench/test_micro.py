@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from streamconv.crc import crc32, crc32_combine
-from streamconv.dtypes import BF16, F16, F32, DType
-from streamconv.formats import fsdp
-from streamconv.kernels import run
-from streamconv.lowering import Dim
+from streamconv.executor.kernels import run
+from streamconv.formats.fsdp import rank_files
+from streamconv.ir.dtypes import BF16, F16, F32, DType
+from streamconv.ir.lowering import Dim
+from streamconv.ir.recipe import Cast
 from streamconv.options import JobOptions
-from streamconv.recipe import Cast
+from streamconv.torchfile.crc import crc32, crc32_combine
 from streamconv.torchfile.rankfile import read_rank_file
 from streamconv.torchfile.unpickle import load_inert
 from streamconv.torchfile.window import BufferWindow
@@ -50,9 +50,9 @@ def test_rank_file(benchmark, rank_file: Path) -> None:
 
 
 def test_planner_without_transformers(benchmark, source: Path) -> None:
-    from streamconv.build_plan import build_plan
+    from streamconv.planning.build import build_plan
 
-    checkpoint = fsdp.read(source)
+    checkpoint = rank_files.read(source)
 
     def plan() -> int:
         stream = io.StringIO()

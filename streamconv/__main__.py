@@ -20,7 +20,7 @@ def _run(arguments: list[str]) -> int:
     if arguments == ["--version"]:
         sys.stdout.write(f"streamconv {__version__}\n")
         return 0
-    from streamconv.signals import heeded
+    from streamconv.system.signals import heeded
 
     debug = "--debug" in arguments
     try:

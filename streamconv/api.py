@@ -16,9 +16,9 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
-from streamconv import askedfile
 from streamconv.errors import NoSpaceError, StreamconvError, UsageError, VerificationError
-from streamconv.inputs import reading
+from streamconv.files import askedfile
+from streamconv.files.inputs import reading
 from streamconv.options import (
     DTypeChoice,
     Event,
@@ -31,11 +31,11 @@ from streamconv.options import (
     ValueHead,
     ignore_event,
 )
-from streamconv.sizes import format_size, parse_size
+from streamconv.units import format_size, parse_size
 
 if TYPE_CHECKING:
-    from streamconv.lazy import LazyCheckpoint
-    from streamconv.plan import Plan
+    from streamconv.conversion.lazy import LazyCheckpoint
+    from streamconv.ir.planfile import Plan
     from streamconv.verification.report import Report
 
 StrPath = str | PathLike[str]
@@ -86,7 +86,7 @@ def convert(
     machine can give). After an error ``dst`` is as it was; the same call again resumes. ``report``
     is an HTML file to write about it, ``job`` what decides the output: see :class:`JobKeywords`.
     """
-    from streamconv.convert_job import convert as run_job
+    from streamconv.conversion.job import convert as run_job
 
     options = job_options(max_shard_size=max_shard_size, **job)
     run = run_options(max_mem, overwrite, sync, direct, source_crc, checksum, io_threads, on_event)
@@ -111,7 +111,7 @@ def _own_file(
     path: Path, kind: askedfile.Kind, src: StrPath, dst: StrPath | None, job: JobOptions
 ) -> Path:
     """Return where a report or a plan will lie; raises before any work where it cannot."""
-    from streamconv.filesystems import why_not_writable
+    from streamconv.files.filesystems import why_not_writable
 
     folders = [
         (src, "the checkpoint"),
@@ -173,8 +173,8 @@ def upload(
     again goes on after an interruption. Raises :class:`VerificationError` for a folder that is not what
     its manifest says, :class:`UsageError` where there is no token.
     """
-    from streamconv.upload import check_upload
-    from streamconv.upload import upload as send
+    from streamconv.conversion.hub import check_upload
+    from streamconv.conversion.hub import upload as send
 
     check_upload(repo)
     report = verify(folder)
@@ -206,7 +206,7 @@ def plan(
     The plan is written to ``output``, or to a temporary file that goes when the plan object does.
     With ``dst``, raises :class:`NoSpaceError` where the output would not fit on its disk.
     """
-    from streamconv.planning import make_plan
+    from streamconv.planning.child import make_plan
 
     options = job_options(max_shard_size=max_shard_size, **job)
     budget = memory_bytes(max_mem)
@@ -238,7 +238,7 @@ def open(  # noqa: A001 - meant to be called as streamconv.open
     ``t[...]`` reads only what the slice needs, as numpy; ``t.torch(...)`` gives torch. Close the
     mapping, or use it in a ``with``.
     """
-    from streamconv.lazy import open_checkpoint
+    from streamconv.conversion.lazy import open_checkpoint
 
     options = job_options(**job)
     with _reading(src, job):
@@ -270,8 +270,8 @@ def verify(
     (``logits_atol``; None: 1e-5 of the largest logit, 0.05 where the dtypes differ). ``base`` is the
     model that an adapter's folder belongs to: its names are checked there, and it is run on it.
     """
-    from streamconv.budget import available_bytes
-    from streamconv.planned import MANIFEST
+    from streamconv.files.names import MANIFEST
+    from streamconv.system.memory import available_bytes
     from streamconv.verification.folder import verify_output
     from streamconv.verification.forward import verify_forward
     from streamconv.verification.reference import verify_reference
@@ -341,7 +341,7 @@ def _check_tolerances(*values: float | None) -> None:
 
 def inspect(src: StrPath, *, model: str | None = None) -> dict[str, Any]:
     """Return what is in the checkpoint as plain data: format, facts, files, tensors, notices."""
-    from streamconv.planning import inspect_checkpoint
+    from streamconv.planning.child import inspect_checkpoint
 
     with reading(src):
         return inspect_checkpoint(Path(src), model)
@@ -415,7 +415,7 @@ def memory_bytes(max_mem: int | str | None) -> int | None:
     if max_mem is None:
         return None
     if isinstance(max_mem, str) and max_mem.rstrip().endswith("%"):
-        from streamconv.budget import available_bytes
+        from streamconv.system.memory import available_bytes
 
         return parse_size(max_mem, whole_bytes=available_bytes()[0])
     return parse_size(max_mem)

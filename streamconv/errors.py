@@ -9,8 +9,6 @@ from __future__ import annotations
 import errno
 from typing import Any, ClassVar
 
-from streamconv.shown import clipped, shown
-
 # A name in a file can be as long as the file. A path cannot, and all of it is of use.
 _LONGEST = 500
 _LONGEST_PATH = 5000
@@ -195,3 +193,30 @@ class LockedError(StreamconvError):
 
     exit_code = 11
     kind = "locked"
+
+
+def shown(text: str) -> str:
+    """Return ``text`` as one line of printable characters, all others escaped as in Python.
+
+    >>> print(shown("a\\x1b[31m\\n\\u202eb"))
+    a\\x1b[31m\\n\\u202eb
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else _escaped(c) for c in text)
+
+
+def clipped(text: str, most: int) -> str:
+    """Return ``text`` in at most ``most`` characters: its beginning, and how many more there are.
+
+    >>> print(clipped("a" * 100, 40))
+    aaaaaaaaaaaaaaa… (85 more characters)
+    """
+    if len(text) <= most:
+        return text
+    kept = most - len(f"… ({len(text)} more characters)")
+    return f"{text[:kept]}… ({len(text) - kept} more characters)"
+
+
+def _escaped(character: str) -> str:
+    return repr(character)[1:-1]

@@ -101,10 +101,10 @@ def planned_here(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def plan_here(patch: pytest.MonkeyPatch) -> None:
     """Do as :func:`planned_here` for as long as ``patch`` is in force."""
-    from streamconv import planning
+    from streamconv.planning import child
 
     def ask(request: dict[str, Any], **_: object) -> dict[str, Any]:
-        return planning._TASKS[request["task"]](request)
+        return child._TASKS[request["task"]](request)
 
-    patch.setattr(planning, "_ask", ask)
-    patch.setattr(planning, "_limited_memory", contextlib.nullcontext)
+    patch.setattr(child, "_ask", ask)
+    patch.setattr(child, "_limited_memory", contextlib.nullcontext)

@@ -6,10 +6,10 @@ import functools
 from dataclasses import dataclass
 from typing import Any
 
-from streamconv import planner
 from streamconv.families import convert as family_conversion
 from streamconv.families.convert import Converted
 from streamconv.options import JobOptions
+from streamconv.planning import checks
 from tests.makers.megatron_inverse import invert
 from tests.makers.megatron_walk import Walk
 from tests.makers.tiny_families import State, TinyModel, make
@@ -40,5 +40,5 @@ def plan(
     headers = {key: (tuple(t.shape), dtype_of(t)) for key, t in tensors.items()}
     converted = family_conversion.convert(headers, model.config, megatron_facts or {}, JobOptions())
     if converted.model is not None:
-        planner.check_recipes(converted.recipes, converted.model, JobOptions(), converted.extras)
+        checks.check_recipes(converted.recipes, converted.model, JobOptions(), converted.extras)
     return converted

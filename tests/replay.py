@@ -8,9 +8,9 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 
-from streamconv.boxes import check_tiling
-from streamconv.dtypes import BY_TORCH, DType
-from streamconv.recipe import Cast, Gather, Recipe, SourceRef, View, Zero
+from streamconv.ir.boxes import check_tiling
+from streamconv.ir.dtypes import BY_TORCH, DType
+from streamconv.ir.recipe import Cast, Gather, Recipe, SourceRef, View, Zero
 
 Array = np.ndarray
 

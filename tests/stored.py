@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from streamconv.source import Checkpoint
+from streamconv.ir.source import Checkpoint
 
 
 def stored(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:

@@ -13,8 +13,8 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 
 import streamconv
-from streamconv.adapter_names import other_tuner
 from streamconv.errors import BadInputError
+from streamconv.lora.names import other_tuner
 from tests.makers import models
 from tests.makers.fsdp import LORA_ALPHA
 from tests.test_lora import convert, load, trained
@@ -203,7 +203,7 @@ def test_parts_of_models_are_not_taken_for_adapters():
 
 
 def test_verify_finds_names_that_peft_does_not_load():
-    from streamconv.safefile import FileTensor
+    from streamconv.formats.safetensors_file import FileTensor
     from streamconv.verification.folder import _check_adapter
     from streamconv.verification.report import Report
 

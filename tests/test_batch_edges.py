@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 import streamconv
-from streamconv import convert_job
 from streamconv.batch import tasks
 from streamconv.batch.state import STATUS, Store, read_records
+from streamconv.conversion import job
 from tests.makers import runs
 from tests.scenes import Scene, cli
 
@@ -298,7 +298,7 @@ def test_a_source_that_is_written_anew_while_its_output_is_staged(scene, monkeyp
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(convert_job, "write_output", killed)
+        patch.setattr(job, "write_output", killed)
         with pytest.raises(KeyboardInterrupt):
             streamconv.convert(source, out)
     assert (scene.out / ".global_step_10.streamconv/plan.jsonl").is_file()

@@ -13,7 +13,7 @@ import pytest
 from streamconv.batch import hooks
 from streamconv.batch.runner import Runner
 from streamconv.batch.state import FOLDER, Record, read_records
-from streamconv.lockfile import locked_file
+from streamconv.files.lockfile import locked_file
 from tests.scenes import Scene, start, wait_for
 
 

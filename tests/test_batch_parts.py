@@ -22,9 +22,9 @@ from streamconv.batch.schedule import Cron, Every, local_now, parse_schedule
 from streamconv.batch.selection import Filter, named, namer, parse_steps
 from streamconv.batch.settings import BatchSettings, RunSettings, load, settings
 from streamconv.batch.state import Record
-from streamconv.durations import format_duration, parse_duration
 from streamconv.errors import BadInputError, BudgetError, UsageError
 from streamconv.options import JobOptions, RunOptions
+from streamconv.units import format_duration, parse_duration
 
 RANKS = "model_world_size_1_rank_0.pt"
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from streamconv.boxes import Box, check_tiling, contiguous_strides, find_hole, find_overlap
+from streamconv.ir.boxes import Box, check_tiling, contiguous_strides, find_hole, find_overlap
 
 
 @st.composite

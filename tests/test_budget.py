@@ -16,8 +16,10 @@ import pytest
 import torch
 
 import streamconv
-from streamconv import budget, children, planning
 from streamconv.errors import BadInputError, BudgetError, UnsafeInputError
+from streamconv.executor import budget
+from streamconv.planning import child
+from streamconv.system import children, memory
 from tests.makers.fsdp import Made
 from tests.makers.large import LargeMade, make_large
 from tests.makers.zips import E, Zip
@@ -36,8 +38,8 @@ GB = 10**9
 
 @pytest.fixture(autouse=True)
 def a_machine_with_64_gb(monkeypatch: pytest.MonkeyPatch) -> None:
-    state = budget.MemoryState(available_bytes=64 * GB, swap_bytes=0, swap_used_bytes=0)
-    monkeypatch.setattr(budget, "memory_state", lambda: state)
+    state = memory.MemoryState(available_bytes=64 * GB, swap_bytes=0, swap_used_bytes=0)
+    monkeypatch.setattr(memory, "memory_state", lambda: state)
 
 
 def write(path: Path, text: str) -> None:
@@ -46,12 +48,12 @@ def write(path: Path, text: str) -> None:
 
 
 def test_without_limits_it_is_available_memory_less_15_percent(tmp_path: Path) -> None:
-    assert budget.available_bytes(tmp_path, "0::/\n") == (int(64 * GB * 0.85), "available memory")
+    assert memory.available_bytes(tmp_path, "0::/\n") == (int(64 * GB * 0.85), "available memory")
 
 
 def test_meminfo_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
-    nbytes, source = budget.available_bytes(Path("/nonexistent"), "0::/\n")
+    nbytes, source = memory.available_bytes(Path("/nonexistent"), "0::/\n")
     assert source == "available memory"
     assert 0.5 < nbytes / psutil.virtual_memory().available < 1
 
@@ -66,14 +68,14 @@ def test_cgroup_v2(limited: str, tmp_path: Path) -> None:
     for folder in ("user/job", "user", "."):
         write(tmp_path / folder / "memory.max", "max\n")
     write(tmp_path / limited, f"{8 * GB}\n")
-    found = budget.available_bytes(tmp_path, "0::/user/job\n")
+    found = memory.available_bytes(tmp_path, "0::/user/job\n")
     assert found == (int(8 * GB * 0.85), "cgroup v2 limit")
 
 
 def test_cgroup_v2_subtracts_what_is_used_but_not_the_page_cache(tmp_path: Path) -> None:
     write(tmp_path / "job/memory.max", f"{8 * GB}\n")
     write(tmp_path / "job/memory.stat", f"anon {3 * GB}\nfile {4 * GB}\nanon_thp 7\n")
-    assert budget.available_bytes(tmp_path, "0::/job\n")[0] == int(5 * GB * 0.85)
+    assert memory.available_bytes(tmp_path, "0::/job\n")[0] == int(5 * GB * 0.85)
 
 
 def test_cgroup_v1(tmp_path: Path) -> None:
@@ -82,34 +84,34 @@ def test_cgroup_v1(tmp_path: Path) -> None:
     write(memory / "docker/abc/memory.limit_in_bytes", f"{4 * GB}\n")
     write(memory / "docker/abc/memory.stat", f"cache {2 * GB}\ntotal_rss {GB}\n")
     own = "12:cpu,cpuacct:/docker/abc\n5:memory:/docker/abc\n1:name=systemd:/docker/abc\n"
-    found = budget.available_bytes(tmp_path, own)
+    found = memory.available_bytes(tmp_path, own)
     assert found == (int(3 * GB * 0.85), "cgroup v1 limit")
 
 
 def test_cgroup_v1_without_a_limit(tmp_path: Path) -> None:
     write(tmp_path / "memory/memory.limit_in_bytes", "9223372036854771712\n")
-    assert budget.available_bytes(tmp_path, "5:memory:/\n")[1] == "available memory"
+    assert memory.available_bytes(tmp_path, "5:memory:/\n")[1] == "available memory"
 
 
 def test_inside_a_container_the_limit_is_at_the_root(tmp_path: Path) -> None:
     """The path is the host's and does not exist here."""
     write(tmp_path / "memory.max", f"{2 * GB}\n")
-    found = budget.available_bytes(tmp_path, "0::/kubepods/pod1/abc\n")
+    found = memory.available_bytes(tmp_path, "0::/kubepods/pod1/abc\n")
     assert found == (int(2 * GB * 0.85), "cgroup v2 limit")
     write(tmp_path / "v1/memory/memory.limit_in_bytes", f"{GB}\n")
-    found = budget.available_bytes(tmp_path / "v1", "5:memory:/docker/abc\n")
+    found = memory.available_bytes(tmp_path / "v1", "5:memory:/docker/abc\n")
     assert found == (int(GB * 0.85), "cgroup v1 limit")
 
 
 def test_a_cgroup_that_is_full_leaves_nothing(tmp_path: Path) -> None:
     write(tmp_path / "job/memory.max", f"{GB}\n")
     write(tmp_path / "job/memory.stat", f"anon {2 * GB}\n")
-    assert budget.available_bytes(tmp_path, "0::/job\n") == (0, "cgroup v2 limit")
+    assert memory.available_bytes(tmp_path, "0::/job\n") == (0, "cgroup v2 limit")
 
 
 def test_a_cgroup_path_cannot_leave_the_tree(tmp_path: Path) -> None:
     write(tmp_path / "memory.max", "1\n")
-    found = budget.available_bytes(tmp_path / "root", "0::/../../x\n")
+    found = memory.available_bytes(tmp_path / "root", "0::/../../x\n")
     assert found[1] == "available memory"
 
 
@@ -123,11 +125,11 @@ def test_a_process_that_ends_while_it_is_looked_at_counts_for_what_was_seen(
         raise ProcessLookupError(str(path))
 
     monkeypatch.setattr(Path, "iterdir", gone)
-    assert budget.tree_bytes() > 0
+    assert memory.tree_bytes() > 0
 
 
 def test_no_window_fits() -> None:
-    resident = budget.resident_bytes()
+    resident = memory.resident_bytes()
     with pytest.raises(BudgetError, match="too small to move tensors"):
         budget.window_bytes(resident + (1 << 20))
     smallest = budget.smallest_run_bytes()
@@ -267,14 +269,14 @@ def test_a_limit_of_open_files_is_kept(tmp_path: Path) -> None:
 def in_150_mb(monkeypatch: pytest.MonkeyPatch) -> None:
     """A budget that a test can afford to exceed; this process, which has torch, counts for nothing."""
     monkeypatch.setattr(children, "resident_bytes", lambda: 0)
-    monkeypatch.setattr(planning, "available_bytes", lambda: (150 * 10**6, "the test"))
+    monkeypatch.setattr(child, "available_bytes", lambda: (150 * 10**6, "the test"))
 
 
 def test_a_pickle_that_needs_more_than_the_budget_is_named(in_150_mb: None, tmp_path: Path) -> None:
     path = tmp_path / "model_world_size_1_rank_0.pt"
     torch.save({"a.weight": torch.ones(2), "more": [{} for _ in range(10**6)]}, path)
     with pytest.raises(BudgetError, match=r"rank_0\.pt says") as caught:
-        planning.inspect_checkpoint(tmp_path)
+        child.inspect_checkpoint(tmp_path)
     assert caught.value.where == str(path)
     assert "--max-mem" in str(caught.value.hint)
 
@@ -285,7 +287,7 @@ def test_what_no_budget_is_worth_is_unsafe(in_150_mb: None, tmp_path: Path) -> N
     raw = Zip([E("data.pkl", hostile), E("version", b"3\n")]).bytes()
     (tmp_path / "model_world_size_1_rank_0.pt").write_bytes(raw)
     with pytest.raises(UnsafeInputError, match="too much memory"):
-        planning.inspect_checkpoint(tmp_path)
+        child.inspect_checkpoint(tmp_path)
 
 
 def test_a_config_that_nobody_writes_is_not_parsed(tmp_path: Path) -> None:
@@ -332,12 +334,12 @@ def test_a_model_nine_times_the_budget(
     options: list[str], large: LargeMade, tmp_path: Path
 ) -> None:
     limit = 128 * 10**6
-    planning = [o for o in options if o in ("--dtype", "bfloat16")]
+    child = [o for o in options if o in ("--dtype", "bfloat16")]
     plan, out = tmp_path / "plan.jsonl", tmp_path / "out"
-    planned = run("plan", large.source, "-o", plan, *planning)
+    planned = run("plan", large.source, "-o", plan, *child)
     assert planned.code == 0, planned.err
 
-    running = [o for o in options if o not in planning]
+    running = [o for o in options if o not in child]
     done = run("run", plan, out, "--max-mem", "128MB", "--no-sync", "--json", *running)
     assert done.code == 0, done.err
     assert done.peak_bytes <= limit
@@ -345,7 +347,7 @@ def test_a_model_nine_times_the_budget(
     told = json.loads((out / "streamconv.json").read_text())["run"]
     assert told["budget_bytes"] == limit
     assert abs(told["peak_bytes"] - done.peak_bytes) < 0.15 * done.peak_bytes
-    if not planning:
+    if not child:
         assert large_differences(out, large) == []
 
 

@@ -10,12 +10,12 @@ import pytest
 import torch
 
 import streamconv
-from streamconv import kernels
-from streamconv.dtypes import BF16, F16, F32, F64, DType
 from streamconv.errors import BadInputError
-from streamconv.kernels import run
-from streamconv.lowering import Dim, MoveOp
-from streamconv.recipe import AddScalar, Cast
+from streamconv.executor import kernels
+from streamconv.executor.kernels import run
+from streamconv.ir.dtypes import BF16, F16, F32, F64, DType
+from streamconv.ir.lowering import Dim, MoveOp
+from streamconv.ir.recipe import AddScalar, Cast
 
 TORCH = {"F16": torch.float16, "BF16": torch.bfloat16}
 # The first magnitude that rounds to infinity; NaNs begin one above infinity's pattern.

@@ -9,7 +9,7 @@ import zlib
 from hypothesis import given
 from hypothesis import strategies as st
 
-from streamconv.crc import Coverage, crc32, crc32_combine
+from streamconv.torchfile.crc import Coverage, crc32, crc32_combine
 
 
 @given(st.binary(max_size=300), st.binary(max_size=300))

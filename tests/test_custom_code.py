@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 import streamconv
-from streamconv.custom_code import Import, code_of, imports
 from streamconv.errors import UnsafeInputError
+from streamconv.planning.custom_code import Import, code_of, imports
 
 FILES = {
     "config.json": json.dumps(

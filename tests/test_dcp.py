@@ -15,11 +15,11 @@ import pytest
 import torch
 
 import streamconv
-from streamconv.convert_job import run_plan
+from streamconv.conversion.job import run_plan
 from streamconv.errors import BadInputError, SourceChangedError, UnsafeInputError
-from streamconv.formats import dcp as format_dcp
 from streamconv.formats import find_model
-from streamconv.formats.dcp_folder import read_index
+from streamconv.formats.dcp import plain_dcp as format_dcp
+from streamconv.formats.dcp.folder import read_index
 from streamconv.options import RunOptions
 from streamconv.torchfile.dcp import DcpIndex
 from streamconv.tracing.hf_names import read_names

@@ -15,21 +15,22 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
-from streamconv import placing, planner
-from streamconv.boxes import Box, contiguous_strides
-from streamconv.dtypes import BF16, BY_NAME, F16, F32, F64, DType
 from streamconv.errors import BadInputError, SourceChangedError
-from streamconv.executor import FinishedFile, WindowFiller, write_output
-from streamconv.identity import job_identity
+from streamconv.executor.pipeline import FinishedFile, WindowFiller, write_output
+from streamconv.executor.reader import SourceReader
+from streamconv.executor.records import RecordChecks
+from streamconv.files.durable import write_text
+from streamconv.ir.boxes import Box, contiguous_strides
+from streamconv.ir.dtypes import BF16, BY_NAME, F16, F32, F64, DType
+from streamconv.ir.identity import job_identity
+from streamconv.ir.planfile import Plan
+from streamconv.ir.planned import PlanHead, TextFile, Totals, WrittenFile
+from streamconv.ir.planwriter import PlanWriter
+from streamconv.ir.recipe import AddScalar, Cast, Recipe, SourceRef, View
+from streamconv.ir.source import GlobalTensor, ShardLayout, ShardTable, SourceFile
 from streamconv.options import JobOptions
-from streamconv.plan import Plan
-from streamconv.planned import PlanHead, TextFile, Totals, WrittenFile
-from streamconv.planwriter import PlanWriter
-from streamconv.reader import SourceReader
-from streamconv.recipe import AddScalar, Cast, Recipe, SourceRef, View
-from streamconv.records import RecordChecks
-from streamconv.source import GlobalTensor, ShardLayout, ShardTable, SourceFile
-from streamconv.writer import write_text
+from streamconv.planning import checks as planner
+from streamconv.planning import placing
 
 
 class Source:

@@ -10,7 +10,7 @@ import torch
 from streamconv.errors import BadInputError, UsageError
 from streamconv.families import families
 from streamconv.families.convert import convert
-from streamconv.formats.mcore_facts import OF_MODEL
+from streamconv.formats.megatron.facts import OF_MODEL
 from streamconv.options import JobOptions
 from tests.family_cases import Case, plan, taken_apart
 from tests.makers.tiny_families import State, TinyModel

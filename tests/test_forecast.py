@@ -13,10 +13,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from streamconv import budget, doctor, speed
-from streamconv.filesystems import FileSystem, filesystem_of
-from streamconv.forecast import moving_seconds, warnings
-from streamconv.sizes import format_size
+from streamconv.environment import doctor, speed
+from streamconv.environment.forecast import moving_seconds, warnings
+from streamconv.executor import budget
+from streamconv.files.filesystems import FileSystem, filesystem_of
+from streamconv.system import memory
+from streamconv.units import format_size
 from tests.makers import runs
 
 GB = 10**9
@@ -129,8 +131,8 @@ def told(**changes) -> str:
 
 @pytest.fixture(autouse=True)
 def calm(monkeypatch):
-    state = budget.MemoryState(64 * GB, 8 * GB, 0)
-    monkeypatch.setattr(budget, "memory_state", lambda: state)
+    state = memory.MemoryState(64 * GB, 8 * GB, 0)
+    monkeypatch.setattr(memory, "memory_state", lambda: state)
 
 
 def test_nothing_hurts():
@@ -147,9 +149,9 @@ def test_what_hurts_is_said(monkeypatch):
     )
     assert "almost full: 5.00 GB left" in told(needed=495 * GB)
     assert "would swap" in told(limit=65 * GB)
-    monkeypatch.setattr(budget, "memory_state", lambda: budget.MemoryState(GB // 2, 0, 0))
+    monkeypatch.setattr(memory, "memory_state", lambda: memory.MemoryState(GB // 2, 0, 0))
     assert "the kernel may kill it" in told()
-    monkeypatch.setattr(budget, "memory_state", lambda: budget.MemoryState(64 * GB, 8 * GB, 5 * GB))
+    monkeypatch.setattr(memory, "memory_state", lambda: memory.MemoryState(64 * GB, 8 * GB, 5 * GB))
     assert "swapping: 5.00 GB" in told()
 
 
@@ -158,10 +160,10 @@ def test_the_state_of_memory_is_read(tmp_path):
         "MemTotal: 100 kB\nMemAvailable:  40 kB\nSwapTotal: 30 kB\nSwapFree: 10 kB\nHugePages: 0\n"
     )
     state = budget_state(tmp_path / "meminfo")
-    assert state == budget.MemoryState(40 * 1024, 30 * 1024, 20 * 1024)
+    assert state == memory.MemoryState(40 * 1024, 30 * 1024, 20 * 1024)
 
 
-budget_state = budget.memory_state  # before a test puts another in its place
+budget_state = memory.memory_state  # before a test puts another in its place
 
 
 # As the commands show it
@@ -202,7 +204,7 @@ def test_doctor_says_what_would_keep_a_conversion_from_ending(tmp_path):
 
 
 def test_a_disk_that_takes_nothing_is_told(monkeypatch, tmp_path):
-    from streamconv import filesystems
+    from streamconv.files import filesystems
 
     assert filesystems.why_not_writable(tmp_path / "new/out") is None
     read_only = SimpleNamespace(f_flag=os.ST_RDONLY)

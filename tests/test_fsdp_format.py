@@ -20,7 +20,7 @@ from safetensors import safe_open
 
 from streamconv import formats
 from streamconv.errors import BadInputError, UnsafeInputError, UsageError
-from streamconv.source import Checkpoint, GlobalTensor
+from streamconv.ir.source import Checkpoint, GlobalTensor
 from streamconv.torchfile.zipdir import check_local_header
 from tests.makers.fsdp import RECIPES, Made
 

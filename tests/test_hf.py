@@ -11,10 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from streamconv.boxes import Shape
-from streamconv.dtypes import BF16, F16, F32, DType
 from streamconv.errors import BadInputError
-from streamconv.recipe import Recipe, SourceRef
+from streamconv.ir.boxes import Shape
+from streamconv.ir.dtypes import BF16, F16, F32, DType
+from streamconv.ir.recipe import Recipe, SourceRef
 from streamconv.tracing.copies import COPIES
 from streamconv.tracing.hf import build_meta
 from streamconv.tracing.hf_convert import identity, is_identity

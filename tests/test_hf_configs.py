@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from streamconv.dtypes import BF16
 from streamconv.errors import BadInputError
-from streamconv.sidefiles import corrected_config
+from streamconv.ir.dtypes import BF16
+from streamconv.planning.sidefiles import corrected_config
 from streamconv.tracing.hf import build_meta
 from tests.hf_models import HEAD, LINEAR, TINY, dense, meta_of, sparse
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from streamconv.boxes import Shape
-from streamconv.dtypes import BF16
 from streamconv.errors import BadInputError
-from streamconv.planner import check_loads
+from streamconv.ir.boxes import Shape
+from streamconv.ir.dtypes import BF16
+from streamconv.planning.checks import check_loads
 from streamconv.tracing.hf import MetaModel
 from streamconv.tracing.hf_convert import identity
 from streamconv.tracing.hf_load import Loaded

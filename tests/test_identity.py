@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from streamconv import identity
+from streamconv.ir import identity
+from streamconv.ir.planned import SideFile
+from streamconv.ir.source import SourceFile
 from streamconv.options import JobOptions
-from streamconv.planned import SideFile
-from streamconv.source import SourceFile
 
 FILES = [SourceFile("model_world_size_1_rank_0.pt", 100, 7, "ab" * 16)]
 SIDE = [SideFile("config.json", "/x/config.json", 9, "cd" * 16)]

@@ -16,9 +16,9 @@ import pytest
 import torch
 
 import streamconv
-from streamconv import inputs
 from streamconv.__main__ import _run
 from streamconv.errors import BadInputError, StreamconvError
+from streamconv.files import inputs
 
 pytestmark = pytest.mark.usefixtures("planned_here")
 

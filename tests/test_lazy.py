@@ -17,9 +17,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import streamconv
-from streamconv import planning
+from streamconv.conversion.lazy import LazyCheckpoint
 from streamconv.errors import ClosedError, UnsafeInputError
-from streamconv.lazy import LazyCheckpoint
+from streamconv.planning import child
 from tests.makers.fsdp import Made
 from tests.outputs import Stored, read_truth
 
@@ -47,10 +47,8 @@ def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
 def opened(source: Path, **options) -> Iterator[LazyCheckpoint]:
     """Open with the planning task run in this process, which has torch loaded."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            planning, "_ask", lambda request, **_: planning._TASKS[request["task"]](request)
-        )
-        patch.setattr(planning, "_limited_memory", contextlib.nullcontext)
+        patch.setattr(child, "_ask", lambda request, **_: child._TASKS[request["task"]](request))
+        patch.setattr(child, "_limited_memory", contextlib.nullcontext)
         checkpoint = streamconv.open(source, **options)
     with checkpoint:
         yield checkpoint

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from streamconv import lockfile, planning
 from streamconv.errors import LockedError, OutputExistsError
+from streamconv.files import lockfile
 from streamconv.options import JobOptions
-from streamconv.staging import locked
+from streamconv.output.staging import locked
+from streamconv.planning import child as planning
 
 
 def lock_of(target: Path) -> Path:
@@ -35,7 +36,7 @@ def test_a_child_that_outlives_its_killed_parent_keeps_the_lock(tmp_path, monkey
     program = (
         "import os, subprocess, sys\n"
         "from pathlib import Path\n"
-        "from streamconv.staging import locked\n"
+        "from streamconv.output.staging import locked\n"
         "with locked(Path(sys.argv[1])) as fd:\n"
         "    child = subprocess.Popen(['sleep', '100'], pass_fds=[fd], stdout=subprocess.DEVNULL)\n"
         "    print(child.pid, flush=True)\n"
@@ -120,7 +121,13 @@ def test_a_file_system_without_locks_is_locked_by_name(tmp_path, monkeypatch):
 def test_a_planning_child_whose_parent_is_gone_does_nothing(tmp_path, lone_rank_file):
     """As after a kill -9 before the child could ask to end with its parent."""
     plan = tmp_path / "plan.jsonl"
-    child = [sys.executable, "-P", "-m", "streamconv.planning", "1"]  # not this process's number
+    child = [
+        sys.executable,
+        "-P",
+        "-m",
+        "streamconv.planning.child",
+        "1",
+    ]  # not this process's number
     done = subprocess.run(child, input=b"{}", capture_output=True, check=False, timeout=60)
     assert (done.returncode, done.stdout, done.stderr) == (1, b"", b"")
     made = planning.make_plan(lone_rank_file.parent, JobOptions(layout="memory"), plan)
@@ -132,7 +139,7 @@ def test_a_signal_that_meets_a_destructor_still_ends_in_order():
     """Python prints and drops what is raised there; the end would then be a hard one, seconds later."""
     program = (
         "import os, signal, time\n"
-        "from streamconv.signals import heeded\n"
+        "from streamconv.system.signals import heeded\n"
         "class Lock:\n"
         "    def __del__(self):\n"
         "        os.kill(os.getpid(), signal.SIGTERM)\n"

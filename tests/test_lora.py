@@ -113,7 +113,7 @@ def test_each_element_is_summed_by_rank_in_float32_and_rounded_once(
 
 @pytest.mark.parametrize("name", ["fsdp2-lora-bf16", "fsdp2-lora-embedding", "fsdp2-lora-conv1d"])
 def test_the_bytes_depend_on_neither_budget_nor_threads(name, checkpoints, tmp_path, monkeypatch):
-    from streamconv import budget, products
+    from streamconv.executor import budget, products
 
     made = checkpoints[name]
     convert(made.source, tmp_path / "whole")
@@ -298,7 +298,7 @@ def test_a_critics_head_is_missed_beside_its_adapter(tmp_path):
 
 
 def test_names_that_end_in_each_other():
-    from streamconv.adapter_config import _saved, _targets
+    from streamconv.lora.settings import _saved, _targets
 
     modules = {"a", "a.up", "v", "v.a", "v.a.up"}
     assert _targets({"a.up"}, modules) == r"a\.up"

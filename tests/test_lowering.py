@@ -10,12 +10,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from streamconv.boxes import Box, contiguous_strides
-from streamconv.dtypes import BF16
 from streamconv.errors import BadInputError
-from streamconv.lowering import Move, clip, lower
-from streamconv.recipe import Cast, Gather, Part, SourceRef, View
-from streamconv.source import ShardLayout, ShardTable
+from streamconv.ir.boxes import Box, contiguous_strides
+from streamconv.ir.dtypes import BF16
+from streamconv.ir.lowering import Move, clip, lower
+from streamconv.ir.recipe import Cast, Gather, Part, SourceRef, View
+from streamconv.ir.source import ShardLayout, ShardTable
 
 
 def replay(moves: list[Move], numel: int, storages: list[np.ndarray]) -> np.ndarray:

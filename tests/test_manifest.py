@@ -18,7 +18,8 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import streamconv
-from streamconv.convert_job import refuse_others
+from streamconv.conversion.finished import finished_output
+from streamconv.conversion.job import refuse_others
 from streamconv.errors import (
     BadInputError,
     BudgetError,
@@ -27,8 +28,7 @@ from streamconv.errors import (
     UnsafeInputError,
     UsageError,
 )
-from streamconv.finished import finished_output
-from streamconv.manifest import MAX_MANIFEST_BYTES, read_manifest
+from streamconv.output.manifest import MAX_MANIFEST_BYTES, read_manifest
 from streamconv.verification.folder import verify_output
 from streamconv.verification.room import parsed_bytes
 from streamconv.verification.source import _job

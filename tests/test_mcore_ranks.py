@@ -17,10 +17,10 @@ import torch
 import streamconv
 from streamconv import formats
 from streamconv.errors import BadInputError, StreamconvError
-from streamconv.executor import WindowFiller, filled_windows
-from streamconv.reader import SourceReader
-from streamconv.records import RecordChecks
-from streamconv.source import Checkpoint
+from streamconv.executor.pipeline import WindowFiller, filled_windows
+from streamconv.executor.reader import SourceReader
+from streamconv.executor.records import RecordChecks
+from streamconv.ir.source import Checkpoint
 from tests.makers.mcore_ranks import (
     HEAD,
     HIDDEN,

@@ -15,9 +15,11 @@ from streamconv.errors import BadInputError, UsageError
 from streamconv.families import ops
 from streamconv.families.convert import convert
 from streamconv.families.rules import Dims
-from streamconv.formats import dcp, find_model, torch_dist
-from streamconv.formats.mcore_facts import OF_MODEL
-from streamconv.formats.mcore_names import place
+from streamconv.formats import find_model
+from streamconv.formats.dcp import plain_dcp
+from streamconv.formats.megatron import torch_dist
+from streamconv.formats.megatron.facts import OF_MODEL
+from streamconv.formats.megatron.names import place
 from streamconv.options import JobOptions
 from tests.makers import megatron, tiny_families
 from tests.makers.dcp import save_alone
@@ -150,7 +152,7 @@ def test_the_run_is_known_without_the_file_that_names_the_layout(
     copy.chmod(0o755)
     (copy / "metadata.json").unlink()
     assert expected
-    found = dcp.read(copy)
+    found = plain_dcp.read(copy)
     assert found.facts["megatron"] == expected
     assert ["metadata.json" in n for n in found.notices] == [True]
 
@@ -219,7 +221,7 @@ def test_ranges_of_quantizers_in_a_dcp_folder(tmp_path: Path) -> None:
     at = "model.layers.0.mlp.up_proj."
     names = ("input_quantizer._amax", "weight_quantizer._global_amax", "weight_quantizers.3._amax")
     save_alone(tmp_path, {at + n: torch.ones(1) for n in ("weight", *names)})
-    checkpoint = dcp.read(tmp_path)
+    checkpoint = plain_dcp.read(tmp_path)
     assert [*checkpoint.tensors] == [at + "weight"]
     assert [(s.name, s.reason) for s in checkpoint.skipped] == [
         ("3 tensors", "quantizer state (ModelOpt)")
@@ -285,7 +287,7 @@ def test_a_folder_of_megatron_fsdp(tmp_path: Path) -> None:
                 state[f"{stem}{e}_w"], state[f"{stem}{e}_v"] = one.chunk(2)
             else:
                 state[f"{stem}{e}"] = one
-    checkpoint = dcp.read(save_alone(tmp_path / "iter_0000003", state))
+    checkpoint = plain_dcp.read(save_alone(tmp_path / "iter_0000003", state))
     assert (checkpoint.naming, checkpoint.notices) == ("mcore", ())
     found = stored(checkpoint)
     assert set(found) == set(expected)

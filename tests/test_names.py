@@ -14,10 +14,9 @@ from safetensors.torch import load_file, save_file
 
 import streamconv
 from streamconv.cli.output import harmless
-from streamconv.errors import BadInputError, StreamconvError
+from streamconv.errors import BadInputError, StreamconvError, shown
 from streamconv.formats import safetensors_folder
-from streamconv.planned import SideFile
-from streamconv.shown import shown
+from streamconv.ir.planned import SideFile
 from tests.makers.dcp import save_alone
 
 REFUSED = ["__metadata__", "w\ud800", "\udcff"]

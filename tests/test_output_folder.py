@@ -22,8 +22,7 @@ import pytest
 import transformers
 
 import streamconv
-from streamconv import convert_job
-from streamconv.budget import smallest_run_bytes
+from streamconv.conversion import job
 from streamconv.errors import (
     BadInputError,
     LockedError,
@@ -32,8 +31,9 @@ from streamconv.errors import (
     SourceChangedError,
     UsageError,
 )
+from streamconv.executor.budget import smallest_run_bytes
 from streamconv.options import Event, RunOptions
-from streamconv.staging import locked
+from streamconv.output.staging import locked
 from tests.makers.fsdp import Made
 from tests.makers.large import LargeMade
 from tests.outputs import (
@@ -89,7 +89,7 @@ def test_the_same_job_again_has_nothing_to_do(checkpoints, tmp_path, monkeypatch
     def no_planning(*_: object, **__: object) -> None:
         raise AssertionError("planned again")
 
-    monkeypatch.setattr(convert_job, "make_plan", no_planning)
+    monkeypatch.setattr(job, "make_plan", no_planning)
     again = convert(source, out)
     assert (first.status, again.status) == ("done", "nothing-to-do")
     assert (again.files, again.tensors) == (first.files, first.tensors)
@@ -205,7 +205,7 @@ def test_too_little_disk_is_refused_before_anything_is_written(checkpoints, tmp_
     free = SimpleNamespace(total=1 << 40, used=0, free=300_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: free)
     writes = []
-    monkeypatch.setattr(convert_job, "write_output", lambda *a, **k: writes.append(a))
+    monkeypatch.setattr(job, "write_output", lambda *a, **k: writes.append(a))
     with pytest.raises(NoSpaceError, match="not enough disk space") as caught:
         convert(checkpoints["fsdp2"].source, tmp_path / "out")
     assert caught.value.exit_code == 7
@@ -254,7 +254,7 @@ def test_what_a_stopped_run_left_counts_as_room(checkpoints, tmp_path, monkeypat
 
 def stop_after(count: int, monkeypatch: pytest.MonkeyPatch, run: Callable[[], object]) -> None:
     """Do ``run`` and raise after ``count`` output files."""
-    write, done = convert_job.write_output, []
+    write, done = job.write_output, []
 
     def stopping(output, *args, **kwargs):
         if len(done) == count:
@@ -263,7 +263,7 @@ def stop_after(count: int, monkeypatch: pytest.MonkeyPatch, run: Callable[[], ob
         return write(output, *args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(convert_job, "write_output", stopping)
+        patch.setattr(job, "write_output", stopping)
         with pytest.raises(KeyboardInterrupt):
             run()
 
@@ -599,7 +599,7 @@ def test_budget_and_threads_do_not_change_a_byte(large, tmp_path):
         # Windows of a MiB or two, or of many; what this process holds besides changes by the run.
         budget = smallest_run_bytes() + 2_000_000 if small else None
         run = RunOptions(max_mem_bytes=budget, io_threads=threads, sync=False)
-        convert_job.run_plan(plan_path, out, run)
+        job.run_plan(plan_path, out, run)
         files = contents(out)
         digests.append({name: hashlib.sha256(files[name]).digest() for name in files})
     assert large_differences(tmp_path / "out0", large) == []
@@ -738,18 +738,18 @@ def test_another_plan_of_the_same_job_does_not_take_over_finished_files(
     one, two = tmp_path / "one.jsonl", tmp_path / "two.jsonl"
     streamconv.plan(source, max_shard_size="64KB", output=one)
     with monkeypatch.context() as patch:
-        told = streamconv.build_plan.corrected_config
+        told = streamconv.planning.build.corrected_config
         patch.setattr(
-            streamconv.build_plan,
+            streamconv.planning.build,
             "corrected_config",
             lambda *a, **k: (told(*a, **k)[0], ["another release says more"]),
         )
         streamconv.plan(source, max_shard_size="64KB", output=two)
     run = RunOptions(sync=False)
-    stop_after(1, monkeypatch, lambda: convert_job.run_plan(one, out, run))
+    stop_after(1, monkeypatch, lambda: job.run_plan(one, out, run))
     with pytest.raises(OutputExistsError, match="unfinished run"):
-        convert_job.run_plan(two, out, run)
-    convert_job.run_plan(two, out, RunOptions(sync=False, overwrite=True))
+        job.run_plan(two, out, run)
+    job.run_plan(two, out, RunOptions(sync=False, overwrite=True))
     assert_whole(out, checkpoints["fsdp2"])
 
 
@@ -767,7 +767,7 @@ def test_a_resumed_run_tells_what_it_did_not_do_itself(checkpoints, tmp_path, mo
 def test_side_files_beside_the_weights_may_be_there_but_not_elsewhere(tmp_path):
     """As with torch DCP, whose folder holds nothing but the weights."""
     from streamconv.errors import UnsafeInputError
-    from streamconv.sidefiles import list_side_files
+    from streamconv.planning.sidefiles import list_side_files
 
     weights, beside = tmp_path / "step/pytorch_model_fsdp_0", tmp_path / "step/huggingface"
     weights.mkdir(parents=True)

@@ -14,8 +14,8 @@ import pytest
 
 import streamconv
 from scripts.campaigns import folding
-from streamconv import namesakes
 from streamconv.errors import BadInputError, OutputExistsError, UsageError
+from streamconv.files import namesakes
 from tests.outputs import contents
 
 pytestmark = pytest.mark.usefixtures("planned_here")

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 import streamconv
-from streamconv import publication, staging
 from streamconv.errors import OutputExistsError
 from streamconv.options import Event, ignore_event
+from streamconv.output import publication, staging
 from tests.outputs import MANIFEST, contents
 
 pytestmark = pytest.mark.usefixtures("planned_here")

@@ -19,8 +19,8 @@ from torch.distributed.tensor.placement_types import Placement as TorchPlacement
 from torch.distributed.tensor.placement_types import _StridedShard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from streamconv.boxes import Box, Shape, check_tiling
-from streamconv.placements import (
+from streamconv.ir.boxes import Box, Shape, check_tiling
+from streamconv.ir.placements import (
     REPLICATE,
     Kind,
     Piece,

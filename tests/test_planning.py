@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from streamconv import planning
 from streamconv.errors import BadInputError
+from streamconv.planning import child
 
 
 def test_metadata_that_never_ends_ends_the_child(tmp_path: Path) -> None:
@@ -20,10 +20,10 @@ def test_metadata_that_never_ends_ends_the_child(tmp_path: Path) -> None:
     program = (
         "import sys\n"
         "from pathlib import Path\n"
-        "from streamconv import planning\n"
+        "from streamconv.planning import child\n"
         "from streamconv.torchfile.unpickle import load_inert\n"
-        "planning._PARSE_SECONDS = 0.1\n"
-        "with planning._limited_time(Path(sys.argv[1]).parent):\n"
+        "child._PARSE_SECONDS = 0.1\n"
+        "with child._limited_time(Path(sys.argv[1]).parent):\n"
         "    load_inert(Path(sys.argv[1]).read_bytes(), 'bomb')\n"
     )
     done = subprocess.run([sys.executable, "-c", program, bomb], timeout=300, check=False)
@@ -41,5 +41,5 @@ def test_a_child_that_dies_is_bad_input(
     dying.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(dying))
     with pytest.raises(BadInputError, match=told) as caught:
-        planning.inspect_checkpoint(tmp_path)
+        child.inspect_checkpoint(tmp_path)
     assert caught.value.found == f"SIG{signum}"

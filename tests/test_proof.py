@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import streamconv
-from streamconv import convert_job, planning
+from streamconv.conversion import job
 from streamconv.errors import OutputExistsError, StreamconvError
 from streamconv.options import Event, Result, RunOptions
 from tests.makers.tiny import make_tiny
@@ -38,9 +38,7 @@ def convert(src: Path, out: Path, **options) -> tuple[Result, list[str]]:
 
 def execute(plan: Path, out: Path, **options) -> tuple[Result, list[str]]:
     told: list[Event] = []
-    result = convert_job.run_plan(
-        plan, out, RunOptions(sync=False, on_event=told.append, **options)
-    )
+    result = job.run_plan(plan, out, RunOptions(sync=False, on_event=told.append, **options))
     return result, [e.text for e in told if e.kind == "notice"]
 
 
@@ -60,7 +58,7 @@ def plant(out: Path) -> None:
     save_file(weights, out / SINGLE, metadata={"format": "pt"})
     text = json.loads((out / MANIFEST).read_text())
     text["files"][0]["nbytes"] = (out / SINGLE).stat().st_size
-    text["files"][0]["xxh3_128"] = convert_job.hash_file(out / SINGLE)
+    text["files"][0]["xxh3_128"] = job.hash_file(out / SINGLE)
     (out / MANIFEST).write_text(json.dumps(text))
 
 
@@ -106,8 +104,8 @@ def test_ones_own_is_recognized_at_once_wherever_it_was_moved(command, tmp_path,
     def child(*_: object, **__: object) -> dict[str, Any]:
         raise AssertionError("a child was started")
 
-    monkeypatch.setattr(planning, "_ask", child)
-    monkeypatch.setattr(convert_job, "_copied", child)
+    monkeypatch.setattr(child, "_ask", child)
+    monkeypatch.setattr(job, "_copied", child)
     for place in (out, moved):
         result, notices = command(place)
         assert (result.status, notices) == ("nothing-to-do", [])
@@ -176,7 +174,7 @@ def test_in_a_folder_that_cannot_be_written_to_there_may_be_nothing_to_do(
     out = tmp_path / "out"
     command(out)
     before = contents(out)
-    monkeypatch.setattr(convert_job.os, "access", lambda path, mode: not mode & os.W_OK)
+    monkeypatch.setattr(job.os, "access", lambda path, mode: not mode & os.W_OK)
     assert command(out)[0].status == "nothing-to-do"
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "another"))
     assert command(out)[0].status == "nothing-to-do"
@@ -187,7 +185,7 @@ def test_in_a_folder_that_cannot_be_written_to_there_may_be_nothing_to_do(
     def writes(*_: object, **__: object) -> None:
         raise AssertionError("work was begun")
 
-    monkeypatch.setattr(convert_job, "write_output", writes)
+    monkeypatch.setattr(job, "write_output", writes)
     with pytest.raises((PermissionError, StreamconvError), match="cannot be written to"):
         command(out, overwrite=True)
     assert contents(out) == {n: data for n, data in before.items() if n != SINGLE}

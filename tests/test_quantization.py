@@ -15,9 +15,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import streamconv
-from streamconv import quantization
 from streamconv.errors import BadInputError
-from streamconv.writer import hash_file
+from streamconv.files.durable import hash_file
+from streamconv.quantization import scales
 from tests.outputs import read_model
 
 State = dict[str, torch.Tensor]
@@ -176,8 +176,8 @@ def test_weights_that_are_not_quantized_lose_the_key(
 def test_the_config_of_a_part_loses_it_too() -> None:
     """Kimi's lies in text_config."""
     config = {"text_config": {"quantization_config": FP8, "hidden_size": 8}, "model_type": "m"}
-    nothing = quantization.find({}, {})
-    changed, notices = quantization.following(config, nothing)
+    nothing = scales.find({}, {})
+    changed, notices = scales.following(config, nothing)
     assert changed == {"text_config": {"hidden_size": 8}, "model_type": "m"}
     assert notices == [
         "config.json: text_config.quantization_config removed, the weights are not quantized"

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from streamconv.errors import BadInputError, StreamconvError
-from streamconv.formats import fsdp
-from streamconv.source import Checkpoint
+from streamconv.formats.fsdp import rank_files
+from streamconv.ir.source import Checkpoint
 from streamconv.torchfile import rankfiles
 from tests.makers.fsdp import Made
 from tests.makers.large import make_large
@@ -39,7 +39,7 @@ def one_and_two(folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[object]:
     for many in (1000, 2):
         monkeypatch.setattr(rankfiles, "MANY_FILES", many)
         try:
-            found.append(known(fsdp.read(folder)))
+            found.append(known(rank_files.read(folder)))
         except StreamconvError as error:
             found.append(error.to_json())
     return found
@@ -79,5 +79,5 @@ def test_a_helper_that_dies_is_an_error(tmp_path: Path, monkeypatch: pytest.Monk
     dies.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(dies))
     with pytest.raises(BadInputError, match="ended in a crash") as caught:
-        fsdp.read(made.source)
+        rank_files.read(made.source)
     assert caught.value.found == "SIGSEGV"

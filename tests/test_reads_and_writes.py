@@ -12,14 +12,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from streamconv import writer
-from streamconv.dtypes import F32
 from streamconv.errors import NoSpaceError
-from streamconv.executor import WindowFiller, filled_windows, write_output
-from streamconv.plan import Plan
-from streamconv.planned import OutputFile
-from streamconv.reader import SourceReader
-from streamconv.records import RecordChecks
+from streamconv.executor import writer
+from streamconv.executor.pipeline import WindowFiller, filled_windows, write_output
+from streamconv.executor.reader import SourceReader
+from streamconv.executor.records import RecordChecks
+from streamconv.ir.dtypes import F32
+from streamconv.ir.planfile import Plan
+from streamconv.ir.planned import OutputFile
 from tests.makers.large import make_large
 from tests.test_executor import Source, make_plan, whole
 

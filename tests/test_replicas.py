@@ -13,9 +13,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from streamconv import formats, planner
+from streamconv import formats
 from streamconv.errors import BadInputError
 from streamconv.formats.replicas import Local, Replicas
+from streamconv.planning import checks
 from streamconv.torchfile.rankfile import read_rank_file
 
 Make = Callable[[int], torch.Tensor]
@@ -144,7 +145,7 @@ def plain(folder: Path, *tensors: torch.Tensor, crc: bool = True) -> Path:
 def test_plain_tensors_that_differ_are_asked_about(crc: bool, tmp_path: Path) -> None:
     checkpoint = formats.read(plain(tmp_path, SQUARE, SQUARE + 1, crc=crc))
     with pytest.raises(BadInputError, match="nothing says which") as caught:
-        planner.decide_plain(checkpoint, None)
+        checks.decide_plain(checkpoint, None)
     told = str(caught.value)
     assert "[8, 4] as pieces along dim 0, or [4, 4] as copies of ranks that have diverged" in told
     assert "rank 0 (model_world_size_2_rank_0.pt) and rank 1" in told
@@ -153,10 +154,10 @@ def test_plain_tensors_that_differ_are_asked_about(crc: bool, tmp_path: Path) ->
 
 def test_the_model_tells_pieces_from_diverged_copies(crc: bool, tmp_path: Path) -> None:
     checkpoint = formats.read(plain(tmp_path, SQUARE, SQUARE + 1, crc=crc))
-    pieces = planner.decide_plain(checkpoint, ModelOf((8, 4)))  # type: ignore[arg-type]
+    pieces = checks.decide_plain(checkpoint, ModelOf((8, 4)))  # type: ignore[arg-type]
     assert pieces["w"].shape == (8, 4)
     with pytest.raises(BadInputError, match="have diverged") as caught:
-        planner.decide_plain(checkpoint, ModelOf((4, 4)))  # type: ignore[arg-type]
+        checks.decide_plain(checkpoint, ModelOf((4, 4)))  # type: ignore[arg-type]
     assert "rank 1 (model_world_size_2_rank_1.pt)" in str(caught.value)
 
 
@@ -174,4 +175,4 @@ def test_pieces_that_no_chunking_makes(tmp_path: Path) -> None:
 def test_plain_diverged_from_outside(shared_checkpoints: Path) -> None:
     checkpoint = formats.read(shared_checkpoints / "faults" / "plain_diverged_no_config")
     with pytest.raises(BadInputError, match="nothing says which"):
-        planner.decide_plain(checkpoint, None)
+        checks.decide_plain(checkpoint, None)

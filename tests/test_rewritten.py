@@ -144,5 +144,7 @@ def test_the_version_of_fsdp_is_part_of_the_job(tmp_path: Path) -> None:
     digests = set()
     for version in (1, 2):
         (source / "fsdp_config.json").write_text(f'{{"FSDP_version": {version}, "world_size": 1}}')
-        digests.add(streamconv.convert_job.identify(source, streamconv.options.JobOptions()).digest)
+        digests.add(
+            streamconv.conversion.job.identify(source, streamconv.options.JobOptions()).digest
+        )
     assert len(digests) == 2

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from streamconv.shape_causes import cause, cause_of_missing
+from streamconv.planning.shape_causes import cause, cause_of_missing
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 GATE = "model.layers.0.mlp.experts.gate_up_proj"

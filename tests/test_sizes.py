@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from streamconv.errors import UsageError
-from streamconv.sizes import format_size, parse_size
+from streamconv.units import format_size, parse_size
 
 
 @pytest.mark.parametrize(

@@ -13,11 +13,11 @@ from safetensors.torch import load_file
 
 import streamconv
 from streamconv import formats
-from streamconv.build_plan import build_plan
 from streamconv.errors import UsageError
+from streamconv.ir.planfile import Plan
 from streamconv.options import JobOptions
-from streamconv.plan import Plan
-from streamconv.strays import models_in, trainer_state
+from streamconv.planning.build import build_plan
+from streamconv.planning.strays import models_in, trainer_state
 from tests.hf_models import MOE, TINY, dense, meta_of, sparse
 from tests.makers.ranks import write_ranks
 

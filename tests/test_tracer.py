@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import pad
 
-from streamconv.dtypes import BF16, BY_NAME, F16, F32
 from streamconv.errors import BadInputError
-from streamconv.recipe import AddScalar, Cast, Gather, Recipe, SourceRef, View
+from streamconv.ir.dtypes import BF16, BY_NAME, F16, F32
+from streamconv.ir.recipe import AddScalar, Cast, Gather, Recipe, SourceRef, View
 from streamconv.tracing.tracer import trace
 from tests.replay import array, dtype_of, replay
 

@@ -15,9 +15,11 @@ import torch
 import xxhash
 
 import streamconv
-from streamconv import convert_job, planning, userkey
+from streamconv.conversion import job
 from streamconv.errors import DamagedPlanError, OutputExistsError, SourceChangedError
+from streamconv.files import userkey
 from streamconv.options import Event
+from streamconv.planning import child
 from tests.makers.tiny import make_tiny, whole
 from tests.outputs import contents, read_model
 
@@ -46,7 +48,7 @@ def convert(src: Path, out: Path, **options) -> tuple[int, list[str]]:
 
 def stopped(src: Path, out: Path, monkeypatch: pytest.MonkeyPatch, **options) -> Path:
     """Stop a conversion after three files; return the staging folder."""
-    write, done = convert_job.write_output, []
+    write, done = job.write_output, []
 
     def stopping(output, *args, **kwargs):
         if len(done) == 3:
@@ -55,7 +57,7 @@ def stopped(src: Path, out: Path, monkeypatch: pytest.MonkeyPatch, **options) ->
         return write(output, *args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(convert_job, "write_output", stopping)
+        patch.setattr(job, "write_output", stopping)
         with pytest.raises(KeyboardInterrupt):
             convert(src, out, **options)
     inside = out / ".streamconv"
@@ -305,7 +307,7 @@ def test_a_plan_that_changes_while_it_is_executed_is_not_read_again(
         if event.kind == "phase":
             plan.write_bytes(other_plan)
 
-    convert_job.run_plan(plan, out, streamconv.RunOptions(sync=False, on_event=replaced))
+    job.run_plan(plan, out, streamconv.RunOptions(sync=False, on_event=replaced))
     assert_is_tiny(out, clean)
     assert json.loads(plan.read_text().splitlines()[0])["root"] == str(other)
 
@@ -319,14 +321,14 @@ def test_a_source_that_changes_between_the_question_and_the_plan_is_refused(
     """Through the real child: it is asked for one checkpoint, and finds another in its place."""
     source, out = tmp_path / "actor", tmp_path / "out"
     shutil.copytree(tiny, source)
-    make = convert_job.make_plan
+    make = job.make_plan
 
     def swapped(*args, **kwargs):
         shutil.rmtree(source)
         shutil.copytree(other, source)
         return make(*args, **kwargs)
 
-    monkeypatch.setattr(convert_job, "make_plan", swapped)
+    monkeypatch.setattr(job, "make_plan", swapped)
     with pytest.raises(SourceChangedError, match="while it was planned"):
         convert(source, out)
     assert not out.exists()
@@ -337,9 +339,9 @@ def test_a_source_that_changes_between_the_question_and_the_plan_is_refused(
 def test_a_plan_of_another_job_is_not_executed(tiny, other, tmp_path, monkeypatch):
     """As a child of another run would leave it."""
     out = tmp_path / "out"
-    ask = planning._ask
+    ask = child._ask
     monkeypatch.setattr(
-        planning,
+        child,
         "_ask",
         lambda request, **k: ask({**request, "src": str(other), "asked": None}, **k),
     )
@@ -394,7 +396,7 @@ def test_a_crafted_plan_is_refused_and_writes_nothing(key, change, told, tiny, t
     _refitted(plan, lambda lines: _first(lines, key).update(change))
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(DamagedPlanError) as caught:
-        convert_job.run_plan(plan, out, streamconv.RunOptions(sync=False))
+        job.run_plan(plan, out, streamconv.RunOptions(sync=False))
     assert caught.value.exit_code == 5
     assert re.search(told, caught.value.found), caught.value.found
     assert sorted(tmp_path.rglob("*")) == before
@@ -421,5 +423,5 @@ def test_side_files_of_a_plan_come_from_one_folder_under_their_own_names(tiny, t
 
         _refitted(plan, add)
         with pytest.raises(DamagedPlanError):
-            convert_job.run_plan(plan, tmp_path / "out", streamconv.RunOptions(sync=False))
+            job.run_plan(plan, tmp_path / "out", streamconv.RunOptions(sync=False))
         assert not (tmp_path / "out").exists()

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 import streamconv
 from streamconv.errors import BadInputError, SourceChangedError, UnsafeInputError
-from streamconv.safefile import read_header
+from streamconv.formats.safetensors_file import read_header
 from streamconv.verification.folder import verify_output
 from streamconv.verification.reference import verify_reference
 from tests.makers.fsdp import Made
@@ -111,7 +111,7 @@ def test_stray_missing_and_short_files_are_named(folder: Path) -> None:
 
 
 def test_an_index_that_names_the_wrong_file_is_found(folder: Path) -> None:
-    from streamconv.writer import hash_file
+    from streamconv.files.durable import hash_file
 
     path = folder / "model.safetensors.index.json"
     index = json.loads(path.read_text())

@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 
 import streamconv
 from streamconv.errors import BadInputError
-from streamconv.plan import Plan
-from streamconv.safefile import read_folder
+from streamconv.formats.safetensors_file import read_folder
+from streamconv.ir.planfile import Plan
 from streamconv.verification.beside import file_problems
 from streamconv.verification.folder import verify_output
 

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 import streamconv
 from streamconv.errors import BadInputError
-from streamconv.safefile import read_folder, read_header
+from streamconv.formats.safetensors_file import read_folder, read_header
 from streamconv.verification.folder import verify_output
 from streamconv.verification.reference import verify_reference
 from tests.makers.fsdp import Made

@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 
 import streamconv
 from streamconv.errors import BadInputError, BudgetError, StreamconvError, UsageError
-from streamconv.safefile import read_header
-from streamconv.stored import is_finite
+from streamconv.formats.safetensors_file import read_header
+from streamconv.formats.tensor_bytes import is_finite
 from streamconv.verification import forward, forward_child
 from streamconv.verification.forward import verify_forward
 from tests.hf_models import GEMMA3_VL, MODELS, QWEN3_VL_MOE, make

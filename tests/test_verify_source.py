@@ -16,11 +16,12 @@ import pytest
 import torch
 
 import streamconv
-from streamconv import executor, placing
 from streamconv.errors import BadInputError, UsageError
-from streamconv.formats import merge
-from streamconv.recipe import Recipe
-from streamconv.safefile import read_folder
+from streamconv.executor import pipeline
+from streamconv.formats.fsdp import merge
+from streamconv.formats.safetensors_file import read_folder
+from streamconv.ir.recipe import Recipe
+from streamconv.planning import layout
 from streamconv.torchfile import rankfile
 from streamconv.tracing import hf_convert
 from streamconv.verification import by_plan, source, torch_check, torch_files
@@ -189,13 +190,13 @@ def swapped_shards(patch: Patch) -> None:
 
 def wrong_lowering(patch: Patch) -> None:
     """Moves out of a fused tensor take the elements one row off."""
-    real = placing.lower
+    real = layout.lower
 
     def lower(view: Any, *rest: Any) -> Iterator[Any]:
         shifted = view.offset if view.offset == 0 else view.offset - view.shape[-1]
         return real(dataclasses.replace(view, offset=shifted), *rest)
 
-    patch.setattr(placing, "lower", lower)
+    patch.setattr(layout, "lower", lower)
 
 
 def wrong_tracer(patch: Patch) -> None:
@@ -224,8 +225,8 @@ def broken_kernel(patch: Patch) -> None:
             wide = np.frombuffer(src[: 4 * n], np.uint32)
             np.frombuffer(dst[: 2 * n], np.uint16)[:] = (wide >> 16).astype(np.uint16)
 
-    real = executor.run_kernel
-    patch.setattr(executor, "run_kernel", kernel)
+    real = pipeline.run_kernel
+    patch.setattr(pipeline, "run_kernel", kernel)
 
 
 BUGS: list[tuple[Callable[[Patch], None], str, dict[str, Any], str]] = [
@@ -251,7 +252,7 @@ def test_a_bug_of_the_converter_is_found_even_where_verify_has_it_too(
     made = checkpoints[name]
     # What it reads from the wrong place has another checksum; this shows what catches it then.
     monkeypatch.setattr(
-        by_plan, "RecordChecks", lambda reader, **_: executor.RecordChecks(reader, check_crc=False)
+        by_plan, "RecordChecks", lambda reader, **_: pipeline.RecordChecks(reader, check_crc=False)
     )
     bug(monkeypatch)
     out = convert(made, tmp_path / "out", source_crc=False, **options)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from streamconv import version_4
+from streamconv.planning import version_4
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 DEFAULT = {"rope_type": "default", "rope_theta": 300.0}

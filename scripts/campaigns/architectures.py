@@ -40,10 +40,10 @@ from transformers import PreTrainedModel
 
 from scripts.campaigns.common import REPOSITORY, scratch
 from streamconv import formats
-from streamconv.build_plan import build_plan
-from streamconv.convert_job import run_plan
+from streamconv.conversion.job import run_plan
 from streamconv.errors import StreamconvError
 from streamconv.options import JobOptions, RunOptions
+from streamconv.planning.build import build_plan
 from tests.makers.architectures import TASKS, Architecture, NotSmallError, architectures, build
 from tests.makers.ranks import write_ranks
 

@@ -28,7 +28,8 @@ from pathlib import Path
 
 from scripts.campaigns.common import Figures, main
 from scripts.campaigns.inproc import each_number
-from streamconv import __main__, planning
+from streamconv import __main__
+from streamconv.planning import child as planning
 from tests.makers import runs
 
 _COMMANDS_A_SCENE = 8

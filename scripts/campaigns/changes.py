@@ -19,9 +19,10 @@ from typing import Any
 
 from scripts.campaigns.common import Figures, main
 from scripts.campaigns.inproc import each_number
-from streamconv import api, planning
-from streamconv.budget import smallest_run_bytes
+from streamconv import api
 from streamconv.errors import StreamconvError
+from streamconv.executor.budget import smallest_run_bytes
+from streamconv.planning import child
 from tests.makers.tiny import LAYOUTS, make_tiny
 
 _LOOKS = ("open", "pread", "preadv", "stat", "fstat")
@@ -29,7 +30,7 @@ _LOOKS = ("open", "pread", "preadv", "stat", "fstat")
 
 def campaign(work: Path, count: int, seed: int) -> Figures:
     # As the child does it, but here, where the calls can be counted.
-    planning._ask = lambda request, **_: planning._TASKS[request["task"]](request)
+    child._ask = lambda request, **_: child._TASKS[request["task"]](request)
     sources = {}
     for layout in LAYOUTS:
         for crc in (True, False):

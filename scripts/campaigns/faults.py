@@ -28,7 +28,7 @@ from scripts.campaigns.common import (
     scratch,
 )
 from scripts.campaigns.strace import PLACING, READING, WRITING, Call
-from streamconv.convert_job import run_plan
+from streamconv.conversion.job import run_plan
 from streamconv.errors import NoSpaceError
 from streamconv.options import Event, RunOptions
 

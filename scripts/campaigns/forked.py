@@ -34,7 +34,9 @@ def prepare() -> None:
     for module in pkgutil.walk_packages(streamconv.__path__, "streamconv."):
         if not module.name.endswith("__main__"):
             importlib.import_module(module.name)
-    streamconv.children.PARSE_BYTES = 1 << 40  # torch alone has more addresses than are allowed
+    streamconv.system.children.PARSE_BYTES = (
+        1 << 40
+    )  # torch alone has more addresses than are allowed
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)
     subprocess.Popen = _ForkedPopen  # type: ignore[misc]
     gc.collect()

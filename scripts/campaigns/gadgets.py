@@ -28,7 +28,8 @@ DANGEROUS = [
     ("collections", "OrderedDict.fromkeys"), ("collections", "namedtuple"), ("antigravity", "x"),
     ("torch.distributed", "tensor.placement_types.Shard"), ("sys", "modules"), ("this", "s"),
     ("torch._utils", "_rebuild_tensor_v2.__globals__"), ("", ""), ("os\x00", "system"), ("óś", "x"),
-    ("streamconv.planning", "_ask"), ("streamconv.torchfile.unpickle", "load_inert"), ("a" * 999, "b"),
+    ("streamconv.planning.child", "_ask"), ("streamconv.torchfile.unpickle", "load_inert"),
+    ("a" * 999, "b"),
 ]  # fmt: skip
 ALLOWED = [
     ("collections", "OrderedDict"), ("torch", "Size"), ("torch", "FloatStorage"), ("torch", "float32"),

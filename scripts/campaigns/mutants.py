@@ -22,11 +22,11 @@ from pathlib import Path
 from scripts.campaigns.common import Figures, each, main, run, scratch
 from scripts.campaigns.inproc import each_number
 from streamconv import formats
-from streamconv.budget import smallest_run_bytes
-from streamconv.build_plan import build_plan
-from streamconv.convert_job import run_plan
+from streamconv.conversion.job import run_plan
 from streamconv.errors import StreamconvError
+from streamconv.executor.budget import smallest_run_bytes
 from streamconv.options import JobOptions, RunOptions
+from streamconv.planning.build import build_plan
 from tests.makers.tiny import LAYOUTS, make_tiny
 from tests.outputs import MANIFEST
 

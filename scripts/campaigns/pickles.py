@@ -19,9 +19,9 @@ from scripts.campaigns.common import Figures, each, main, run, scratch
 from scripts.campaigns.gadgets import Generator, tensor, text
 from scripts.campaigns.inproc import each_number
 from streamconv import formats
-from streamconv.build_plan import build_plan
 from streamconv.errors import StreamconvError
 from streamconv.options import JobOptions
+from streamconv.planning.build import build_plan
 from tests.makers.zips import E, Zip
 
 _SECONDS = 10

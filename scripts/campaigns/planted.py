@@ -27,9 +27,11 @@ from typing import Any
 import xxhash
 
 from scripts.campaigns.common import Figures, is_complete, main, run
-from streamconv import api, convert_job, planning
+from streamconv import api
+from streamconv.conversion import job
 from streamconv.errors import StreamconvError
 from streamconv.options import RunOptions
+from streamconv.planning import child
 from tests.makers.tiny import make_tiny
 from tests.outputs import contents
 
@@ -68,15 +70,15 @@ class Scene:
 
 def campaign(work: Path, count: int, seed: int) -> Figures:
     # As the child does it, but here.
-    ask = planning._ask
-    planning._ask = lambda request, **_: planning._TASKS[request["task"]](request)
+    ask = child._ask
+    child._ask = lambda request, **_: child._TASKS[request["task"]](request)
     scene = _prepare(work)
     forms = list(_forms())
     figures = Figures()
     figures.add("forms", len(forms))
     for form in forms:
         figures.merge(_try(scene, form, partial(_here, scene)))
-    planning._ask = ask
+    child._ask = ask
     for form in random.Random(seed).sample(forms, min(count, len(forms))):
         figures.merge(_try(scene, form, partial(_by_command, scene)))
     return figures
@@ -113,7 +115,7 @@ def _prepare(work: Path) -> Scene:
 
 def _stop(source: Path, out: Path) -> None:
     """Stop a conversion after three files."""
-    write, done = convert_job.write_output, []
+    write, done = job.write_output, []
 
     def stopping(output: Any, *args: Any, **kwargs: Any) -> Any:
         if len(done) == 3:
@@ -121,13 +123,13 @@ def _stop(source: Path, out: Path) -> None:
         done.append(output.name)
         return write(output, *args, **kwargs)
 
-    convert_job.write_output = stopping
+    job.write_output = stopping
     try:
         api.convert(source, out, sync=False, **_JOB)
     except KeyboardInterrupt:
         pass
     finally:
-        convert_job.write_output = write
+        job.write_output = write
 
 
 # --- what is tried -----------------------------------------------------------------------------
@@ -435,7 +437,7 @@ def _here(scene: Scene, command: str) -> tuple[int | None, str]:
     options = RunOptions(sync=False, on_event=lambda e: said.append(e.text))
     try:
         if command == "run":
-            convert_job.run_plan(scene.place / "plan.jsonl", scene.place / "out", options)
+            job.run_plan(scene.place / "plan.jsonl", scene.place / "out", options)
         else:
             api.convert(
                 scene.source, scene.place / "out", sync=False, on_event=options.on_event, **_JOB

@@ -12,8 +12,8 @@ import os
 import random
 from collections.abc import Sequence
 
-from streamconv import planning
 from streamconv.__main__ import main
+from streamconv.planning import child
 
 _rng = random.Random(0)
 _pread, _preadv, _pwrite = os.pread, os.preadv, os.pwrite
@@ -37,6 +37,6 @@ def _short_pwrite(fd: int, data: memoryview, offset: int) -> int:
 
 if __name__ == "__main__":
     os.pread, os.preadv, os.pwrite = _short_pread, _short_preadv, _short_pwrite
-    planning._ask = lambda request, **_: planning._TASKS[request["task"]](request)
-    planning._limited_memory = contextlib.nullcontext
+    child._ask = lambda request, **_: child._TASKS[request["task"]](request)
+    child._limited_memory = contextlib.nullcontext
     main()

@@ -19,7 +19,7 @@ from scripts.campaigns.common import Figures, each, main, run, scratch
 from scripts.campaigns.gadgets import tensor, text
 from scripts.campaigns.mutants import convert
 from streamconv.errors import StreamconvError
-from streamconv.safefile import read_folder
+from streamconv.formats.safetensors_file import read_folder
 from tests.makers.zips import E, Zip
 
 RANK_FILE = "model_world_size_1_rank_0.pt"

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from scripts.campaigns.common import Figures, main
-from streamconv import version_4
+from streamconv.planning import version_4
 from tests import releases
 
 # Version 5 takes what these say of ties as the scale of their logits, and saves that they are tied.

@@ -13,8 +13,6 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from streamconv import askedfile
-from streamconv import budget as budgets
 from streamconv.api import memory_bytes
 from streamconv.batch import metrics
 from streamconv.batch.hooks import Hooks
@@ -36,9 +34,12 @@ from streamconv.batch.survey import Survey, scene
 from streamconv.batch.tasks import Task
 from streamconv.batch.tidy import Read, Surveyed, tidy
 from streamconv.batch.training import Stillness
-from streamconv.durations import parse_duration
 from streamconv.errors import BadInputError, StreamconvError, VerificationError
-from streamconv.writer import no_space
+from streamconv.executor import budget as budgets
+from streamconv.files import askedfile
+from streamconv.files.durable import no_space
+from streamconv.system import memory
+from streamconv.units import parse_duration
 
 if TYPE_CHECKING:
     from streamconv.batch.overview import Overview
@@ -102,7 +103,7 @@ class Batch:
             from streamconv.batch.overview import Overview
 
             self._overview = Overview(settings.report, self._stores)
-        self.budget_bytes = memory_bytes(settings.max_mem) or budgets.available_bytes()[0]
+        self.budget_bytes = memory_bytes(settings.max_mem) or memory.available_bytes()[0]
 
     def _refuse_places(self) -> None:
         """Refuse a report or metrics in a checkpoint, or where what is not ours lies."""
@@ -246,10 +247,10 @@ class Batch:
             made.counts += _left_out(surveys)
             return
         s = self._settings
-        own = budgets.resident_bytes()
+        own = memory.resident_bytes()
         ledger = Ledger(self.budget_bytes, own, budgets.PLANNING_FLOOR_BYTES, s.jobs)
         self.publish()
-        with budgets.PeakMeter() as meter, self._overview or nullcontext():
+        with memory.PeakMeter() as meter, self._overview or nullcontext():
             while tasks:
                 made.tasks += tasks
                 runner = Runner(

@@ -25,8 +25,8 @@ from streamconv import formats
 from streamconv.batch.removal import is_aside
 from streamconv.batch.state import holds_batch
 from streamconv.errors import BadInputError, StreamconvError
-from streamconv.formats import mcore_ranks
-from streamconv.inputs import cannot_read, reading
+from streamconv.files.inputs import cannot_read, reading
+from streamconv.formats.megatron import rank_folders
 
 # Deep enough for every run; links being left out, it ends anyway.
 _MAX_DEPTH = 24
@@ -105,7 +105,7 @@ def checkpoints_in(folder: Path) -> Iterator[Path]:
                 yield here
             # Thousands of these may be in a checkpoint of Megatron's, and they are no checkpoints.
             below = [here / name for name in _folders(here)]
-            pending += [path for path in reversed(below) if not mcore_ranks.is_rank_folder(path)]
+            pending += [path for path in reversed(below) if not rank_folders.is_rank_folder(path)]
         except (StreamconvError, OSError):
             continue  # whoever reads it says why
 

@@ -22,10 +22,10 @@ from pathlib import Path, PurePosixPath
 
 from streamconv.batch.hook_process import HookProcess
 from streamconv.batch.state import FOLDER, Record, file_name, write_whole
-from streamconv.durations import format_duration
 from streamconv.errors import LockedError, StreamconvError
-from streamconv.jsonfile import COUNT, NUMBER, mismatches, object_or_empty
-from streamconv.lockfile import locked_file
+from streamconv.files.jsonfile import COUNT, NUMBER, mismatches, object_or_empty
+from streamconv.files.lockfile import locked_file
+from streamconv.units import format_duration
 
 _POLL_SECONDS = 0.05
 # What execve takes of one variable is 128 kB.

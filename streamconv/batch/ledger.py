@@ -6,7 +6,7 @@ Plain arithmetic: the shares that are out, plus this process itself, never excee
 from __future__ import annotations
 
 from streamconv.errors import BudgetError
-from streamconv.sizes import format_size
+from streamconv.units import format_size
 
 # What this process may grow by while it runs: states of thousands of checkpoints, lines of children.
 _GROWTH_BYTES = 24 << 20

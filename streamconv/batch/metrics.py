@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import get_args
 
-from streamconv import askedfile
 from streamconv.batch.state import Record, State, write_whole
+from streamconv.files import askedfile
 
 
 def render(records: Iterable[Record]) -> str:

@@ -10,7 +10,7 @@ from streamconv import formats
 from streamconv.batch.discover import step_number
 from streamconv.batch.state import holds_batch
 from streamconv.errors import OutputExistsError, StreamconvError, UsageError
-from streamconv.planned import MANIFEST
+from streamconv.files.names import MANIFEST
 
 
 class MisplacedError(UsageError):

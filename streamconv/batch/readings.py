@@ -17,9 +17,9 @@ from typing import Any
 
 from streamconv.batch.state import write_whole
 from streamconv.errors import SourceChangedError, StreamconvError
-from streamconv.formats.dcp_folder import INDEX, read_index
-from streamconv.inputs import cannot_read, open_input
-from streamconv.jsonfile import COUNT, FLAG, TEXT, Leaf, mismatches, read_json
+from streamconv.files.inputs import cannot_read, open_input
+from streamconv.files.jsonfile import COUNT, FLAG, TEXT, Leaf, mismatches, read_json
+from streamconv.formats.dcp.folder import INDEX, read_index
 from streamconv.torchfile.checksums import check_records
 from streamconv.torchfile.window import FileWindow
 from streamconv.torchfile.zipdir import read_directory

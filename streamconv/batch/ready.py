@@ -27,8 +27,8 @@ import xxhash
 
 from streamconv.batch.discover import Candidate, step_number
 from streamconv.errors import StreamconvError
-from streamconv.inputs import open_input
-from streamconv.sidefiles import candidates
+from streamconv.files.inputs import open_input
+from streamconv.planning.sidefiles import candidates
 
 _TRACKERS = ("latest_checkpointed_iteration.txt", "latest")
 _MAX_TRACKER_BYTES = 4096

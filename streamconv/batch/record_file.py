@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from streamconv.errors import StreamconvError
-from streamconv.jsonfile import COUNT, FLAG, TEXT, Leaf, mismatches, read_json
+from streamconv.files.jsonfile import COUNT, FLAG, TEXT, Leaf, mismatches, read_json
 
 # Goes up when an older release would misunderstand what a record says.
 SCHEMA = 1

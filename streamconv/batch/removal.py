@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from streamconv.errors import StreamconvError
-from streamconv.jsonfile import COUNT, TEXT, Leaf, mismatches, read_json
-from streamconv.writer import fsync_directory
+from streamconv.files.durable import fsync_directory
+from streamconv.files.jsonfile import COUNT, TEXT, Leaf, mismatches, read_json
 
 _ASIDE = ".streamconv-deleted"
 _MAX_NOTE_BYTES = 256 << 20

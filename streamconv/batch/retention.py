@@ -19,12 +19,12 @@ from streamconv.batch.places import output_inside
 from streamconv.batch.ready import CLOCK_DOUBT_SECONDS, Tracker, look_at
 from streamconv.batch.removal import Outcome, aside_of, listing, remove, resume
 from streamconv.batch.state import Record, Store, file_name, is_intact
-from streamconv.convert_job import identify
+from streamconv.conversion.job import identify
 from streamconv.errors import LockedError, StreamconvError
-from streamconv.manifest import read_manifest
+from streamconv.files.names import MANIFEST
 from streamconv.options import JobOptions
-from streamconv.planned import MANIFEST
-from streamconv.sizes import format_size
+from streamconv.output.manifest import read_manifest
+from streamconv.units import format_size
 from streamconv.verification.folder import verify_output
 
 _NOTES = "removals"

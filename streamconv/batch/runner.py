@@ -33,7 +33,7 @@ from streamconv.batch.pins import Holder
 from streamconv.batch.places import refusal_into_another
 from streamconv.batch.state import Record, is_intact
 from streamconv.batch.tasks import UNCOMPARED, Task, take_over_finished
-from streamconv.convert_job import identify
+from streamconv.conversion.job import identify
 from streamconv.errors import LockedError, StreamconvError
 
 _PASSING = frozenset({errno.EIO, errno.ESTALE, errno.ETIMEDOUT})

@@ -12,8 +12,8 @@ from datetime import UTC, datetime, timedelta, tzinfo
 
 from cronsim import CronSim, CronSimError
 
-from streamconv.durations import parse_duration
 from streamconv.errors import UsageError
+from streamconv.units import parse_duration
 
 _ALIASES = {
     "@hourly": "0 * * * *",

@@ -28,10 +28,9 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from streamconv.batch.schedule import Schedule, parse_schedule
 from streamconv.batch.selection import Filter, Steps, namer, parse_steps
 from streamconv.batch.state import STATUS
-from streamconv.durations import parse_duration
 from streamconv.errors import BadInputError, UsageError
 from streamconv.options import DTypeChoice, JobOptions, Layout, LoraMode, LoraOptions, ValueHead
-from streamconv.sizes import parse_size
+from streamconv.units import parse_duration, parse_size
 
 
 def _parsed_by(parse: Callable[[str], object]) -> AfterValidator:

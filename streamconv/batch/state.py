@@ -32,11 +32,11 @@ from urllib.parse import quote
 import filelock
 import xxhash
 
-from streamconv import askedfile
 from streamconv._version import __version__
 from streamconv.batch.record_file import SCHEMA, NewerRecordError, read_record_file, shape_of
 from streamconv.errors import LockedError, StreamconvError
-from streamconv.planned import MANIFEST
+from streamconv.files import askedfile
+from streamconv.files.names import MANIFEST
 
 STATUS = "status.json"
 FOLDER = ".streamconv-batch"

@@ -32,13 +32,13 @@ from streamconv.batch.settings import RunSettings
 from streamconv.batch.state import FOLDER, Record, Store, file_name, is_intact
 from streamconv.batch.tasks import UNCOMPARED, Task, take_over_finished
 from streamconv.batch.training import Stillness, Training
-from streamconv.convert_job import IdentifiedJob, identify, refuse_others
+from streamconv.conversion.finished import finished_output
+from streamconv.conversion.job import IdentifiedJob, identify, refuse_others
 from streamconv.errors import LockedError, StreamconvError, UsageError
-from streamconv.finished import finished_output
-from streamconv.identity import JobIdentity, chosen_options
-from streamconv.inputs import cannot_read
-from streamconv.lora_plan import base_inputs
-from streamconv.sidefiles import list_side_files
+from streamconv.files.inputs import cannot_read
+from streamconv.ir.identity import JobIdentity, chosen_options
+from streamconv.lora.plan import base_inputs
+from streamconv.planning.sidefiles import list_side_files
 
 
 class Survey:

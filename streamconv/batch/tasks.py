@@ -8,10 +8,10 @@ from typing import Any
 
 from streamconv.batch.discover import Candidate
 from streamconv.batch.state import Record, Store
+from streamconv.conversion.finished import finished_output
 from streamconv.errors import StreamconvError
-from streamconv.finished import finished_output
-from streamconv.manifest import is_ours
 from streamconv.options import JobOptions
+from streamconv.output.manifest import is_ours
 
 UNCOMPARED = "its source went away before it was compared with it"
 

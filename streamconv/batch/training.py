@@ -23,8 +23,8 @@ from streamconv.batch.readings import TORCH_SUFFIXES, ZIP, ZIP_END, ZIP_END_BYTE
 from streamconv.batch.ready import Tracker, lies_still, read_tracker
 from streamconv.batch.removal import is_aside
 from streamconv.errors import StreamconvError
-from streamconv.jsonfile import read_json
-from streamconv.safefile import read_header
+from streamconv.files.jsonfile import read_json
+from streamconv.formats.safetensors_file import read_header
 from streamconv.torchfile.window import FileWindow
 from streamconv.torchfile.zipdir import hash_directory
 

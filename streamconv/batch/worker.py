@@ -15,7 +15,7 @@ from typing import Any
 
 from streamconv.batch.state import output_evidence
 from streamconv.errors import StreamconvError, VerificationError
-from streamconv.signals import WORKER_GRACE_SECONDS, end_with_parent, heeded
+from streamconv.system.signals import WORKER_GRACE_SECONDS, end_with_parent, heeded
 
 
 def command() -> list[str]:
@@ -52,11 +52,11 @@ def _work() -> int:
 
 def _convert(request: dict[str, Any]) -> dict[str, Any]:
     from streamconv import api
-    from streamconv.convert_job import convert
-    from streamconv.inputs import reading
-    from streamconv.manifest import read_manifest
+    from streamconv.conversion.job import convert
+    from streamconv.files.inputs import reading
+    from streamconv.files.names import MANIFEST
     from streamconv.options import Event, JobOptions, RunOptions
-    from streamconv.planned import MANIFEST
+    from streamconv.output.manifest import read_manifest
 
     def on_event(event: Event) -> None:
         _say({"event": event.kind, "text": event.text, **event.facts})

@@ -10,7 +10,7 @@ import typer
 from streamconv._version import __version__
 from streamconv.cli.output import columns, say, say_json
 from streamconv.cli.verl import app as verl_app
-from streamconv.shown import shown
+from streamconv.errors import shown
 
 if TYPE_CHECKING:
     from streamconv.options import DTypeChoice, Layout, LoraMode, ValueHead
@@ -349,8 +349,8 @@ def run(
     """Execute a plan made before: needs far less memory than planning does."""
     from streamconv import api
     from streamconv.cli.progress import listen, summarize
-    from streamconv.convert_job import run_plan
-    from streamconv.inputs import reading
+    from streamconv.conversion.job import run_plan
+    from streamconv.files.inputs import reading
 
     with listen(json=json, quiet=quiet) as on_event:
         options = api.run_options(
@@ -495,8 +495,8 @@ def doctor(
     debug: Debug = False,
 ) -> None:
     """Show versions, memory, limits and disks, and whether SRC can be read here."""
-    from streamconv.doctor import examine, rows
-    from streamconv.inputs import reading
+    from streamconv.environment.doctor import examine, rows
+    from streamconv.files.inputs import reading
 
     with reading(src, but=dst):
         found = examine(src, model, dst)

@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from streamconv.batch.state import Record
 from streamconv.cli.output import say_json, tell
-from streamconv.durations import format_duration
-from streamconv.shown import shown
-from streamconv.sizes import format_size
+from streamconv.errors import shown
+from streamconv.units import format_duration, format_size
 
 if TYPE_CHECKING:
     from streamconv.batch.cycle import Round

@@ -8,8 +8,8 @@ from typing import Any
 
 from streamconv.cli.output import say, say_json, tell
 from streamconv.cli.progress import listen, summarize
+from streamconv.errors import shown
 from streamconv.options import Event
-from streamconv.shown import shown
 
 ALL = "all"
 
@@ -29,7 +29,7 @@ def convert(
     ``options`` are those of ``api.convert``. Several models are uploaded as ``upload_to``-actor, ….
     """
     from streamconv import api
-    from streamconv.upload import check_upload
+    from streamconv.conversion.hub import check_upload
 
     if upload_to is not None:
         check_upload(upload_to)
@@ -63,8 +63,8 @@ def convert(
 
 def _choose(src: Path, *, ask: bool) -> str | None:
     """Ask on a terminal which of several models is meant; None leaves the question to the error."""
+    from streamconv.files.inputs import reading
     from streamconv.formats import model_names
-    from streamconv.inputs import reading
 
     if not (ask and sys.stdin.isatty() and sys.stderr.isatty()):
         return None

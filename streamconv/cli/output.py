@@ -8,8 +8,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from streamconv.errors import StreamconvError
-from streamconv.shown import shown
+from streamconv.errors import StreamconvError, shown
 
 # What JSON leaves as it is, and a terminal does not; and what is no text.
 _UNSEEN = re.compile("[\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -29,7 +28,7 @@ def tell(text: str) -> None:
 def harmless(text: str) -> str:
     """Return lines without what drives a terminal or is no text: names of files may hold both.
 
-    A name goes through :func:`streamconv.shown.shown` before it becomes a part of a line.
+    A name goes through :func:`streamconv.errors.shown` before it becomes a part of a line.
     """
     return "\n".join(map(shown, text.split("\n")))
 

@@ -13,10 +13,9 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from streamconv.cli.output import say, say_json, tell
-from streamconv.durations import format_duration
+from streamconv.errors import shown
 from streamconv.options import Event, Result
-from streamconv.shown import shown
-from streamconv.sizes import format_size
+from streamconv.units import format_duration, format_size
 
 if TYPE_CHECKING:
     from rich.progress import TaskID

@@ -11,14 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from streamconv.cli.output import columns
-from streamconv.durations import format_duration
-from streamconv.plan import Plan
-from streamconv.shown import shown
-from streamconv.sizes import format_size
-from streamconv.texts import shown_all
+from streamconv.errors import shown
+from streamconv.files.names import shown_all
+from streamconv.ir.planfile import Plan
+from streamconv.units import format_duration, format_size
 
 if TYPE_CHECKING:
-    from streamconv.forecast import Forecast
+    from streamconv.environment.forecast import Forecast
     from streamconv.verification.report import Report
 
 _LONGEST_LIST = 20
@@ -30,13 +29,9 @@ def plan_report(plan: Plan, dst: Path | None, budget_bytes: int | None = None) -
     With ``dst`` both disks are measured for a moment; ``budget_bytes`` is what the user chose.
     """
     from streamconv.api import disk_free_bytes
-    from streamconv.budget import (
-        available_bytes,
-        beside_bytes,
-        smallest_convert_bytes,
-        smallest_run_bytes,
-    )
-    from streamconv.forecast import forecast
+    from streamconv.environment.forecast import forecast
+    from streamconv.executor.budget import beside_bytes, smallest_convert_bytes, smallest_run_bytes
+    from streamconv.system.memory import available_bytes
 
     head = plan.head
     available, limit = available_bytes()
@@ -46,7 +41,7 @@ def plan_report(plan: Plan, dst: Path | None, budget_bytes: int | None = None) -
         max((o.tensors for o in outputs), default=0), merging=bool(head.totals.merged)
     )
     # `run` has the byte path loaded when it looks at what is left for windows.
-    importlib.import_module("streamconv.convert_job")
+    importlib.import_module("streamconv.conversion.job")
     return {
         "source": head.root,
         "format": head.job.get("format"),

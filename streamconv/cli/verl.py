@@ -16,8 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from streamconv.cli.output import say, say_json, tell
-from streamconv.errors import StreamconvError, UsageError
-from streamconv.shown import shown
+from streamconv.errors import StreamconvError, UsageError, shown
 
 app = typer.Typer(
     add_completion=False,
@@ -167,7 +166,7 @@ def compare(
     debug: Debug = False,
 ) -> None:
     """Compare a checkpoint, as bfloat16, with a HuggingFace folder: `verl.model_merger test`."""
-    from streamconv.comparison import compare_with_model
+    from streamconv.conversion.comparison import compare_with_model
 
     _check_backend(backend)
     found = compare_with_model(local_dir, test_hf_dir, hf_config=hf_model_path)

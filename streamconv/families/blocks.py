@@ -1,7 +1,8 @@
 """Tables of rules that families share: embeddings, attention, MLPs, experts, multi-token prediction.
 
-Left are Megatron-Core's canonical names (:mod:`streamconv.formats.mcore_names`), right HuggingFace's. A
-norm has two homes: fused into the projection after it (Transformer Engine) or a module of its own.
+Left are Megatron-Core's canonical names (:mod:`streamconv.formats.megatron.names`), right
+HuggingFace's. A norm has two homes: fused into the projection after it (Transformer Engine) or a
+module of its own.
 """
 
 from __future__ import annotations

@@ -16,9 +16,9 @@ from streamconv.families.ops import copy
 from streamconv.families.prediction import check_prediction
 from streamconv.families.rules import Dims, Family, compiled, rule
 from streamconv.families.settings import check_settings
+from streamconv.ir.recipe import Recipe
+from streamconv.ir.source import Skipped
 from streamconv.options import JobOptions
-from streamconv.recipe import Recipe
-from streamconv.source import Skipped
 from streamconv.tracing.hf import MetaModel, build_meta
 
 _LAYER = re.compile(r"(?:language_model\.)?decoder\.layers\.([0-9]+)\.")

@@ -13,13 +13,13 @@ from dataclasses import dataclass
 
 import torch
 
-from streamconv.boxes import Shape
-from streamconv.dtypes import DType
 from streamconv.errors import BadInputError, StreamconvError
 from streamconv.families import causes
 from streamconv.families.rules import Dims, Family, Rule, compiled
-from streamconv.recipe import Gather, Part, Recipe, SourceRef, View
-from streamconv.source import Skipped
+from streamconv.ir.boxes import Shape
+from streamconv.ir.dtypes import DType
+from streamconv.ir.recipe import Gather, Part, Recipe, SourceRef, View
+from streamconv.ir.source import Skipped
 from streamconv.tracing.tracer import trace
 
 Headers = Mapping[str, tuple[Shape, DType]]

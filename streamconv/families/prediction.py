@@ -9,9 +9,9 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from streamconv.boxes import Shape
 from streamconv.errors import BadInputError
 from streamconv.families.rules import Dims
+from streamconv.ir.boxes import Shape
 
 _LAYER = re.compile(r"(.*?)mtp\.layers\.([0-9]+)\..+")
 

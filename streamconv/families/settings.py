@@ -20,7 +20,7 @@ from streamconv.errors import BadInputError
 from streamconv.families import layer_settings as of_layers
 from streamconv.families.layer_settings import model_type
 from streamconv.families.rules import Dims, Family
-from streamconv.formats.mcore_facts import OF_MODEL
+from streamconv.formats.megatron.facts import OF_MODEL
 
 
 def _same(one: object, other: object) -> bool:

@@ -11,12 +11,14 @@ from pathlib import Path
 from types import ModuleType
 
 from streamconv.errors import BadInputError, UsageError
-from streamconv.formats import dcp, fsdp, mcore_ranks, torch_dist
-from streamconv.source import Checkpoint, SourceFile
-from streamconv.texts import check_file_name
+from streamconv.files.names import check_file_name
+from streamconv.formats.dcp import plain_dcp
+from streamconv.formats.fsdp import rank_files
+from streamconv.formats.megatron import rank_folders, torch_dist
+from streamconv.ir.source import Checkpoint, SourceFile
 
 # A torch_dist folder is a DCP folder too: the more special format comes first.
-_FORMATS: tuple[ModuleType, ...] = (fsdp, torch_dist, dcp, mcore_ranks)
+_FORMATS: tuple[ModuleType, ...] = (rank_files, torch_dist, plain_dcp, rank_folders)
 
 _STEP = re.compile(r"global_step_\d+|iter_\d+|release|checkpoint-\d+", re.ASCII)
 _TRACKER = "latest_checkpointed_iteration.txt"
@@ -76,7 +78,7 @@ def find_model(path: Path, model: str | None = None) -> Location:
     check_file_name(str(path.absolute()))
     if not path.is_dir():  # a file, a pipe, a device
         path = path.parent
-    if mcore_ranks.is_rank_folder(path):
+    if rank_folders.is_rank_folder(path):
         path = path.parent
     here = detect(path)
     if here and model is None:
@@ -84,8 +86,8 @@ def find_model(path: Path, model: str | None = None) -> Location:
     found = _in_folders(path)
     if model in found:
         return found[model]
-    if here and not found and here.module in (fsdp, dcp):
-        return here  # is it one of several in one checkpoint? Its names tell (streamconv.strays)
+    if here and not found and here.module in (rank_files, plain_dcp):
+        return here  # is it one of several in one checkpoint? Its names tell (planning.strays)
     if model is not None and (found or not _steps(path)):
         raise UsageError(
             f"there is no model {model!r} in this checkpoint",
@@ -211,7 +213,7 @@ def _what_is_here(path: Path) -> str:
 
 def settings(root: Path) -> list[tuple[str, str]]:
     """Return (name, hash) of files in the checkpoint ``root`` that decide how pieces go together."""
-    return fsdp.settings(root)
+    return rank_files.settings(root)
 
 
 def read(path: Path, model: str | None = None) -> Checkpoint:

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import xxhash
 
-from streamconv.inputs import cannot_read, open_input
-from streamconv.source import SourceFile
+from streamconv.files.inputs import cannot_read, open_input
+from streamconv.ir.source import SourceFile
 from streamconv.torchfile.window import FileWindow
 from streamconv.torchfile.zipdir import hash_directory
 

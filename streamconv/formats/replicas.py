@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from streamconv.boxes import Shape
-from streamconv.dtypes import DType
 from streamconv.errors import BadInputError
-from streamconv.inputs import readable
-from streamconv.source import Record
+from streamconv.files.inputs import readable
+from streamconv.ir.boxes import Shape
+from streamconv.ir.dtypes import DType
+from streamconv.ir.source import Record
 from streamconv.torchfile.rankfile import Stored
 
 _READ_NBYTES = 1 << 20

@@ -13,13 +13,19 @@ from pathlib import Path
 
 import xxhash
 
-from streamconv.boxes import Box, contiguous_strides
 from streamconv.errors import BadInputError, UsageError
+from streamconv.files.inputs import cannot_read, open_input, readable
+from streamconv.files.names import INDEX, SINGLE
 from streamconv.formats.identity import evidence_of
-from streamconv.inputs import cannot_read, open_input, readable
-from streamconv.planned import INDEX, SINGLE
-from streamconv.safefile import MAX_HEADER_BYTES, FileTensor, read_header, read_index, weight_files
-from streamconv.source import GlobalTensor, ShardLayout, ShardTable, SourceFile
+from streamconv.formats.safetensors_file import (
+    MAX_HEADER_BYTES,
+    FileTensor,
+    read_header,
+    read_index,
+    weight_files,
+)
+from streamconv.ir.boxes import Box, contiguous_strides
+from streamconv.ir.source import GlobalTensor, ShardLayout, ShardTable, SourceFile
 
 _STEP_NBYTES = 1 << 20
 

@@ -10,7 +10,7 @@ import os
 from pathlib import Path
 
 from streamconv.errors import StreamconvError
-from streamconv.jsonfile import read_json
+from streamconv.files.jsonfile import read_json
 
 _OWN = ("huggingface", "hf_config_and_tokenizer")
 _CONFIG = "config.json"

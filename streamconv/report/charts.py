@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
 
-from streamconv.durations import format_duration
-from streamconv.shown import shown
+from streamconv.errors import shown
+from streamconv.units import format_duration
 
 # Drawn at about the size they are shown at: half the page, lanes the whole of it.
 _WIDTH, _HEIGHT = 540, 230

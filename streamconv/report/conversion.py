@@ -10,15 +10,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from streamconv import askedfile
-from streamconv.dtypes import BY_NAME
-from streamconv.manifest import read_manifest
+from streamconv.files import askedfile
+from streamconv.ir.dtypes import BY_NAME
 from streamconv.options import Result, RunOptions
+from streamconv.output.manifest import read_manifest
 from streamconv.report.charts import Limit, bar_chart, line_chart
 from streamconv.report.page import drawn, embedded, write_page
 from streamconv.report.throughput import rates
 from streamconv.report.timeline import Timeline
-from streamconv.sizes import format_size
+from streamconv.units import format_size
 
 # The number of a layer, and what stands before it: "model.layers", "visual.blocks".
 _LAYER = re.compile(r"^(.*?)\.(\d+)(?:\.|$)", re.ASCII)

@@ -11,7 +11,7 @@ from streamconv.report.charts import Limit, Span, gantt, line_chart
 from streamconv.report.page import drawn, write_page
 from streamconv.report.throughput import rates
 from streamconv.report.timeline import Timeline
-from streamconv.sizes import format_size
+from streamconv.units import format_size
 
 _MAX_NOTICES = 20
 

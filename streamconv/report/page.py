@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup
 
-from streamconv import askedfile
 from streamconv._version import __version__
-from streamconv.durations import format_duration
-from streamconv.shown import shown
-from streamconv.sizes import format_size
-from streamconv.texts import shown_all
+from streamconv.errors import shown
+from streamconv.files import askedfile
+from streamconv.files.names import shown_all
+from streamconv.units import format_duration, format_size
 
 if TYPE_CHECKING:
     from jinja2 import Environment

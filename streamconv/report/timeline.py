@@ -7,8 +7,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from streamconv import budget as budgets
 from streamconv.options import Event
+from streamconv.system import memory
 
 _INTERVAL_SECONDS = 0.1
 # Of a long run every second sample is dropped, again and again: a chart has no more pixels.
@@ -67,7 +67,7 @@ class Timeline:
                 return
 
     def _take(self) -> None:
-        self.samples.append(Sample(self.seconds, budgets.tree_bytes(), self._done))
+        self.samples.append(Sample(self.seconds, memory.tree_bytes(), self._done))
         if len(self.samples) > _MAX_SAMPLES:
             del self.samples[1::2]
             self._interval *= 2

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Self
 
-from streamconv.dtypes import BY_TORCH
+from streamconv.ir.dtypes import BY_TORCH
 from streamconv.torchfile.inert import (
     Frozen,
     Function,

@@ -1,13 +1,13 @@
 """Every record of a torch.save zip against its CRC-32, whatever it holds and whoever wants it.
 
-Conversions check what they read as it passes (:mod:`streamconv.records`). Here a whole file is read
-for the check's sake alone, a piece at a time and in the order of its bytes.
+Conversions check what they read as it passes (:mod:`streamconv.executor.records`). Here a whole file
+is read for the check's sake alone, a piece at a time and in the order of its bytes.
 """
 
 from __future__ import annotations
 
-from streamconv.crc import crc32
 from streamconv.errors import BadInputError
+from streamconv.torchfile.crc import crc32
 from streamconv.torchfile.zipdir import ZipDirectory, check_local_header
 
 _STEP_BYTES = 1 << 20

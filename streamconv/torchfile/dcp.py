@@ -19,9 +19,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from streamconv.boxes import Box, Shape
-from streamconv.dtypes import DType
 from streamconv.errors import BadInputError, StreamconvError, UnsafeInputError
+from streamconv.ir.boxes import Box, Shape
+from streamconv.ir.dtypes import DType
 from streamconv.torchfile.allowlist import build_globals
 from streamconv.torchfile.inert import Inert, InertSize, RefusedPickleError
 from streamconv.torchfile.unpickle import load_inert

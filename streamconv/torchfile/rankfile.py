@@ -20,10 +20,10 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from streamconv.dtypes import DType
 from streamconv.errors import BadInputError, StreamconvError, UnsafeInputError
-from streamconv.inputs import cannot_read, open_input
-from streamconv.placements import Placement, ShardOrder
+from streamconv.files.inputs import cannot_read, open_input
+from streamconv.ir.dtypes import DType
+from streamconv.ir.placements import Placement, ShardOrder
 from streamconv.torchfile import allowlist as allowed
 from streamconv.torchfile.archive import check_archive
 from streamconv.torchfile.inert import Frozen, Function, Inert, InertStorage

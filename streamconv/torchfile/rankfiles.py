@@ -22,11 +22,11 @@ from dataclasses import fields
 from pathlib import Path
 from typing import IO, Any
 
-from streamconv import memorylimit
-from streamconv.dtypes import BY_NAME
 from streamconv.errors import BadInputError, StreamconvError
-from streamconv.placements import Kind, Placement
-from streamconv.signals import end_with_parent
+from streamconv.files import memory_limit
+from streamconv.ir.dtypes import BY_NAME
+from streamconv.ir.placements import Kind, Placement
+from streamconv.system.signals import end_with_parent
 from streamconv.torchfile.meshes import Mesh
 from streamconv.torchfile.rankfile import LocalSpec, RankFile, RankReader, Stored
 from streamconv.torchfile.unpickle import no_garbage_collection
@@ -79,12 +79,12 @@ class _Helper:
 
         This interpreter keeps what both have found, hence the larger part.
         """
-        mine = memorylimit.limit()
+        mine = memory_limit.limit()
         if mine is None:
             return contextlib.nullcontext()
         share = max(1, mine - _private_bytes()) // 3
-        memorylimit.bind(share, self._process.pid)
-        return memorylimit.within(mine - share)
+        memory_limit.bind(share, self._process.pid)
+        return memory_limit.within(mine - share)
 
     def next(self, reader: RankReader, path: Path) -> RankFile:
         """Return what the helper found in its next file, which is ``path``."""
@@ -98,7 +98,7 @@ class _Helper:
                 hint="the file is damaged or hostile, or the machine is out of memory",
             )
         if "memory" in answer:
-            raise memorylimit.MemoryNeededError(*answer["memory"])
+            raise memory_limit.MemoryNeededError(*answer["memory"])
         if "error" in answer:
             raise StreamconvError.from_json(answer["error"])
         self._specs += [reader.adopt(_spec_from_plain(s)) for s in answer["specs"]]
@@ -186,10 +186,10 @@ def _serve(stdin: IO[bytes], stdout: IO[bytes]) -> None:
             _send(stdout, {"error": error.to_json()})
             return
         except MemoryError as error:
-            if isinstance(error, memorylimit.MemoryNeededError):
+            if isinstance(error, memory_limit.MemoryNeededError):
                 needed = error.where, error.nbytes, error.needed_bytes
             else:
-                needed = path, Path(path).stat().st_size, memorylimit.PARSE_BYTES
+                needed = path, Path(path).stat().st_size, memory_limit.PARSE_BYTES
             _send(stdout, {"memory": needed})
             return
         same = names == (names := tuple(found.tensors))

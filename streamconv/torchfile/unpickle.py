@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from typing import IO, TYPE_CHECKING, Literal, cast
 
 from streamconv.errors import BadInputError, UnsafeInputError
-from streamconv.memorylimit import too_much
+from streamconv.files.memory_limit import too_much
 from streamconv.torchfile.allowlist import WEIGHTS, Globals
 from streamconv.torchfile.inert import (
     Frozen,

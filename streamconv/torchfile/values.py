@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from streamconv.dtypes import BY_TORCH, DType
 from streamconv.errors import BadInputError
-from streamconv.placements import Kind, Placement
+from streamconv.ir.dtypes import BY_TORCH, DType
+from streamconv.ir.placements import Kind, Placement
 from streamconv.torchfile import allowlist as allowed
 from streamconv.torchfile.inert import InertDict, InertSize, InertStorage
 

@@ -11,7 +11,7 @@ import os
 from typing import Protocol
 
 from streamconv.errors import BadInputError, SourceChangedError
-from streamconv.inputs import readable
+from streamconv.files.inputs import readable
 
 
 class Window(Protocol):

@@ -11,10 +11,10 @@ from typing import Any, Protocol
 
 import torch
 
-from streamconv.boxes import Box, contiguous_strides
-from streamconv.dtypes import BY_TORCH, DType
 from streamconv.errors import BadInputError
-from streamconv.recipe import AddScalar, Cast, Gather, Op, Part, View, Zero
+from streamconv.ir.boxes import Box, contiguous_strides
+from streamconv.ir.dtypes import BY_TORCH, DType
+from streamconv.ir.recipe import AddScalar, Cast, Gather, Op, Part, View, Zero
 from streamconv.tracing.views import canonical_strides
 
 _Op = torch._ops.OpOverload[..., Any]

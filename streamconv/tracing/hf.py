@@ -15,15 +15,15 @@ from functools import cached_property
 from itertools import starmap
 from typing import TYPE_CHECKING, Any
 
-from streamconv.boxes import Shape
-from streamconv.dtypes import BF16, DType
 from streamconv.errors import BadInputError
-from streamconv.recipe import Recipe, SourceRef, View
+from streamconv.ir.boxes import Shape
+from streamconv.ir.dtypes import BF16, DType
+from streamconv.ir.recipe import Recipe, SourceRef, View
 from streamconv.tracing import hf_build, hf_convert, hf_load
 from streamconv.tracing.hf_convert import Group
 from streamconv.tracing.hf_layout import Layout, decide
 from streamconv.tracing.hf_names import read_names
-from streamconv.wrappers import without_markers
+from streamconv.tracing.wrappers import without_markers
 
 if TYPE_CHECKING:
     import torch

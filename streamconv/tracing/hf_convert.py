@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 
-from streamconv.boxes import Shape, contiguous_strides
-from streamconv.dtypes import DType
 from streamconv.errors import BadInputError
-from streamconv.recipe import Cast, Gather, Recipe, SourceRef, View
+from streamconv.ir.boxes import Shape, contiguous_strides
+from streamconv.ir.dtypes import DType
+from streamconv.ir.recipe import Cast, Gather, Recipe, SourceRef, View
 from streamconv.tracing.tracer import trace
 
 MAX_TENSORS = 2_000_000

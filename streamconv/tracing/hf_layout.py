@@ -11,8 +11,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
-from streamconv.boxes import Shape
 from streamconv.errors import BadInputError
+from streamconv.ir.boxes import Shape
 from streamconv.tracing.hf_convert import Group
 
 Layout = Literal["hub", "memory"]

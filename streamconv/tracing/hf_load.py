@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from streamconv.boxes import Shape
-from streamconv.dtypes import DType
+from streamconv.ir.boxes import Shape
+from streamconv.ir.dtypes import DType
 
 
 @dataclass(frozen=True, slots=True)

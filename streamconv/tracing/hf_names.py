@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 
-from streamconv.wrappers import without_markers
+from streamconv.tracing.wrappers import without_markers
 
 # What DDP, a trainer's own module or TRL's value-head model put in front, possibly several times.
 # "app" is what the tutorial of torch's DCP calls the state that it saves.

@@ -22,11 +22,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from streamconv.boxes import Shape, contiguous_strides
-from streamconv.dtypes import DType
 from streamconv.errors import BadInputError
-from streamconv.lowering import sources_of
-from streamconv.recipe import Gather, Recipe, SourceRef, View
+from streamconv.ir.boxes import Shape, contiguous_strides
+from streamconv.ir.dtypes import DType
+from streamconv.ir.lowering import sources_of
+from streamconv.ir.recipe import Gather, Recipe, SourceRef, View
 from streamconv.tracing.copies import COPIES, refusal
 from streamconv.tracing.views import canonical_strides, permute_gather, simplify
 

@@ -7,8 +7,8 @@ That is what makes ``chunk(...).contiguous()`` of fused experts a plain strided 
 
 from __future__ import annotations
 
-from streamconv.boxes import Box, Shape, contiguous_strides
-from streamconv.recipe import Gather, Part, View
+from streamconv.ir.boxes import Box, Shape, contiguous_strides
+from streamconv.ir.recipe import Gather, Part, View
 
 
 def canonical_strides(shape: Shape, strides: Shape) -> Shape:

@@ -14,14 +14,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from streamconv import adapter_fit
-from streamconv.adapter_config import CONFIG, WEIGHTS, checked_settings, read_object
-from streamconv.adapter_names import PART, canonical
-from streamconv.adapters import Adapter, Target
-from streamconv.children import serve
 from streamconv.errors import BadInputError, StreamconvError, UsageError
-from streamconv.safefile import FileTensor, read_header
-from streamconv.sidefiles import read_config
+from streamconv.formats.safetensors_file import FileTensor, read_header
+from streamconv.lora import fit
+from streamconv.lora.adapters import Adapter, Target
+from streamconv.lora.names import PART, canonical
+from streamconv.lora.settings import CONFIG, WEIGHTS, checked_settings, read_object
+from streamconv.planning.sidefiles import read_config
+from streamconv.system.children import serve
 
 # Beyond what is checked with the settings of a conversion, where an alpha of 0 means an unknown one.
 _TAKEN = ("bias", "layers_to_transform", "lora_alpha", "lora_bias", "modules_to_save")
@@ -63,7 +63,7 @@ def _check_names(request: dict[str, Any]) -> dict[str, Any]:
     if model is None or not model.certain:
         return {"architecture": None, "problem": None}
     try:
-        adapter_fit.check(_adapter(tensors), {}, model)
+        fit.check(_adapter(tensors), {}, model)
     except BadInputError as error:
         parts = (error.where, error.what, error.found)
         return {"architecture": model.architecture, "problem": ": ".join(filter(None, parts))}

@@ -14,11 +14,11 @@ from typing import Any
 
 import xxhash
 
-from streamconv.former import NOT_OUTPUT
-from streamconv.inputs import readable
-from streamconv.plan import Plan
-from streamconv.planned import MANIFEST
-from streamconv.writer import hash_file
+from streamconv.files.durable import hash_file
+from streamconv.files.inputs import readable
+from streamconv.files.names import MANIFEST
+from streamconv.ir.planfile import Plan
+from streamconv.output.former import NOT_OUTPUT
 
 # Of these the differing keys are named.
 _MOST_NAMED_BYTES = 1 << 20

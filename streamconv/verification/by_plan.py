@@ -12,14 +12,14 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import IO
 
-from streamconv import budget as budgets
 from streamconv.errors import BadInputError, UnsafeInputError
-from streamconv.executor import WindowFiller, filled_windows
-from streamconv.plan import Plan
-from streamconv.planned import PlannedTensor
-from streamconv.reader import SourceReader
-from streamconv.records import RecordChecks
-from streamconv.safefile import FileTensor, read_folder
+from streamconv.executor import budget as budgets
+from streamconv.executor.pipeline import WindowFiller, filled_windows
+from streamconv.executor.reader import SourceReader
+from streamconv.executor.records import RecordChecks
+from streamconv.formats.safetensors_file import FileTensor, read_folder
+from streamconv.ir.planfile import Plan
+from streamconv.ir.planned import PlannedTensor
 from streamconv.verification.beside import file_problems
 from streamconv.verification.room import check_room
 

@@ -12,19 +12,19 @@ from typing import Any
 
 import xxhash
 
-from streamconv import quantization
-from streamconv.adapter_config import OF_A_MODEL, PREFIX, WEIGHTS, base_of
-from streamconv.adapter_names import canonical
-from streamconv.children import ask
 from streamconv.errors import BadInputError, StreamconvError
-from streamconv.former import NOT_OUTPUT
-from streamconv.inputs import readable
-from streamconv.jsonfile import read_json
-from streamconv.manifest import MAX_MANIFEST_BYTES, read_manifest
-from streamconv.planned import INDEX, MANIFEST, SINGLE
-from streamconv.safefile import FileTensor, read_header, read_index
-from streamconv.sidefiles import read_config
-from streamconv.staging import staging_path
+from streamconv.files.inputs import readable
+from streamconv.files.jsonfile import read_json
+from streamconv.files.names import INDEX, MANIFEST, SINGLE
+from streamconv.formats.safetensors_file import FileTensor, read_header, read_index
+from streamconv.lora.names import canonical
+from streamconv.lora.settings import OF_A_MODEL, PREFIX, WEIGHTS, base_of
+from streamconv.output.former import NOT_OUTPUT
+from streamconv.output.manifest import MAX_MANIFEST_BYTES, read_manifest
+from streamconv.output.staging import staging_path
+from streamconv.planning.sidefiles import read_config
+from streamconv.quantization import scales
+from streamconv.system.children import ask
 from streamconv.verification.report import Report
 
 _STEP_BYTES = 1 << 20
@@ -287,10 +287,10 @@ def _check_quantization(folder: Path, tensors: Mapping[str, FileTensor], report:
     """Quantized weights need scales, and a config.json that says so; others one that does not."""
     own = {n: (t.shape, t.dtype) for n, t in tensors.items() if t.path.parent == folder}
     try:
-        quantized = quantization.find(own, {})
+        quantized = scales.find(own, {})
         config = read_config(folder)
         if config is not None:
-            elsewhere = (folder / quantization.HF_QUANT_CONFIG).is_file()
-            quantization.check(config, quantized, elsewhere=elsewhere)
+            elsewhere = (folder / scales.HF_QUANT_CONFIG).is_file()
+            scales.check(config, quantized, elsewhere=elsewhere)
     except StreamconvError as error:
         report.problems.append(f"{error.where or 'config.json'}: {error.what} ({error.found})")

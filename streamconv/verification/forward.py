@@ -20,10 +20,11 @@ from typing import Any
 
 import numpy as np
 
-from streamconv import budget as budgets
-from streamconv.children import ask
 from streamconv.errors import BudgetError
-from streamconv.sizes import format_size
+from streamconv.executor import budget as budgets
+from streamconv.system import memory
+from streamconv.system.children import ask
+from streamconv.units import format_size
 from streamconv.verification.report import Report
 
 Array = np.ndarray[Any, Any]
@@ -54,10 +55,10 @@ def verify_forward(
     :class:`BudgetError` where the model cannot be run in ``max_mem_bytes``, and
     :class:`BadInputError` where transformers cannot load or run it.
     """
-    budget = max_mem_bytes or budgets.available_bytes()[0]
+    budget = max_mem_bytes or memory.available_bytes()[0]
     _check_budget(budget)
     report = Report()
-    with tempfile.TemporaryDirectory(prefix="streamconv-") as scratch, budgets.PeakMeter() as meter:
+    with tempfile.TemporaryDirectory(prefix="streamconv-") as scratch, memory.PeakMeter() as meter:
         ours_path = Path(scratch) / "ours.npy"
         request = {"prompt": prompt, "token_ids": token_ids, "budget_bytes": budget}
         request["base"] = str(base) if base is not None else None
@@ -98,7 +99,7 @@ def _check_budget(budget: int) -> None:
 
 
 def _run(
-    folder: Path, logits: Path, request: dict[str, Any], meter: budgets.PeakMeter
+    folder: Path, logits: Path, request: dict[str, Any], meter: memory.PeakMeter
 ) -> dict[str, Any]:
     found = ask(
         "streamconv.verification.forward_child",

@@ -25,16 +25,16 @@ from typing import Any
 
 import numpy as np
 
-from streamconv.adapter_config import CONFIG as ADAPTER_CONFIG
-from streamconv.adapter_config import base_of, is_adapter
-from streamconv.budget import resident_bytes
-from streamconv.children import serve
 from streamconv.errors import BadInputError, BudgetError, NoSpaceError, StreamconvError, UsageError
-from streamconv.planned import INDEX
-from streamconv.safefile import FileTensor
-from streamconv.sidefiles import declared_dtype, read_config
-from streamconv.sizes import format_size
-from streamconv.stored import is_finite
+from streamconv.files.names import INDEX
+from streamconv.formats.safetensors_file import FileTensor
+from streamconv.formats.tensor_bytes import is_finite
+from streamconv.lora.settings import CONFIG as ADAPTER_CONFIG
+from streamconv.lora.settings import base_of, is_adapter
+from streamconv.planning.sidefiles import declared_dtype, read_config
+from streamconv.system.children import serve
+from streamconv.system.memory import resident_bytes
+from streamconv.units import format_size
 from streamconv.verification.adapter_child import put_on
 from streamconv.verification.reference import weights_of
 

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from streamconv.dtypes import DType
 from streamconv.errors import BadInputError
-from streamconv.safefile import FileTensor, read_files, weight_files
-from streamconv.sidefiles import read_config
+from streamconv.formats.safetensors_file import FileTensor, read_files, weight_files
+from streamconv.ir.dtypes import DType
+from streamconv.planning.sidefiles import read_config
 from streamconv.verification.distance import further_apart
 from streamconv.verification.report import Report
 

@@ -11,12 +11,12 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO
 
-from streamconv import budget as budgets
 from streamconv.errors import BudgetError
-from streamconv.manifest import MAX_MANIFEST_BYTES
-from streamconv.planned import MANIFEST
-from streamconv.safefile import MAX_HEADER_BYTES
-from streamconv.sizes import format_size
+from streamconv.files.names import MANIFEST
+from streamconv.formats.safetensors_file import MAX_HEADER_BYTES
+from streamconv.output.manifest import MAX_MANIFEST_BYTES
+from streamconv.system import memory
+from streamconv.units import format_size
 
 _STEP_BYTES = 1 << 20
 # What CPython's objects take at most, by the signs that tell of them: a dict of five slots, a list, an
@@ -44,7 +44,7 @@ def check_room(folders: Iterable[Path], budget_bytes: int) -> None:
                     held += parsed_bytes(stream, text_bytes)
                 else:
                     passing = max(passing, parsed_bytes(stream, text_bytes))
-    need = budgets.resident_bytes() + held + passing + _MARGIN_BYTES
+    need = memory.resident_bytes() + held + passing + _MARGIN_BYTES
     if need > budget_bytes:
         raise BudgetError(
             "the memory budget is too small for what manifest, headers and config say",

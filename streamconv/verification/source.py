@@ -16,20 +16,20 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from streamconv import budget as budgets
-from streamconv.children import ask
 from streamconv.errors import BadInputError, UnfitValuesError, UsageError
-from streamconv.identity import chosen_options
+from streamconv.files.durable import hash_file
+from streamconv.files.names import INDEX, MANIFEST
+from streamconv.formats.safetensors_file import read_folder
+from streamconv.ir.identity import chosen_options
 from streamconv.options import JobOptions
-from streamconv.planned import INDEX, MANIFEST
-from streamconv.planning import make_plan
-from streamconv.safefile import read_folder
-from streamconv.strays import ANOTHERS
+from streamconv.planning.child import make_plan
+from streamconv.planning.strays import ANOTHERS
+from streamconv.system import memory
+from streamconv.system.children import ask
 from streamconv.verification.beside import file_problems
 from streamconv.verification.by_plan import differing_tensors, planned_tensors, wrong_headers
 from streamconv.verification.folder import manifest_of
 from streamconv.verification.report import Report
-from streamconv.writer import hash_file
 
 _STEP_BYTES = 1 << 20
 
@@ -48,7 +48,7 @@ def verify_source(
     """
     manifest = manifest_of(folder)
     job = _job(folder, manifest, src, hf_config)
-    budget = max_mem_bytes or budgets.available_bytes()[0]
+    budget = max_mem_bytes or memory.available_bytes()[0]
     report = Report()
     held = read_folder(folder, nested=True)
     with tempfile.TemporaryDirectory(prefix="streamconv-") as scratch:

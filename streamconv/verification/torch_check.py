@@ -21,19 +21,19 @@ from typing import Any
 
 import torch
 
-from streamconv.adapter_names import has_adapter
-from streamconv.boxes import Shape
-from streamconv.budget import resident_bytes
-from streamconv.build_plan import one_model, side_files
-from streamconv.children import serve
-from streamconv.dtypes import BY_TORCH, DType
-from streamconv.memorylimit import share_of, within
+from streamconv.files.memory_limit import share_of, within
+from streamconv.formats.safetensors_file import FileTensor, read_folder
+from streamconv.ir.boxes import Shape
+from streamconv.ir.dtypes import BY_TORCH, DType
+from streamconv.ir.planfile import Plan
+from streamconv.ir.recipe import AddProduct, Cast, Gather, Recipe, SourceRef, View, Zero
+from streamconv.lora.names import has_adapter
 from streamconv.options import JobOptions
-from streamconv.plan import Plan
-from streamconv.planning import read_checkpoint
-from streamconv.recipe import AddProduct, Cast, Gather, Recipe, SourceRef, View, Zero
-from streamconv.safefile import FileTensor, read_folder
-from streamconv.sidefiles import read_config
+from streamconv.planning.build import one_model, side_files
+from streamconv.planning.child import read_checkpoint
+from streamconv.planning.sidefiles import read_config
+from streamconv.system.children import serve
+from streamconv.system.memory import resident_bytes
 from streamconv.verification.torch_files import (
     GlobalPieces,
     MappedFile,

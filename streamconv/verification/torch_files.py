@@ -27,9 +27,9 @@ import torch
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
-from streamconv.boxes import Shape
-from streamconv.children import limited_memory
-from streamconv.memorylimit import PARSE_BYTES
+from streamconv.files.memory_limit import PARSE_BYTES
+from streamconv.ir.boxes import Shape
+from streamconv.system.children import limited_memory
 
 # It warns of every mesh that there is no process group; none is wanted.
 logging.getLogger("torch.distributed.device_mesh").setLevel(logging.ERROR)

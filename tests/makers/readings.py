@@ -24,7 +24,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from streamconv.placements import Kind
+from streamconv.ir.placements import Kind
 from streamconv.torchfile.rankfile import RankReader, Stored
 from tests.makers.zips import E, Zip
 

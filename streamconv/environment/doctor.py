@@ -1,0 +1,212 @@
+"""What this environment is and can do, as plain data, without loading anything heavy."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import resource
+import shutil
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from streamconv._version import __version__
+from streamconv.errors import BudgetError, StreamconvError
+from streamconv.units import format_size
+
+_LIBRARIES = ("torch", "transformers", "safetensors", "numpy", "isal", "xxhash", "ml_dtypes")
+# What people load the result with; transformers is among the libraries above.
+_LOADERS = ("vllm", "sglang", "peft", "accelerate", "ctranslate2", "mlx-lm", "tensorrt-llm")
+_MEASURE_SECONDS = 0.5
+# The reader keeps up to 128 files open, and there are libraries and pipes beside it.
+_FEW_OPEN_FILES = 256
+
+
+def examine(
+    src: Path | None = None, model: str | None = None, dst: Path | None = None
+) -> dict[str, Any]:
+    """Return the findings; ``problems`` lists what would keep a conversion from working.
+
+    ``exit_code`` is 0, or what a conversion of ``src`` would end with. The disks of the working
+    folder, ``src`` and ``dst`` are measured for a moment.
+    """
+    from streamconv.environment.speed import checksum_speed
+    from streamconv.executor.budget import check_planning
+    from streamconv.files.filesystems import why_not_writable
+    from streamconv.system.memory import available_bytes
+
+    memory, limit = available_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    problems: list[str] = []
+    versions = {name: _version(name) for name in _LIBRARIES}
+    problems += [f"{name} is not installed" for name, version in versions.items() if not version]
+    if soft < _FEW_OPEN_FILES:
+        problems.append(f"only {soft} files may be open at once: `ulimit -n 1024` raises it")
+    refused = why_not_writable(dst) if dst is not None else None
+    if refused is not None:
+        problems.append(f"the output cannot be written: {refused}")
+    code = 1 if problems else 0
+    try:
+        check_planning(memory)
+    except BudgetError as too_small:
+        problems.append(str(too_small))
+        code = code or too_small.exit_code
+    found: dict[str, Any] = {
+        "streamconv": __version__,
+        "python": platform.python_version(),
+        "executable": sys.executable,
+        "platform": platform.platform(),
+        "versions": versions,
+        "cpus": len(os.sched_getaffinity(0)),
+        "cpu": _cpu(),
+        "default_budget_bytes": memory,
+        "default_budget_from": limit,
+        "open_files_soft": soft,
+        "open_files_hard": hard,
+        "checksum_bytes_per_second": checksum_speed(),
+        "loaders": {n: v for n in _LOADERS if (v := _version(n))},
+        "working_directory_free_bytes": shutil.disk_usage(Path.cwd()).free,
+        "filesystems": _filesystems(src, dst),
+        "source": None,
+        "problems": problems,
+        "exit_code": code,
+    }
+    if src is not None:
+        found["source"], error = _try(src, model)
+        if error is not None:
+            problems.append(str(error))
+            found["exit_code"] = error.exit_code
+    return found
+
+
+def _filesystems(src: Path | None, dst: Path | None) -> list[dict[str, Any]]:
+    """Return the file systems of the paths in question, each measured the way it is used."""
+    from streamconv.environment.speed import read_speed, write_speed
+    from streamconv.files.filesystems import filesystem_of
+
+    places = [("working folder", Path.cwd()), ("source", src), ("output", dst)]
+    measured = []
+    for role, path in places:
+        if path is None or (role == "source" and not path.exists()):
+            continue
+        system = filesystem_of(path)
+        if role == "source":
+            read, write = read_speed(_large_files(path), _MEASURE_SECONDS), None
+        else:
+            read, write = None, write_speed(path, _MEASURE_SECONDS)
+        measured.append(
+            {
+                "role": role,
+                "path": str(path),
+                "mount": str(system.mount),
+                "type": system.kind,
+                "network": system.is_network,
+                "memory": system.is_memory,
+                "free_bytes": system.free_bytes,
+                "read_bytes_per_second": read,
+                "write_bytes_per_second": write,
+            }
+        )
+    return measured
+
+
+def _large_files(path: Path, most: int = 64) -> list[Path]:
+    """Return some of the largest files of a checkpoint: those whose reading takes the time."""
+    files = [p for p in path.rglob("*") if p.is_file()] if path.is_dir() else [path]
+    return sorted(files, key=lambda p: -p.stat().st_size)[:most]
+
+
+def _filesystem_rows(systems: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    rows = []
+    for s in systems:
+        speeds = [
+            f"{verb} {format_size(rate)}/s"
+            for verb, rate in (
+                ("reads", s["read_bytes_per_second"]),
+                ("writes", s["write_bytes_per_second"]),
+            )
+            if rate is not None
+        ]
+        kind = s["type"] + (", network" if s["network"] else ", in memory" if s["memory"] else "")
+        facts = [f"{kind} at {s['mount']}", f"{format_size(s['free_bytes'])} free", *speeds]
+        rows.append((f"disk of {s['role']}", ", ".join(facts)))
+    return rows
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.machine())
+
+
+def _try(src: Path, model: str | None) -> tuple[dict[str, Any], StreamconvError | None]:
+    from streamconv.planning.child import inspect_checkpoint
+
+    try:
+        inspection = inspect_checkpoint(src, model)
+    except StreamconvError as error:
+        return {"path": str(src), "readable": False, "error": error.to_json()}, error
+    return {
+        "path": str(src),
+        "readable": True,
+        "format": inspection["format"],
+        "root": inspection["root"],
+        "facts": inspection["facts"],
+        "files": len(inspection["files"]),
+        "tensors": len(inspection["tensors"]),
+        "notices": inspection["notices"],
+    }, None
+
+
+def _fact(value: object) -> str:
+    if isinstance(value, list):
+        return ", ".join(str(v) for v in value)
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _loaders(found: dict[str, Any]) -> str:
+    here = {"transformers": found["versions"]["transformers"], **found["loaders"]}
+    named = [f"{name} {version}" for name, version in here.items() if version]
+    return ", ".join(named) or "nothing that is installed here"
+
+
+def rows(found: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return the findings as the rows of a table."""
+    memory = (
+        f"{format_size(found['default_budget_bytes'])} is the default budget, "
+        f"from {found['default_budget_from']}"
+    )
+    table = [
+        ("streamconv", found["streamconv"]),
+        ("python", f"{found['python']} ({found['executable']})"),
+        *((name, version or "not installed") for name, version in found["versions"].items()),
+        ("platform", found["platform"]),
+        ("cpu", f"{found['cpus']} × {found['cpu']}"),
+        ("memory", memory),
+        ("open files", f"{found['open_files_soft']} (at most {found['open_files_hard']})"),
+        ("checksums", f"{format_size(found['checksum_bytes_per_second'])}/s (CRC-32 and xxh3)"),
+        *_filesystem_rows(found["filesystems"]),
+        ("loads the result", _loaders(found)),
+    ]
+    source = found["source"]
+    if source is not None and source["readable"]:
+        facts = f"{source['format']}, {source['files']} files, {source['tensors']} tensors"
+        table.append(("source", f"{source['root']}: readable, {facts}"))
+        table += [(name.replace("_", " "), _fact(value)) for name, value in source["facts"].items()]
+        table += [("notice", text) for text in source["notices"]]
+    elif source is not None:
+        table.append(("source", f"{source['path']}: not readable here"))
+    table += [("problem", text) for text in found["problems"]]
+    return table

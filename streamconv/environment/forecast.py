@@ -1,0 +1,133 @@
+"""How long a conversion will take here, and what will hurt on the way."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from streamconv.environment import speed
+from streamconv.files.filesystems import FileSystem, filesystem_of, why_not_writable
+from streamconv.ir.planfile import Plan
+from streamconv.system import memory
+from streamconv.units import format_size
+
+# Free space that is left over after the conversion: less is a disk that is as good as full.
+_SPARE_SHARE = 0.02
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """What moving a plan's bytes will take.
+
+    Rates are bytes per second, None where they could not be measured. ``seconds`` is for moving
+    (planning is done by then), None where there was nothing to measure it by.
+    """
+
+    seconds: float | None
+    read_rate: float | None
+    write_rate: float | None
+    checksum_rate: float
+    one_disk: bool
+    source: FileSystem
+    output: FileSystem
+    warnings: tuple[str, ...]
+
+
+def forecast(plan: Plan, dst: Path, budget_bytes: int, *, measure_seconds: float = 1.0) -> Forecast:
+    """Measure both disks for a moment and say how long ``plan`` will take into ``dst``."""
+    root = Path(plan.head.root)
+    files = [root / f.path for f in sorted(plan.head.files, key=lambda f: -f.nbytes)]
+    source, output = filesystem_of(root), filesystem_of(dst)
+    read_rate = speed.read_speed(files, measure_seconds)
+    write_rate = speed.write_speed(dst, measure_seconds)
+    checksum_rate = speed.checksum_speed()
+    one_disk = source.device == output.device and not output.is_memory
+    totals = plan.head.totals
+    return Forecast(
+        seconds=moving_seconds(
+            totals.read_bytes,
+            totals.write_bytes,
+            read_rate,
+            write_rate,
+            checksum_rate,
+            one_disk=one_disk,
+        ),
+        read_rate=read_rate,
+        write_rate=write_rate,
+        checksum_rate=checksum_rate,
+        one_disk=one_disk,
+        source=source,
+        output=output,
+        warnings=tuple(
+            warnings(
+                source,
+                output,
+                plan.disk_bytes(),
+                budget_bytes,
+                one_disk=one_disk,
+                refused=why_not_writable(dst),
+            )
+        ),
+    )
+
+
+def moving_seconds(
+    read_bytes: int,
+    write_bytes: int,
+    read_rate: float | None,
+    write_rate: float | None,
+    checksum_rate: float,
+    *,
+    one_disk: bool,
+) -> float | None:
+    """Return how long moving takes; None where a rate is not known.
+
+    Reading and writing overlap where they are on two disks, and take turns on one; checksums
+    overlap with both.
+    """
+    if read_rate is None or write_rate is None:
+        return None
+    reading, writing = read_bytes / read_rate, write_bytes / write_rate
+    disks = reading + writing if one_disk else max(reading, writing)
+    return max(disks, max(read_bytes, write_bytes) / checksum_rate)
+
+
+def warnings(
+    source: FileSystem,
+    output: FileSystem,
+    needed_bytes: int,
+    budget_bytes: int,
+    *,
+    one_disk: bool,
+    refused: str | None = None,
+) -> list[str]:
+    """Return what will hurt, as sentences; ``refused`` is why nothing can be written."""
+    found = []
+    if refused is not None:
+        found.append(f"the output cannot be written: {refused}")
+    if one_disk:
+        found.append("source and output are on one file system: reading and writing take turns")
+    for what, system in (("the source", source), ("the output", output)):
+        if system.is_network:
+            found.append(
+                f"{what} is on {system.kind} ({system.source}): the network's speed and its other "
+                "users decide"
+            )
+    if output.is_memory:
+        found.append(
+            f"the output is on {output.kind}: it takes {format_size(needed_bytes)} of memory, which "
+            "the budget does not count"
+        )
+    left = output.free_bytes - needed_bytes
+    if 0 <= left < _SPARE_SHARE * output.total_bytes:
+        found.append(f"the output's file system will be almost full: {format_size(left)} left")
+    state = memory.memory_state()
+    if budget_bytes > state.available_bytes:
+        then = "the machine would swap" if state.swap_bytes else "the kernel may kill it"
+        found.append(
+            f"the budget is {format_size(budget_bytes)} but only "
+            f"{format_size(state.available_bytes)} of memory are available: {then}"
+        )
+    elif state.swap_used_bytes > state.swap_bytes // 2:
+        found.append(f"the machine is swapping: {format_size(state.swap_used_bytes)} are in use")
+    return found

@@ -1,0 +1,132 @@
+"""The memory budget: what a run needs, and how large its windows may be within what it may have.
+
+Sizes are resident bytes. The budget is for the whole process tree, so a peak is the largest sum of
+resident set sizes over the process and its children.
+"""
+
+from __future__ import annotations
+
+from streamconv.errors import BudgetError
+from streamconv.executor.windows import (
+    CAST_THREADS,
+    FACTOR_READ_BYTES,
+    KNOWLEDGE_SHARE,
+    MAX_WINDOW_BYTES,
+    MIN_WINDOW_BYTES,
+    SCRATCH_BYTES,
+)
+from streamconv.system.memory import resident_bytes
+from streamconv.units import format_size
+
+# What a Python heap may grow by between two windows: plan lines, read lists, thread stacks.
+_RESERVE_BYTES = 10 << 20
+# What is kept of each tensor of an output file while it is written: header, digest, journal, manifest.
+# The reserve has room for so many.
+_ENTRY_BYTES = 1000
+_RESERVED_ENTRIES = 2000
+# A reader's stack, and what the allocator keeps for its thread.
+_THREAD_BYTES = 64 << 10
+# Measured peak of the planning child (torch, transformers and a traced meta model) and of the
+# process that waits for it; bench/RESULTS.md has the figures. Refusing early beats being killed.
+PLANNING_FLOOR_BYTES = 440 * 10**6
+
+# Factors of low-rank updates: tiles that are worth a read, and more than any adapter's matrix has.
+_MIN_FACTOR_BYTES = 1 << 20
+_MAX_FACTOR_BYTES = 64 << 20
+# A budget this small gives them the least, so that the smallest budget that works can be named.
+_SMALL_RUN_BYTES = 64 << 20
+
+
+def smallest_run_bytes(buffer_bytes: int = 0) -> int:
+    """Return the smallest budget with which this process could execute a plan now.
+
+    ``buffer_bytes`` are needed beside windows and reads.
+    """
+    need = resident_bytes() + _RESERVE_BYTES + buffer_bytes + _window_cost(MIN_WINDOW_BYTES)
+    # The next process, which is told this, may be a little larger by chance.
+    need += 1 << 20
+    return -(-need // 10**6) * 10**6
+
+
+def _window_cost(window_bytes: int) -> int:
+    # Two windows (one is filled while the other is written) and the read buffer, which is as large
+    # as a window up to 4 MiB.
+    return 2 * window_bytes + min(window_bytes, 4 << 20)
+
+
+def factor_bytes(budget_bytes: int) -> int:
+    """Return what may be held of the factors of low-rank updates, where a plan has any."""
+    share = (budget_bytes - resident_bytes() - _SMALL_RUN_BYTES) // 4
+    return min(max(_MIN_FACTOR_BYTES, share), _MAX_FACTOR_BYTES)
+
+
+def beside_bytes(
+    tensors: int, *, merging: bool, factors: int = _MIN_FACTOR_BYTES, io_threads: int = 1
+) -> int:
+    """Return what a run needs beside windows and reads.
+
+    ``tensors``: the most that an output file has; ``merging``: whether there are low-rank updates, of
+    whose factors ``factors`` bytes are held.
+    """
+    need = max(0, tensors - _RESERVED_ENTRIES) * _ENTRY_BYTES + io_threads * _THREAD_BYTES
+    if merging:
+        need += factors + max(io_threads, CAST_THREADS) * SCRATCH_BYTES + FACTOR_READ_BYTES
+    return need
+
+
+def shares(
+    budget_bytes: int,
+    *,
+    merging: bool,
+    tensors: int = 0,
+    io_threads: int = 1,
+    buffer_bytes: int = 0,
+) -> tuple[int, int]:
+    """Return how large a window may grow, and what may be held of the factors of low-rank updates.
+
+    ``merging``, ``tensors``: as for :func:`beside_bytes`. Raises :class:`BudgetError` where no window
+    fits.
+    """
+    factors = factor_bytes(budget_bytes)
+    beside = beside_bytes(tensors, merging=merging, factors=factors, io_threads=io_threads)
+    return window_bytes(budget_bytes, buffer_bytes + beside), factors
+
+
+def window_bytes(budget_bytes: int, buffer_bytes: int = 0) -> int:
+    """Return how large a window may grow; raises :class:`BudgetError` where none fits.
+
+    The budget is a ceiling and no target: more than 256 MiB gains nothing. ``buffer_bytes`` are
+    needed beside windows and reads.
+    """
+    free = budget_bytes - resident_bytes() - _RESERVE_BYTES - buffer_bytes
+    if free < _window_cost(MIN_WINDOW_BYTES):
+        smallest = smallest_run_bytes(buffer_bytes)
+        raise BudgetError(
+            "the memory budget is too small to move tensors",
+            expected=f"at least {format_size(smallest)}",
+            found=format_size(budget_bytes),
+            hint=f"--max-mem {smallest // 10**6}MB is the smallest that works",
+        )
+    # Two windows, and what is known of their tensors.
+    large = (free - (4 << 20)) * KNOWLEDGE_SHARE // (2 * KNOWLEDGE_SHARE + 1)
+    size = large if free > 12 << 20 else free // 3
+    return min(size // 4096 * 4096, MAX_WINDOW_BYTES)
+
+
+def smallest_convert_bytes() -> int:
+    """Return the smallest budget with which this process could plan and convert now."""
+    need = max(PLANNING_FLOOR_BYTES, resident_bytes() + 370 * 10**6)
+    return -(-need // 10**7) * 10**7
+
+
+def check_planning(budget_bytes: int) -> None:
+    """Raise :class:`BudgetError` where the planning child would not fit into the budget."""
+    need = smallest_convert_bytes()
+    if budget_bytes < need:
+        raise BudgetError(
+            "the memory budget is too small to plan: the model's structure comes from transformers",
+            expected=f"at least {format_size(need)}",
+            found=format_size(budget_bytes),
+            hint=f"--max-mem {need // 10**6}MB is the smallest that works; or plan where there is "
+            "more memory (`streamconv plan SRC -o PLAN`) and then `streamconv run PLAN DST`",
+        )

@@ -1,0 +1,289 @@
+"""The executor: streams the tensors of one output file through windows into the file.
+
+It decides nothing: the plan says which bytes go where, the budget how large a window may grow. One
+thread fills windows (reads, checks, casts), the calling thread hashes and writes them; two windows
+take turns. The bytes are the same for every window size and thread count.
+"""
+
+from __future__ import annotations
+
+import mmap
+import queue
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import xxhash
+
+from streamconv.errors import VerificationError
+from streamconv.executor.kernels import run as run_kernel
+from streamconv.executor.products import Factors, add_product
+from streamconv.executor.reader import SourceReader
+from streamconv.executor.records import RecordChecks
+from streamconv.executor.windows import (
+    CAST_THREADS,
+    FACTOR_READ_BYTES,
+    SMALL_WINDOW_BYTES,
+    Fill,
+    Run,
+    Window,
+    runs,
+    windows,
+)
+from streamconv.executor.writer import ShardWriter
+from streamconv.ir.lowering import ProductAt
+from streamconv.ir.planned import OutputFile, PlannedTensor
+
+# Bytes are summed, hashed and written in steps that are still in the CPU's cache from the one before.
+_STEP_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class FinishedFile:
+    """An output file that is written: its size, digests, and the digest of each tensor's bytes.
+
+    ``keyed`` is the hash with the seed that was asked for.
+    """
+
+    name: str
+    nbytes: int
+    xxh3: str
+    sha256: str | None
+    tensors: dict[str, str] = field(default_factory=dict)
+    keyed: str = ""
+
+
+class WindowFiller:
+    """Fills windows from source files; ``max_bytes`` bounds a window, and its buffers are reused.
+
+    ``io_threads`` read at once. Casts are work for the CPU and not for the disk: two threads share
+    them whatever ``io_threads`` is.
+    ``factor_bytes`` bounds what is held of the factors of low-rank updates, where there are any.
+    """
+
+    def __init__(
+        self,
+        reader: SourceReader,
+        checks: RecordChecks,
+        *,
+        max_bytes: int,
+        io_threads: int = 1,
+        factor_bytes: int = 8 << 20,
+    ) -> None:
+        self._reader = reader
+        self._checks = checks
+        self.max_bytes = max_bytes
+        self._io_threads = io_threads
+        most = max(io_threads, CAST_THREADS)
+        self._run_bytes = max(1, min(SMALL_WINDOW_BYTES, max_bytes) // most)
+        self._staging = threading.local()
+        # The calling thread is one of them.
+        self._pool = ThreadPoolExecutor(most - 1, thread_name_prefix="window-filler")
+        self._factors = Factors(self._fill_factor, factor_bytes, most)
+        self._factor_filler: WindowFiller | None = None
+
+    def fill(self, window: Window, buffer: memoryview) -> None:
+        """Bring every byte of ``window`` into ``buffer``."""
+        reads = runs(window, self._run_bytes)
+        threads = self._io_threads
+        if any(fill.move.ops for read in reads for fill in read.fills):
+            threads = max(threads, CAST_THREADS)
+        pending = iter(reads)  # shared: next() on it is atomic
+        helpers = [
+            self._pool.submit(self._serve_all, pending, buffer)
+            for _ in range(min(threads, len(reads)) - 1)
+        ]
+        try:
+            self._serve_all(pending, buffer)
+        finally:
+            wait(helpers)  # none may write into the buffer any more
+        for helper in helpers:
+            helper.result()
+
+    def _serve_all(self, reads: Iterator[Run], buffer: memoryview) -> None:
+        for read in reads:
+            self._serve(read, buffer)
+
+    def _serve(self, read: Run, buffer: memoryview) -> None:
+        first = read.fills[0]
+        if len(read.fills) == 1 and first.direct:
+            header = memoryview(bytearray(first.lo - read.lo))
+            self._read_checked(
+                read, header, buffer[first.dst_at : first.dst_at + first.hi - first.lo]
+            )
+            return
+        data = self._staging_buffer(read.hi - read.lo)
+        self._read_checked(read, data[:0], data)
+        for fill in read.fills:
+            self._copy(fill, read.lo, data, buffer)
+
+    def _read_checked(self, read: Run, header: memoryview, data: memoryview) -> None:
+        """Read a run, its first bytes into ``header`` and the rest into ``data``, and check it."""
+        records = {f.record.start: f for f in reversed(read.fills)}
+        begin = read.lo + len(header)
+        for lo in range(begin, read.hi, _STEP_BYTES):
+            piece = data[lo - begin : lo - begin + _STEP_BYTES]
+            if lo == begin:
+                self._reader.read(read.file, read.lo, header, piece)
+            else:
+                self._reader.read(read.file, lo, piece)
+            for start, fill in records.items():
+                if start < lo + len(piece) and lo < start + fill.record.nbytes:
+                    at = start - fill.record.header_nbytes
+                    own = header or data[at - begin : start - begin] if at >= read.lo else None
+                    self._checks.see(fill.source, fill.record, lo, piece, own)
+
+    def _fill_factor(self, window: Window, buffer: memoryview) -> None:
+        # A filler of its own: this one's staging buffer holds what the factor is for. It is called
+        # by one thread at a time.
+        if self._factor_filler is None:
+            self._factor_filler = WindowFiller(
+                self._reader, self._checks, max_bytes=FACTOR_READ_BYTES
+            )
+        self._factor_filler.fill(window, buffer)
+
+    def _copy(self, fill: Fill, data_lo: int, data: memoryview, buffer: memoryview) -> None:
+        ops = fill.move.ops
+        if ops and isinstance(ops[0], ProductAt):
+            add_product(
+                buffer[fill.dst_at :],
+                fill.tensor.dtype,
+                data[fill.lo - data_lo :],
+                fill.source.dtype,
+                fill.dims,
+                (fill.lo - fill.record.start) // fill.source.dtype.itemsize,
+                ops,
+                fill.tensor,
+                self._factors,
+            )
+            return
+        run_kernel(
+            buffer[fill.dst_at :],
+            fill.tensor.dtype,
+            data[fill.lo - data_lo :],
+            fill.source.dtype,
+            fill.dims,
+            ops,
+            what=fill.tensor.name,
+        )
+
+    def _staging_buffer(self, nbytes: int) -> memoryview:
+        buffer: memoryview | None = getattr(self._staging, "buffer", None)
+        if buffer is None or len(buffer) < nbytes:
+            buffer = self._staging.buffer = memoryview(mmap.mmap(-1, max(nbytes, self._run_bytes)))
+        return buffer[:nbytes]
+
+    def close(self) -> None:
+        """Stop the readers."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
+        if self._factor_filler is not None:
+            self._factor_filler.close()
+
+
+def write_output(
+    output: OutputFile,
+    tensors: Iterable[PlannedTensor],
+    path: Path,
+    filler: WindowFiller,
+    checks: RecordChecks,
+    *,
+    sync: bool,
+    sha256: bool,
+    direct: bool = False,
+    seed: int = 0,
+    on_bytes: Callable[[int], None],
+) -> FinishedFile:
+    """Write one output file to ``path`` and return its digests.
+
+    ``seed`` is that of the hash ``keyed``, which nobody can foretell who does not know it.
+    ``on_bytes`` is called with the number of output bytes done since the last call. Raises what the
+    reader, the checks and the writer raise; the partial file then stays for the caller to remove.
+    """
+    digests: dict[str, str] = {}
+    digest = xxhash.xxh3_128()
+    with ShardWriter(path, output, sync=sync, sha256=sha256, direct=direct, seed=seed) as writer:
+        for window, buffer in filled_windows(tensors, filler, checks):
+            for segment in window.segments:
+                piece = buffer[segment.at : segment.at + segment.nbytes]
+                for at in range(0, len(piece), _STEP_BYTES):
+                    part = piece[at : at + _STEP_BYTES]
+                    digest.update(part)
+                    if segment.tensor.same_as is None:
+                        writer.write(part)
+                if segment.hi * segment.tensor.dtype.itemsize == segment.tensor.nbytes:
+                    _tensor_done(segment.tensor, digest.hexdigest(), digests)
+                    digest.reset()
+            on_bytes(window.nbytes if window.segments[0].tensor.same_as is None else 0)
+        writer.finish()
+        return FinishedFile(
+            output.name, output.nbytes, writer.xxh3, writer.sha256, digests, writer.keyed
+        )
+
+
+def filled_windows(
+    tensors: Iterable[PlannedTensor], filler: WindowFiller, checks: RecordChecks
+) -> Iterator[tuple[Window, memoryview]]:
+    """Yield the windows of ``tensors`` with their bytes; a buffer is good until the next one."""
+    with _Pipeline(tensors, filler, checks) as pipeline:
+        yield from pipeline
+
+
+def _tensor_done(tensor: PlannedTensor, digest: str, digests: dict[str, str]) -> None:
+    if tensor.same_as is not None and digests[tensor.same_as] != digest:
+        raise VerificationError(
+            "two tensors that should be tied differ",
+            where=f"{tensor.name} and {tensor.same_as}",
+            hint="their CRC-32 agree but their bytes do not: the checkpoint is damaged",
+        )
+    digests[tensor.name] = digest
+
+
+class _Pipeline:
+    """Windows filled by a thread of their own, handed over in order, two buffers taking turns."""
+
+    def __init__(
+        self, tensors: Iterable[PlannedTensor], filler: WindowFiller, checks: RecordChecks
+    ) -> None:
+        self._tensors = tensors
+        self._filler = filler
+        self._checks = checks
+        self._free: queue.Queue[memoryview | None] = queue.Queue()
+        for _ in range(2):
+            # Anonymous maps: only pages that a window really fills become resident.
+            self._free.put(memoryview(mmap.mmap(-1, max(filler.max_bytes, 4096))))
+        self._full: queue.Queue[tuple[Window, memoryview] | BaseException | None] = queue.Queue()
+        self._thread = threading.Thread(target=self._fill_all, name="window-filler")
+
+    def _fill_all(self) -> None:
+        try:
+            for window in windows(self._tensors, self._filler.max_bytes):
+                buffer = self._free.get()
+                if buffer is None:
+                    return
+                self._filler.fill(window, buffer)
+                self._full.put((window, buffer))
+                for segment in window.segments:
+                    tensor = segment.tensor
+                    if segment.hi * tensor.dtype.itemsize == tensor.nbytes:
+                        for k in tensor.last:
+                            self._checks.finish(tensor.sources[k])
+            self._full.put(None)
+        except BaseException as error:  # noqa: BLE001 - handed to the thread that waits
+            self._full.put(error)
+
+    def __iter__(self) -> Iterator[tuple[Window, memoryview]]:
+        while (item := self._full.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+            self._free.put(item[1])
+
+    def __enter__(self) -> _Pipeline:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._free.put(None)
+        self._thread.join()

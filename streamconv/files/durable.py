@@ -1,0 +1,69 @@
+"""What makes files of ours last, and tells whether they did: fsync, hashes, and full disks."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+import xxhash
+
+from streamconv.errors import NoSpaceError
+from streamconv.files.inputs import readable
+
+_READ_BYTES = 1 << 20
+
+
+def no_space(error: OSError, where: Path) -> NoSpaceError | None:
+    """Return the error to raise for a full disk or quota, or None where ``error`` is another."""
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        return None
+    return NoSpaceError(
+        "the disk is full",
+        where=str(where),
+        hint="free some space and run the same command again: it goes on where it was",
+    )
+
+
+def hash_file(path: Path) -> str:
+    """Return the xxh3_128 hex digest of a file, read in 1 MiB steps."""
+    digest = xxhash.xxh3_128()
+    buffer = memoryview(bytearray(_READ_BYTES))
+    with readable(path), path.open("rb", buffering=0) as stream:
+        while got := stream.readinto(buffer):
+            digest.update(buffer[:got])
+    return digest.hexdigest()
+
+
+def hash_open_file(fd: int, seed: int) -> tuple[str, str]:
+    """Return the xxh3_128 of an open file, and the one with a seed, read once from its beginning."""
+    plain, keyed = xxhash.xxh3_128(), xxhash.xxh3_128(seed=seed)
+    buffer = memoryview(bytearray(_READ_BYTES))
+    at = 0
+    while got := os.preadv(fd, [buffer], at):
+        plain.update(buffer[:got])
+        keyed.update(buffer[:got])
+        at += got
+    return plain.hexdigest(), keyed.hexdigest()
+
+
+def fsync_directory(path: Path) -> None:
+    """Make renames in ``path`` durable."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def write_text(path: Path, pieces: Iterable[str], *, sync: bool) -> None:
+    """Write a file of UTF-8, durably with ``sync``; raises :class:`NoSpaceError`."""
+    try:
+        with path.open("w", encoding="utf-8", newline="") as stream:
+            stream.writelines(pieces)
+            stream.flush()
+            if sync:
+                os.fsync(stream.fileno())
+    except OSError as error:
+        raise no_space(error, path) or error from error

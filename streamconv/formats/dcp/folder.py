@@ -1,0 +1,335 @@
+"""A folder of torch's distributed checkpoints (DCP): one index, and files of records back to back.
+
+Byte layout: ``.metadata`` (see :mod:`streamconv.torchfile.dcp`) and ``__<rank>_<thread>.distcp``, which
+has no header and no index of its own. Each piece of a tensor is one record: a complete torch.save zip
+of that piece alone, about 1.5 KB longer than its data. The zip's own directory gives the data's
+position and CRC-32, its pickle the strides; both are small and lie at the record's two ends, so that
+one read at each boundary between records serves the end of one and the beginning of the next.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import astuple, dataclass
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from streamconv.errors import BadInputError, StreamconvError, UnsafeInputError
+from streamconv.files.inputs import cannot_read, check_regular, open_input, readable
+from streamconv.formats.identity import evidence_of
+from streamconv.ir.boxes import Box, Shape
+from streamconv.ir.dtypes import DType
+from streamconv.ir.source import GlobalTensor, Record, ShardLayout, ShardTable, SourceFile
+from streamconv.torchfile.archive import check_byteorder
+from streamconv.torchfile.dcp import DcpIndex, DcpTensor, Piece
+from streamconv.torchfile.unpickle import load_inert, no_garbage_collection
+from streamconv.torchfile.values import MALFORMED, tensor_parts
+from streamconv.torchfile.window import FileWindow, check_inside
+from streamconv.torchfile.zipdir import ZipDirectory, read_directory
+
+INDEX = ".metadata"
+_MAX_INDEX_NBYTES = 512 << 20
+_STEP_NBYTES = 1 << 20
+# A small folder that is copied without its times gets them in any order, one right after the other.
+_AT_ONCE_NS = 1_000_000_000
+_MAX_PICKLE_NBYTES = 1 << 16
+# Enough for what lies behind a record's data (some 700 bytes) and before the next one's.
+_AROUND_NBYTES = 4096
+
+
+def has_index(folder: Path) -> bool:
+    """Whether ``folder`` holds a finished checkpoint: the index is written last."""
+    return (folder / INDEX).is_file()
+
+
+def source_files(folder: Path, root: Path) -> tuple[SourceFile, ...]:
+    """Return the files of records with size, evidence, and the hash of the index that speaks for them.
+
+    The index holds no checksums. That it names the save by a random id, since torch 2.3, says nothing
+    of files that another save into the same folder wrote anew.
+    """
+    digest = hash_index(folder)
+    index = (folder / INDEX).relative_to(root).as_posix()
+    files = []
+    for path in sorted(folder.glob("*.distcp")):
+        # Opening a FIFO would wait for a writer for ever.
+        if not path.is_file():
+            raise BadInputError("a file of records that is no regular file", where=str(path))
+        status = path.stat()
+        files.append(
+            SourceFile(
+                path.relative_to(root).as_posix(),
+                status.st_size,
+                status.st_mtime_ns,
+                digest,
+                _PREFIX,
+                index,
+                evidence_of(path),
+            )
+        )
+    if not files:
+        raise BadInputError(
+            "no files of records beside the index", where=str(folder), expected="*.distcp"
+        )
+    return tuple(files)
+
+
+def older_index(folder: Path, files: Sequence[SourceFile]) -> tuple[str, ...]:
+    """Return a notice where files of records are newer than the index, which torch writes last."""
+    written = (folder / INDEX).stat().st_mtime_ns + _AT_ONCE_NS
+    newer = [Path(f.path).name for f in files if f.mtime_ns > written]
+    if not newer:
+        return ()
+    notice = (
+        f"{len(newer)} of {len(files)} files of records ({newer[0]} among them) are newer than "
+        f"{INDEX}, which is written last: unless they were copied without their times, a later save "
+        "was not finished, and the weights are of two steps"
+    )
+    return (notice,)
+
+
+def hash_index(folder: Path) -> str:
+    """Return the digest of the index, which need not fit into memory."""
+    path = folder / INDEX
+    digest = xxhash.xxh3_128()
+    try:
+        fd = open_input(path)
+    except OSError as error:
+        raise cannot_read(error, path) from error
+    with os.fdopen(fd, "rb", buffering=0) as stream, readable(path):
+        _check_size(path, os.fstat(fd).st_size)
+        while piece := stream.read(_STEP_NBYTES):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def _check_size(path: Path, nbytes: int) -> None:
+    if nbytes > _MAX_INDEX_NBYTES:
+        raise UnsafeInputError(
+            "the index is too large",
+            where=str(path),
+            expected=f"at most {_MAX_INDEX_NBYTES} bytes",
+            found=f"{nbytes} bytes",
+        )
+
+
+def read_index_bytes(folder: Path) -> bytes:
+    """Return the index as it is stored."""
+    path = folder / INDEX
+    try:
+        status = path.stat()
+        check_regular(status.st_mode, path)
+        _check_size(path, status.st_size)
+        return path.read_bytes()
+    except OSError as error:
+        raise cannot_read(error, path) from error
+
+
+def read_index(folder: Path) -> DcpIndex:
+    """Return what the index of ``folder`` says."""
+    return DcpIndex(read_index_bytes(folder), str(folder / INDEX))
+
+
+# torch.save into a buffer calls its archive so; a file has one prefix for all its records.
+_PREFIX = "archive"
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A piece as it lies in its record: its box, the strides of the data, and where they are."""
+
+    box: Box
+    strides: Shape
+    storage_offset: int
+    record: Record
+
+
+class RecordReader:
+    """Finds the data of records; ``files`` are those of the folder, in the order of their numbers."""
+
+    def __init__(self, folder: Path, files: Sequence[SourceFile]) -> None:
+        self._folder = folder
+        self._numbers = {Path(f.path).name: k for k, f in enumerate(files)}
+        # Records of the same shape have the same pickle.
+        self._parsed: dict[bytes, tuple[Any, ...]] = {}
+
+    def read(self, tensors: Iterable[DcpTensor]) -> dict[str, list[Stored]]:
+        """Return the pieces of each tensor, in the index's order.
+
+        The records are visited in the order of their places. Raises :class:`BadInputError` for
+        missing or truncated files and for records that are not what the index says they are.
+        """
+        found: dict[str, list[Stored | None]] = {}
+        places: dict[str, list[tuple[int, int, DcpTensor, Piece]]] = {}
+        for tensor in tensors:
+            found[tensor.name] = [None] * len(tensor.pieces)
+            for k, piece in enumerate(tensor.pieces):
+                places.setdefault(piece.file, []).append((piece.offset, k, tensor, piece))
+        with no_garbage_collection():
+            for name, wanted in sorted(places.items()):
+                if name not in self._numbers:
+                    raise BadInputError(
+                        "a file of records is missing",
+                        where=str(self._folder / name),
+                        expected=f"the pieces of {len({t.name for _, _, t, _ in wanted})} tensors",
+                        found="no such file",
+                        hint="copy the whole folder, of every node that wrote to it",
+                    )
+                wanted.sort(key=lambda w: (w[0], w[2].name))
+                with _Edges(self._folder / name) as edges:
+                    for _, k, tensor, piece in wanted:
+                        found[tensor.name][k] = self._stored(edges, tensor, piece)
+        return {name: [s for s in pieces if s is not None] for name, pieces in found.items()}
+
+    def _stored(self, edges: _Edges, tensor: DcpTensor, piece: Piece) -> Stored:
+        window = _RecordWindow(edges, piece.offset, piece.nbytes)
+        try:
+            check_inside(edges.whole, piece.offset, piece.nbytes)
+            directory = read_directory(window)
+            if directory.prefix != _PREFIX:
+                raise BadInputError(
+                    "a record that torch's checkpoint writer did not write",
+                    expected=f"entries in the folder {_PREFIX!r}",
+                    found=repr(directory.prefix[:80]),
+                )
+            check_byteorder(directory)
+            dtype, key, numel, offset, shape, strides = self._view(directory, window)
+            if dtype is not tensor.dtype or shape != piece.box.sizes:
+                raise BadInputError(
+                    "a record holds another tensor than the index says",
+                    expected=f"{tensor.dtype} {list(piece.box.sizes)}",
+                    found=f"{dtype} {list(shape)}",
+                )
+            entry = directory.entries.get(f"data/{key}")
+            if entry is None or entry[1] != numel * dtype.itemsize:
+                raise BadInputError(
+                    "a record's data are not as long as its pickle says",
+                    expected=f"{numel * dtype.itemsize} bytes",
+                    found=f"{entry[1]} bytes" if entry else "no data",
+                )
+        except StreamconvError as error:
+            error.where = f"{edges.whole.name} at byte {piece.offset}, {tensor.name}"
+            error.hint = error.hint or (
+                "the file is damaged, was cut short or belongs to another save: copy the whole folder "
+                "again, .metadata too"
+            )
+            raise
+        start, nbytes, crc, header_nbytes = entry
+        record = Record(
+            self._numbers[piece.file], key, start, nbytes, crc if nbytes else 0, header_nbytes
+        )
+        return Stored(piece.box, strides, offset, record)
+
+    def _view(self, directory: ZipDirectory, window: _RecordWindow) -> tuple[Any, ...]:
+        """Return (dtype, storage key, elements stored, offset, shape, strides) of a record."""
+        data = directory.read_entry("data.pkl", max_nbytes=_MAX_PICKLE_NBYTES)
+        parsed = self._parsed.get(data)
+        if parsed is None:
+            try:
+                dtype, storage, numel, offset, shape, strides = tensor_parts(
+                    load_inert(data, window.name)
+                )
+                key = int(storage.key)
+                numbers = (*shape, *strides, offset, key)
+                if not all(type(n) is int and n >= 0 for n in numbers) or key >> 32:
+                    raise ValueError
+            except MALFORMED:
+                raise BadInputError(
+                    "a record holds no tensor that torch could have saved"
+                ) from None
+            parsed = self._parsed[data] = (dtype, key, numel, offset, shape, strides)
+        return parsed
+
+
+class _Edges:
+    """An open file of records; what was read around the last two places is kept."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            self._fd = open_input(path)
+        except OSError as error:
+            raise cannot_read(error, path) from error
+        self.whole = FileWindow(self._fd, str(path), 0, os.fstat(self._fd).st_size)
+        self._kept: list[tuple[int, bytes]] = []
+
+    def read(self, start: int, nbytes: int) -> bytes:
+        """Return ``nbytes`` bytes from ``start``, which the caller has checked."""
+        end = start + nbytes
+        for begin, data in self._kept:
+            if begin <= start and end <= begin + len(data):
+                return data[start - begin : end - begin]
+        if nbytes >= _AROUND_NBYTES:
+            return self.whole.read(start, nbytes)
+        begin = max(0, end - _AROUND_NBYTES)
+        data = self.whole.read(begin, min(self.whole.nbytes, end + _AROUND_NBYTES) - begin)
+        self._kept = [(begin, data), *self._kept[:1]]
+        return data[start - begin : end - begin]
+
+    def __enter__(self) -> _Edges:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._fd)
+
+
+class _RecordWindow:
+    """One record of a file, as a window."""
+
+    __slots__ = ("_edges", "base", "name", "nbytes")
+
+    def __init__(self, edges: _Edges, base: int, nbytes: int) -> None:
+        self._edges = edges
+        self.name = edges.whole.name
+        self.base = base
+        self.nbytes = nbytes
+
+    def read(self, offset: int, nbytes: int) -> bytes:
+        check_inside(self, offset, nbytes)
+        return self._edges.read(self.base + offset, nbytes)
+
+
+class Assembler:
+    """Makes global tensors of stored pieces; tensors that are cut alike share their layout."""
+
+    def __init__(self) -> None:
+        self._layouts: dict[ShardLayout, ShardLayout] = {}
+
+    def tensor(
+        self, name: str, dtype: DType, shape: Shape, pieces: Sequence[Stored]
+    ) -> GlobalTensor:
+        """Return the tensor; raises :class:`BadInputError` unless ``pieces`` tile ``shape``."""
+        pieces = sorted(pieces, key=lambda p: p.box.offsets)
+        table = ShardTable()
+        for piece in pieces:
+            table.append(*astuple(piece.record))
+        try:
+            layout = ShardLayout(
+                shape,
+                tuple(p.box for p in pieces),
+                tuple(p.strides for p in pieces),
+                tuple(p.storage_offset for p in pieces),
+            )
+            layout = self._layouts.setdefault(layout, layout)
+            return GlobalTensor(name, dtype, layout, table, _cut(shape, pieces))
+        except ValueError as error:
+            raise BadInputError(
+                "the pieces of a tensor do not make it up",
+                where=name,
+                found=str(error),
+                hint="the checkpoint is incomplete or damaged",
+            ) from None
+
+
+def _cut(shape: Shape, pieces: Sequence[Stored]) -> str:
+    """Return in words along which dimensions a tensor is cut."""
+    if len(pieces) == 1:
+        return "whole"
+    parts = (
+        f"dim {d} in {n}"
+        for d in range(len(shape))
+        if (n := len({p.box.offsets[d] for p in pieces})) > 1
+    )
+    return ", ".join(parts)

@@ -1,0 +1,1 @@
+"""verl's FSDP checkpoints: one state dict per rank."""

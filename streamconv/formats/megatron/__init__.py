@@ -1,0 +1,1 @@
+"""Megatron-Core's checkpoints: torch_dist and one folder per rank."""

@@ -1,0 +1,156 @@
+"""What a plan consists of, in memory: of each tensor the sources, moves and bytes; files and totals.
+
+:mod:`streamconv.ir.planfile` keeps it in a file; the byte path needs no more than this.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from streamconv.files.names import check_file_name, check_tensor_name
+from streamconv.ir.boxes import Shape
+from streamconv.ir.dtypes import F32, DType
+from streamconv.ir.lowering import Move
+from streamconv.ir.source import ShardTable, Skipped, SourceFile
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedSource:
+    """A tensor of the checkpoint as a section needs it: its type, and where its shards lie."""
+
+    fqn: str
+    dtype: DType
+    shards: ShardTable
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedProduct:
+    """``scale * (left @ right)``, which is added to a matrix of ``shape``.
+
+    The moves make the float32 factors, C-contiguous, out of the tensor's sources: ``left`` of shape
+    (rows, ``rank``), ``right`` of shape (``rank``, columns).
+    """
+
+    shape: Shape
+    rank: int
+    scale: float
+    left: tuple[Move, ...]
+    right: tuple[Move, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedTensor:
+    """One tensor of an output file.
+
+    ``begin`` and ``end`` count bytes from the end of the file's header. ``last`` holds the indices
+    (into ``sources``) of those that no later tensor of the plan draws from. ``same_as`` names the
+    tensor whose bytes this one repeats; such a tensor is compared and not written. ``products`` are
+    what the moves' :class:`ProductAt` speak of.
+    """
+
+    name: str
+    dtype: DType
+    shape: Shape
+    begin: int
+    end: int
+    sources: tuple[PlannedSource, ...]
+    moves: tuple[Move, ...]
+    last: tuple[int, ...] = ()
+    same_as: str | None = None
+    products: tuple[PlannedProduct, ...] = ()
+
+    def __post_init__(self) -> None:
+        check_tensor_name(self.name)
+
+    @property
+    def nbytes(self) -> int:
+        """Return the bytes of the tensor in the output."""
+        return self.end - self.begin
+
+    def factor(self, product: int, side: Literal["left", "right"]) -> PlannedTensor:
+        """Return a factor of one of the products as a tensor of its own, to be read like any other."""
+        p = self.products[product]
+        shape = (p.shape[0], p.rank) if side == "left" else (p.rank, p.shape[1])
+        moves = p.left if side == "left" else p.right
+        nbytes = shape[0] * shape[1] * F32.itemsize
+        name = f"{self.name} ({side} factor of its update)"
+        return PlannedTensor(name, F32, shape, 0, nbytes, self.sources, moves)
+
+
+@dataclass(frozen=True, slots=True)
+class SideFile:
+    """A file copied beside the weights: ``name`` in the output, ``path`` where it comes from."""
+
+    name: str
+    path: str
+    nbytes: int
+    xxh3: str
+
+    def __post_init__(self) -> None:
+        check_file_name(self.path)
+
+
+@dataclass(frozen=True, slots=True)
+class TextFile:
+    """A file that is made while planning; the plan holds its content."""
+
+    name: str
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class WrittenFile:
+    """What a plan's head says of such a file. The index of a large model is megabytes."""
+
+    name: str
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class OutputFile:
+    """One safetensors file: its name, its whole size, and its header as it will be written.
+
+    ``header`` is the JSON text, padded with spaces; in the file an 8-byte length precedes it.
+    """
+
+    name: str
+    nbytes: int
+    header: str
+    tensors: int
+
+    @property
+    def data_start(self) -> int:
+        """Return the byte of the file at which tensor data begins."""
+        return 8 + len(self.header.encode())
+
+
+@dataclass(frozen=True, slots=True)
+class Totals:
+    """What a plan amounts to; sizes in bytes, dtypes as bytes per torch name.
+
+    ``merged`` counts the tensors that an adapter is merged into.
+    """
+
+    tensors: int
+    parameters: int
+    read_bytes: int
+    write_bytes: int
+    unverifiable_bytes: int
+    source_dtypes: dict[str, int]
+    output_dtypes: dict[str, int]
+    merged: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class PlanHead:
+    """All of a plan but its sections."""
+
+    root: str
+    job: dict[str, Any]
+    totals: Totals
+    notices: tuple[str, ...]
+    skipped: tuple[Skipped, ...]
+    files: tuple[SourceFile, ...]
+    side: tuple[SideFile, ...]
+    written: tuple[WrittenFile, ...]

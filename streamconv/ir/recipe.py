@@ -1,0 +1,113 @@
+"""Recipes: how an output tensor is made of global tensors, as plain data without torch.
+
+A :class:`View` is what a view of a torch meta tensor is: a shape, element strides and an element
+offset into a C-contiguous base. The base is a global tensor of the checkpoint or a :class:`Gather`,
+the result of an op that copies (cat, stack, clone, a reshape that cannot be a view): a tensor whose
+parts are again views. Elementwise ops commute with both, so they ride along on the view. A low-rank
+update (LoRA) is elementwise, too, once it is known where in its matrix an element lies.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from streamconv.ir.boxes import Box, Shape
+from streamconv.ir.dtypes import DType
+
+
+@dataclass(frozen=True, slots=True)
+class Cast:
+    """Convert every element to ``dtype``."""
+
+    dtype: DType
+
+
+@dataclass(frozen=True, slots=True)
+class AddScalar:
+    """Add ``value`` to every element, in the element's own dtype (norms stored as ``w - 1``)."""
+
+    value: float
+
+
+@dataclass(frozen=True, slots=True)
+class AddProduct:
+    """Add to each element of a matrix the element of ``scale * (left @ right)`` at its place.
+
+    The first op of a view whose base is the matrix, a global tensor of rank 2. ``left`` has the
+    matrix's rows and ``rank`` columns, ``right`` has ``rank`` rows and the matrix's columns; both
+    come as float32. Everything is computed in float32, the product as ``((l0*r0 + l1*r1) + …)``, each
+    step rounded: the bits depend on neither tiles, threads nor CPU. The next op rounds the sum once.
+    """
+
+    left: View
+    right: View
+    scale: float
+
+    @property
+    def rank(self) -> int:
+        """Return the number of terms of each element of the product."""
+        return self.left.shape[1]
+
+
+@dataclass(frozen=True, slots=True)
+class Zero:
+    """Put 0, in the element's own dtype, in the place of every element.
+
+    So padding needs no base of its own: it is a view that walks over one element with stride 0.
+    """
+
+
+Op = Cast | AddScalar | AddProduct | Zero
+
+
+@dataclass(frozen=True, slots=True)
+class SourceRef:
+    """A global tensor of the checkpoint, by FQN; its elements are taken in C order."""
+
+    fqn: str
+    shape: Shape
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """``shape`` elements of ``base``: index ``i`` is base element ``offset + sum(i*strides)``.
+
+    ``ops`` are applied to each element after it is taken, in order.
+    """
+
+    base: SourceRef | Gather
+    shape: Shape
+    strides: Shape
+    offset: int = 0
+    ops: tuple[Op, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """The part of a gather that lies in ``box``; ``view.shape`` equals ``box.sizes``."""
+
+    box: Box
+    view: View
+
+
+@dataclass(frozen=True, slots=True)
+class Gather:
+    """A C-contiguous tensor of ``shape`` put together of ``parts``, which tile it."""
+
+    shape: Shape
+    parts: tuple[Part, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """One output tensor: its name, its element type after all ops, and how to make it."""
+
+    name: str
+    dtype: DType
+    view: View
+
+    @property
+    def nbytes(self) -> int:
+        """Return the bytes of the output tensor."""
+        return math.prod(self.view.shape) * self.dtype.itemsize

@@ -1,0 +1,308 @@
+"""What a LoRA checkpoint becomes: a merged model, a PEFT folder, or both."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from streamconv.errors import BadInputError, UsageError
+from streamconv.files.durable import hash_file
+from streamconv.formats import safetensors_folder
+from streamconv.ir.identity import identified
+from streamconv.ir.planned import SideFile, TextFile
+from streamconv.ir.recipe import Recipe
+from streamconv.ir.source import Checkpoint, GlobalTensor, Skipped
+from streamconv.lora import adapters, fit
+from streamconv.lora import names as adapter_names
+from streamconv.lora import settings as adapter_config
+from streamconv.lora.adapters import Adapter
+from streamconv.lora.settings import Settings
+from streamconv.options import LoraOptions
+from streamconv.quantization.scales import HF_QUANT_CONFIG
+from streamconv.tracing.model import Model
+
+ADAPTER_FOLDER = "lora_adapter"
+
+
+@dataclass(frozen=True, slots=True)
+class LoraPlan:
+    """A checkpoint's base weights and its adapter, and what is to become of them.
+
+    ``checkpoint`` holds the base weights under their own names, those of ``--base`` among them.
+    """
+
+    checkpoint: Checkpoint
+    adapter: Adapter
+    settings: Settings
+    merge: bool
+    hand_on: bool
+    diverged: Sequence[str]
+    """Tensors of an adapter that is handed on which are not finite: a merge would refuse them."""
+    base: Path | None = None
+    called: Mapping[str, str] = field(default_factory=dict)
+    """What the model calls the adapted weights, and those that were trained whole."""
+
+    def fitted(self, model: Model | None) -> LoraPlan:
+        """Return the plan with the adapter's names as the model has them; raises where it lacks them.
+
+        The base weights of the checkpoint bear what wrappers put around names, too, so that a merge
+        goes by the names that are there first.
+        """
+        called = fit.called(self.adapter, model)
+        if model is not None and model.certain:
+            fit.check(self.adapter, called, model)
+        elif model is None and not self.merge:
+            fit.refuse_doubtful(self.adapter, self.checkpoint)
+        return dataclasses.replace(self, called=called)
+
+    @property
+    def handed_on(self) -> Adapter:
+        """Return the adapter under the names that the model has."""
+        return fit.renamed(self.adapter, self.called)
+
+    @property
+    def folder(self) -> str:
+        """Return where in the output the adapter goes, empty or ending in a slash."""
+        return f"{ADAPTER_FOLDER}/" if self.merge else ""
+
+    def with_tied(
+        self, base: Mapping[str, GlobalTensor], model: Model | None
+    ) -> dict[str, GlobalTensor]:
+        """Return the base weights with those that are there by another name only, tied to them.
+
+        An adapted one is no longer the other's equal, so the output holds both.
+        """
+        found = dict(base)
+        if model is None:
+            return found
+        held = {model.hub_name(n) or n: n for n in base}
+        for module in self.adapter.targets:
+            weight = f"{module}.weight"
+            name = model.hub_name(self.called.get(weight, weight))
+            if name is None or name in held:
+                continue
+            for other in (n for pair in model.tied if name in pair for n in pair if n in held):
+                tensor = base[held[other]]
+                # A table of its own: the plan knows sources by their tables.
+                table = dataclasses.replace(tensor.shards)
+                found[name] = dataclasses.replace(tensor, fqn=name, shards=table)
+        return found
+
+    def merged(
+        self, recipes: list[Recipe], base: Mapping[str, GlobalTensor], model: Model | None
+    ) -> list[Recipe]:
+        """Return the recipes of the model with the adapter merged in."""
+
+        def find(name: str) -> str | None:
+            tried: list[str | None] = [name, self.called.get(name)]
+            tried += [model.hub_name(n) for n in tried if n and model is not None]
+            return next((n for n in tried if n in base), None)
+
+        made = adapters.updates(
+            self.adapter,
+            self.settings,
+            base,
+            find,
+            lambda m: self._turned(m, model),
+            self.base,
+        )
+        return adapters.attach(recipes, made)
+
+    def _turned(self, module: str, model: Model | None) -> bool | None:
+        """Whether a module holds its weight as (in, out): as PEFT does, by the layer's class.
+
+        None where neither the class nor the settings tell.
+        """
+        weight = f"{module}.weight"
+        module = self.called.get(weight, weight).removesuffix(".weight")
+        known = model.holds_transposed(module) if model is not None else None
+        return (self.settings.fan_in_fan_out or None) if known is None else known
+
+    def tensors(self, base: Mapping[str, GlobalTensor]) -> dict[str, GlobalTensor]:
+        """Return ``base`` and the adapter's tensors, by FQN: all that the outputs draw from."""
+        parts = [*self.adapter.tensors.values()]
+        parts += self.adapter.saved.values() if self.hand_on else ()
+        return {**base, **{t.fqn: t for t in parts}}
+
+    def base_skipped(self) -> list[Skipped]:
+        """Return the base weights as what is left out where the adapter alone is written."""
+        return [
+            Skipped(n, "base weights (--lora merge or both gives the model)")
+            for n in self.checkpoint.tensors
+            if n not in self.adapter.saved
+        ]
+
+    def notices(self) -> list[str]:
+        """Return what a user should know of the adapter."""
+        s = self.settings
+        ranks = sorted({adapters.rank_of(t, self.adapter) for t in self.adapter.targets.values()})
+        what = f"LoRA of rank {', '.join(map(str, ranks))} on {len(self.adapter.targets)} modules"
+        what += f", lora_alpha {s.alpha:g} ({s.origin})" if s.alpha is not None else ""
+        done = {
+            (True, False): "merged into the base weights",
+            (False, True): "written as a PEFT adapter",
+            (True, True): f"merged into the base weights, and written to {ADAPTER_FOLDER}/",
+        }
+        told = [f"{what}: {done[self.merge, self.hand_on]}"]
+        heads = [] if self.merge else [*filter(_of_a_value_head, self.checkpoint.tensors)]
+        if any(n not in self.adapter.saved for n in heads):
+            told.append(
+                f"the adapter's folder does not hold the value head ({heads[0]}), which a base model "
+                "lacks, too: --lora merge or both keeps it"
+            )
+        if self.diverged:
+            told.append(
+                f"{len(self.diverged)} tensors of the adapter hold NaN or infinities, "
+                f"{self.diverged[0]} among them: training diverged"
+            )
+        return told
+
+    def config(self, model: Model | None) -> TextFile:
+        """Return the adapter's config for PEFT."""
+        known = list(model.state_shapes) if model is not None else []
+        if model is None or not model.certain:
+            known += self.checkpoint.tensors
+        modules = {".".join(p[:k]) for p in (n.split(".") for n in known) for k in range(1, len(p))}
+        adapter = self.handed_on
+        ranks = {m: adapters.rank_of(t, adapter) for m, t in adapter.targets.items()}
+        biases = any(p.endswith(".bias") for t in adapter.targets.values() for p in t.parts)
+        linear = (m for m, t in adapter.targets.items() if not t.embedding)
+        settings = dataclasses.replace(
+            self.settings,
+            fan_in_fan_out=any(self._turned(m, model) for m in linear),
+            lora_bias=biases,
+        )
+        return adapter_config.config_file(
+            self.folder + adapter_config.CONFIG, settings, ranks, modules, adapter.wrapped
+        )
+
+    @property
+    def weights_name(self) -> str:
+        """Return the output file of the adapter's tensors."""
+        return self.folder + adapter_config.WEIGHTS
+
+    def side(self, side: list[SideFile]) -> list[SideFile]:
+        """Return the side files that belong to the output."""
+        return side if self.merge else [s for s in side if s.name not in adapter_config.OF_A_MODEL]
+
+
+def adapter_inputs(root: Path, options: LoraOptions) -> list[tuple[str | int, ...]]:
+    """Return what else takes part in a job: the adapter's settings, and the base model's files."""
+    found: list[tuple[str | int, ...]] = list(adapter_config.hashes(root))
+    return found if options.base is None else found + base_inputs(options.base)
+
+
+def base_inputs(base: Path) -> list[tuple[str | int, ...]]:
+    """Return what identifies a base model; its weights have no checksums to go by."""
+    found: list[tuple[str | int, ...]] = [
+        (Path(f.path).name, *identified(f)[1:]) for f in safetensors_folder.identify(base)
+    ]
+    return found + [
+        (f"base/{name}", hash_file(base / name))
+        for name in ("config.json", HF_QUANT_CONFIG)
+        if (base / name).is_file()
+    ]
+
+
+def plan_lora(checkpoint: Checkpoint, options: LoraOptions) -> LoraPlan | None:
+    """Return what becomes of a checkpoint with an adapter; None where it has none.
+
+    Raises :class:`UsageError` for options that do not fit the checkpoint, :class:`BadInputError` for an
+    adapter that is damaged, that contradicts its settings, or that changes nothing.
+    """
+    names = [*checkpoint.tensors, *checkpoint.undecided]
+    tuner = adapter_names.other_tuner(names)
+    if tuner is not None:
+        kind, name = tuner
+        raise BadInputError(
+            f"this checkpoint holds an adapter of {kind}, which is not LoRA: leaving it out would give "
+            "another model",
+            where=name,
+            expected="LoRA",
+            hint="load it with PEFT, and merge it there (merge_and_unload) where PEFT can",
+        )
+    if not adapter_names.has_adapter(names):
+        _refuse_options(checkpoint, options)
+        return None
+    found, adapter = adapters.separate(checkpoint)
+    settings = adapters.settle(adapter_config.read_settings(checkpoint.root, options), adapter)
+    held = [m for m in adapter.targets if f"{m}.weight" in found.tensors]
+    if options.base is not None:
+        if held:
+            raise UsageError(
+                "--base is for a checkpoint without base weights; this one has them",
+                where=str(checkpoint.root),
+                found=f"{held[0]}.weight",
+            )
+        settings.check_unchanged_base()
+        found, adapter = _with_base(found, adapter, options.base)
+    mode = options.mode
+    if mode == "auto":
+        mode = "merge" if held or options.base is not None else "adapter"
+    if mode != "merge":
+        settings.check_biases()
+    if mode != "adapter" and not held and options.base is None:
+        raise adapters.no_weight(next(iter(adapter.targets)))
+    paths = [checkpoint.root / f.path for f in checkpoint.files]
+    if not options.allow_zero and adapters.changes_nothing(adapter, paths):
+        raise BadInputError(
+            "the adapter changes nothing: every lora_B is zero, as before the first step of training",
+            where=str(checkpoint.root),
+            found=f"{len(adapter.targets)} adapted modules",
+            hint="the checkpoint does not hold what was trained; --allow-zero-delta takes it as it is",
+        )
+    diverged = adapters.not_finite(adapter, paths) if mode == "adapter" else ()
+    return LoraPlan(
+        found, adapter, settings, mode != "adapter", mode != "merge", diverged, options.base
+    )
+
+
+def idle_options(options: LoraOptions) -> list[str]:
+    """Return notices of what is said about an adapter where there is none: of several models, one."""
+    given = {
+        "--lora-alpha": options.alpha is not None,
+        "--lora-rank": options.rank is not None,
+        "--lora-rslora": options.rslora,
+        "--allow-zero-delta": options.allow_zero,
+    }
+    return [f"{n} is without effect: no adapter in this checkpoint" for n, g in given.items() if g]
+
+
+def _of_a_value_head(name: str) -> bool:
+    return not {"score", "v_head"}.isdisjoint(name.split("."))
+
+
+def _refuse_options(checkpoint: Checkpoint, options: LoraOptions) -> None:
+    if options.mode != "auto" or options.base is not None:
+        option = "--base" if options.mode == "auto" else "--lora"
+        raise UsageError(
+            f"{option} is given, but this checkpoint has no adapter",
+            where=str(checkpoint.root),
+        )
+
+
+def _with_base(checkpoint: Checkpoint, adapter: Adapter, base: Path) -> tuple[Checkpoint, Adapter]:
+    files, tensors = safetensors_folder.read(base, len(checkpoint.files))
+    # What was trained whole takes the place of the base's own, hence by the base's names.
+    called = fit.called_in(adapter, tensors)
+    adapter = fit.renamed(adapter, called)
+    own = {
+        called.get(n, n): adapters.named(called.get(n, n), t) for n, t in checkpoint.tensors.items()
+    }
+    found = dataclasses.replace(
+        checkpoint,
+        files=(*checkpoint.files, *files),
+        tensors={**tensors, **own},
+        side_dir=checkpoint.side_dir or base,
+        skipped=(
+            *checkpoint.skipped,
+            *(
+                Skipped(f"{base.name}/{n}", "trained anew: the checkpoint's own is taken")
+                for n in tensors
+                if n in adapter.saved
+            ),
+        ),
+    )
+    return found, adapter

@@ -1,0 +1,319 @@
+"""The settings of a LoRA adapter: read from what lies beside the rank files, written for PEFT.
+
+``lora_train_meta.json`` (newer verl: ``r``, ``lora_alpha``, ``task_type``) and
+``lora_adapter/adapter_config.json`` (verl writes PEFT's own settings there). Both are data of
+strangers: only the keys below are taken, for a PEFT config can also name code to import.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import xxhash
+
+from streamconv.errors import BadInputError
+from streamconv.files.inputs import readable
+from streamconv.ir.planned import TextFile
+from streamconv.options import LoraOptions
+
+PREFIX = "base_model.model."  # of every name in PEFT's model
+WEIGHTS = "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
+# Beside an adapter these would say that the folder is a model.
+OF_A_MODEL = ("config.json", "generation_config.json")
+FILES = ("lora_train_meta.json", "lora_adapter/adapter_config.json")
+_MAX_NBYTES = 1 << 20
+_NAME = re.compile(r"\^?(?:[\w.-]|\\\.)+\$?", re.ASCII)
+_T = TypeVar("_T")
+# Those of PEFT's initializations that leave the base weights as they are; the others (PiSSA, OLoRA, …)
+# take the adapter's first values out of them.
+_KEEPS_BASE = (True, False, None, "gaussian", "eva", "orthogonal")
+_KEPT_KEYS = (
+    "base_model_name_or_path",
+    "bias",
+    "init_lora_weights",
+    "lora_dropout",
+    "task_type",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How an adapter was trained, as far as is known; ``alpha`` and ``rank`` may be unknown.
+
+    The patterns hold values for some modules, by the end of their name or, after ``^``, the whole of
+    it. ``kept`` goes into the written config as it stands. ``origin`` says where ``alpha`` is from.
+    """
+
+    alpha: float | None = None
+    rank: int | None = None
+    rslora: bool = False
+    dora: bool = False
+    fan_in_fan_out: bool = False
+    lora_bias: bool = False
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    kept: Mapping[str, Any] = field(default_factory=dict)
+    origin: str = ""
+
+    def rank_of(self, module: str) -> int | None:
+        """Return the rank that the settings give a module, None where they do not say."""
+        return _by_pattern({**self.rank_pattern}, module, self.rank)
+
+    def check_unchanged_base(self) -> None:
+        """Raise :class:`BadInputError` where training began with other weights than the base's."""
+        how = self.kept.get("init_lora_weights")
+        if how not in _KEEPS_BASE:
+            raise BadInputError(
+                "this adapter was trained on altered base weights: added to the base model's own, it "
+                "would give another model",
+                found=f"init_lora_weights {how!r} in {FILES[1]}",
+                hint="convert a checkpoint that holds the base weights, or merge it with PEFT",
+            )
+
+    def check_biases(self) -> None:
+        """Raise :class:`BadInputError` where a folder of the adapter would lack trained biases."""
+        bias = self.kept.get("bias", "none")
+        if bias != "none":
+            raise BadInputError(
+                "the model's biases were trained too, and an adapter's folder would lack them",
+                found=f"bias {bias!r} in {FILES[1]}",
+                hint="merge it: --lora merge (and --base DIR where there are no base weights)",
+            )
+
+    def scale(self, module: str, rank: int) -> float:
+        """Return what the product of a module's factors is multiplied by; ``alpha`` must be known."""
+        alpha = _by_pattern({**self.alpha_pattern}, module, self.alpha)
+        if alpha is None:
+            raise BadInputError(
+                "the adapter's lora_alpha is not known, and a guess would give another model",
+                expected=f"it in {' or '.join(FILES)} beside the rank files",
+                hint="say what it was trained with: --lora-alpha N",
+            )
+        return alpha / math.sqrt(rank) if self.rslora else alpha / rank
+
+
+def _by_pattern(patterns: Mapping[str, _T], module: str, default: _T) -> _T:
+    for pattern, value in patterns.items():
+        name = pattern.removesuffix("$").replace("\\.", ".")
+        if module == name.removeprefix("^") or module.endswith(f".{name}"):
+            return value
+    return default
+
+
+def hashes(root: Path) -> list[tuple[str, str]]:
+    """Return (name, xxh3_128) of the settings files that are there: they take part in the output."""
+    return [
+        (name, xxhash.xxh3_128_hexdigest(_read(root / name)))
+        for name in FILES
+        if (root / name).is_file()
+    ]
+
+
+def _read(path: Path) -> bytes:
+    with readable(path), path.open("rb") as stream:
+        data = stream.read(_MAX_NBYTES + 1)
+    if len(data) > _MAX_NBYTES:
+        raise BadInputError("the adapter's settings are too large", where=str(path))
+    return data
+
+
+def read_settings(root: Path, options: LoraOptions) -> Settings:
+    """Return what the files beside the rank files and the user say of the adapter.
+
+    The user goes before the files. Raises :class:`BadInputError` for values that no adapter has, and
+    where two files disagree.
+    """
+    given = {
+        "lora_alpha": options.alpha,
+        "r": options.rank,
+        "use_rslora": options.rslora or None,
+    }
+    found: dict[str, Any] = {k: v for k, v in given.items() if v is not None}
+    origins = dict.fromkeys(found, "the command line")
+    kept: dict[str, Any] = {}
+    for name in FILES:
+        if not (root / name).is_file():
+            continue
+        data = read_object(root / name)
+        kind = data.get("peft_type")
+        if kind not in (None, "LORA"):
+            raise BadInputError(
+                "this adapter is of another kind than LoRA",
+                where=str(root / name),
+                found=f"peft_type {kind!r}"[:80],
+                expected="LORA",
+                hint="merge it with PEFT",
+            )
+        for key, value in _checked(data, root / name):
+            if key not in found:
+                found[key], origins[key] = value, name
+            elif found[key] != value and key in ("lora_alpha", "r") and origins[key] in FILES:
+                raise BadInputError(
+                    f"two files disagree about the adapter's {key}",
+                    where=str(root),
+                    found=f"{found[key]} in {origins[key]}, {value} in {name}",
+                    hint="say which is right (--lora-alpha, --lora-rank)",
+                )
+        kept |= {k: data[k] for k in _KEPT_KEYS if data.get(k) is not None}
+    return Settings(
+        alpha=found.get("lora_alpha"),
+        rank=found.get("r"),
+        rslora=found.get("use_rslora", False),
+        dora=found.get("use_dora", False),
+        fan_in_fan_out=found.get("fan_in_fan_out", False),
+        alpha_pattern=found.get("alpha_pattern", {}),
+        rank_pattern=found.get("rank_pattern", {}),
+        kept=kept,
+        origin=origins.get("lora_alpha", ""),
+    )
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether this is the folder of an adapter alone."""
+    return (folder / CONFIG).is_file() and not (folder / "config.json").is_file()
+
+
+def base_of(folder: Path, given: Path | None) -> Path | None:
+    """Return the base model's folder: the one given, or what the config names where it is here."""
+    if given is not None or not (folder / CONFIG).is_file():
+        return given
+    named = read_object(folder / CONFIG).get("base_model_name_or_path")
+    local = isinstance(named, str) and named and (Path(named) / "config.json").is_file()
+    return Path(str(named)) if local else None
+
+
+def checked_settings(data: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """Return those of an adapter's own settings that say what it computes.
+
+    Raises :class:`BadInputError` for values that no adapter has, and where the base's were altered.
+    """
+    Settings(kept=data).check_unchanged_base()
+    return dict(_checked(data, path))
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Return the settings in a file as they stand."""
+    try:
+        data = json.loads(_read(path))
+    except (ValueError, RecursionError) as error:
+        raise BadInputError(
+            "the adapter's settings are no valid JSON", where=str(path), found=str(error)[:200]
+        ) from error
+    if not isinstance(data, dict):
+        raise BadInputError("the adapter's settings are no JSON object", where=str(path))
+    return data
+
+
+def _checked(data: Mapping[str, Any], path: Path) -> Iterator[tuple[str, Any]]:
+    """Yield the settings that matter; an alpha of 0 is what verl's merger writes for "not known"."""
+    for key, check in _CHECKS.items():
+        value = data.get(key)
+        if value is None or (key == "lora_alpha" and value == 0):
+            continue
+        if not check(value):
+            raise BadInputError(
+                f"the adapter's {key} makes no sense",
+                where=str(path),
+                expected="names of modules or their ends (regular expressions are not evaluated)"
+                if key.endswith("_pattern")
+                else None,
+                found=repr(value)[:80],
+            )
+        yield key, value
+
+
+def _is_alpha(value: object) -> bool:
+    return type(value) in (int, float) and 0 < value < math.inf  # type: ignore[operator]
+
+
+def _is_rank(value: object) -> bool:
+    return type(value) is int and value > 0
+
+
+def _is_flag(value: object) -> bool:
+    return type(value) is bool
+
+
+def _is_pattern(value: object, of: Callable[[object], bool]) -> bool:
+    # PEFT allows any regular expression; a stranger's may run for ever, and names are what is used.
+    return isinstance(value, dict) and all(
+        _NAME.fullmatch(name) and of(v) for name, v in value.items()
+    )
+
+
+_CHECKS: dict[str, Callable[[object], bool]] = {
+    "lora_alpha": _is_alpha,
+    "r": _is_rank,
+    "use_rslora": _is_flag,
+    "use_dora": _is_flag,
+    "fan_in_fan_out": _is_flag,
+    "alpha_pattern": lambda v: _is_pattern(v, _is_alpha),
+    "rank_pattern": lambda v: _is_pattern(v, _is_rank),
+}
+
+
+def config_file(
+    name: str,
+    settings: Settings,
+    ranks: Mapping[str, int],
+    modules: Collection[str],
+    saved: Collection[str],
+) -> TextFile:
+    """Return ``adapter_config.json`` for PEFT, as the file ``name`` of the output.
+
+    ``ranks`` are the adapted modules with the rank of each, ``modules`` all modules of the model as far
+    as they are known, those that only hold others included, ``saved`` those that were trained whole.
+    """
+    rank = Counter(ranks.values()).most_common(1)[0][0]
+    settings.scale(next(iter(ranks)), rank)  # refuses an unknown alpha
+    config: dict[str, Any] = {
+        "alpha_pattern": dict(settings.alpha_pattern),
+        "base_model_name_or_path": None,
+        "bias": "none",
+        "fan_in_fan_out": settings.fan_in_fan_out,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "lora_alpha": settings.alpha,
+        "lora_dropout": 0.0,
+        "modules_to_save": _saved(saved, modules) or None,
+        "peft_type": "LORA",
+        "r": rank,
+        "rank_pattern": {f"^{m}$".replace(".", r"\."): r for m, r in ranks.items() if r != rank},
+        "target_modules": _targets(ranks, modules),
+        "task_type": None,
+        "use_dora": settings.dora,
+        "use_rslora": settings.rslora,
+        **settings.kept,
+    }
+    if settings.lora_bias:  # the key is unknown to PEFT before 0.14, hence only where it is needed
+        config["lora_bias"] = True
+    return TextFile(name, json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+
+
+def _targets(adapted: Collection[str], modules: Collection[str]) -> list[str] | str:
+    """Return what means just the adapted modules to PEFT: ends of names, whole names, or a pattern."""
+    others = {f".{m}" for m in modules if m not in adapted}
+    for names in ({m.rpartition(".")[2] for m in adapted}, set(adapted)):
+        if not any(m.endswith(tuple(f".{n}" for n in names)) for m in others):
+            return sorted(names)
+    return "|".join(re.escape(m) for m in sorted(adapted))
+
+
+def _saved(saved: Collection[str], modules: Collection[str]) -> list[str]:
+    """Return what means just the modules that were trained whole to PEFT.
+
+    There an end of a name need not begin at a dot: "norm" means "input_layernorm", too.
+    """
+    others = {PREFIX + m for m in modules if m not in saved}
+    for names in ({m.rpartition(".")[2] for m in saved}, set(saved)):
+        if not any(m.endswith(tuple(names)) for m in others):
+            return sorted(names)
+    return sorted(PREFIX + m for m in saved)

@@ -1,0 +1,1 @@
+"""From a checkpoint and a model to a plan, in a child process."""

@@ -1,0 +1,413 @@
+"""Puts a plan together: checkpoint, model and options in, plan lines out. Runs in the child."""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import math
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from streamconv import formats
+from streamconv.errors import BadInputError, SourceChangedError, UsageError
+from streamconv.files.durable import hash_file
+from streamconv.files.jsonfile import read_json
+from streamconv.files.names import INDEX, MANIFEST
+from streamconv.files.namesakes import refuse_overlaps
+from streamconv.ir.identity import JobIdentity, job_identity
+from streamconv.ir.lowering import products_of, sources_of
+from streamconv.ir.planned import OutputFile, PlanHead, SideFile, TextFile, Totals, WrittenFile
+from streamconv.ir.planwriter import PlanWriter
+from streamconv.ir.recipe import Recipe
+from streamconv.ir.source import Checkpoint, GlobalTensor, Skipped
+from streamconv.lora import adapters
+from streamconv.lora.plan import LoraPlan, adapter_inputs, idle_options, plan_lora
+from streamconv.options import JobOptions, Layout
+from streamconv.planning import checks, placing, strays
+from streamconv.planning.sidefiles import (
+    corrected_config,
+    corrected_tokenizer,
+    declared_dtype,
+    left_out,
+    list_side_files,
+    missing_code,
+    read_config,
+)
+from streamconv.quantization import scales
+from streamconv.tracing.model import Model
+
+if TYPE_CHECKING:
+    from streamconv.families.convert import Converted
+
+
+def build_plan(
+    checkpoint: Checkpoint, job: JobOptions, stream: IO[str], asked: JobIdentity | None = None
+) -> None:
+    """Write the plan of converting ``checkpoint`` to ``stream``.
+
+    ``asked`` is the job that was asked for: what was read must be that one's source. Raises
+    :class:`BadInputError` for what is missing, contradictory or cannot be written.
+    """
+    notices = list(checkpoint.notices)
+    folder, side = side_files(checkpoint.root, checkpoint.side_dir, job)
+    notices += missing_code(side)
+    inputs = [*formats.settings(checkpoint.root), *adapter_inputs(checkpoint.root, job.lora)]
+    identity = job_identity(checkpoint.format, checkpoint.files, side, job, inputs)
+    if asked not in (None, identity):
+        raise SourceChangedError(
+            "the checkpoint changed while it was planned",
+            where=str(checkpoint.root),
+            hint="run it again once nobody writes to it",
+        )
+    config = read_config(folder) if folder else None
+    _check_config(folder, side)
+    lora = plan_lora(checkpoint, job.lora)
+    if lora is not None:
+        checkpoint, side = lora.checkpoint, lora.side(side)
+    else:
+        notices += idle_options(job.lora)
+    made = _sources(checkpoint, config, job, notices)
+    if lora is not None:
+        lora = lora.fitted(made.model)
+    if lora is not None and not lora.merge:
+        made.skipped = lora.base_skipped()
+    else:
+        _refuse_unknown_names(checkpoint, made, job)
+        _plan_model(made, lora, job, {s.name for s in side}, notices)
+        made.skipped += (
+            left_out(folder, checkpoint.root) if folder and folder != job.lora.base else ()
+        )
+    if lora is not None:
+        _plan_adapter(made, lora, job, notices)
+    tokenizer, told = corrected_tokenizer(side)
+    made.texts += [tokenizer] if tokenizer else []
+    notices += told
+    recipes = [p.recipe for _, group in made.placed for p in group]
+    notices += [
+        f"--keep-dtype {pattern} matches no tensor"
+        for pattern in job.keep_dtype
+        if not any(fnmatch.fnmatchcase(r.name, pattern) for r in recipes)
+    ]
+    written = {t.name for t in made.texts}
+    skipped = [*checkpoint.skipped, *made.skipped]
+    totals = _totals(made.tensors, made.placed)
+    if totals.unverifiable_bytes:
+        notices.append(
+            "the source files carry no checksums for some records: damage in them cannot be seen"
+        )
+    side = [s for s in side if s.name not in written | made.side_left_out]
+    outputs = [output.name for output, _ in made.placed]
+    refuse_overlaps([*outputs, *written, *(s.name for s in side), MANIFEST])
+    writer = PlanWriter(stream)
+    writer.head(
+        PlanHead(
+            root=str(checkpoint.root.absolute()),
+            job=identity.to_json(),
+            totals=totals,
+            notices=tuple(notices),
+            skipped=(*skipped, *checks.unused(made.tensors, recipes, {s.name for s in skipped})),
+            files=checkpoint.files,
+            side=tuple(side),
+            written=tuple(WrittenFile(t.name, len(t.content.encode())) for t in made.texts),
+        ),
+        made.texts,
+    )
+    placing.write_sections(writer, made.placed, made.tensors)
+    writer.end()
+
+
+def _check_config(folder: Path | None, side: Iterable[SideFile]) -> None:
+    """Raise :class:`SourceChangedError` where the config that was read is not that of the job."""
+    for file in side:
+        if folder and file.name == "config.json" and hash_file(folder / file.name) != file.xxh3:
+            raise SourceChangedError("config.json changed while it was read", where=file.path)
+
+
+@dataclass
+class _Output:
+    """What goes into the output: first what it is made of, then what is made of that.
+
+    ``recipes`` are the model's. ``skipped`` are sources that are left out. ``prefix`` is what the names
+    begin with, of a model among several.
+    """
+
+    tensors: dict[str, GlobalTensor]
+    config: Mapping[str, Any] | None
+    model: Model | None
+    architecture: str | None
+    config_changes: tuple[str, ...]
+    recipes: list[Recipe]
+    skipped: list[Skipped]
+    prefix: str = ""
+    placed: list[tuple[OutputFile, list[placing.Placed]]] = field(default_factory=list)
+    texts: list[TextFile] = field(default_factory=list)
+    side_left_out: set[str] = field(default_factory=set)
+
+
+def _sources(
+    checkpoint: Checkpoint, config: Mapping[str, Any] | None, job: JobOptions, notices: list[str]
+) -> _Output:
+    if checkpoint.naming == "mcore":
+        found = _of_family(checkpoint, config, job)
+        recipes = list(found.recipes)
+        notices += found.notices
+        if found.model is not None:
+            notices += checks.check_recipes(recipes, found.model, job, found.extras)
+        return _Output(
+            dict(checkpoint.tensors),
+            found.config,
+            found.model,
+            found.architecture,
+            found.changes,
+            recipes,
+            list(found.skipped),
+        )
+    _refuse_family(job)
+    if config is None:
+        notices.append(
+            "no config.json: names and shapes could not be checked, and the output has none "
+            "(--hf-config DIR names a folder that has it)"
+        )
+    chosen, model, prefix = one_model(checkpoint, config, job, notices)
+    tensors = checks.decide_plain(chosen, model)
+    architecture = model.architecture if model is not None and model.certain else None
+    tensors = {n: tensors[n] for n in (*chosen.tensors, *chosen.undecided)}
+    left = chosen.skipped[len(checkpoint.skipped) :]
+    return _Output(tensors, config, model, architecture, (), [], list(left), prefix=prefix)
+
+
+def one_model(
+    checkpoint: Checkpoint, config: Mapping[str, Any] | None, job: JobOptions, notices: list[str]
+) -> tuple[Checkpoint, Model | None, str]:
+    """Return the checkpoint with one model in it, that model, and what its names begin with.
+
+    The user may have named it among several (:mod:`streamconv.planning.strays`); a folder of
+    that name was found before.
+    """
+    model = _model(config, [*checkpoint.tensors, *checkpoint.undecided], job.layout, notices)
+    wanted = job.model if job.model != checkpoint.root.absolute().name else None
+    chosen, prefix = strays.choose(checkpoint, model.has if model is not None else None, wanted)
+    if model is not None and chosen is not checkpoint:
+        # Heads of the others must not betray a critic.
+        model = _model(config, [*chosen.tensors, *chosen.undecided], job.layout, [])
+    return chosen, model, prefix
+
+
+def _plan_model(
+    made: _Output,
+    lora: LoraPlan | None,
+    job: JobOptions,
+    side: Collection[str],
+    notices: list[str],
+) -> None:
+    """Add the model's files: the weights, merged where there is an adapter, index and config."""
+    config, model = made.config, made.model
+    if job.value_head == "drop":
+        _drop_value_head(made)
+    if lora is not None:
+        made.tensors = lora.with_tied(made.tensors, model)
+    recipes = made.recipes or _recipes(made, job, notices)
+    expected = checks.expected_shapes(model, job)
+    recipes = scales.with_names_of_weights(recipes, expected)
+    quantized = scales.find({r.name: (r.view.shape, r.dtype) for r in recipes}, expected)
+    if model is not None and not made.recipes:
+        named = [r for r in recipes if r.name not in quantized.scales]
+        notices += checks.check_recipes(named, model, job)
+    if lora is not None:
+        recipes = lora.merged(recipes, made.tensors, model)
+    declared = declared_dtype(config) if config else None
+    recipes = checks.with_dtypes(recipes, job, model, declared, fixed=quantized)
+    if quantized.weights and job.dtype != "keep":
+        notices.append(
+            f"--dtype {job.dtype} does not touch {len(quantized.weights)} quantized weights and their "
+            "scales: they are written as they are. To have them as floats, convert without it and let "
+            "another program dequantize the output"
+        )
+    ties = checks.decide_ties(recipes, model, made.tensors)
+    for alias, kept in ties.kept.items():
+        notices.append(
+            f"{alias} is tied to {kept} by the config but not known to equal it: both kept"
+        )
+    if model is not None and job.layout == "hub":
+        left = {*ties.dropped, *ties.compared, *quantized.scales}
+        written = [r for r in recipes if r.name not in left]
+        checks.check_loads(written, model, sure=model.certain or bool(made.recipes))
+    made.placed += placing.shard(recipes, ties, job.max_shard_bytes)
+    made.skipped += [Skipped(a, f"the same storage as {k}") for a, k in ties.dropped.items()]
+    made.skipped += [Skipped(a, f"tied: the same bytes as {k}") for a, k in ties.compared.items()]
+    if config is not None:
+        config = _quantization(made, config, quantized, job, side)
+        text, told = corrected_config(
+            config,
+            dtype=checks.main_float_dtype(recipes, quantized),
+            untie=bool(ties.kept),
+            tied=bool(model.tied) and not ties.kept if model is not None else None,
+            alike=model.reads_alike if model is not None else None,
+            architecture=made.architecture,
+            changes=made.config_changes,
+        )
+        notices += told
+        if text:
+            made.texts.append(text)
+    if len(made.placed) > 1:
+        made.texts.append(TextFile(INDEX, placing.index_json(made.placed)))
+
+
+def _quantization(
+    made: _Output,
+    config: Mapping[str, Any],
+    quantized: scales.Quantized,
+    job: JobOptions,
+    side: Collection[str],
+) -> Mapping[str, Any]:
+    """Return a config that says of quantization what is true of the weights; so do the side files."""
+    own_file = scales.HF_QUANT_CONFIG
+    base = None
+    if job.lora.base is not None and quantized.weights:
+        base = read_config(job.lora.base)
+        path = job.lora.base / own_file
+        if path.is_file() and own_file not in side:
+            text = json.dumps(read_json(path, most_bytes=1 << 24), indent=4, ensure_ascii=False)
+            made.texts.append(TextFile(own_file, text + "\n"))
+    elsewhere = own_file in side or bool(made.texts)
+    config, told = scales.following(config, quantized, base=base, elsewhere=elsewhere)
+    made.config_changes += tuple(told)
+    if own_file in side and not quantized:
+        made.side_left_out.add(own_file)
+        made.skipped.append(Skipped(own_file, "the weights are not quantized"))
+    return config
+
+
+def _plan_adapter(made: _Output, lora: LoraPlan, job: JobOptions, notices: list[str]) -> None:
+    """Add the adapter's files where they are asked for."""
+    made.tensors = lora.tensors(made.tensors)
+    notices += lora.notices()
+    if lora.hand_on:
+        declared = declared_dtype(made.config) if made.config else None
+        recipes = checks.with_dtypes(adapters.recipes(lora.handed_on), job, None, declared)
+        # Before the model: a folder is ready when its last file is there.
+        made.placed.insert(0, placing.single_file(lora.weights_name, recipes))
+        made.texts.append(lora.config(made.model))
+
+
+def _of_family(
+    checkpoint: Checkpoint, config: Mapping[str, Any] | None, job: JobOptions
+) -> Converted:
+    from streamconv.families.convert import convert
+
+    headers = {n: (t.shape, t.dtype) for n, t in checkpoint.tensors.items()}
+    megatron = checkpoint.facts.get("megatron")
+    return convert(headers, config, megatron if isinstance(megatron, Mapping) else {}, job)
+
+
+def _refuse_unknown_names(checkpoint: Checkpoint, made: _Output, job: JobOptions) -> None:
+    """Refuse names that are no model's on the Hub, or may not be, where no model tells."""
+    if made.model is not None or checkpoint.naming == "mcore" or job.layout == "memory":
+        return
+    from streamconv.tracing.hf_names import doubtful
+
+    strange = [*made.tensors] if checkpoint.naming == "trainer" else doubtful(made.tensors)
+    if not strange:
+        return
+    config = made.config
+    raise BadInputError(
+        "what the Hub calls these tensors is not known: the names may be the trainer's",
+        where=str(checkpoint.root),
+        expected="in huggingface/ or beside the weights, config.json of a model that transformers has",
+        found=f"{strange[0]}, and "
+        + ("no config.json" if config is None else f"the model type {config.get('model_type')!r}"),
+        hint="--hf-config DIR names a folder that has it, and the tokenizer; "
+        "--layout memory writes the tensors under the names that they have",
+    )
+
+
+def _refuse_family(job: JobOptions) -> None:
+    if job.family is not None:
+        raise UsageError(
+            "--family is for Megatron checkpoints",
+            found="a checkpoint whose tensors have HuggingFace's names",
+        )
+
+
+def side_files(
+    root: Path, side_dir: Path | None, job: JobOptions
+) -> tuple[Path | None, list[SideFile]]:
+    """Return the folder with config and tokenizer, and the files to copy from it."""
+    if job.hf_config is not None:
+        if not job.hf_config.is_dir():
+            raise UsageError("--hf-config names no folder", where=str(job.hf_config))
+        return job.hf_config, list(list_side_files(job.hf_config, root=root, named=True))
+    if side_dir is None and job.lora.base is not None:
+        return job.lora.base, list(list_side_files(job.lora.base, root=root, named=True))
+    if side_dir is None:
+        return None, []
+    return side_dir, list(list_side_files(side_dir, root=root))
+
+
+def _model(
+    config: Mapping[str, Any] | None, names: list[str], layout: Layout, notices: list[str]
+) -> Model | None:
+    if config is None:
+        return None
+    from streamconv.tracing.hf import build_meta
+
+    model = build_meta(config, names, layout)
+    if model is None:
+        notices.append(
+            f"transformers does not know the model type {config.get('model_type')!r}: converted by "
+            "names alone, names and shapes are not checked"
+        )
+    return model
+
+
+def _recipes(made: _Output, job: JobOptions, notices: list[str]) -> list[Recipe]:
+    tensors, model = made.tensors, made.model
+    if not tensors:
+        raise BadInputError("the checkpoint holds no tensor")
+    if model is None:
+        return [checks.identity_recipe(n.removeprefix(made.prefix), t) for n, t in tensors.items()]
+    recipes, told = model.recipes({n: (t.shape, t.dtype) for n, t in tensors.items()}, job.layout)
+    notices += told
+    return list(recipes)
+
+
+def _drop_value_head(made: _Output) -> None:
+    """Leave out the head of trl's AutoModelForCausalLMWithValueHead, which other loaders refuse."""
+    dropped = [n for n in made.tensors if "v_head" in n.split(".")]
+    if not dropped:
+        names = [*made.tensors, *(r.name for r in made.recipes)]
+        score = any(n.split(".")[-2:-1] == ["score"] for n in names)
+        raise UsageError(
+            "--value-head drop is given, but this model has no v_head",
+            found="a score head, without which it is no model that loads" if score else None,
+        )
+    for name in dropped:
+        del made.tensors[name]
+        made.skipped.append(Skipped(name, "--value-head drop"))
+
+
+def _totals(
+    tensors: dict[str, GlobalTensor],
+    placed: list[tuple[Any, list[placing.Placed]]],
+) -> Totals:
+    # In an order that is always the same: a plan is the same to the byte whenever it is made.
+    used = dict.fromkeys(f for _, group in placed for p in group for f in sources_of(p.recipe.view))
+    written = [p for _, group in placed for p in group if p.same_as is None]
+    unverifiable = sum(
+        nbytes
+        for f in used
+        for nbytes, crc in zip(tensors[f].shards.nbytes, tensors[f].shards.crcs, strict=True)
+        if not crc
+    )
+    return Totals(
+        tensors=len(written),
+        parameters=sum(math.prod(p.recipe.view.shape) for p in written),
+        read_bytes=sum(tensors[f].nbytes for f in used),
+        write_bytes=sum(output.nbytes for output, _ in placed),
+        unverifiable_bytes=unverifiable,
+        source_dtypes=checks.dtype_histogram((tensors[f].dtype, tensors[f].nbytes) for f in used),
+        output_dtypes=checks.dtype_histogram((p.recipe.dtype, p.end - p.begin) for p in written),
+        merged=sum(1 for p in written if products_of(p.recipe.view)),
+    )

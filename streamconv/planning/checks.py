@@ -1,0 +1,331 @@
+"""The planner: from a checkpoint's metadata and the model's expectations to what is made.
+
+No byte of a weight is read. Every source tensor is used or reported as skipped, every expected
+tensor is made exactly once; what is missing or of a wrong shape is an error that lists the names.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import re
+from collections import Counter
+from collections.abc import Container, Iterable, Mapping, Sequence
+
+from streamconv.errors import BadInputError, UsageError
+from streamconv.ir.boxes import Shape, contiguous_strides
+from streamconv.ir.dtypes import BY_TORCH, DType
+from streamconv.ir.lowering import sources_of
+from streamconv.ir.recipe import Cast, Recipe, SourceRef, View
+from streamconv.ir.source import Checkpoint, GlobalTensor, Skipped
+from streamconv.options import JobOptions
+from streamconv.planning import shape_causes
+from streamconv.tracing.model import Model
+
+_LISTED = 12
+_OTHER_CONFIG = "check that config.json belongs to this checkpoint (--hf-config DIR names another)"
+
+
+def decide_plain(checkpoint: Checkpoint, model: Model | None) -> dict[str, GlobalTensor]:
+    """Return all tensors, the undecided ones read as the model's shapes say.
+
+    Plain tensors on several ranks are dim-0 pieces or replicas, and nothing in the file tells.
+    Raises :class:`BadInputError` with the question where the model does not tell either.
+    """
+    tensors = dict(checkpoint.tensors)
+    unclear = []
+    for fqn, found in checkpoint.undecided.items():
+        pieces, copies = found.pieces, found.copies
+        expected = (
+            (model.state_shapes.get(fqn) or model.hub_shapes.get(fqn))
+            if model is not None
+            else None
+        )
+        fits = [t for t in (pieces, copies) if t.shape == expected]
+        if fits == [copies] and found.differing:
+            raise BadInputError(
+                "ranks that should hold the same tensor have diverged, or their files are of "
+                "different steps",
+                where=fqn,
+                expected=f"the same {list(copies.shape)} on every rank, which is the model's shape",
+                found=f"different values on {found.differing}",
+                hint="the files do not say which of them is right",
+            )
+        if len(fits) != 1 and pieces.shape != copies.shape:
+            unclear.append((fqn, found, expected))
+        else:
+            tensors[fqn] = fits[0] if fits else copies
+    if unclear:
+        fqn, found, expected = next((u for u in unclear if u[1].differing), unclear[0])
+        as_pieces, as_copies = list(found.pieces.shape), list(found.copies.shape)
+        diverged = " of ranks that have diverged" if found.differing else ""
+        raise BadInputError(
+            f"{len(unclear)} plain tensors are either pieces or whole copies, and nothing says which",
+            where=", ".join([fqn, *(n for n, *_ in unclear if n != fqn)][:_LISTED]),
+            expected=f"{fqn}: {list(expected)}" if expected else "the model's shape of each tensor",
+            found=f"{fqn}: {as_pieces} as pieces along dim 0, or {as_copies} as copies{diverged}"
+            + (f" (the values on {found.differing} differ)" if found.differing else ""),
+            hint="name a folder with the model's config.json: --hf-config DIR",
+        )
+    return tensors
+
+
+def identity_recipe(name: str, tensor: GlobalTensor) -> Recipe:
+    """Return the recipe that hands a tensor on as it is."""
+    view = View(SourceRef(tensor.fqn, tensor.shape), tensor.shape, contiguous_strides(tensor.shape))
+    return Recipe(name, tensor.dtype, view)
+
+
+def expected_shapes(model: Model | None, options: JobOptions) -> Mapping[str, Shape]:
+    """Return the tensors that the model should have, none where no model is known."""
+    if model is None:
+        return {}
+    return model.hub_shapes if options.layout == "hub" else model.state_shapes
+
+
+def check_recipes(
+    recipes: Sequence[Recipe],
+    model: Model,
+    options: JobOptions,
+    extras: Sequence[re.Pattern[str]] | None = None,
+) -> list[str]:
+    """Compare what will be made with what the model expects; return notices.
+
+    ``extras`` are for a checkpoint whose names were made by rules and not found: patterns of names
+    that are known although the model lacks them. Then any other name is an error, and so is what
+    does not fit a class that only stands in for the config's. Raises :class:`BadInputError` that
+    lists names that are missing or such, and wrong shapes.
+    """
+    by_rules = extras is not None
+    expected = expected_shapes(model, options)
+    made = {r.name: r.view.shape for r in recipes}
+    aliases = {alias for alias, _ in model.tied}
+    missing = [n for n in expected if n not in made and n not in model.optional | aliases]
+    wrong = [n for n, shape in made.items() if n in expected and expected[n] != shape]
+    unknown = [
+        n
+        for n in made
+        if n not in expected
+        and not model.is_optional_unexpected(n)
+        and not any(p.fullmatch(n) for p in extras or ())
+    ]
+    notices = []
+    if made and len(unknown) == len(made):
+        raise BadInputError(
+            f"no tensor of the checkpoint is one of {model.architecture}'s",
+            where=_listed(unknown),
+            expected=_listed(list(expected)),
+            hint=_OTHER_CONFIG,
+        )
+    if (missing or wrong) and not (model.certain or by_rules):
+        notices.append(
+            f"{len(missing)} tensors that {model.architecture} has are not in the checkpoint and "
+            f"{len(wrong)} differ in shape; config.json names a class that transformers lacks"
+        )
+    elif wrong:
+        first = wrong[0]
+        raise BadInputError(
+            f"{len(wrong)} tensors do not have the shape that {model.architecture} expects",
+            where=_listed(wrong),
+            expected=f"{first}: {list(expected[first])}",
+            found=f"{first}: {list(made[first])}",
+            hint=shape_causes.cause(expected, {n: made[n] for n in wrong}) or _OTHER_CONFIG,
+        )
+    elif missing:
+        raise BadInputError(
+            f"{len(missing)} tensors that {model.architecture} needs are not in the checkpoint",
+            where=_listed(missing),
+            hint=shape_causes.cause_of_missing(missing, made) or _OTHER_CONFIG,
+        )
+    if unknown:
+        # What loads the model would ignore them in silence: it would not compute what was trained.
+        if by_rules:
+            raise BadInputError(
+                f"{len(unknown)} tensors of the checkpoint are none that {model.architecture} has",
+                where=_listed(unknown),
+                hint=_OTHER_CONFIG,
+            )
+        if options.strict:
+            raise BadInputError(
+                f"{len(unknown)} tensors are unknown to {model.architecture}",
+                where=_listed(unknown),
+                hint="without --strict they are written, too",
+            )
+        notices.append(
+            f"{len(unknown)} tensors are unknown to {model.architecture} and are written under "
+            f"their own names: {_listed(unknown)}"
+        )
+    return notices
+
+
+def check_loads(recipes: Iterable[Recipe], model: Model, *, sure: bool) -> None:
+    """Raise :class:`BadInputError` unless ``model`` comes out when the library loads the outputs.
+
+    Whatever made the names, the library has the last word: what it has no name for it passes over,
+    and what it misses it makes up, both in silence. Not ``sure`` is who has only a class that stands in
+    for the config's: what it misses proves nothing. Outputs that the model is not known to have
+    (:func:`check_recipes` tells of them) may be passed over.
+    """
+    loaded = model.load({r.name: (r.view.shape, r.dtype) for r in recipes})
+    unexpected = [n for n in loaded.unexpected if n in model.hub_shapes]
+    missing = loaded.missing if sure else ()
+    misshapen = loaded.misshapen if sure else ()
+    problems = (
+        ("filled by nothing", missing),
+        ("passed over", unexpected),
+        ("lost, as another fills the same place", [second for _, second in loaded.clashing]),
+        ("not made", [f"{name} ({told})" for name, told in loaded.failed]),
+        (
+            "of another shape",
+            [f"{name} (expected {list(a)}, found {list(b)})" for name, a, b in misshapen],
+        ),
+    )
+    # A few of each kind: an error has room for that much.
+    found = [f"{len(names)} {what}: {_listed(names, 2)}" for what, names in problems if names]
+    if found:
+        raise BadInputError(
+            f"transformers would not load the planned tensors as {model.architecture}'s",
+            found="; ".join(found),
+            hint=f"{_OTHER_CONFIG}; if it does, this is an error of streamconv's: please report it. "
+            "--layout memory writes the names of the state dict instead",
+        )
+
+
+def _listed(names: Sequence[str], most: int = _LISTED) -> str:
+    more = len(names) - most
+    return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")
+
+
+def with_dtypes(
+    recipes: Iterable[Recipe],
+    options: JobOptions,
+    model: Model | None,
+    declared: DType | None,
+    fixed: Container[str] = (),
+) -> list[Recipe]:
+    """Return the recipes with the casts that ``--dtype`` asks for.
+
+    Only F64, F32, F16 and BF16 are cast; tensors that match ``keep_dtype``, that transformers keeps in
+    float32, or that are ``fixed`` (quantized weights, their scales) are left alone. Raises for a dtype
+    that safetensors cannot hold.
+    """
+    target = None
+    if options.dtype == "auto":
+        if declared is None:
+            raise UsageError(
+                "config.json declares no dtype",
+                hint="say which: --dtype bfloat16, float16 or float32",
+            )
+        if not declared.castable:
+            raise UsageError(
+                "config.json declares a dtype that weights are not cast to",
+                expected="bfloat16, float16, float32 or float64",
+                found=str(declared),
+                hint="say which: --dtype bfloat16, float16 or float32; or leave --dtype out",
+            )
+        target = declared
+    elif options.dtype != "keep":
+        target = BY_TORCH[options.dtype]
+    result = []
+    for r in recipes:
+        if not r.dtype.writable:
+            raise BadInputError(
+                f"safetensors cannot hold {r.dtype}",
+                where=r.name,
+                hint="remove the tensor from the checkpoint, or store it as another type",
+            )
+        kept = any(fnmatch.fnmatchcase(r.name, p) for p in options.keep_dtype) or r.name in fixed
+        if (
+            target is not None
+            and r.dtype.castable
+            and r.dtype != target
+            and not kept
+            and not (model is not None and model.keep_fp32(r.name, target))
+        ):
+            view = dataclasses.replace(r.view, ops=(*r.view.ops, Cast(target)))
+            r = Recipe(r.name, target, view)
+        result.append(r)
+    return result
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Ties:
+    """What becomes of tied weights.
+
+    ``dropped``: aliases whose bytes lie in the very same storage. ``compared``: alias to kept name,
+    equal by their CRC-32, confirmed while streaming. ``kept``: aliases that differ, or of which
+    nothing is known, and are written.
+    """
+
+    dropped: dict[str, str]
+    compared: dict[str, str]
+    kept: dict[str, str]
+
+
+def decide_ties(
+    recipes: Iterable[Recipe], model: Model | None, tensors: Mapping[str, GlobalTensor]
+) -> Ties:
+    """Decide for each pair that the config ties whether its alias can be left out."""
+    ties = Ties({}, {}, {})
+    by_name = {r.name: r for r in recipes}
+    for alias, kept in model.tied if model is not None else ():
+        a, b = by_name.get(alias), by_name.get(kept)
+        if a is None or b is None:
+            continue
+        ta, tb = _whole_source(a, tensors), _whole_source(b, tensors)
+        if (
+            ta is None
+            or tb is None
+            or a.dtype != b.dtype
+            or a.view.ops != b.view.ops
+            or ta.layout != tb.layout
+        ):
+            ties.kept[alias] = kept
+        elif ta.shards.files == tb.shards.files and ta.shards.starts == tb.shards.starts:
+            ties.dropped[alias] = kept
+        elif ta.shards.crcs == tb.shards.crcs and all(
+            crc or not nbytes for crc, nbytes in zip(ta.shards.crcs, ta.shards.nbytes, strict=True)
+        ):
+            ties.compared[alias] = kept
+        else:
+            ties.kept[alias] = kept
+    return ties
+
+
+def _whole_source(recipe: Recipe, tensors: Mapping[str, GlobalTensor]) -> GlobalTensor | None:
+    view = recipe.view
+    if not isinstance(view.base, SourceRef) or view.offset or view.shape != view.base.shape:
+        return None
+    return tensors[view.base.fqn] if view.strides == contiguous_strides(view.shape) else None
+
+
+def dtype_histogram(pairs: Iterable[tuple[DType, int]]) -> dict[str, int]:
+    """Return the bytes per dtype name, largest first."""
+    counts: Counter[str] = Counter()
+    for dtype, nbytes in pairs:
+        counts[dtype.torch] += nbytes
+    return dict(counts.most_common())
+
+
+def main_float_dtype(recipes: Iterable[Recipe], others: Container[str] = ()) -> DType | None:
+    """Return the floating dtype that most output bytes have: what config.json should declare.
+
+    ``others`` do not count: quantized weights and their scales.
+    """
+    counts: Counter[DType] = Counter()
+    for r in recipes:
+        if r.dtype.castable and r.name not in others:
+            counts[r.dtype] += r.nbytes
+    return counts.most_common(1)[0][0] if counts else None
+
+
+def unused(
+    tensors: Mapping[str, GlobalTensor], recipes: Iterable[Recipe], told: Container[str] = ()
+) -> list[Skipped]:
+    """Return the source tensors that no recipe draws from and that are not ``told`` of already."""
+    used = {fqn for r in recipes for fqn in sources_of(r.view)}
+    return [
+        Skipped(n, "no output tensor is made of it")
+        for n in tensors
+        if n not in used and n not in told
+    ]

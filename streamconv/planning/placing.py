@@ -1,0 +1,200 @@
+"""From recipes to the plan's sections: which file and bytes each output tensor gets, and its moves.
+
+No byte of a weight is read here either; :mod:`streamconv.planning.checks` has decided what is made.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Container, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from streamconv.errors import UsageError
+from streamconv.files.names import SINGLE
+from streamconv.ir.lowering import Move, lower, products_of, sources_of
+from streamconv.ir.planned import OutputFile, PlannedProduct, PlannedSource, PlannedTensor
+from streamconv.ir.planwriter import PlanWriter
+from streamconv.ir.recipe import AddProduct, Op, Recipe, SourceRef, View
+from streamconv.ir.source import GlobalTensor, ShardLayout
+from streamconv.planning.checks import Ties
+from streamconv.units import format_size
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """An output tensor and where it goes: bytes ``[begin, end)`` of its file's data."""
+
+    recipe: Recipe
+    begin: int
+    end: int
+    same_as: str | None = None
+
+
+def shard(
+    recipes: Sequence[Recipe], ties: Ties, max_shard_bytes: int
+) -> list[tuple[OutputFile, list[Placed]]]:
+    """Distribute the tensors over output files, in their order, and lay each file out.
+
+    Within a file wide elements come first, so that every tensor is aligned to its element; a tied
+    alias stands after the tensor it is compared with.
+    """
+    written = [r for r in recipes if r.name not in ties.dropped and r.name not in ties.compared]
+    groups: list[list[Recipe]] = [[]]
+    size = 0
+    for r in written:
+        nbytes = r.nbytes
+        if groups[-1] and size + nbytes > max_shard_bytes:
+            groups.append([])
+            size = 0
+        groups[-1].append(r)
+        size += nbytes
+    by_name = {r.name: r for r in recipes}
+    aliases: dict[str, list[Recipe]] = {}
+    for alias, kept in ties.compared.items():
+        aliases.setdefault(kept, []).append(by_name[alias])
+    result = []
+    for k, group in enumerate(groups):
+        name = SINGLE if len(groups) == 1 else f"model-{k + 1:05d}-of-{len(groups):05d}.safetensors"
+        placed: list[Placed] = []
+        at = 0
+        for r in sorted(group, key=lambda r: -r.dtype.itemsize):
+            placed.append(Placed(r, at, at + r.nbytes))
+            placed += [Placed(a, at, at + a.nbytes, r.name) for a in aliases.get(r.name, ())]
+            at += r.nbytes
+        result.append((_output_file(name, placed, at), placed))
+    return result
+
+
+def single_file(name: str, recipes: Sequence[Recipe]) -> tuple[OutputFile, list[Placed]]:
+    """Lay out all of ``recipes`` in one file, whatever its size."""
+    placed: list[Placed] = []
+    at = 0
+    for r in sorted(recipes, key=lambda r: -r.dtype.itemsize):
+        placed.append(Placed(r, at, at + r.nbytes))
+        at += r.nbytes
+    return _output_file(name, placed, at), placed
+
+
+# The library refuses longer headers (safetensors/src/tensor.rs, MAX_HEADER_SIZE).
+_MAX_HEADER_BYTES = 100_000_000
+
+
+def _output_file(name: str, placed: Iterable[Placed], data_nbytes: int) -> OutputFile:
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    for p in placed:
+        if p.same_as is None:
+            header[p.recipe.name] = {
+                "dtype": p.recipe.dtype.name,
+                "shape": list(p.recipe.view.shape),
+                "data_offsets": [p.begin, p.end],
+            }
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False)
+    text += " " * (-len(text.encode()) % 8)
+    nbytes = len(text.encode())
+    if nbytes > _MAX_HEADER_BYTES:
+        raise UsageError(
+            "too many tensors for one safetensors file",
+            where=name,
+            expected=f"a header of at most {format_size(_MAX_HEADER_BYTES)}",
+            found=format_size(nbytes),
+            hint="choose a smaller --max-shard-size",
+        )
+    return OutputFile(name, 8 + nbytes + data_nbytes, text, len(header) - 1)
+
+
+def index_json(outputs: Sequence[tuple[OutputFile, Sequence[Placed]]]) -> str:
+    """Return model.safetensors.index.json; sizes as transformers counts them, in bytes."""
+    weight_map = {
+        p.recipe.name: out.name for out, placed in outputs for p in placed if p.same_as is None
+    }
+    written = [p for _, placed in outputs for p in placed if p.same_as is None]
+    index = {
+        "metadata": {
+            "total_parameters": sum(math.prod(p.recipe.view.shape) for p in written),
+            "total_size": sum(p.end - p.begin for p in written),
+        },
+        "weight_map": dict(sorted(weight_map.items())),
+    }
+    return json.dumps(index, indent=2, ensure_ascii=False) + "\n"
+
+
+class Lowerer:
+    """Lowers recipes; tensors that are cut and viewed alike share their moves."""
+
+    def __init__(self, tensors: Mapping[str, GlobalTensor]) -> None:
+        self._tensors = tensors
+        self._cache: dict[object, tuple[Move, ...]] = {}
+
+    def planned(self, placed: Placed, last: Container[str]) -> PlannedTensor:
+        """Return the tensor as the plan holds it; ``last`` are the FQNs that nothing later uses."""
+        view = placed.recipe.view
+        fqns = sources_of(view)
+        numbers = {fqn: k for k, fqn in enumerate(fqns)}
+        moves = self._lowered(view, numbers)
+        return PlannedTensor(
+            name=placed.recipe.name,
+            dtype=placed.recipe.dtype,
+            shape=view.shape,
+            begin=placed.begin,
+            end=placed.end,
+            sources=tuple(
+                PlannedSource(f, self._tensors[f].dtype, self._tensors[f].shards) for f in fqns
+            ),
+            moves=moves,
+            last=tuple(k for k, f in enumerate(fqns) if f in last),
+            same_as=placed.same_as,
+            products=tuple(
+                PlannedProduct(
+                    (product.left.shape[0], product.right.shape[1]),
+                    product.rank,
+                    product.scale,
+                    self._lowered(product.left, numbers),
+                    self._lowered(product.right, numbers),
+                )
+                for product in products_of(view)
+            ),
+        )
+
+    def _lowered(self, view: View, numbers: Mapping[str, int]) -> tuple[Move, ...]:
+        key = self._key(view, numbers)
+        moves = self._cache.get(key)
+        if moves is None:
+            moves = self._cache[key] = tuple(lower(view, self._layout, numbers))
+        return moves
+
+    def _layout(self, fqn: str) -> ShardLayout:
+        return self._tensors[fqn].layout
+
+    def _key(self, view: View, numbers: Mapping[str, int]) -> object:
+        base: object
+        if isinstance(view.base, SourceRef):
+            base = (numbers[view.base.fqn], id(self._layout(view.base.fqn)))
+        else:
+            base = (
+                view.base.shape,
+                tuple((p.box, self._key(p.view, numbers)) for p in view.base.parts),
+            )
+        ops = tuple(self._op_key(op, numbers) for op in view.ops)
+        return view.shape, view.strides, view.offset, ops, base
+
+    def _op_key(self, op: Op, numbers: Mapping[str, int]) -> object:
+        if not isinstance(op, AddProduct):
+            return op
+        return self._key(op.left, numbers), self._key(op.right, numbers), op.scale
+
+
+def write_sections(
+    writer: PlanWriter,
+    placed: Sequence[tuple[OutputFile, Sequence[Placed]]],
+    tensors: Mapping[str, GlobalTensor],
+) -> None:
+    """Lower every output tensor and write the plan's sections."""
+    in_order = [p for _, group in placed for p in group]
+    last_user = {fqn: id(p) for p in in_order for fqn in sources_of(p.recipe.view)}
+    lowerer = Lowerer(tensors)
+    for output, group in placed:
+        writer.output(output)
+        for p in group:
+            last = {fqn for fqn in sources_of(p.recipe.view) if last_user[fqn] == id(p)}
+            writer.tensor(lowerer.planned(p, last))

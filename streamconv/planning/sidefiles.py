@@ -1,0 +1,280 @@
+"""The files beside the weights: config, tokenizer, chat template, processor, custom code.
+
+They are data: parsed as JSON where we must know something, copied byte for byte otherwise, never
+run. Weights and weight indexes that lie among them are left out, for they are not this model's.
+"""
+
+from __future__ import annotations
+
+import errno
+import fnmatch
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path, PurePath
+from typing import Any
+
+from streamconv.errors import BadInputError, StreamconvError, UnsafeInputError
+from streamconv.files.durable import hash_file
+from streamconv.files.inputs import cannot_read, check_regular
+from streamconv.files.jsonfile import read_json
+from streamconv.files.names import MANIFEST
+from streamconv.ir.dtypes import BY_TORCH, DType
+from streamconv.ir.planned import SideFile, TextFile
+from streamconv.ir.source import Skipped
+from streamconv.planning import version_4
+from streamconv.planning.custom_code import code_of
+
+_WEIGHT_SUFFIXES = {
+    ".safetensors",
+    ".bin",
+    ".pt",
+    ".pth",
+    ".ckpt",
+    ".gguf",
+    ".h5",
+    ".msgpack",
+    ".distcp",
+    ".onnx",
+}
+# What save_pretrained of models, tokenizers and processors writes, custom code included.
+_NAMES = (
+    "config.json",
+    "generation_config.json",
+    "hf_quant_config.json",
+    "*processor_config.json",
+    "tokenizer*",
+    "vocab.*",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+    "additional_chat_templates/*",
+    "custom_generate/*",
+    "*.jinja",
+    "*.model",
+    "*.tiktoken",
+    "configuration_*.py",
+    "modeling_*.py",
+    "tokenization_*.py",
+    "*processing_*.py",
+)
+_ADAPTER = "adapter_config.json"
+# The longest ones known list what is not quantized, or the names of 21,000 classes: a megabyte.
+_MAX_CONFIG_BYTES = 4 << 20
+# transformers 5 writes ``dtype``, 4 wrote ``torch_dtype``; both read both.
+_DTYPE_KEYS = ("dtype", "torch_dtype")
+
+
+def read_config(folder: Path) -> dict[str, Any] | None:
+    """Return the parsed config.json of ``folder``, None where there is none."""
+    path = folder / "config.json"
+    if not os.path.lexists(path):
+        return None
+    config = read_json(path, most_bytes=_MAX_CONFIG_BYTES)
+    if not isinstance(config, dict):
+        raise BadInputError("config.json holds no JSON object", where=str(path))
+    if not isinstance(config.get("model_type", ""), str):
+        raise BadInputError(
+            "the model_type in config.json is no string",
+            where=str(path),
+            found=repr(config["model_type"])[:80],
+        )
+    return config
+
+
+def list_side_files(folder: Path, *, root: Path, named: bool = False) -> Iterator[SideFile]:
+    """Yield the files to copy, in order of their names.
+
+    ``root`` is the checkpoint's folder, out of which no link may lead, unless the user has ``named``
+    the folder: a snapshot in the Hub cache is made of links.
+    """
+    # A folder beside the weights (torch DCP) is a part of the checkpoint as well.
+    within = folder.parent.resolve() / folder.name
+    if folder.is_relative_to(root):
+        within = root.resolve()
+    if holds_weights(folder, root):
+        within = folder.resolve()
+    for path in candidates(folder, root):
+        name = path.relative_to(folder)
+        if any(part.startswith(".") or part == "__pycache__" for part in name.parts):
+            continue
+        try:
+            leads_to = path.resolve()
+        except RuntimeError as error:  # links in a circle
+            raise cannot_read(OSError(errno.ELOOP, os.strerror(errno.ELOOP)), path) from error
+        if not named and not leads_to.is_relative_to(within):
+            raise UnsafeInputError(
+                "a link leads out of the checkpoint",
+                where=str(path),
+                found=str(leads_to),
+                hint="if you trust it, name a folder yourself: --hf-config DIR",
+            )
+        if path.is_dir():
+            _refuse_folder(path, name)
+            continue
+        if _is_weights(path.name) or name.as_posix() == _ADAPTER:
+            continue
+        if name.as_posix() == MANIFEST:
+            continue  # of the output that this folder is; ours will have that name
+        # Absolute: a plan may be run from another working directory.
+        where = str(path.absolute())
+        try:
+            status = path.stat()
+        except FileNotFoundError as error:  # a link that leads nowhere
+            raise cannot_read(error, path) from error
+        check_regular(status.st_mode, path)
+        yield SideFile(name.as_posix(), where, status.st_size, hash_file(path))
+
+
+def _refuse_folder(path: Path, name: PurePath) -> None:
+    """Raise :class:`BadInputError` for a folder that has the name of one of a model's files.
+
+    What has no more than their extension is a folder like any other.
+    """
+    named = [n for n in _NAMES if not n.startswith("*.")]
+    if name.suffix and any(fnmatch.fnmatchcase(name.as_posix(), known) for known in named):
+        raise BadInputError(
+            "a folder lies in the place of a model's file",
+            where=str(path),
+            hint="move it away, or name another folder: --hf-config DIR",
+        )
+
+
+def holds_weights(folder: Path, root: Path) -> bool:
+    """Whether ``folder`` is no folder of side files but the checkpoint's own, or one above it."""
+    return root.resolve().is_relative_to(folder.resolve())
+
+
+def candidates(folder: Path, root: Path) -> list[Path]:
+    """Return what may be a side file, in order: among a trainer's files, what has a known name."""
+    if not holds_weights(folder, root):
+        return sorted(folder.rglob("*"))
+    known = {p for name in _NAMES for p in folder.glob(name)}
+    return sorted(known | code_of(folder, known).files)
+
+
+def missing_code(side: Sequence[SideFile]) -> list[str]:
+    """Return what the custom code among the side files asks for and does not find among them."""
+    if not side:
+        return []
+    folder = Path(side[0].path.removesuffix(side[0].name))
+    return [
+        f"custom code: {text}" for text in code_of(folder, [Path(s.path) for s in side]).missing
+    ]
+
+
+def left_out(folder: Path, root: Path) -> Iterator[Skipped]:
+    """Yield what lies in ``folder`` and is not copied: weights above all, the rank files are newer."""
+    inside = folder.glob("*.safetensors") if holds_weights(folder, root) else folder.rglob("*")
+    for path in sorted(inside):
+        inner = path.relative_to(folder).as_posix()
+        if path.is_file() and _is_weights(path.name):
+            reason = "weights beside the config; the output's come from the rank files"
+        elif path.is_file() and inner == _ADAPTER:
+            # With it transformers would look for an adapter, and find none.
+            reason = "an adapter's config; the output is a whole model"
+        elif path.is_dir() and path.is_symlink():
+            reason = "a link to a folder"
+        else:
+            continue
+        yield Skipped(f"{folder.name}/{inner}", reason)
+
+
+def _is_weights(name: str) -> bool:
+    name = name.lower()
+    return Path(name).suffix in _WEIGHT_SUFFIXES or name.endswith(
+        (".safetensors.index.json", ".bin.index.json")
+    )
+
+
+def declared_dtype(config: Mapping[str, Any]) -> DType | None:
+    """Return the dtype that config.json declares, at the top or in its text_config."""
+    for part in (config, config.get("text_config")):
+        if isinstance(part, Mapping):
+            for key in _DTYPE_KEYS:
+                value = part.get(key)
+                if isinstance(value, str) and value.removeprefix("torch.") in BY_TORCH:
+                    return BY_TORCH[value.removeprefix("torch.")]
+    return None
+
+
+def corrected_config(
+    config: Mapping[str, Any],
+    *,
+    dtype: DType | None,
+    untie: bool,
+    tied: bool | None = None,
+    architecture: str | None = None,
+    alike: version_4.Alike | None = None,
+    changes: Sequence[str] = (),
+) -> tuple[TextFile | None, list[str]]:
+    """Return config.json as it must be for these weights, and what was changed.
+
+    None where it is right as it stands and can be copied byte for byte. ``dtype`` is the weights'
+    floating dtype; ``untie`` says that both of two tied weights are there because they differ; ``tied``
+    whether the model ties any that are not, None where no model tells;
+    ``architecture`` is the class whose weights these are, where it is certain: verl keeps the base
+    model's config for a critic; ``alike`` tells whether transformers, where it knows the model, reads
+    the same from two configs; ``changes`` tell what of ``config`` is no longer as the file has it.
+    """
+    changed = json.loads(json.dumps(config))
+    notices = list(changes)
+    if architecture is not None and changed.get("architectures") != [architecture]:
+        notices.append(
+            f"config.json: architectures {changed.get('architectures')} became [{architecture!r}]"
+        )
+        changed["architectures"] = [architecture]
+    if alike is not None:
+        notices += version_4.add_config_keys(changed, alike)
+    parts = [("", changed)]
+    parts += [
+        (f"{key}.", changed[key])
+        for key in ("text_config", "thinker_config")
+        if isinstance(changed.get(key), dict)
+    ]
+    for where, part in parts:
+        if dtype is not None:
+            notices += _correct_dtype(part, where, dtype.torch)
+        if untie and part.get("tie_word_embeddings", not where):
+            part["tie_word_embeddings"] = False
+            notices.append(f"config.json: {where}tie_word_embeddings became false")
+    if tied is not None:
+        notices += version_4.say_ties(changed, tied)
+    if not notices:
+        return None, []
+    return _json_file("config.json", changed), notices
+
+
+def _correct_dtype(part: dict[str, Any], where: str, dtype: str) -> list[str]:
+    notices = []
+    present = [k for k in _DTYPE_KEYS if part.get(k) is not None]
+    if not present and not where:
+        part["dtype"] = dtype
+        notices.append(f"config.json: dtype set to {dtype}")
+    for key in present:
+        if part[key] != dtype:
+            notices.append(f"config.json: {where}{key} {part[key]} became {dtype}")
+            part[key] = dtype
+    return notices
+
+
+def corrected_tokenizer(side: Iterable[SideFile]) -> tuple[TextFile | None, list[str]]:
+    """Return tokenizer_config.json as both versions of transformers read it, and what was changed.
+
+    None where it is right as it stands, is not there, or is no JSON.
+    """
+    name = version_4.TOKENIZER_CONFIG
+    path = next((Path(s.path) for s in side if s.name == name), None)
+    if path is None:
+        return None, []
+    try:
+        said = read_json(path, most_bytes=_MAX_CONFIG_BYTES)
+    except StreamconvError:
+        return None, []
+    changed, notices = version_4.tokenizer_config(said)
+    return (_json_file(name, changed), notices) if notices else (None, [])
+
+
+def _json_file(name: str, content: Any) -> TextFile:
+    return TextFile(name, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
