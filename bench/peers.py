@@ -65,15 +65,15 @@ def _ours(*options: str) -> Callable[[Path, Path], list[str]]:
 def tools(verl: str | None) -> list[Tool]:
     """Return the tools that can be run here."""
     found = [
-        Tool("streamconv, 450 MB", "ranks", _ours("--max-mem", "450MB"), ours=True),
+        Tool("streamconv, 500 MB", "ranks", _ours("--max-mem", "500MB"), ours=True),
         Tool("load all, cat, save_file", "ranks", _here("naive")),
         Tool("torch dcp_to_torch_save", "dcp", _here("dcp")),
         Tool("torch consolidate_safetensors_files", "shards", _here("consolidate")),
         Tool("accelerate merge_fsdp_weights", "dcp", _here("accelerate")),
         Tool(
-            "streamconv to bfloat16, 450 MB",
+            "streamconv to bfloat16, 500 MB",
             "ranks",
-            _ours("--max-mem", "450MB", "--dtype", "bfloat16"),
+            _ours("--max-mem", "500MB", "--dtype", "bfloat16"),
             ours=True,
         ),
     ]

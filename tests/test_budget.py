@@ -79,10 +79,10 @@ def test_cgroup_v2_subtracts_what_is_used_but_not_the_page_cache(tmp_path: Path)
 
 
 def test_cgroup_v1(tmp_path: Path) -> None:
-    memory = tmp_path / "memory"
-    write(memory / "memory.limit_in_bytes", "9223372036854771712\n")  # its way to say unlimited
-    write(memory / "docker/abc/memory.limit_in_bytes", f"{4 * GB}\n")
-    write(memory / "docker/abc/memory.stat", f"cache {2 * GB}\ntotal_rss {GB}\n")
+    controller = tmp_path / "memory"
+    write(controller / "memory.limit_in_bytes", "9223372036854771712\n")  # its way to say unlimited
+    write(controller / "docker/abc/memory.limit_in_bytes", f"{4 * GB}\n")
+    write(controller / "docker/abc/memory.stat", f"cache {2 * GB}\ntotal_rss {GB}\n")
     own = "12:cpu,cpuacct:/docker/abc\n5:memory:/docker/abc\n1:name=systemd:/docker/abc\n"
     found = memory.available_bytes(tmp_path, own)
     assert found == (int(3 * GB * 0.85), "cgroup v1 limit")
