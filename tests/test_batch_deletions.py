@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -620,6 +621,112 @@ def test_a_removal_that_was_killed_is_undone_or_finished(done, kind, all_there):
     assert (done.run / "global_step_20/.actor.streamconv-deleted").is_dir()
 
 
+@pytest.mark.parametrize("kind", ["source", "output"])
+@pytest.mark.parametrize("all_there", [True, False])
+def test_a_removal_that_was_killed_is_settled_also_where_things_were_moved(done, kind, all_there):
+    path = done.run / "global_step_10/actor" if kind == "source" else done.out / "global_step_10"
+    (path / "more").write_text("more")
+    note = done.out / FOLDER / "removals" / f"{kind}-global_step_10.json"
+    removal._write_note(note, path, removal.listing(path))
+    path.rename(removal.aside_of(path))
+    if not all_there:
+        (removal.aside_of(path) / "more").unlink()
+    moved = done.run.with_name("moved run"), done.out.with_name("moved out")
+    done.run.rename(moved[0])
+    done.out.rename(moved[1])
+    source, output = moved[0] / "global_step_10/actor", moved[1] / "global_step_10"
+    place = source if kind == "source" else output
+    note = moved[1] / note.relative_to(done.out)
+    done.run, done.out = moved
+    # A batch of another run first: what it does not see may still be settled.
+    other = Scene(done.run.parent / "other", done.file)
+    other.out = done.out
+    other.round()
+    assert kind == "output" or note.exists()
+    made = done.round(keep_last=9, shared={"apply": True})
+    assert not note.exists()
+    assert not removal.aside_of(place).exists()
+    if all_there:
+        assert (place / "more").read_text() == "more"
+    else:
+        assert made.removals[0].applied or kind == "output"
+        assert (place.exists(), (place / "more").exists()) == (kind == "output", False)
+
+
+def test_a_copy_of_what_a_killed_removal_left_is_named_and_stays(done):
+    """No inode says that it is what was to be deleted."""
+    path = done.run / "global_step_10/actor"
+    (path / "more").write_text("more")
+    note = done.out / FOLDER / "removals/source-global_step_10.json"
+    removal._write_note(note, path, removal.listing(path))
+    aside = removal.aside_of(path)
+    shutil.copytree(path, aside)
+    shutil.rmtree(path)
+    (aside / "more").unlink()
+    for _ in range(2):
+        made = done.round(shared={"apply": True})
+        assert "copied" in made.removals[0].refused
+        assert str(aside) in made.removals[0].refused
+        assert [p.name for p in aside.iterdir()] == [runs.RANK_FILE]
+
+
+def test_what_nobody_settles_is_named_beside_outputs_too(done):
+    aside = removal.aside_of(done.out / "global_step_7")
+    aside.mkdir()
+    made = done.round(**DELETING)
+    assert [n for n in made.notices if n.startswith(f"{aside}: put aside by a removal")]
+
+
+@pytest.mark.parametrize("refused", ["below", "first", "second"])
+def test_a_removal_that_the_system_refuses_takes_nothing_or_says_so(scene, monkeypatch, refused):
+    """What is kept is kept under its name, and whole."""
+    done, path = scene, scene.run / "global_step_10/actor"
+    scene.step(10, 20)
+    for folder in (path, scene.run / "global_step_20/actor"):
+        (folder / "below").mkdir()
+        (folder / "below/z").touch()
+        (folder / "a").touch()
+        runs.age(folder)
+    done.round(verify=True)
+    listed = removal.listing(path)
+    unlink, access = Path.unlink, os.access
+    deleted = []
+
+    def refusing(self: Path, missing_ok: bool = False) -> None:
+        if ".actor.streamconv-deleted" in str(self) and "global_step_10" in str(self):
+            in_the_way = {"below": self.parent.name == "below", "first": True, "second": deleted}
+            if in_the_way[refused]:
+                raise PermissionError(errno.EACCES, "Permission denied", str(self))
+            deleted.append(self)
+        unlink(self, missing_ok=missing_ok)
+
+    def told(path, mode, **kwargs):
+        closed = refused == "below" and str(path).endswith("/below")
+        return access(path, mode, **kwargs) and not closed
+
+    monkeypatch.setattr(Path, "unlink", refusing)
+    monkeypatch.setattr(os, "access", told)
+    monkeypatch.setattr(os, "supports_effective_ids", {*os.supports_effective_ids, told})
+    made = done.batch(**DELETING).round()
+    answer = next(r for r in made.removals if r.path == path)
+    assert not answer.applied
+    aside = removal.aside_of(path)
+    if refused == "second":
+        assert (path.exists(), len(removal.listing(aside))) == (False, 2)
+        assert "removed in part: Permission denied" in answer.refused
+        assert str(aside) in answer.refused
+        assert made.exit_code == 3
+    else:
+        assert removal.listing(path) == listed
+        assert not aside.exists()
+        assert made.exit_code == 0
+        assert ("below" if refused == "below" else "Permission denied") in answer.refused
+    monkeypatch.undo()
+    done.batch(**DELETING).round()
+    assert not path.exists()
+    assert not aside.exists()
+
+
 def test_a_note_of_something_else_removes_nothing(done, tmp_path):
     victim = tmp_path / ".victim.streamconv-deleted"
     victim.mkdir()
@@ -645,6 +752,15 @@ def test_outputs_that_are_not_there_do_not_count(done):
     done.run.mkdir()
     keeping(done)
     assert outputs(done) == [20]
+
+
+def test_outputs_that_were_not_compared_go_like_others(scene):
+    """--verify came later than they: comparing what is to go is of no use, and it goes nevertheless."""
+    scene.step(10, 20, 30)
+    scene.round()
+    keeping(scene, verify=True)
+    assert outputs(scene) == [30]
+    assert scene.states() == {10: "pruned", 20: "pruned", 30: "done"}
 
 
 def test_damaged_outputs_do_not_count(done):

@@ -138,7 +138,9 @@ class Batch:
             hooks.finish()
             made.removals += tidy(runs, self._read, apply=s.apply)
             made.problems += [
-                VerificationError(r.refused, where=str(r.path)) for r in made.removals if r.damaged
+                (VerificationError if r.damaged else StreamconvError)(r.refused, where=str(r.path))
+                for r in made.removals
+                if r.damaged or r.partly
             ]
             self._tell_readings(made, surveys)
         except StreamconvError as error:
@@ -199,7 +201,7 @@ class Batch:
             rule = Rule(run.keep_last, run.keep_every)
             if rule.active and store.folder not in self._rules:
                 self._rules[store.folder] = claim_rule(store.folder, rule)
-            made.removals += resume_removals(store, apply=s.apply)
+            made.removals += resume_removals(store, run.root.absolute(), apply=s.apply)
             survey = Survey(
                 run,
                 store,

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from streamconv import formats
-from streamconv.batch.removal import is_aside
+from streamconv.batch.removal import is_aside, put_aside
 from streamconv.batch.state import holds_batch
 from streamconv.errors import BadInputError, StreamconvError
 from streamconv.files.inputs import cannot_read, reading
@@ -199,7 +199,7 @@ class _Walk:
             self._links += [folder / name for name in _links(folder)]
             for path in folder.glob(".*"):
                 if is_aside(path.name):
-                    self._notice(f"{path}: put aside by a removal that did not end; nobody uses it")
+                    self._notice(put_aside(path))
         except FileNotFoundError:
             return
         except OSError as error:

@@ -26,6 +26,7 @@ from pathlib import Path
 import xxhash
 
 from streamconv.batch.discover import Candidate, step_number
+from streamconv.batch.walk import walk
 from streamconv.errors import StreamconvError
 from streamconv.files.inputs import open_input
 from streamconv.planning.sidefiles import candidates
@@ -75,20 +76,13 @@ def snapshot(folder: Path) -> Snapshot:
     marks: list[str] = []
     newest = folder.stat().st_mtime_ns
     total = 0
-    pending = [str(folder)]
-    prefix = len(str(folder)) + 1
-    while pending:
-        with os.scandir(pending.pop()) as listing:
-            for entry in listing:
-                status = entry.stat(follow_symlinks=False)
-                newest = max(newest, status.st_mtime_ns)
-                if entry.is_dir(follow_symlinks=False):
-                    pending.append(entry.path)
-                else:
-                    total += status.st_size
-                    name = entry.path[prefix:]
-                    entries.append(f"{name}\0{status.st_size}\0{status.st_mtime_ns}")
-                    marks.append(f"{name}\0{status.st_ctime_ns}")
+    for met in walk(folder):
+        status = met.status
+        newest = max(newest, status.st_mtime_ns)
+        if not met.is_folder:
+            total += status.st_size
+            entries.append(f"{met.name}\0{status.st_size}\0{status.st_mtime_ns}")
+            marks.append(f"{met.name}\0{status.st_ctime_ns}")
     return Snapshot(_digest(entries), newest, total, _digest(marks))
 
 

@@ -2,19 +2,21 @@
 
 The folder is renamed to a hidden one first, so that no reader ever sees a part of it under its name;
 looked at once more; and then its files go, one by one, if they are still those of the list. A note says
-what is under way: who is killed meanwhile has the next batch put the folder back, or finish.
+what is under way: who is killed meanwhile has the next batch put the folder back, or finish. It knows
+the folder by its files, also where that was moved meanwhile.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from streamconv.batch.walk import walk
 from streamconv.errors import StreamconvError
 from streamconv.files.durable import fsync_directory
 from streamconv.files.jsonfile import COUNT, TEXT, Leaf, mismatches, read_json
@@ -29,17 +31,7 @@ Mark = tuple[int, int, int]
 
 def listing(folder: Path) -> dict[str, Mark]:
     """Return every file and link below a folder, with its mark; raises ``OSError``."""
-    found: dict[str, Mark] = {}
-    pending = [str(folder)]
-    prefix = len(str(folder)) + 1
-    while pending:
-        with os.scandir(pending.pop()) as entries:
-            for entry in entries:
-                if entry.is_dir(follow_symlinks=False):
-                    pending.append(entry.path)
-                else:
-                    found[entry.path[prefix:]] = _mark(entry.stat(follow_symlinks=False))
-    return found
+    return {entry.name: _mark(entry.status) for entry in walk(folder) if not entry.is_folder}
 
 
 def _mark(status: os.stat_result) -> Mark:
@@ -51,17 +43,41 @@ def aside_of(path: Path) -> Path:
     return path.with_name(f".{path.name}{_ASIDE}")
 
 
+def place_of(aside: Path) -> Path:
+    """Return the place of a folder that was put aside: where :func:`aside_of` found it."""
+    return aside.with_name(aside.name.removeprefix(".").removesuffix(_ASIDE))
+
+
 def is_aside(name: str) -> bool:
     """Whether a folder of this name was put aside."""
     return name.startswith(".") and name.endswith(_ASIDE)
 
 
+def put_aside(aside: Path) -> str:
+    """Return what to tell of a folder that was put aside, and that nobody takes care of."""
+    return (
+        f"{aside}: put aside by a removal that did not end: where none is at work, delete it or, if "
+        f"all is in it, call it {place_of(aside).name} again"
+    )
+
+
+def asides_below(folder: Path) -> Iterator[Path]:
+    """Yield the folders in a tree that were put aside; those that cannot be looked into hold none."""
+    for where, below, _ in os.walk(folder):
+        yield from (Path(where, name) for name in below if is_aside(name))
+        below[:] = sorted(name for name in below if not is_aside(name))
+
+
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What became of a removal: ``refused`` says why nothing was removed, ``left`` what stayed."""
+    """What became of a removal: ``refused`` says why nothing was removed, ``left`` what stayed.
+
+    ``partly``: something was removed before the system refused the rest.
+    """
 
     refused: str = ""
     left: tuple[str, ...] = ()
+    partly: bool = False
 
 
 def remove(
@@ -80,8 +96,15 @@ def remove(
         return Outcome(f"{aside} is in the way")
     if listing(path) != listed:
         return Outcome("it changed meanwhile")
+    closed = _closed_folder(path)
+    if closed is not None:
+        return Outcome(f"nothing can be deleted in {closed}: it is not writable")
     _write_note(note, path, listed)
-    path.rename(aside)
+    try:
+        path.rename(aside)
+    except OSError:
+        note.unlink(missing_ok=True)
+        raise
     if listing(aside) != listed:
         if not os.path.lexists(path):
             aside.rename(path)
@@ -91,17 +114,28 @@ def remove(
     return _finish(path, listed, note)
 
 
+def _closed_folder(path: Path) -> Path | None:
+    """Return a folder in which nothing can be deleted: better to know before the first file goes."""
+    own = os.access in os.supports_effective_ids
+    folders = [path.parent, path, *(Path(e.path) for e in walk(path) if e.is_folder)]
+    mode = os.W_OK | os.X_OK
+    return next((f for f in folders if not os.access(f, mode, effective_ids=own)), None)
+
+
 def _finish(path: Path, listed: Mapping[str, Mark], note: Path) -> Outcome:
-    """Delete what is listed of a folder that was put aside, and give back the place of the rest."""
+    """Delete what is listed of a folder that was put aside, and give back the place of the rest.
+
+    Where the system refuses the first file, all is put back, and ``OSError`` raised.
+    """
     aside = aside_of(path)
-    for name, mark in listed.items():
-        file = aside / name
-        with suppress(FileNotFoundError):
-            if _mark(file.lstat()) == mark:
-                file.unlink()
-    for folder, _, _ in os.walk(aside, topdown=False):
-        with suppress(OSError):  # not empty
-            Path(folder).rmdir()
+    try:
+        _delete(aside, listed)
+    except OSError as error:
+        if listing(aside) == listed and not os.path.lexists(path):
+            aside.rename(path)
+            note.unlink(missing_ok=True)
+            raise
+        return Outcome(f"removed in part: {error.strerror}: {error.filename}", partly=True)
     left: tuple[str, ...] = ()
     if aside.is_dir():
         if not os.path.lexists(path):
@@ -112,16 +146,30 @@ def _finish(path: Path, listed: Mapping[str, Mark], note: Path) -> Outcome:
     return Outcome(left=left)
 
 
+def _delete(aside: Path, listed: Mapping[str, Mark]) -> None:
+    for name, mark in listed.items():
+        file = aside / name
+        with suppress(FileNotFoundError):
+            if _mark(file.lstat()) == mark:
+                file.unlink()
+    for folder, _, _ in os.walk(aside, topdown=False):
+        with suppress(OSError):  # not empty
+            Path(folder).rmdir()
+
+
 def _write_note(note: Path, path: Path, listed: Mapping[str, Mark]) -> None:
     note.parent.mkdir(parents=True, exist_ok=True)
     # As JSON escapes: names of files may be any bytes.
     text = json.dumps({"path": str(path), "files": {k: list(v) for k, v in listed.items()}})
     partial = note.with_name(f".{note.name}.{os.getpid()}")
-    with partial.open("w", encoding="ascii") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    partial.replace(note)
+    try:
+        with partial.open("w", encoding="ascii") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        partial.replace(note)
+    finally:
+        partial.unlink(missing_ok=True)
     fsync_directory(note.parent)
 
 
@@ -139,6 +187,14 @@ def noted(note: Path) -> tuple[Path, dict[str, Mark]] | None:
     return Path(data["path"]), {name: tuple(mark) for name, mark in data["files"].items()}
 
 
+def is_remainder(aside: Path, listed: Mapping[str, Mark]) -> bool:
+    """Whether a folder that was put aside holds files that are ``listed``, wherever it lies by now."""
+    try:
+        return any(listed.get(name) == mark for name, mark in listing(aside).items())
+    except OSError:
+        return False
+
+
 def resume(note: Path, path: Path, why_not: str) -> Outcome | None:
     """Settle the removal of ``path`` that was stopped: put it back where all is there, else finish.
 
@@ -146,11 +202,21 @@ def resume(note: Path, path: Path, why_not: str) -> Outcome | None:
     """
     found = noted(note)
     aside = aside_of(path)
-    if found is None or found[0] != path or aside.is_symlink() or not aside.is_dir():
+    if found is None or aside.is_symlink() or not aside.is_dir():
         note.unlink(missing_ok=True)
         return None
-    if listing(aside) == found[1] and not os.path.lexists(path):
+    listed, there = found[1], listing(aside)
+    if _without_inodes(there) == _without_inodes(listed) and not os.path.lexists(path):
         aside.rename(path)
         note.unlink(missing_ok=True)
         return None
-    return Outcome(why_not) if why_not else _finish(path, found[1], note)
+    if there and not is_remainder(aside, listed):
+        return Outcome(
+            "what is left of it was copied or changed since: nobody but you can delete it"
+        )
+    return Outcome(why_not) if why_not else _finish(path, listed, note)
+
+
+def _without_inodes(listed: Mapping[str, Mark]) -> dict[str, tuple[int, int]]:
+    """Return files as a copy of them looks, too."""
+    return {name: (nbytes, mtime) for name, (nbytes, mtime, _) in listed.items()}

@@ -17,7 +17,18 @@ from streamconv.batch.discover import Candidate, checkpoint_inside, step_kind, s
 from streamconv.batch.hooks import awaits_hook
 from streamconv.batch.places import output_inside
 from streamconv.batch.ready import CLOCK_DOUBT_SECONDS, Tracker, look_at
-from streamconv.batch.removal import Outcome, aside_of, listing, remove, resume
+from streamconv.batch.removal import (
+    Outcome,
+    aside_of,
+    asides_below,
+    is_aside,
+    is_remainder,
+    listing,
+    noted,
+    place_of,
+    remove,
+    resume,
+)
 from streamconv.batch.state import Record, Store, file_name, is_intact
 from streamconv.conversion.job import identify
 from streamconv.errors import LockedError, StreamconvError
@@ -146,7 +157,7 @@ class Removal:
     """A folder that was removed, or would be; ``refused`` says why it must not.
 
     ``left`` names what stayed of it, as nobody had listed it; ``damaged`` says that an output is not
-    what its manifest says.
+    what its manifest says, ``partly`` that the system refused the rest of a removal that was begun.
     """
 
     kind: str  # "output" or "source"
@@ -156,6 +167,7 @@ class Removal:
     refused: str = ""
     left: tuple[str, ...] = ()
     damaged: bool = False
+    partly: bool = False
 
     def __str__(self) -> str:
         if self.refused:
@@ -163,6 +175,15 @@ class Removal:
         did = "removed" if self.applied else "would remove"
         left = f"; left what came meanwhile: {', '.join(self.left[:5])}" if self.left else ""
         return f"{did} {self.kind} {self.path} ({format_size(self.nbytes)}){left}"
+
+
+def _removal(kind: str, path: Path, nbytes: int, outcome: Outcome) -> Removal:
+    refused = outcome.refused
+    if refused and aside_of(path).is_dir():
+        refused += f"; it is in {aside_of(path)}"
+    return Removal(
+        kind, path, nbytes, not refused, refused=refused, left=outcome.left, partly=outcome.partly
+    )
 
 
 def remove_output(
@@ -192,7 +213,7 @@ def remove_output(
                 recheck=lambda: why_keep_output(_output_facts(record, store, owns)),
             )
             if outcome.refused:
-                return Removal("output", path, record.write_bytes, refused=outcome.refused)
+                return _removal("output", path, record.write_bytes, outcome)
             for parent in path.parents:
                 if parent == store.output:
                     break
@@ -288,8 +309,7 @@ def remove_source(
         return Removal("source", path, 0, refused=error.what)
     except OSError as error:
         return Removal("source", path, 0, refused=str(error.strerror))
-    gone = not outcome.refused
-    return Removal("source", path, nbytes, applied=gone, refused=outcome.refused, left=outcome.left)
+    return _removal("source", path, nbytes, outcome)
 
 
 def _source_facts(record: Record, candidate: Candidate, around: Surroundings) -> SourceFacts:
@@ -335,8 +355,8 @@ def _note(store: Store, kind: str, record: Record) -> Path:
     return store.folder / _NOTES / f"{kind}-{file_name(record.name)}.json"
 
 
-def resume_removals(store: Store, *, apply: bool) -> list[Removal]:
-    """Settle what a batch that was killed had put aside to remove.
+def resume_removals(store: Store, root: Path, *, apply: bool) -> list[Removal]:
+    """Settle what a batch that was killed had put aside to remove, beside outputs or below ``root``.
 
     It is put back where all of it is there; what was removed in part goes, with ``apply``.
     """
@@ -348,15 +368,20 @@ def resume_removals(store: Store, *, apply: bool) -> list[Removal]:
         if record is None or kind not in ("source", "output"):
             continue
         path = Path(record.output if kind == "output" else record.source)
-        why_not = "" if apply else "--apply goes on removing it"
-        if apply and kind == "source":
-            why_not = damage(Path(record.output))
         try:
             with store.holding(record.name):
+                found = _place_of(note, path, [*asides_of(store), *asides_below(root)])
+                if found is None:
+                    continue
+                path = found
+                why_not = "" if apply else "--apply goes on removing it"
+                if apply and kind == "source":
+                    why_not = damage(Path(record.output))
                 outcome = resume(note, path, why_not)
                 if outcome is None:
                     continue
-                if kind == "output" and not outcome.refused and not path.exists():
+                done = not outcome.refused and not path.exists()
+                if kind == "output" and done and path == Path(record.output):
                     record = store.reload(record.name)
                     record.state, record.reason, record.evidence = "pruned", _PRUNED, []
                     store.save(record)
@@ -364,8 +389,30 @@ def resume_removals(store: Store, *, apply: bool) -> list[Removal]:
             continue
         except OSError as error:
             outcome = Outcome(str(error.strerror))
-        refused = f"{outcome.refused}; it is in {aside_of(path)}" if outcome.refused else ""
-        settled.append(
-            Removal(kind, path, 0, applied=not refused, refused=refused, left=outcome.left)
-        )
+        settled.append(_removal(kind, path, 0, outcome))
     return settled
+
+
+def _place_of(note: Path, path: Path, asides: Iterable[Path]) -> Path | None:
+    """Return which folder the removal was of that a note tells of; None where nothing is put aside.
+
+    That is ``path``, unless it was moved meanwhile: ``asides`` are looked at for its files.
+    """
+    found = noted(note)
+    places = [aside_of(path)] if found is None or found[0] == path else []
+    if found is not None:
+        places += [aside for aside in asides if is_remainder(aside, found[1])]
+    aside = next((p for p in places if p.is_dir() and not p.is_symlink()), None)
+    if aside is not None:
+        return place_of(aside)
+    # A folder that was moved away may come into sight again, by the root of another run.
+    if found is None or found[0].parent.is_dir():
+        note.unlink(missing_ok=True)
+    return None
+
+
+def asides_of(store: Store) -> list[Path]:
+    """Return what was put aside beside the outputs of a folder."""
+    places = sorted({store.output, *(Path(record.output).parent for record in store)})
+    found = [path for place in places for path in place.glob(".*") if is_aside(path.name)]
+    return [path for path in found if path.is_dir() and not path.is_symlink()]

@@ -26,7 +26,8 @@ from streamconv.batch.ready import (
     look_at,
     read_tracker,
 )
-from streamconv.batch.retention import Rule
+from streamconv.batch.removal import put_aside
+from streamconv.batch.retention import Rule, asides_of
 from streamconv.batch.selection import named, namer
 from streamconv.batch.settings import RunSettings
 from streamconv.batch.state import FOLDER, Record, Store, file_name, is_intact
@@ -108,6 +109,7 @@ class Survey:
             on_problem=self.problems.append,
             on_notice=self.notices.append,
         )
+        self.notices += [put_aside(path) for path in asides_of(self._store)]
         found = run.filter.choose(all_found)
         self.candidates = named(found, self._name)
         own = {
@@ -323,12 +325,14 @@ class Survey:
         return wanted
 
     def _leave_out(self, tasks: Collection[Task]) -> None:
-        """Note what retention would remove as soon as it is there."""
+        """Note what retention would remove as soon as it is there; what is there, it will remove."""
         self.left_out = len(tasks)
         for record in (task.record for task in tasks):
             if record.state != "pruned":
-                record.state, record.reason = "pruned", "not converted: retention does not keep it"
                 with suppress(LockedError), self._store.holding(record.name):
+                    if not take_over_finished(record, record.job, record.reason):
+                        record.state = "pruned"
+                        record.reason = "not converted: retention does not keep it"
                     self._store.save(record)
 
     def _note_vanished(self) -> None:

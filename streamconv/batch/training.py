@@ -22,6 +22,7 @@ from streamconv.batch.leases import boot_clock
 from streamconv.batch.readings import TORCH_SUFFIXES, ZIP, ZIP_END, ZIP_END_BYTES, Readings
 from streamconv.batch.ready import Tracker, lies_still, read_tracker
 from streamconv.batch.removal import is_aside
+from streamconv.batch.walk import Entry, walk
 from streamconv.errors import StreamconvError
 from streamconv.files.jsonfile import read_json
 from streamconv.formats.safetensors_file import read_header
@@ -66,32 +67,18 @@ class Step:
 
 def look_at_step(path: Path) -> Step:
     """Return how a step's folder looks now; raises ``OSError`` where it goes meanwhile."""
-    files: dict[str, tuple[int, int]] = {}
-    links: list[str] = []
     created = path.stat().st_mtime_ns
-    changed = 0
-    pending = [str(path)]
-    prefix = len(str(path)) + 1
-    while pending:
-        with os.scandir(pending.pop()) as listing:
-            for entry in listing:
-                if is_aside(entry.name):
-                    continue
-                status = entry.stat(follow_symlinks=False)
-                changed = max(changed, status.st_mtime_ns)
-                if entry.is_dir(follow_symlinks=False):
-                    pending.append(entry.path)
-                    continue
-                files[entry.path[prefix:]] = (_size(entry), status.st_mtime_ns)
-                if entry.is_symlink():
-                    links.append(entry.path[prefix:])
+    met = list(walk(path, skip=is_aside))
+    changed = max((entry.status.st_mtime_ns for entry in met), default=0)
+    files = {e.name: (_size(e), e.status.st_mtime_ns) for e in met if not e.is_folder}
+    links = tuple(e.name for e in met if e.is_link)
     kind, number = step_kind(path.name), step_number(path.name) or 0
-    return Step(path, kind, number, files, changed or created, tuple(links))
+    return Step(path, kind, number, files, changed or created, links)
 
 
-def _size(entry: os.DirEntry[str]) -> int:
+def _size(entry: Entry) -> int:
     try:
-        return entry.stat().st_size
+        return Path(entry.path).stat().st_size if entry.is_link else entry.status.st_size
     except OSError:
         return -1  # a link that leads nowhere
 

@@ -101,7 +101,10 @@ def _finish(source: Path, output: Path, made: Path | None, *, verified: bool) ->
         names = ["model.safetensors"]
         files = {n: (partial / n).stat().st_size for n in names}
         (partial / "streamconv.json").write_text(json.dumps(manifest(files)))
-    partial.rename(output)
+    if output.exists():  # which is only compared
+        shutil.rmtree(partial)
+    else:
+        partial.rename(output)
     stats = [(n, (output / n).stat()) for n in [*names, "streamconv.json"]]
     _say(
         event="finished",
