@@ -14,12 +14,12 @@ from collections import Counter
 from pathlib import Path
 
 from bench.measure import conditions, record, table
+from scripts.makers.large import make_large
 from streamconv.api import plan as make_plan
 from streamconv.executor.pipeline import WindowFiller, filled_windows
 from streamconv.executor.reader import SourceReader
 from streamconv.executor.records import RecordChecks
 from streamconv.ir.planfile import Plan
-from tests.makers.large import make_large
 
 
 class SlowReader(SourceReader):

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import platform
 import re
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import psutil
+
+from scripts.measured import Ran, watched
 
 _PAGE_ORDER = Path("/sys/module/page_reporting/parameters/page_reporting_order")
 # More than any page order there is: nothing is large enough to be reported.
@@ -27,52 +25,17 @@ _NO_PAGE_ORDER = 11
 RESULTS = Path(__file__).with_name("RESULTS.md")
 
 
-@dataclass(frozen=True, slots=True)
-class Measured:
-    """A finished process: seconds, largest sum of resident bytes over its tree, what it printed."""
-
-    seconds: float
-    peak_bytes: int
-    out: str
-
-    @property
-    def last(self) -> dict[str, Any]:
-        """The last line of ``--json`` output."""
-        return dict(json.loads(self.out.splitlines()[-1]))
+def measured(command: Sequence[str], *, env: dict[str, str] | None = None) -> Ran:
+    """Run a command, its process tree sampled from outside; end where it fails."""
+    done = watched(command, env)
+    if done.code:
+        sys.exit(f"{' '.join(command)}: exit {done.code}\n{done.err}")
+    return done
 
 
-def measured(command: Sequence[str], *, env: dict[str, str] | None = None) -> Measured:
-    """Run a command, its process tree sampled every 20 ms from outside; end where it fails."""
-    start = time.perf_counter()
-    # A file and not a pipe: nobody reads while the process is at work, and a full pipe would stop it.
-    with (
-        tempfile.TemporaryFile("w+") as out,
-        subprocess.Popen(
-            command, stdout=out, env=None if env is None else os.environ | env
-        ) as process,
-    ):
-        tree, peak = psutil.Process(process.pid), 0
-        while process.poll() is None:
-            total = 0
-            try:
-                for p in (tree, *tree.children(recursive=True)):
-                    total += p.memory_info().rss
-            except psutil.NoSuchProcess:
-                pass
-            peak = max(peak, total)
-            time.sleep(0.02)
-        took = time.perf_counter() - start
-        out.seek(0)
-        text = out.read()
-    if process.returncode:
-        sys.exit(f"{' '.join(command)}: exit {process.returncode}")
-    return Measured(took, peak, text)
-
-
-def streamconv(*arguments: str | Path) -> Measured:
+def streamconv(*arguments: str | Path) -> Ran:
     """Run a command of streamconv with ``--json``."""
-    command = [sys.executable, "-m", "streamconv", *map(str, arguments), "--json"]
-    return measured(command)
+    return measured([sys.executable, "-m", "streamconv", *map(str, arguments), "--json"])
 
 
 def drop(files: Iterable[Path]) -> None:

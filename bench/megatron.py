@@ -1,6 +1,6 @@
 """A Megatron checkpoint beside ``cat``: ``python -m bench.megatron TOOL CORE [--rounds N]``.
 
-TOOL is the folder of ``make_megatron.py``, CORE one with megatron-core as scripts/megatron_matrix.py
+TOOL is the folder of ``make_megatron.py``, CORE one with megatron-core as bench/megatron_matrix.py
 installs it. Makes a mixture of experts of 1.3 GB in bfloat16 on 4 real ranks, converts it within
 512 MB, compares it with the model that it was made of, and measures the executing part as
 :mod:`bench.speed` does.
@@ -15,9 +15,9 @@ import tempfile
 from pathlib import Path
 
 from bench.measure import conditions, own_memory, record, streamconv, table
+from bench.megatron_matrix import Case, make
 from bench.speed import ratio, told
 from scripts.check_answers import difference, tensors
-from scripts.megatron_matrix import Case, make
 
 _SIZES = (
     "hidden_size=1024 num_attention_heads=8 num_key_value_heads=4 head_dim=128 vocab_size=64000 "

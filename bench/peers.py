@@ -21,10 +21,11 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from bench.measure import RESULTS, Measured, conditions, measured, own_memory, ready, record, table
+from bench.measure import RESULTS, conditions, measured, own_memory, ready, record, table
+from scripts.measured import Ran
 
 PLOT = Path(__file__).with_name("peers.svg")
 README = RESULTS.parents[1] / "README.md"
@@ -139,7 +140,7 @@ def make(folder: Path, nbytes: int) -> dict[str, Path]:
     import torch
     import torch.distributed.checkpoint as checkpoint
 
-    from tests.makers.large import make_large
+    from scripts.makers.large import make_large
 
     made = make_large(folder / "run", nbytes, _WORLD)
     state = {name: made.expected(name) for name in made.shapes}
@@ -174,7 +175,7 @@ def _save_shards(rank: int, source: Path, out: Path, store: Path) -> None:
     dist.destroy_process_group()
 
 
-def draw(found: dict[str, dict[float, Measured]]) -> None:
+def draw(found: dict[str, dict[float, Ran]]) -> None:
     """Draw speed and peak against the model's size."""
     import matplotlib as mpl
 
@@ -212,7 +213,7 @@ def main() -> None:
         TASKS[options.task](*options.paths)
         return
     runs = tools(options.verl)
-    found: dict[str, dict[float, Measured]] = {t.name: {} for t in runs}
+    found: dict[str, dict[float, Ran]] = {t.name: {} for t in runs}
     quiet = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
     rows = []
     with (
@@ -222,7 +223,7 @@ def main() -> None:
         work = Path(name)
         for size in map(float, options.sizes.split(",")):
             sources = make(work / "in", int(size * 1e9))
-            rounds: dict[str, list[Measured]] = {t.name: [] for t in runs}
+            rounds: dict[str, list[Ran]] = {t.name: [] for t in runs}
             for _ in range(options.rounds):
                 for tool in runs:
                     source = sources[tool.source]
@@ -233,7 +234,7 @@ def main() -> None:
             for name, several in rounds.items():
                 middle = sorted(several, key=lambda m: m.seconds)[len(several) // 2]
                 peak = int(statistics.median(m.peak_bytes for m in several))
-                found[name][size] = Measured(middle.seconds, peak, "")
+                found[name][size] = replace(middle, tree_bytes=peak, high_water_bytes=0)
                 times = [m.seconds for m in several]
                 rows.append(
                     (

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench.measure import cat, conditions, own_memory, ready, record, streamconv, table
-from tests.makers.large import LargeMade, make_large
+from scripts.makers.large import LargeMade, make_large
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from scripts.makers.large import make_large
 from streamconv.executor.kernels import run
 from streamconv.formats.fsdp import rank_files
 from streamconv.ir.dtypes import BF16, F16, F32, DType
@@ -19,7 +20,6 @@ from streamconv.torchfile.rankfile import read_rank_file
 from streamconv.torchfile.unpickle import load_inert
 from streamconv.torchfile.window import BufferWindow
 from streamconv.torchfile.zipdir import read_directory
-from tests.makers.large import make_large
 
 _NBYTES = 2 << 20
 

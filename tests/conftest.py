@@ -14,7 +14,7 @@ import pytest
 from filelock import FileLock
 
 if TYPE_CHECKING:
-    from tests.makers.fsdp import Made
+    from scripts.makers.fsdp import Made
     from tests.scenes import Scene
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -36,7 +36,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Made]:
     The folders are shared: a test that changes one works on a copy. With ``STREAMCONV_TEST_CACHE`` they
     are kept there for later sessions, until a maker changes.
     """
-    from tests.makers import fsdp  # imports torch: seconds that only these tests should pay
+    from scripts.makers import fsdp  # imports torch: seconds that only these tests should pay
 
     base = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
@@ -68,7 +68,7 @@ def shared_checkpoints() -> Path:
 @pytest.fixture(scope="session")
 def lone_rank_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A whole checkpoint in one file of a kilobyte."""
-    from tests.makers import runs
+    from scripts.makers import runs
 
     return runs.rank_file(tmp_path_factory.mktemp("ranks") / runs.RANK_FILE)
 

@@ -6,13 +6,13 @@ import functools
 from dataclasses import dataclass
 from typing import Any
 
+from scripts.makers.megatron_inverse import invert
+from scripts.makers.megatron_walk import Walk
+from scripts.makers.tiny_families import State, TinyModel, make
 from streamconv.families import convert as family_conversion
 from streamconv.families.convert import Converted
 from streamconv.options import JobOptions
 from streamconv.planning import checks
-from tests.makers.megatron_inverse import invert
-from tests.makers.megatron_walk import Walk
-from tests.makers.tiny_families import State, TinyModel, make
 from tests.replay import dtype_of
 
 

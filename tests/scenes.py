@@ -10,10 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from scripts.makers import runs
 from streamconv.batch.cycle import Batch, Round
 from streamconv.batch.settings import settings
 from streamconv.batch.state import read_records
-from tests.makers import runs
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -70,7 +70,7 @@ class Scene:
 def command(scene: Scene, *extra: str) -> list[str]:
     """A batch in a process of its own, with pretended conversions."""
     code = (
-        "import json, sys; from tests.makers import runs; from pathlib import Path\n"
+        "import json, sys; from scripts.makers import runs; from pathlib import Path\n"
         "from streamconv.batch import worker\n"
         f"worker.command = lambda: runs.fake_worker(Path({str(scene.script)!r}))\n"
         "from streamconv.__main__ import main; main()"

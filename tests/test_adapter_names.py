@@ -13,10 +13,10 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 
 import streamconv
+from scripts.makers import models
+from scripts.makers.fsdp import LORA_ALPHA
 from streamconv.errors import BadInputError
 from streamconv.lora.names import other_tuner
-from tests.makers import models
-from tests.makers.fsdp import LORA_ALPHA
 from tests.test_lora import convert, load, trained
 
 RANKS = "model_world_size_1_rank_0.pt"

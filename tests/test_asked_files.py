@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 import streamconv
+from scripts.makers import runs
 from streamconv.errors import OutputExistsError, StreamconvError, UsageError
-from tests.makers import runs
 
 pytestmark = pytest.mark.usefixtures("planned_here")
 

@@ -17,13 +17,13 @@ from pathlib import Path
 import psutil
 import pytest
 
+from scripts.makers import runs
 from streamconv.batch.cycle import Round, watch
 from streamconv.batch.pins import pin, unpin
 from streamconv.batch.schedule import Every
 from streamconv.batch.settings import settings
 from streamconv.batch.state import FOLDER, STATUS, Store, read_records
 from streamconv.errors import StreamconvError
-from tests.makers import runs
 from tests.scenes import cli, start, wait_for
 
 

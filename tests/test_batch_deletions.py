@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from scripts.makers import runs
 from streamconv.batch import readings, removal, retention, training
 from streamconv.batch.deletions import OutputFacts, SourceFacts, why_keep_output, why_keep_source
 from streamconv.batch.state import FOLDER, Record, Store, file_name, read_records
-from tests.makers import runs
 from tests.scenes import Scene
 
 DELETING = {"delete_sources": True, "verify": True, "shared": {"apply": True}}

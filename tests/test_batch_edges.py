@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 
 import streamconv
+from scripts.makers import runs
 from streamconv.batch import tasks
 from streamconv.batch.state import STATUS, Store, read_records
 from streamconv.conversion import job
-from tests.makers import runs
 from tests.scenes import Scene, cli
 
 
@@ -379,7 +379,7 @@ def test_a_source_that_goes_while_its_output_is_compared(scene, monkeypatch):
 @pytest.mark.slow
 def test_a_dozen_real_checkpoints_of_three_kinds(tmp_path, checkpoints):
     """Each is converted, and to the bits of its model; the next batch starts no process."""
-    from tests.outputs import differences, read_model, read_truth
+    from scripts.outputs import differences, read_model, read_truth
 
     run, out = tmp_path / "run", tmp_path / "out"
     fsdp, lora = checkpoints["fsdp2-w2"], checkpoints["fsdp1-lora"]

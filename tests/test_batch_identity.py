@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from scripts.makers import runs
 from streamconv.batch import leases, pins, survey
 from streamconv.batch.state import FOLDER, Store, read_records
-from tests.makers import runs
 from tests.scenes import Scene
 
 OTHER_BOOT = "another machine's kernel"

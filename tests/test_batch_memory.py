@@ -10,7 +10,7 @@ import time
 import psutil
 import pytest
 
-from tests.makers import runs
+from scripts.makers import runs
 
 
 def tree(process: psutil.Process) -> list[psutil.Process]:

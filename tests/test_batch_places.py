@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from scripts.makers import runs
 from streamconv.batch.cycle import Batch
 from streamconv.batch.settings import load, settings
 from streamconv.batch.state import FOLDER, STATUS, Store
 from streamconv.errors import StreamconvError, UsageError
-from tests.makers import runs
 from tests.scenes import Scene, cli
 
 

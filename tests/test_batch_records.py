@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from scripts.makers import runs
 from streamconv.batch import hooks, metrics
 from streamconv.batch.record_file import SCHEMA
 from streamconv.batch.state import FOLDER, STATUS, Record, Store, read_records
 from streamconv.cli.batch_report import print_status, status_json
-from tests.makers import runs
 from tests.scenes import Scene, cli
 
 HUGE = 10**400

@@ -7,8 +7,6 @@ import os
 import re
 import subprocess
 import sys
-import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -16,20 +14,21 @@ import pytest
 import torch
 
 import streamconv
-from streamconv.errors import BadInputError, BudgetError, UnsafeInputError
-from streamconv.executor import budget
-from streamconv.planning import child
-from streamconv.system import children, memory
-from tests.makers.fsdp import Made
-from tests.makers.large import LargeMade, make_large
-from tests.makers.zips import E, Zip
-from tests.outputs import (
+from scripts.makers.fsdp import Made
+from scripts.makers.large import LargeMade, make_large
+from scripts.makers.zips import E, Zip
+from scripts.measured import run
+from scripts.outputs import (
     differences,
     large_checkpoint,
     large_differences,
     read_model,
     read_truth,
 )
+from streamconv.errors import BadInputError, BudgetError, UnsafeInputError
+from streamconv.executor import budget
+from streamconv.planning import child
+from streamconv.system import children, memory
 
 GB = 10**9
 
@@ -135,57 +134,6 @@ def test_no_window_fits() -> None:
     smallest = budget.smallest_run_bytes()
     assert budget.window_bytes(smallest + (1 << 20)) >= 1 << 20
     assert budget.window_bytes(1 << 40) == 256 << 20
-
-
-@dataclass(frozen=True, slots=True)
-class Ran:
-    """A finished command and the memory that was seen from outside."""
-
-    code: int
-    out: str
-    err: str
-    tree_bytes: int
-    """The largest sum of resident sizes over the process and its descendants."""
-    high_water_bytes: int
-    """VmHWM of the process itself, which no sample can miss."""
-
-    @property
-    def peak_bytes(self) -> int:
-        return max(self.tree_bytes, self.high_water_bytes)
-
-
-def run(*arguments: object) -> Ran:
-    """Run the command line and watch its memory every few milliseconds."""
-    command = [sys.executable, "-m", "streamconv", *map(str, arguments)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    root = psutil.Process(process.pid)
-    tree = high_water = 0
-    while process.poll() is None:
-        try:
-            members = [root, *root.children(recursive=True)]
-        except psutil.NoSuchProcess:
-            break
-        tree = max(tree, sum(map(_resident, members)))
-        high_water = max(high_water, _high_water(process.pid))
-        time.sleep(0.01)
-    out, err = process.communicate()
-    return Ran(process.returncode, out, err, tree, high_water)
-
-
-def _resident(process: psutil.Process) -> int:
-    try:
-        return int(process.memory_info().rss)
-    except (psutil.NoSuchProcess, psutil.AccessDenied):
-        return 0
-
-
-def _high_water(pid: int) -> int:
-    try:
-        text = Path(f"/proc/{pid}/status").read_text()
-    except (FileNotFoundError, ProcessLookupError):
-        return 0
-    found = re.search(r"VmHWM:\s+(\d+) kB", text)  # gone once the process is a zombie
-    return int(found[1]) * 1024 if found else 0
 
 
 def named_smallest(error: str) -> str:

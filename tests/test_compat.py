@@ -17,9 +17,9 @@ import torch
 from safetensors.torch import load_file
 
 import streamconv
-from tests import releases
-from tests.makers.fsdp import Made
-from tests.outputs import Stored, differences, read_truth
+from scripts import releases
+from scripts.makers.fsdp import Made
+from scripts.outputs import Stored, differences, read_truth
 
 pytestmark = [pytest.mark.slow, pytest.mark.compat]
 

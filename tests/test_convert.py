@@ -18,9 +18,8 @@ import torch
 import transformers
 
 import streamconv
-from streamconv.errors import BadInputError, UsageError
-from tests.makers.fsdp import RECIPES, Made
-from tests.outputs import (
+from scripts.makers.fsdp import RECIPES, Made
+from scripts.outputs import (
     INDEX,
     MANIFEST,
     Stored,
@@ -30,6 +29,7 @@ from tests.outputs import (
     read_safetensors,
     read_truth,
 )
+from streamconv.errors import BadInputError, UsageError
 
 WITH_TRUTH = [n for n, r in RECIPES.items() if r.buffers != "complex128" and not r.lora]
 

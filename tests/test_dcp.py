@@ -15,6 +15,9 @@ import pytest
 import torch
 
 import streamconv
+from scripts.makers.dcp import Pieces, save_alone
+from scripts.makers.fsdp import RECIPES, Made
+from scripts.outputs import differences, read_model, read_truth
 from streamconv.conversion.job import run_plan
 from streamconv.errors import BadInputError, SourceChangedError, UnsafeInputError
 from streamconv.formats import find_model
@@ -23,9 +26,6 @@ from streamconv.formats.dcp.folder import read_index
 from streamconv.options import RunOptions
 from streamconv.torchfile.dcp import DcpIndex
 from streamconv.tracing.hf_names import read_names
-from tests.makers.dcp import Pieces, save_alone
-from tests.makers.fsdp import RECIPES, Made
-from tests.outputs import differences, read_model, read_truth
 from tests.stored import stored
 
 NAMES = [name for name, recipe in RECIPES.items() if recipe.dcp]

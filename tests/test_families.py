@@ -1,6 +1,6 @@
 """Every family of Megatron models, both ways: the oracle takes a model apart, we put it together.
 
-``tests/makers/tiny_families.py`` makes a tiny model as transformers' ``save_pretrained`` writes it,
+``scripts/makers/tiny_families.py`` makes a tiny model as transformers' ``save_pretrained`` writes it,
 ``megatron_inverse.py`` turns it into Megatron's tensors, ``megatron.py`` writes them with torch's own
 DCP writer. What comes out must be the model, tensor by tensor, byte by byte. The rules alone are
 held against the oracle too, without files, and must refuse what is incomplete or of another size.
@@ -20,12 +20,12 @@ import transformers
 from safetensors.torch import load_file
 
 import streamconv
+from scripts.makers import megatron
+from scripts.makers.tiny_families import FAMILIES, State, TinyModel
+from scripts.outputs import differences, read_model, read_truth
 from streamconv.errors import BadInputError
 from streamconv.families import convert as family_conversion
 from tests.family_cases import Case, plan, taken_apart
-from tests.makers import megatron
-from tests.makers.tiny_families import FAMILIES, State, TinyModel
-from tests.outputs import differences, read_model, read_truth
 from tests.replay import array, replay
 
 KEPT_TOWER = (("megatron_tower", False),)

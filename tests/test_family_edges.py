@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 import torch
 
+from scripts.makers.tiny_families import State, TinyModel
 from streamconv.errors import BadInputError, UsageError
 from streamconv.families import families
 from streamconv.families.convert import convert
 from streamconv.formats.megatron.facts import OF_MODEL
 from streamconv.options import JobOptions
 from tests.family_cases import Case, plan, taken_apart
-from tests.makers.tiny_families import State, TinyModel
 from tests.replay import array, replay
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import tomllib
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parents[1]
 
@@ -28,3 +31,28 @@ def test_the_root_holds_what_users_import_and_nothing_else() -> None:
     assert modules == {"__main__", "_version", "api", "errors", "options", "units"}
     folders = {p.parent.name for p in package.glob("*/__init__.py")}
     assert modules | folders == set(floors())
+
+
+@pytest.mark.parametrize(
+    ("folder", "strangers"),
+    [
+        ("streamconv", ("tests", "scripts", "bench")),
+        ("scripts", ("tests", "bench")),
+        ("bench", ("tests",)),
+    ],
+)
+def test_nothing_imports_what_is_built_on_it(folder: str, strangers: tuple[str, ...]) -> None:
+    wrong = [
+        f"{path.relative_to(ROOT)} imports {name}"
+        for path in (ROOT / folder).rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        for name in _imported(node)
+        if name.partition(".")[0] in strangers
+    ]
+    assert not wrong
+
+
+def _imported(node: ast.AST) -> list[str]:
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    return [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []

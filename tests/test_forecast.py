@@ -13,13 +13,13 @@ from types import SimpleNamespace
 
 import pytest
 
+from scripts.makers import runs
 from streamconv.environment import doctor, speed
 from streamconv.environment.forecast import moving_seconds, warnings
 from streamconv.executor import budget
 from streamconv.files.filesystems import FileSystem, filesystem_of
 from streamconv.system import memory
 from streamconv.units import format_size
-from tests.makers import runs
 
 GB = 10**9
 DISK = FileSystem(Path("/"), "ext4", "/dev/sda1", 1, 500 * GB, 1000 * GB)

@@ -18,11 +18,11 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from scripts.makers.fsdp import RECIPES, Made
 from streamconv import formats
 from streamconv.errors import BadInputError, UnsafeInputError, UsageError
 from streamconv.ir.source import Checkpoint, GlobalTensor
 from streamconv.torchfile.zipdir import check_local_header
-from tests.makers.fsdp import RECIPES, Made
 
 _RAW = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64, 16: np.complex128}
 

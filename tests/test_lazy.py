@@ -17,11 +17,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import streamconv
+from scripts.makers.fsdp import Made
+from scripts.outputs import Stored, read_truth
 from streamconv.conversion.lazy import LazyCheckpoint
 from streamconv.errors import ClosedError, UnsafeInputError
 from streamconv.planning import child
-from tests.makers.fsdp import Made
-from tests.outputs import Stored, read_truth
 
 NUMPY = {
     "F32": np.float32,

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import streamconv
-from tests.outputs import read_safetensors
+from scripts.outputs import read_safetensors
 
 LAYERS, EXPERTS = 2, 4
 CONFIG: dict[str, Any] = {

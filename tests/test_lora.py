@@ -14,12 +14,13 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import streamconv
+from scripts.makers import models
+from scripts.makers.fsdp import LORA_ALPHA, LORA_RANK, Made
+from scripts.makers.large import make_large
+from scripts.measured import run
+from scripts.outputs import contents, differences, read_model, read_truth
 from streamconv.errors import BadInputError, OutputExistsError, UsageError
-from tests.makers import models
-from tests.makers.fsdp import LORA_ALPHA, LORA_RANK, Made
-from tests.makers.large import make_large
-from tests.outputs import contents, differences, read_model, read_truth
-from tests.test_budget import named_smallest, run
+from tests.test_budget import named_smallest
 
 MERGED = [
     "fsdp2-lora",

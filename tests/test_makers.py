@@ -1,7 +1,7 @@
 """The made checkpoints are what their recipes say, and torch agrees with their truth.
 
 While a checkpoint is made, every rank already gathers each tensor from the files and compares it
-with the unsharded model (``tests.makers.fsdp.check``). Here the files are read once more, from
+with the unsharded model (``scripts.makers.fsdp.check``). Here the files are read once more, from
 outside: no process group, weights only.
 """
 
@@ -19,9 +19,9 @@ import transformers
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor, Shard
 
-from tests.makers import models
-from tests.makers.fsdp import RECIPES, Made, Recipe, same_bits
-from tests.makers.large import make_large
+from scripts.makers import models
+from scripts.makers.fsdp import RECIPES, Made, Recipe, same_bits
+from scripts.makers.large import make_large
 
 Oracle = dict[str, dict[str, Any]]
 

@@ -18,6 +18,8 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import streamconv
+from scripts.makers.fsdp import Made
+from scripts.outputs import MANIFEST
 from streamconv.conversion.finished import finished_output
 from streamconv.conversion.job import refuse_others
 from streamconv.errors import (
@@ -32,8 +34,6 @@ from streamconv.output.manifest import MAX_MANIFEST_BYTES, read_manifest
 from streamconv.verification.folder import verify_output
 from streamconv.verification.room import parsed_bytes
 from streamconv.verification.source import _job
-from tests.makers.fsdp import Made
-from tests.outputs import MANIFEST
 
 SECRET = "secret.json"
 

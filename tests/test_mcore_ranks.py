@@ -15,13 +15,7 @@ import pytest
 import torch
 
 import streamconv
-from streamconv import formats
-from streamconv.errors import BadInputError, StreamconvError
-from streamconv.executor.pipeline import WindowFiller, filled_windows
-from streamconv.executor.reader import SourceReader
-from streamconv.executor.records import RecordChecks
-from streamconv.ir.source import Checkpoint
-from tests.makers.mcore_ranks import (
+from scripts.makers.mcore_ranks import (
     HEAD,
     HIDDEN,
     VOCAB,
@@ -37,9 +31,15 @@ from tests.makers.mcore_ranks import (
     whole_model,
     write_ranks,
 )
-from tests.makers.megatron_inverse import invert
-from tests.makers.tiny_families import FAMILIES, make
-from tests.outputs import read_model
+from scripts.makers.megatron_inverse import invert
+from scripts.makers.tiny_families import FAMILIES, make
+from scripts.outputs import read_model
+from streamconv import formats
+from streamconv.errors import BadInputError, StreamconvError
+from streamconv.executor.pipeline import WindowFiller, filled_windows
+from streamconv.executor.reader import SourceReader
+from streamconv.executor.records import RecordChecks
+from streamconv.ir.source import Checkpoint
 
 MOE = partial(moe_layer, experts=4)
 

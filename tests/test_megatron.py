@@ -11,6 +11,10 @@ import pytest
 import torch
 
 import streamconv
+from scripts.makers import megatron, tiny_families
+from scripts.makers.dcp import save_alone
+from scripts.makers.megatron_inverse import invert
+from scripts.outputs import differences, read_model
 from streamconv.errors import BadInputError, UsageError
 from streamconv.families import ops
 from streamconv.families.convert import convert
@@ -21,10 +25,6 @@ from streamconv.formats.megatron import torch_dist
 from streamconv.formats.megatron.facts import OF_MODEL
 from streamconv.formats.megatron.names import place
 from streamconv.options import JobOptions
-from tests.makers import megatron, tiny_families
-from tests.makers.dcp import save_alone
-from tests.makers.megatron_inverse import invert
-from tests.outputs import differences, read_model
 from tests.stored import stored
 
 CASES = ("llama_tp2pp2", "qwen2_tp2pp2_tied", "v0192_llama", "qwen3_moe_tp2ep2", "v0122_deepseek")

@@ -20,9 +20,9 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import SavePlan
 
-from tests.makers import megatron
-from tests.makers.megatron_inverse import invert
-from tests.makers.tiny_families import FAMILIES, State, make
+from scripts.makers import megatron
+from scripts.makers.megatron_inverse import invert
+from scripts.makers.tiny_families import FAMILIES, State, make
 
 MODULE = "megatron.core.dist_checkpointing.strategies.torch"
 

@@ -13,11 +13,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import streamconv
+from scripts.makers.dcp import save_alone
 from streamconv.cli.output import harmless
 from streamconv.errors import BadInputError, StreamconvError, shown
 from streamconv.formats import safetensors_folder
 from streamconv.ir.planned import SideFile
-from tests.makers.dcp import save_alone
 
 REFUSED = ["__metadata__", "w\ud800", "\udcff"]
 ODD = ["", "a\nb", "\x1b[31mred", "\u202eright", "\x9b31m", "tab\there", "\0", "ä.weight", "\u2028"]

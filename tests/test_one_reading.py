@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
+from scripts.makers import readings
+from scripts.makers.readings import CRAFTED, REFUSED_BY_TORCH, Source, crafted_file
 from streamconv.errors import BadInputError, StreamconvError
-from tests.makers import readings
-from tests.makers.readings import CRAFTED, REFUSED_BY_TORCH, Source, crafted_file
 
 
 @pytest.fixture(scope="module")

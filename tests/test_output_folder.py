@@ -22,6 +22,18 @@ import pytest
 import transformers
 
 import streamconv
+from scripts.makers.fsdp import Made
+from scripts.makers.large import LargeMade
+from scripts.outputs import (
+    INDEX,
+    MANIFEST,
+    contents,
+    differences,
+    large_checkpoint,
+    large_differences,
+    read_model,
+    read_truth,
+)
 from streamconv.conversion import job
 from streamconv.errors import (
     BadInputError,
@@ -34,18 +46,6 @@ from streamconv.errors import (
 from streamconv.executor.budget import smallest_run_bytes
 from streamconv.options import Event, RunOptions
 from streamconv.output.staging import locked
-from tests.makers.fsdp import Made
-from tests.makers.large import LargeMade
-from tests.outputs import (
-    INDEX,
-    MANIFEST,
-    contents,
-    differences,
-    large_checkpoint,
-    large_differences,
-    read_model,
-    read_truth,
-)
 
 LARGE_BYTES = 80_000_000
 

@@ -14,9 +14,9 @@ import pytest
 
 import streamconv
 from scripts.campaigns import folding
+from scripts.outputs import contents
 from streamconv.errors import BadInputError, OutputExistsError, UsageError
 from streamconv.files import namesakes
-from tests.outputs import contents
 
 pytestmark = pytest.mark.usefixtures("planned_here")
 

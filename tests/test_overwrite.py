@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 
 import streamconv
+from scripts.outputs import MANIFEST, contents
 from streamconv.errors import OutputExistsError
 from streamconv.options import Event, ignore_event
 from streamconv.output import publication, staging
-from tests.outputs import MANIFEST, contents
 
 pytestmark = pytest.mark.usefixtures("planned_here")
 TOKENS = {"tokenizer.json": "{}", "additional_chat_templates/tool.jinja": "{{ x }}"}

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
+from scripts.makers import readings
 from streamconv.errors import UnsafeInputError
 from streamconv.torchfile import dcp
 from streamconv.torchfile.allowlist import MEMBERS, PROCESS_GROUP_STATE
 from streamconv.torchfile.unpickle import load_inert
-from tests.makers import readings
 
 _GETATTR = (b"c__builtin__\ngetattr\n", b"cbuiltins\ngetattr\n")
 _FORMATS = "torch.distributed._shard.sharded_tensor.metadata.MEM_FORMAT_ENCODING"

@@ -14,11 +14,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import streamconv
+from scripts.makers.tiny import make_tiny
+from scripts.outputs import MANIFEST, contents
 from streamconv.conversion import job
 from streamconv.errors import OutputExistsError, StreamconvError
 from streamconv.options import Event, Result, RunOptions
-from tests.makers.tiny import make_tiny
-from tests.outputs import MANIFEST, contents
 
 OPTIONS: dict[str, Any] = {"layout": "memory"}
 SINGLE = "model.safetensors"

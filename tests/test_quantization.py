@@ -15,10 +15,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import streamconv
+from scripts.outputs import read_model
 from streamconv.errors import BadInputError
 from streamconv.files.durable import hash_file
 from streamconv.quantization import scales
-from tests.outputs import read_model
 
 State = dict[str, torch.Tensor]
 

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from scripts.makers.fsdp import Made
+from scripts.makers.large import make_large
 from streamconv.errors import BadInputError, StreamconvError
 from streamconv.formats.fsdp import rank_files
 from streamconv.ir.source import Checkpoint
 from streamconv.torchfile import rankfiles
-from tests.makers.fsdp import Made
-from tests.makers.large import make_large
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from scripts.makers.large import make_large
 from streamconv.errors import NoSpaceError
 from streamconv.executor import writer
 from streamconv.executor.pipeline import WindowFiller, filled_windows, write_output
@@ -20,7 +21,6 @@ from streamconv.executor.records import RecordChecks
 from streamconv.ir.dtypes import F32
 from streamconv.ir.planfile import Plan
 from streamconv.ir.planned import OutputFile
-from tests.makers.large import make_large
 from tests.test_executor import Source, make_plan, whole
 
 # --- how many reads --------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from scripts.makers import runs
 from streamconv.batch.settings import settings
 from streamconv.options import Event, Result, RunOptions
 from streamconv.report import charts
@@ -19,7 +20,6 @@ from streamconv.report.conversion import by_layer, convert_reported, write_repor
 from streamconv.report.overview import write_overview
 from streamconv.report.throughput import rates
 from streamconv.report.timeline import Sample, Timeline
-from tests.makers import runs
 
 HOSTILE = "</script><script>document.title='owned'</script>&\"'"
 CHROMIUM = next(
@@ -285,7 +285,7 @@ def test_the_page_of_a_batch(tmp_path):
 
 
 def test_a_batch_writes_its_page_and_one_for_each_output(tmp_path):
-    from tests.makers import runs
+    from scripts.makers import runs
     from tests.scenes import Scene
 
     scene = Scene(tmp_path, runs.rank_file(tmp_path / runs.RANK_FILE))

@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import streamconv
+from scripts.makers.dcp import save_alone
 from streamconv.errors import OutputExistsError
 from streamconv.formats import find_model
 from streamconv.formats.safetensors_folder import identify as identify_base
-from tests.makers.dcp import save_alone
 
 Write = Callable[[Path, float], Path]
 

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 import streamconv
+from scripts.makers.ranks import write_ranks
 from streamconv import formats
 from streamconv.errors import UsageError
 from streamconv.ir.planfile import Plan
@@ -19,7 +20,6 @@ from streamconv.options import JobOptions
 from streamconv.planning.build import build_plan
 from streamconv.planning.strays import models_in, trainer_state
 from tests.hf_models import MOE, TINY, dense, meta_of, sparse
-from tests.makers.ranks import write_ranks
 
 LAYERS = [f"layers.{k}.{part}.weight" for k in range(3) for part in ("up", "down", "norm")]
 

@@ -15,13 +15,13 @@ import torch
 import xxhash
 
 import streamconv
+from scripts.makers.tiny import make_tiny, whole
+from scripts.outputs import contents, read_model
 from streamconv.conversion import job
 from streamconv.errors import DamagedPlanError, OutputExistsError, SourceChangedError
 from streamconv.files import userkey
 from streamconv.options import Event
 from streamconv.planning import child
-from tests.makers.tiny import make_tiny, whole
-from tests.outputs import contents, read_model
 
 OPTIONS: dict[str, Any] = {"sync": False, "max_shard_size": 120, "layout": "memory"}
 VICTIM = "embed.weight"

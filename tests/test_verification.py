@@ -11,11 +11,11 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import streamconv
+from scripts.makers.fsdp import Made
 from streamconv.errors import BadInputError, SourceChangedError, UnsafeInputError
 from streamconv.formats.safetensors_file import read_header
 from streamconv.verification.folder import verify_output
 from streamconv.verification.reference import verify_reference
-from tests.makers.fsdp import Made
 
 
 @pytest.fixture(scope="module")

@@ -13,11 +13,11 @@ from ml_dtypes import bfloat16
 from safetensors.numpy import load_file, save_file
 
 import streamconv
+from scripts.makers.fsdp import Made
 from streamconv.errors import BadInputError
 from streamconv.formats.safetensors_file import read_folder, read_header
 from streamconv.verification.folder import verify_output
 from streamconv.verification.reference import verify_reference
-from tests.makers.fsdp import Made
 
 FIRST, SECOND = "model-00001-of-00004.safetensors", "model-00002-of-00004.safetensors"
 

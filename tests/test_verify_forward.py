@@ -15,14 +15,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import streamconv
+from scripts.makers.fsdp import Made
+from scripts.measured import run
 from streamconv.errors import BadInputError, BudgetError, StreamconvError, UsageError
 from streamconv.formats.safetensors_file import read_header
 from streamconv.formats.tensor_bytes import is_finite
 from streamconv.verification import forward, forward_child
 from streamconv.verification.forward import verify_forward
 from tests.hf_models import GEMMA3_VL, MODELS, QWEN3_VL_MOE, make
-from tests.makers.fsdp import Made
-from tests.test_budget import named_smallest, run
+from tests.test_budget import named_smallest
 
 
 @pytest.fixture(autouse=True)

@@ -16,6 +16,9 @@ import pytest
 import torch
 
 import streamconv
+from scripts.makers.fsdp import Made
+from scripts.measured import run
+from scripts.outputs import large_checkpoint
 from streamconv.errors import BadInputError, UsageError
 from streamconv.executor import pipeline
 from streamconv.formats.fsdp import merge
@@ -27,9 +30,7 @@ from streamconv.tracing import hf_convert
 from streamconv.verification import by_plan, source, torch_check, torch_files
 from streamconv.verification.report import Report
 from streamconv.verification.source import verify_source
-from tests.makers.fsdp import Made
-from tests.outputs import large_checkpoint
-from tests.test_budget import LARGE_BYTES, run
+from tests.test_budget import LARGE_BYTES
 
 
 @pytest.fixture(autouse=True)

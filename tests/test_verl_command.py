@@ -14,10 +14,10 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 import streamconv
+from scripts.outputs import cast, differences, read_model, read_truth
 from streamconv.cli import conversion
 from streamconv.cli.app import app
 from streamconv.errors import BadInputError, OutputExistsError, UsageError
-from tests.outputs import cast, differences, read_model, read_truth
 
 pytestmark = pytest.mark.usefixtures("planned_here")
 

@@ -13,10 +13,10 @@ import pytest
 import torch
 import xxhash
 
+from scripts.makers.zips import E, Zip
 from streamconv.errors import BadInputError, SourceChangedError, UnsafeInputError
 from streamconv.torchfile.window import BufferWindow, FileWindow
 from streamconv.torchfile.zipdir import ZipDirectory, check_local_header, read_directory
-from tests.makers.zips import E, Zip
 
 
 def read(data: bytes, base: int = 0) -> ZipDirectory:

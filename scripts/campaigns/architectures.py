@@ -39,13 +39,13 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from scripts.campaigns.common import REPOSITORY, scratch
+from scripts.makers.architectures import TASKS, Architecture, NotSmallError, architectures, build
+from scripts.makers.ranks import write_ranks
 from streamconv import formats
 from streamconv.conversion.job import run_plan
 from streamconv.errors import StreamconvError
 from streamconv.options import JobOptions, RunOptions
 from streamconv.planning.build import build_plan
-from tests.makers.architectures import TASKS, Architecture, NotSmallError, architectures, build
-from tests.makers.ranks import write_ranks
 
 RESULT = REPOSITORY / "bench" / "architectures.json"
 README = REPOSITORY / "README.md"

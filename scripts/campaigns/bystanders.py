@@ -28,9 +28,9 @@ from pathlib import Path
 
 from scripts.campaigns.common import Figures, main
 from scripts.campaigns.inproc import each_number
+from scripts.makers import runs
 from streamconv import __main__
 from streamconv.planning import child as planning
-from tests.makers import runs
 
 _COMMANDS_A_SCENE = 8
 _HANG_SECONDS = 120.0
@@ -58,9 +58,15 @@ _NAMES = (
 )
 
 _LOADED = (
-    *("cli.commands", "cli.progress", "cli.report", "convert_job", "build_plan", "formats.fsdp"),
-    *("report.conversion", "verification.source", "batch.cycle", "batch.overview", "doctor"),
-    *("torchfile.rankfiles", "tracing.hf_names", "forecast"),
+    *("cli.commands", "cli.progress", "cli.report", "conversion.job", "planning.build", "formats"),
+    *(
+        "report.conversion",
+        "verification.source",
+        "batch.cycle",
+        "batch.overview",
+        "environment.doctor",
+    ),
+    *("torchfile.rankfiles", "tracing.hf_names", "environment.forecast"),
 )
 
 Snapshot = dict[str, tuple[object, ...]]

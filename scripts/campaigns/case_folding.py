@@ -21,9 +21,9 @@ from pathlib import Path
 from scripts.campaigns import folding
 from scripts.campaigns.bystanders import command, load
 from scripts.campaigns.common import Figures, contents, main
+from scripts.makers import runs
 from streamconv.errors import BadInputError
 from streamconv.files import namesakes
-from tests.makers import runs
 
 _NAMES = ("tokenizer.json", "vocab.txt", "notes.md", "modeling_x.py", "sub/inner.txt", "a.jinja")
 _PRETENDED = 200

@@ -19,11 +19,11 @@ from typing import Any
 
 from scripts.campaigns.common import Figures, main
 from scripts.campaigns.inproc import each_number
+from scripts.makers.tiny import LAYOUTS, make_tiny
 from streamconv import api
 from streamconv.errors import StreamconvError
 from streamconv.executor.budget import smallest_run_bytes
 from streamconv.planning import child
-from tests.makers.tiny import LAYOUTS, make_tiny
 
 _LOOKS = ("open", "pread", "preadv", "stat", "fstat")
 

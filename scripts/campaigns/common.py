@@ -21,8 +21,8 @@ from typing import TypeVar
 
 from filelock import FileLock
 
-from tests.makers import fsdp
-from tests.outputs import MANIFEST, contents
+from scripts.makers import fsdp
+from scripts.outputs import MANIFEST, contents
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 WORKERS = 2

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 from scripts.campaigns.common import Figures, contents, finish, main, run, scratch, start
-from tests.makers.large import make_large
+from scripts.makers.large import make_large
 
 _MODEL_BYTES = 80_000_000
 _BUDGETS = ("72MB", "80MB", "128MB", "512MB", "4GB")

@@ -29,14 +29,13 @@ _OURS = "streamconv"
 def prepare() -> None:
     """Load what the commands need, and become the parent of whoever loses theirs."""
 
-    import streamconv.children
+    import streamconv.system.children
 
     for module in pkgutil.walk_packages(streamconv.__path__, "streamconv."):
         if not module.name.endswith("__main__"):
             importlib.import_module(module.name)
-    streamconv.system.children.PARSE_BYTES = (
-        1 << 40
-    )  # torch alone has more addresses than are allowed
+    # Torch alone has more addresses than are allowed.
+    streamconv.system.children.PARSE_BYTES = 1 << 40
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)
     subprocess.Popen = _ForkedPopen  # type: ignore[misc]
     gc.collect()

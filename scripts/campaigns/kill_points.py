@@ -27,7 +27,7 @@ from scripts.campaigns.common import (
     scratch,
 )
 from scripts.campaigns.strace import Call
-from tests.outputs import INDEX, MANIFEST
+from scripts.outputs import INDEX, MANIFEST
 
 _SWAP = "renameat2"
 

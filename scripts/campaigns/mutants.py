@@ -21,14 +21,14 @@ from pathlib import Path
 
 from scripts.campaigns.common import Figures, each, main, run, scratch
 from scripts.campaigns.inproc import each_number
+from scripts.makers.tiny import LAYOUTS, make_tiny
+from scripts.outputs import MANIFEST
 from streamconv import formats
 from streamconv.conversion.job import run_plan
 from streamconv.errors import StreamconvError
 from streamconv.executor.budget import smallest_run_bytes
 from streamconv.options import JobOptions, RunOptions
 from streamconv.planning.build import build_plan
-from tests.makers.tiny import LAYOUTS, make_tiny
-from tests.outputs import MANIFEST
 
 _WINDOW_BYTES = 16 << 20
 _RIGHT_CODES = (5, 6)

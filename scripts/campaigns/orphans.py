@@ -23,10 +23,10 @@ from typing import Any
 
 from scripts.campaigns.common import Figures, hidden, is_complete, main
 from scripts.campaigns.inproc import each_number
+from scripts.makers import tiny
+from scripts.outputs import contents
 from streamconv import api
 from streamconv.errors import StreamconvError
-from tests.makers import tiny
-from tests.outputs import contents
 
 _HANG_SECONDS = 100.0
 _MANY = "many"

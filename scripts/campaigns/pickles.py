@@ -18,11 +18,11 @@ from pathlib import Path
 from scripts.campaigns.common import Figures, each, main, run, scratch
 from scripts.campaigns.gadgets import Generator, tensor, text
 from scripts.campaigns.inproc import each_number
+from scripts.makers.zips import E, Zip
 from streamconv import formats
 from streamconv.errors import StreamconvError
 from streamconv.options import JobOptions
 from streamconv.planning.build import build_plan
-from tests.makers.zips import E, Zip
 
 _SECONDS = 10
 # What reading a folder of rank files does, besides opening files below it.

@@ -27,13 +27,13 @@ from typing import Any
 import xxhash
 
 from scripts.campaigns.common import Figures, is_complete, main, run
+from scripts.makers.tiny import make_tiny
+from scripts.outputs import contents
 from streamconv import api
 from streamconv.conversion import job
 from streamconv.errors import StreamconvError
 from streamconv.options import RunOptions
 from streamconv.planning import child
-from tests.makers.tiny import make_tiny
-from tests.outputs import contents
 
 _JOB: dict[str, Any] = {"layout": "memory", "max_shard_size": 120}
 _FLAGS = ("--layout", "memory", "--max-shard-size", "120", "--no-sync", "--json")

@@ -18,9 +18,9 @@ from pathlib import Path
 from scripts.campaigns.common import Figures, each, main, run, scratch
 from scripts.campaigns.gadgets import tensor, text
 from scripts.campaigns.mutants import convert
+from scripts.makers.zips import E, Zip
 from streamconv.errors import StreamconvError
 from streamconv.formats.safetensors_file import read_folder
-from tests.makers.zips import E, Zip
 
 RANK_FILE = "model_world_size_1_rank_0.pt"
 _FULL32 = 0xFFFFFFFF

@@ -20,9 +20,9 @@ import torch
 
 from scripts.campaigns.common import REPOSITORY, Figures, main
 from scripts.campaigns.inproc import each_number
+from scripts.makers import readings
+from scripts.makers.readings import Source
 from streamconv.errors import StreamconvError
-from tests.makers import readings
-from tests.makers.readings import Source
 
 _GLOBALS = (
     *("torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_tensor_v3"),

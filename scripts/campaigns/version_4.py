@@ -14,9 +14,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from scripts import releases
 from scripts.campaigns.common import Figures, main
 from streamconv.planning import version_4
-from tests import releases
 
 # Version 5 takes what these say of ties as the scale of their logits, and saves that they are tied.
 _ALWAYS_TIED = ("t5", "mt5", "umt5", "longt5", "pop2piano")

@@ -24,9 +24,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from scripts.makers.zips import E, Zip
 from streamconv.ir.placements import Kind
 from streamconv.torchfile.rankfile import RankReader, Stored
-from tests.makers.zips import E, Zip
 
 Reading = dict[str, tuple[Any, ...]]
 

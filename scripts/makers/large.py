@@ -1,6 +1,6 @@
 """Makes rank files of any size, one rank at a time, with a truth that is computed, not stored.
 
-``python -m tests.makers.large OUT --bytes 4000000000 --world 8`` writes OUT/actor as FSDP2 would:
+``python -m scripts.makers.large OUT --bytes 4000000000 --world 8`` writes OUT/actor as FSDP2 would:
 DTensors of a real torch on a mesh of WORLD ranks, storages padded to the size of rank 0's, CRCs on.
 The model is a Qwen2 of whole layers, its embedding and head a sixteenth of the whole each, so
 that the largest tensor is far larger than a small memory budget.

@@ -21,7 +21,7 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from tests.makers.models import values
+from scripts.makers.models import values
 
 State = dict[str, torch.Tensor]
 

@@ -34,8 +34,8 @@ from torch.distributed.checkpoint.planner import (
     WriteItemType,
 )
 
-from tests.makers.megatron_inverse import Walk, invert
-from tests.makers.tiny_families import State, TinyModel
+from scripts.makers.megatron_inverse import Walk, invert
+from scripts.makers.tiny_families import State, TinyModel
 
 Flavour = Literal["stacked", "per layer", "singleton"]
 FLAVOURS: tuple[Flavour, ...] = ("stacked", "per layer", "singleton")

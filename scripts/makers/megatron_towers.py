@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from tests.makers.megatron_walk import Walk, gate_up
+from scripts.makers.megatron_walk import Walk, gate_up
 
 
 def vision_attention(w: Walk, mg: str, hf: str, heads: int) -> None:

@@ -1,6 +1,6 @@
 """Makes checkpoint folders with real torch.distributed on gloo, as verl's manager does.
 
-``python -m tests.makers.fsdp OUT [NAME...]`` makes the recipes (default: all of them), each as
+``python -m scripts.makers.fsdp OUT [NAME...]`` makes the recipes (default: all of them), each as
 
     OUT/NAME/actor/                   what a converter is given
         model_world_size_N_rank_R.pt
@@ -217,7 +217,7 @@ RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in _recipes()}
 
 def make_all(root: Path, names: Iterable[str] | None = None) -> dict[str, Made]:
     """Make the named recipes (all of them by default) under ``root``."""
-    command = [sys.executable, "-m", "tests.makers.fsdp", str(root.resolve()), *(names or ())]
+    command = [sys.executable, "-m", "scripts.makers.fsdp", str(root.resolve()), *(names or ())]
     subprocess.run(command, cwd=REPOSITORY, check=True)
     return collect(root)
 
@@ -302,7 +302,7 @@ def _prepare(recipe: Recipe, out: Path) -> nn.Module:
     from safetensors.torch import save_file
     from transformers import GenerationConfig
 
-    from tests.makers import models
+    from scripts.makers import models
 
     buffers = {
         "": None,
@@ -334,7 +334,7 @@ def _prepare(recipe: Recipe, out: Path) -> nn.Module:
 def _add_lora(model: nn.Module, recipe: Recipe) -> nn.Module:
     import peft
 
-    from tests.makers import models
+    from scripts.makers import models
 
     targets = ["q_proj", "v_proj", "o_proj", "up_proj"]
     if recipe.arch == "gpt2":  # its Conv1D layers hold their weights transposed

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from tests.makers.tiny_families import State
+from scripts.makers.tiny_families import State
 
 
 @dataclass

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from filelock import FileLock
 
-from tests.makers.large import LargeMade, make_large
+from scripts.makers.large import LargeMade, make_large
 
 MANIFEST = "streamconv.json"
 INDEX = "model.safetensors.index.json"

@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
-from tests.makers.megatron_towers import siglip, tower_of_qwen2_5, tower_of_qwen3
-from tests.makers.megatron_walk import Part, Walk, gate_up
-from tests.makers.tiny_families import State
+from scripts.makers.megatron_towers import siglip, tower_of_qwen2_5, tower_of_qwen3
+from scripts.makers.megatron_walk import Part, Walk, gate_up
+from scripts.makers.tiny_families import State
 
 VOCAB_DIVISOR = 16
 

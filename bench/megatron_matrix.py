@@ -1,6 +1,6 @@
 """Real Megatron checkpoints of many versions, layouts and parallel sizes, each beside its answer.
 
-    python -m scripts.megatron_matrix TOOL CORES [--versions V …] [--only CASE …] [--every N]
+    python -m bench.megatron_matrix TOOL CORES [--versions V …] [--only CASE …] [--every N]
                                       [--jobs N] [--record]
 
 TOOL is the folder of ``make_megatron.py``, which starts real ranks of megatron-core on gloo, saves what
