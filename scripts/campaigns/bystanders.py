@@ -66,7 +66,7 @@ _LOADED = (
         "batch.overview",
         "environment.doctor",
     ),
-    *("torchfile.rankfiles", "tracing.hf_names", "environment.forecast"),
+    *("torchfile.rankfiles", "tracing.hf_names", "environment.doctor", "environment.forecast"),
 )
 
 Snapshot = dict[str, tuple[object, ...]]
