@@ -496,6 +496,27 @@ def test_a_source_stays_until_every_output_of_it_is_done(done, state):
     assert sources(done) == [20, 30]
 
 
+def test_a_state_of_training_beside_a_model_is_no_model(scene):
+    """It is named, is not converted, and keeps no source; one that is asked for is a model."""
+    scene.step(10, 20)
+    scene.step(10, 20, model="extra")
+    scene.step(10, 20, model="critic")
+    scene.step(10, 20, model="optimus")
+    extra = Record("global_step_20/extra", "", model="extra", run="run", root=str(scene.run))
+    extra.source, extra.state = str(scene.run / "global_step_20/extra"), "failed"
+    extra.error = {"kind": "bad-input", "exit_code": 5}  # by an earlier release
+    store = Store(scene.out)
+    store.begin()
+    store.save(extra)
+    made = scene.round(model=None, **DELETING)
+    assert (made.exit_code, made.counts) == (0, {"converted": 6})
+    assert sum("by its name it is a state of training" in n for n in made.notices) == 2
+    assert [sources(scene, m) for m in ("actor", "critic", "optimus")] == [[20]] * 3
+    assert sources(scene, "extra") == [10, 20]
+    assert scene.round(model=None, **DELETING).counts == {"done": 3}
+    assert scene.round(model="extra", name="{step}-extra").counts == {"converted": 2}
+
+
 # How it is done
 
 

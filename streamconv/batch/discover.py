@@ -33,6 +33,11 @@ _MAX_DEPTH = 24
 _MOST_FOLDERS = 20_000
 # What trainers keep in folders like a model's, and what they call the folder of a model's own weights.
 _STATE = re.compile(r"optim|extra|rng|sched|dataload", re.IGNORECASE)
+# The same beside a model, where a model may be called anything.
+_STATE_BESIDE = re.compile(
+    r"(optim(izer)?s?|extra|rng|(lr_?)?sched(uler)?s?|data_?loader)([-_]?states?)?([-_]?\d+)?",
+    re.ASCII | re.IGNORECASE,
+)
 _OWN = frozenset({"dist_ckpt", "model", "model/dist_ckpt"})
 _STEP = re.compile(
     r"(global_?step|iter|iteration|step|checkpoint|ckpt|epoch)[-_]?(\d{1,18})",
@@ -65,6 +70,10 @@ class Candidate:
         """Return the folder that holds the steps, where a trainer's tracker lies."""
         return self.step_dir.parent
 
+    def is_called(self, model: str | None) -> bool:
+        """Whether ``model`` names it, with all that stands behind the step or the first of that."""
+        return model in (self.model, self.model.split("/")[0])
+
 
 def discover(
     root: Path,
@@ -88,6 +97,36 @@ def discover(
     found = list(walk.below(root, 0))
     walk.name_links({c.path.resolve() for c in found})
     return sorted(found, key=lambda c: (c.run, -1 if c.step is None else c.step, c.model))
+
+
+def models_of(
+    found: Collection[Candidate], wanted: str | None, on_notice: Callable[[str], None]
+) -> list[Candidate]:
+    """Return the candidates that are models: what a trainer keeps beside one to go on is not.
+
+    Nor is it in a step whose model was deleted. What is ``wanted`` by its name is a model, whatever it
+    is called; ``on_notice`` is told of others.
+    """
+    with_models = {c.run_dir for c in found if not is_state(c.model)}
+    models = []
+    for c in found:
+        if is_state(c.model) and c.run_dir in with_models and not c.is_called(wanted):
+            on_notice(
+                f"{c.path}: not converted, for by its name it is a state of training beside a model; "
+                f"--model {c.model.split('/')[0]} says that it is one"
+            )
+        else:
+            models.append(c)
+    return models
+
+
+def is_state(model: str) -> bool:
+    """Whether what stands behind a step is called as a state of training is.
+
+    >>> is_state("extra"), is_state("optim_states"), is_state("actor"), is_state("optimus")
+    (True, True, False, False)
+    """
+    return any(map(_STATE_BESIDE.fullmatch, model.split("/")))
 
 
 def checkpoints_in(folder: Path) -> Iterator[Path]:

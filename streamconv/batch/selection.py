@@ -60,7 +60,7 @@ class Filter:
 
     def passes(self, c: Candidate) -> bool:
         """Whether a candidate is wanted, not counting which are the last."""
-        if self.model is not None and self.model not in (c.model, c.model.split("/")[0]):
+        if self.model is not None and not c.is_called(self.model):
             return False
         if c.step is None:
             return self.every is None and self.steps is None and self.last is None

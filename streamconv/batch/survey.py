@@ -13,7 +13,7 @@ from typing import Any
 import xxhash
 
 from streamconv.batch import pins
-from streamconv.batch.discover import Candidate, candidate_at, discover
+from streamconv.batch.discover import Candidate, candidate_at, discover, models_of
 from streamconv.batch.leases import boot_clock
 from streamconv.batch.places import refusal_into_another, refuse_own_files
 from streamconv.batch.readings import Readings
@@ -110,7 +110,7 @@ class Survey:
             on_notice=self.notices.append,
         )
         self.notices += [put_aside(path) for path in asides_of(self._store)]
-        found = run.filter.choose(all_found)
+        found = run.filter.choose(models_of(all_found, run.model, self.notices.append))
         self.candidates = named(found, self._name)
         own = {
             path: what for name in self.candidates for path, what in self._own_files(name).items()

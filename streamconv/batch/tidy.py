@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from streamconv.batch.discover import Candidate
+from streamconv.batch.discover import Candidate, is_state
 from streamconv.batch.retention import (
     Removal,
     Surroundings,
@@ -126,7 +126,7 @@ def _unfit(step: Path, known: _Known) -> str:
     """Return why training cannot go on from a step: what was deleted of it, or found to be damaged."""
     for record in (r for _, records in known for r in records):
         source = Path(record.source)
-        if not source.is_relative_to(step):
+        if not source.is_relative_to(step) or is_state(record.model):
             continue
         if record.state == "done" and not source.exists():
             return f"{source.name} was deleted"
