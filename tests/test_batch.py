@@ -209,6 +209,20 @@ def test_a_failed_one_is_tried_again_by_the_next_batch_and_counted(scene):
     assert read_records(scene.out)[0].attempts == 0
 
 
+def test_what_a_library_prints_ends_nothing(scene):
+    scene.step(10)
+    scene.says(s10=["noise"])
+    assert scene.round().counts == {"converted": 1}
+
+
+def test_while_watching_what_was_killed_is_tried_again(scene):
+    """The system that is out of memory kills what reads a file; the file is good."""
+    scene.step(10)
+    scene.says(s10=["killed", "ok"])
+    batch = scene.batch()
+    assert [batch.round().counts for _ in range(2)] == [{"failed": 1}, {"converted": 1}]
+
+
 @pytest.mark.parametrize("pinning", [False, True])
 def test_while_watching_bad_input_is_not_tried_again_before_it_changes(scene, pinning):
     scene.step(10)

@@ -106,6 +106,15 @@ def test_a_batch_that_ends_between_the_output_and_its_record(scene, told, monkey
     assert told.read_text() == "done 10\n"
 
 
+@pytest.mark.parametrize(("number", "name"), [("KILL", "SIGKILL"), ("40", "signal 40")])
+def test_one_that_is_killed(scene, number, name):
+    """Most signals for real time have no name."""
+    scene.step(10)
+    made = scene.batch(shared={"on-done": f"kill -{number} $$"}).round()
+    assert [str(p) for p in made.problems] == [f"global_step_10: --on-done ended with {name}"]
+    assert scene.states() == {10: "done"}
+
+
 def test_what_it_leaves_running_holds_nobody_up(scene, told):
     scene.step(10)
     hook = says(told, "STEP", then=f'(sleep 60; true) & echo $! > "{told}.pid"')

@@ -93,6 +93,28 @@ def test_what_lies_in_a_records_place(two, what):
     assert (two.out / "global_step_10/model.safetensors").is_file()
 
 
+@pytest.mark.parametrize("what", ["folder", "link"])
+def test_what_lies_in_a_locks_place_costs_that_output(two, what):
+    path = two.out / FOLDER / "locks/global_step_10.lock"
+    path.unlink()
+    path.mkdir() if what == "folder" else path.symlink_to(path.name)
+    for step in (10, 20):
+        shutil.rmtree(two.out / f"global_step_{step}")
+    made = two.batch().round()
+    assert made.counts == {"converted": 1, "elsewhere": 1}
+    assert (made.exit_code, [p.where for p in made.problems]) == (3, [str(path)])
+    assert (two.out / "global_step_20/model.safetensors").is_file()
+
+
+def test_what_is_no_lease_is_nobodys(two):
+    rules = two.out / FOLDER / "rules"
+    (rules / "folder.lease").mkdir(parents=True)
+    (rules / "loop.lease").symlink_to("loop.lease")
+    (rules / "damaged.lease").write_bytes(b"\xff")
+    assert two.round(keep_last=1, shared={"apply": True}).counts == {"done": 2}
+    assert two.states() == {10: "pruned", 20: "done"}
+
+
 def test_a_record_of_a_newer_release_is_left_alone_with_its_output(two):
     path = record_of(two, 10)
     newer = {**json.loads(path.read_text()), "schema": SCHEMA + 1, "state": "frozen"}

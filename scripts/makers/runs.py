@@ -69,12 +69,18 @@ def _main() -> int:
         time.sleep(60)
     if outcome == "short-sleep":
         time.sleep(0.5)
+    if outcome == "noise":  # of a library
+        sys.stdout.write('5\nnull\n["finished"]\n"error"\n' + "[" * 200_000 + "\n")
+        outcome = "ok"
     if outcome == "crash":
         os.abort()
     if outcome in ("ok", "sleep", "short-sleep"):
         made = script.parent / MADE
         _finish(source, output, made if made.is_dir() else None, verified=request["verify"])
         return 0
+    if outcome == "killed":  # what read a file for it
+        _say(event="error", kind="bad-input", exit_code=5, what="a crash", found="SIGKILL")
+        return 5
     number = getattr(errno, outcome, None)
     kind = "failed" if number else outcome
     code = {"bad-input": 5, "no-space": 7, "budget": 4}.get(outcome, 1)

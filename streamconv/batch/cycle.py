@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import time
 from collections import Counter
@@ -39,6 +40,7 @@ from streamconv.executor import budget as budgets
 from streamconv.files import askedfile
 from streamconv.files.durable import no_space
 from streamconv.system import memory
+from streamconv.system.signals import how_it_ended
 from streamconv.units import parse_duration
 
 if TYPE_CHECKING:
@@ -274,7 +276,7 @@ class Batch:
 
     def _remembering(self, what: What, task: Task, text: str) -> None:
         error = task.record.error
-        if what == "failed" and error is not None and error.get("exit_code") in _FOR_GOOD:
+        if what == "failed" and error is not None and _ends_the_same(error):
             self._hopeless[task.record.output] = scene(task.record)
         if self._overview is not None:
             self._overview.listen(what, task, text)
@@ -298,6 +300,13 @@ class Batch:
             records = [record for store in self._stores for record in store]
             with self._minding():
                 metrics.write(self._settings.prometheus, records)
+
+
+def _ends_the_same(error: dict[str, Any]) -> bool:
+    """Whether trying again is of no use: not where what read a file was killed, but may read it yet."""
+    return error.get("exit_code") in _FOR_GOOD and error.get("found") != how_it_ended(
+        -signal.SIGKILL
+    )
 
 
 def _left_out(surveys: Sequence[Survey]) -> Counter[str]:

@@ -25,6 +25,7 @@ from streamconv.batch.state import FOLDER, Record, file_name, write_whole
 from streamconv.errors import LockedError, StreamconvError
 from streamconv.files.jsonfile import COUNT, NUMBER, mismatches, object_or_empty
 from streamconv.files.lockfile import locked_file
+from streamconv.system.signals import how_it_ended
 from streamconv.units import format_duration
 
 _POLL_SECONDS = 0.05
@@ -236,15 +237,16 @@ class Hooks:
         if code is None:
             self._problem(record, f"{which}was ended after {format_duration(self._limit)}", said)
         elif code:
-            self._problem(record, f"{which}ended with exit code {code}", said)
+            self._problem(record, f"{which}ended with {how_it_ended(code)}", said)
         running.lock.close()
 
     def _write(self, path: Path, note: _Note) -> None:
         write_whole(path, json.dumps({"attempts": note.attempts, "not_before": note.not_before}))
 
     def _problem(self, record: Record, what: str, said: str = "") -> None:
-        hook = "done" if record.state == "done" else "error"
-        self.problems.append(f"{record.name}: --on-{hook} {what}" + (f": {said}" if said else ""))
+        hook = {"done": "--on-done", "failed": "--on-error", "gone": "--on-error"}
+        name = hook.get(record.state, "its hook")  # before its end, either may be due
+        self.problems.append(f"{record.name}: {name} {what}" + (f": {said}" if said else ""))
 
     def stop(self) -> None:
         """End what runs; what waits is due still, and the next round's."""

@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Literal
 
 _UNSUPPORTED = frozenset({errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL})
+# What open says of what lies where a file should, and is a folder, a link or a socket.
+NO_FILE = frozenset({errno.EISDIR, errno.ELOOP, errno.ENXIO})
 
 Life = Literal["held", "free", "unknown"]
 

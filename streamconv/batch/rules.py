@@ -28,7 +28,12 @@ def claim_rule(folder: Path, rule: Rule) -> Lease | None:
     for path in place.glob("*.lease"):
         if mine is not None and path == mine.path:
             continue
-        found = leases.take(path)
+        try:
+            found = leases.take(path)
+        except OSError as error:
+            if error.errno in leases.NO_FILE:
+                continue  # nobody's lease
+            raise
         if found is not None:
             if found.locked:
                 found.release()  # whoever had it is no more

@@ -12,7 +12,6 @@ import errno
 import json
 import os
 import selectors
-import signal
 import socket
 import subprocess
 import tempfile
@@ -35,6 +34,7 @@ from streamconv.batch.state import Record, is_intact
 from streamconv.batch.tasks import UNCOMPARED, Task, take_over_finished
 from streamconv.conversion.job import identify
 from streamconv.errors import LockedError, StreamconvError
+from streamconv.system.signals import how_it_ended
 
 _PASSING = frozenset({errno.EIO, errno.ESTALE, errno.ETIMEDOUT})
 _BACKOFF_SECONDS = 2.0
@@ -278,8 +278,10 @@ class Runner:
         for line in lines:
             try:
                 event = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 continue  # something a library printed
+            if not isinstance(event, dict):
+                continue
             if event.get("event") in ("finished", "error"):
                 running.last = event
             elif event.get("event") == "progress":
@@ -366,7 +368,7 @@ class Runner:
         code = running.process.returncode
         running.err.seek(max(0, running.err.seek(0, os.SEEK_END) - _TAIL_BYTES))
         said = last_line(running.err.read())
-        name = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+        name = how_it_ended(code)
         crash = StreamconvError(
             "the conversion's process ended without a word",
             where=running.task.record.source,

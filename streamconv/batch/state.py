@@ -33,6 +33,7 @@ import filelock
 import xxhash
 
 from streamconv._version import __version__
+from streamconv.batch.leases import NO_FILE
 from streamconv.batch.record_file import SCHEMA, NewerRecordError, read_record_file, shape_of
 from streamconv.errors import LockedError, StreamconvError
 from streamconv.files import askedfile
@@ -142,8 +143,8 @@ _SHAPE = shape_of(Record, get_args(State))
 class Store:
     """The records of one output folder.
 
-    ``trouble`` is what the system refused when one was saved, ``newer`` how many records are there that
-    a later release wrote: they and their outputs are left alone.
+    ``trouble`` is what the system refused when one was saved or locked, ``newer`` how many records are
+    there that a later release wrote: they and their outputs are left alone.
     """
 
     def __init__(self, output: Path) -> None:
@@ -210,12 +211,20 @@ class Store:
         return self.folder / "jobs" / f"{file_name(name)}.json"
 
     def claim(self, name: str) -> filelock.BaseFileLock:
-        """Return the held lock of an output; raises :class:`LockedError` where another has it."""
+        """Return the held lock of an output; raises :class:`LockedError` where another has it.
+
+        Nobody has one that is no file: see ``trouble``.
+        """
         lock = filelock.FileLock(self.folder / "locks" / f"{file_name(name)}.lock", timeout=0)
         try:
             lock.acquire()
         except filelock.Timeout as error:
             raise LockedError("another batch is at work on this output", where=name) from error
+        except OSError as error:
+            if error.errno not in NO_FILE:
+                raise
+            self.trouble = error  # of this output, and of no other
+            raise LockedError("its lock is not a file", where=name) from error
         try:
             _read_record(self._path(name), self.output)
         except NewerRecordError:

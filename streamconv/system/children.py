@@ -23,7 +23,7 @@ from streamconv.files.durable import no_space
 from streamconv.files.inputs import of_input
 from streamconv.files.memory_limit import PARSE_BYTES, MemoryNeededError, bind, share_of
 from streamconv.system.memory import resident_bytes
-from streamconv.system.signals import end_with_parent
+from streamconv.system.signals import end_with_parent, how_it_ended
 from streamconv.units import format_size
 
 
@@ -78,13 +78,12 @@ def ask(
         if process.returncode < 0:
             # No Python error can end a process by signal: the pickle broke the interpreter, or the
             # kernel ran out of memory, or of patience.
-            name = signal.Signals(-process.returncode).name
             endless = process.returncode == -signal.SIGXCPU
             raise BadInputError(
                 f"{doing} "
                 + ("takes longer than any that torch writes" if endless else "ended in a crash"),
                 where=str(request["src"]),
-                found=name,
+                found=how_it_ended(process.returncode),
                 hint="the file is damaged or hostile, or the machine is out of memory",
             ) from None
         raise StreamconvError(f"{doing} failed", where=str(request["src"]), found=last[0]) from None

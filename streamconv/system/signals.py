@@ -26,6 +26,18 @@ _PR_SET_PDEATHSIG = 1
 _AGAIN_SECONDS = 0.01
 
 
+def how_it_ended(code: int) -> str:
+    """Return what the exit code that ``subprocess`` tells of a process says.
+
+    >>> how_it_ended(3), how_it_ended(-9), how_it_ended(-40)
+    ('exit code 3', 'SIGKILL', 'signal 40')
+    """
+    try:
+        return signal.Signals(-code).name if code < 0 else f"exit code {code}"
+    except ValueError:  # most of the real-time signals have no name
+        return f"signal {-code}"
+
+
 class _Ended(SystemExit):
     """The end that a signal asks for."""
 

@@ -26,7 +26,7 @@ from streamconv.errors import BadInputError, StreamconvError
 from streamconv.files import memory_limit
 from streamconv.ir.dtypes import BY_NAME
 from streamconv.ir.placements import Kind, Placement
-from streamconv.system.signals import end_with_parent
+from streamconv.system.signals import end_with_parent, how_it_ended
 from streamconv.torchfile.meshes import Mesh
 from streamconv.torchfile.rankfile import LocalSpec, RankFile, RankReader, Stored
 from streamconv.torchfile.unpickle import no_garbage_collection
@@ -94,7 +94,7 @@ class _Helper:
             raise BadInputError(
                 "reading a rank file ended in a crash",
                 where=str(path),
-                found=signal.Signals(-code).name if code < 0 else f"exit code {code}",
+                found=how_it_ended(code),
                 hint="the file is damaged or hostile, or the machine is out of memory",
             )
         if "memory" in answer:
