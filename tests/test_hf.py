@@ -17,7 +17,6 @@ from streamconv.ir.dtypes import BF16, F16, F32, DType
 from streamconv.ir.recipe import Recipe, SourceRef
 from streamconv.tracing.copies import COPIES
 from streamconv.tracing.hf import build_meta
-from streamconv.tracing.hf_convert import identity, is_identity
 from tests.hf_models import (
     DEEP,
     GEMMA3_VL,
@@ -107,7 +106,7 @@ def test_outputs_are_what_transformers_saves(name: str, tmp_path: Path) -> None:
     # What is named as on the Hub is handed on: the conversion is not idempotent.
     again, notices = meta.recipes(headers(made))
     assert notices == ()
-    assert again == tuple(identity(k, k, *header) for k, header in headers(made).items())
+    assert again == tuple(Recipe.identity(k, k, *header) for k, header in headers(made).items())
 
     loaded = reload(model, saved, config, tmp_path / "made")
     assert_same({k: v.clone() for k, v in loaded.items()}, state)
@@ -178,7 +177,7 @@ def test_experts_that_are_only_transposed_are_told_by_their_shapes(tmp_path: Pat
     assert_same(made, hub)
     recipes, notices = meta.recipes(headers(hub))
     assert notices == ()
-    assert all(map(is_identity, recipes))
+    assert all(r.is_identity for r in recipes)
     assert_same(reload(model, made, config, tmp_path / "made"), state)
 
 
@@ -196,14 +195,14 @@ def test_when_shapes_cannot_tell_the_release_does(version: str | None, same: boo
     name = "model.language_model.layers.0.mlp.experts.gate_up_proj"
     assert meta.state_shapes[name] == (4, 32, 32)
     recipes, notices = meta.recipes({name: ((4, 32, 32), BF16)})
-    assert is_identity(recipes[0]) == same
+    assert recipes[0].is_identity == same
     assert "neither names nor shapes tell" in notices[0]
     # A tensor of the other kind, whose shape tells, decides for it.
     down = name.replace("gate_up_proj", "down_proj")
     for shape, handed_on in (((4, 16, 32), True), ((4, 32, 16), False)):
         recipes, notices = meta.recipes({name: ((4, 32, 32), BF16), down: (shape, BF16)})
         assert not any("neither names nor shapes tell" in n for n in notices)
-        assert [is_identity(r) for r in recipes] == [handed_on, handed_on]
+        assert [r.is_identity for r in recipes] == [handed_on, handed_on]
 
 
 # --- names --------------------------------------------------------------------------------------
@@ -264,7 +263,7 @@ def test_unknown_names_are_handed_on() -> None:
     heads = {"v_head.summary.weight": (1, 32), "v_head.summary.bias": (1,)}
     recipes, notices = meta.recipes(bare({**meta.state_shapes, **heads}))
     assert {r.name for r in recipes} == set(meta.hub_shapes) | set(heads)
-    assert all(map(is_identity, recipes))
+    assert all(r.is_identity for r in recipes)
     assert not notices, "the planner tells of them"
 
 
@@ -308,7 +307,7 @@ def test_memory_layout_keeps_the_tensors() -> None:
         bare({f"module.{k}": s for k, s in meta.state_shapes.items()}), "memory"
     )
     assert [r.name for r in recipes] == list(meta.state_shapes)
-    assert all(map(is_identity, recipes))
+    assert all(r.is_identity for r in recipes)
 
 
 # --- incomplete and contradictory checkpoints ---------------------------------------------------
@@ -326,7 +325,7 @@ def test_memory_layout_needs_no_way_to_the_hub(monkeypatch: pytest.MonkeyPatch) 
     assert meta is not None
     state = headers(model.state_dict())
     recipes, notices = meta.recipes(state, layout="memory")
-    assert recipes == tuple(identity(k, k, *header) for k, header in state.items())
+    assert recipes == tuple(Recipe.identity(k, k, *header) for k, header in state.items())
     assert notices == ()
 
 

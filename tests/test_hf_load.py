@@ -11,9 +11,9 @@ from safetensors.torch import save_file
 from streamconv.errors import BadInputError
 from streamconv.ir.boxes import Shape
 from streamconv.ir.dtypes import BF16
+from streamconv.ir.recipe import Recipe
 from streamconv.planning.checks import check_loads
 from streamconv.tracing.hf import MetaModel
-from streamconv.tracing.hf_convert import identity
 from streamconv.tracing.hf_load import Loaded
 from tests.hf_models import (
     GEMMA3_VL,
@@ -82,7 +82,7 @@ def test_experts_that_cannot_be_joined_are_told() -> None:
 
 
 def check(meta: MetaModel, shapes: dict[str, Shape], *, sure: bool = True) -> None:
-    check_loads([identity(n, n, s, BF16) for n, s in shapes.items()], meta, sure=sure)
+    check_loads([Recipe.identity(n, n, s, BF16) for n, s in shapes.items()], meta, sure=sure)
 
 
 def test_names_that_would_not_load_are_an_error_that_names_them() -> None:

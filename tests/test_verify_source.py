@@ -24,7 +24,7 @@ from streamconv.executor import pipeline
 from streamconv.formats.fsdp import merge
 from streamconv.formats.safetensors_file import read_folder
 from streamconv.ir.recipe import Recipe
-from streamconv.planning import layout
+from streamconv.planning import placing
 from streamconv.torchfile import rankfile
 from streamconv.tracing import hf_convert
 from streamconv.verification import by_plan, source, torch_check, torch_files
@@ -191,13 +191,13 @@ def swapped_shards(patch: Patch) -> None:
 
 def wrong_lowering(patch: Patch) -> None:
     """Moves out of a fused tensor take the elements one row off."""
-    real = layout.lower
+    real = placing.lower
 
     def lower(view: Any, *rest: Any) -> Iterator[Any]:
         shifted = view.offset if view.offset == 0 else view.offset - view.shape[-1]
         return real(dataclasses.replace(view, offset=shifted), *rest)
 
-    patch.setattr(layout, "lower", lower)
+    patch.setattr(placing, "lower", lower)
 
 
 def wrong_tracer(patch: Patch) -> None:

@@ -6,7 +6,6 @@ names for every other layer.
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from streamconv.families import causes
 from streamconv.families.rules import Dims, Family, Rule, compiled
 from streamconv.ir.boxes import Shape
 from streamconv.ir.dtypes import DType
-from streamconv.ir.recipe import Gather, Part, Recipe, SourceRef, View
+from streamconv.ir.recipe import Recipe
 from streamconv.ir.source import Skipped
 from streamconv.tracing.tracer import trace
 
@@ -163,7 +162,7 @@ class _Tracer:
             if expert is not None:
                 captures["expert"] = str(expert)
             name = _format(rule.targets[target], captures)
-            yield Recipe(name, recipe.dtype, _rebased(recipe.view, names))
+            yield Recipe(name, recipe.dtype, recipe.view.map_sources(names))
 
     def _trace(
         self, rule: Rule, headers: Sequence[tuple[Shape, DType]]
@@ -192,15 +191,3 @@ class _Tracer:
         traced = trace({str(k): h for k, h in enumerate(headers)}, body)
         for (k, expert), recipe in zip(order, traced.values(), strict=True):
             yield k, expert, recipe
-
-
-def _rebased(view: View, names: Mapping[str, str]) -> View:
-    """Return ``view`` with the numbers of a rule's sources replaced by names."""
-    if isinstance(view.base, SourceRef):
-        base: SourceRef | Gather = SourceRef(names[view.base.fqn], view.base.shape)
-    else:
-        base = Gather(
-            view.base.shape,
-            tuple(Part(p.box, _rebased(p.view, names)) for p in view.base.parts),
-        )
-    return dataclasses.replace(view, base=base)

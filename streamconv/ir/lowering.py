@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 from streamconv.errors import BadInputError
 from streamconv.ir.boxes import Box, Shape, contiguous_strides
-from streamconv.ir.recipe import AddProduct, AddScalar, Cast, Gather, Op, SourceRef, View, Zero
+from streamconv.ir.recipe import AddProduct, AddScalar, Cast, Gather, Op, View, Zero
 from streamconv.ir.source import ShardLayout
 
 # No view that a known model makes needs a single step; what needs more would swell the plan.
@@ -102,33 +102,6 @@ class _Region:
     src_offset: int
 
 
-def sources_of(view: View) -> list[str]:
-    """Return the FQNs of the global tensors that ``view`` draws from, each once, in first-use order.
-
-    The factors of low-rank updates come last.
-    """
-    seen = dict.fromkeys(
-        leaf.base.fqn for leaf in _leaves(view) if isinstance(leaf.base, SourceRef)
-    )
-    for update in products_of(view):
-        seen |= dict.fromkeys((*sources_of(update.left), *sources_of(update.right)))
-    return list(seen)
-
-
-def products_of(view: View) -> list[AddProduct]:
-    """Return the low-rank updates in ``view``, each once, in first-use order."""
-    found = dict.fromkeys(op for v in _leaves(view) for op in v.ops if isinstance(op, AddProduct))
-    return list(found)
-
-
-def _leaves(view: View) -> Iterator[View]:
-    if isinstance(view.base, SourceRef):
-        yield view
-    else:
-        for part in view.base.parts:
-            yield from _leaves(part.view)
-
-
 def lower(
     view: View,
     layout_of: Callable[[str], ShardLayout],
@@ -137,12 +110,12 @@ def lower(
     """Return the moves that make ``view``, in the order of their output offsets.
 
     ``layout_of`` gives the layout of a global tensor, ``order`` the number of each source (by default
-    its place in :func:`sources_of`). Raises :class:`BadInputError` for a view that is no union of
+    its place in ``view.sources()``). Raises :class:`BadInputError` for a view that is no union of
     boxes (a diagonal, a window that overlaps itself).
     """
     if order is None:
-        order = {fqn: k for k, fqn in enumerate(sources_of(view))}
-    numbers = {update: k for k, update in enumerate(products_of(view))}
+        order = {fqn: k for k, fqn in enumerate(view.sources())}
+    numbers = {update: k for k, update in enumerate(view.products())}
     dims = tuple(
         Dim(n, d, s)
         for n, d, s in zip(view.shape, contiguous_strides(view.shape), view.strides, strict=True)

@@ -10,9 +10,10 @@ update (LoRA) is elementwise, too, once it is known where in its matrix an eleme
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from streamconv.ir.boxes import Box, Shape
+from streamconv.ir.boxes import Box, Shape, contiguous_strides
 from streamconv.ir.dtypes import DType
 
 
@@ -82,6 +83,55 @@ class View:
     offset: int = 0
     ops: tuple[Op, ...] = ()
 
+    def walk(self) -> Iterator[View]:
+        """Yield this view and the views of all parts below it, each before its own parts."""
+        yield self
+        if isinstance(self.base, Gather):
+            for part in self.base.parts:
+                yield from part.view.walk()
+
+    def leaves(self) -> Iterator[tuple[SourceRef, View]]:
+        """Yield the views of global tensors, each with the tensor that it takes elements of."""
+        for view in self.walk():
+            if isinstance(view.base, SourceRef):
+                yield view.base, view
+
+    def sources(self) -> list[str]:
+        """Return the FQNs of the global tensors, each once, in first-use order.
+
+        The factors of low-rank updates come last.
+        """
+        seen = dict.fromkeys(source.fqn for source, _ in self.leaves())
+        for update in self.products():
+            seen |= dict.fromkeys((*update.left.sources(), *update.right.sources()))
+        return list(seen)
+
+    def products(self) -> list[AddProduct]:
+        """Return the low-rank updates, each once, in first-use order."""
+        ops = (op for _, view in self.leaves() for op in view.ops)
+        return list(dict.fromkeys(op for op in ops if isinstance(op, AddProduct)))
+
+    def map_sources(self, names: Mapping[str, str]) -> View:
+        """Return the same view of the global tensors that ``names`` gives for the FQNs of these."""
+        base: SourceRef | Gather
+        if isinstance(self.base, SourceRef):
+            base = SourceRef(names[self.base.fqn], self.base.shape)
+        else:
+            parts = (Part(p.box, p.view.map_sources(names)) for p in self.base.parts)
+            base = Gather(self.base.shape, tuple(parts))
+        return View(base, self.shape, self.strides, self.offset, self.ops)
+
+    @property
+    def whole(self) -> SourceRef | None:
+        """Return the global tensor whose elements these are, all of them and in order, if one's.
+
+        Whatever ``ops`` make of the elements.
+        """
+        base = self.base
+        same = isinstance(base, SourceRef) and not self.offset and self.shape == base.shape
+        contiguous = same and self.strides == contiguous_strides(self.shape)
+        return base if contiguous and isinstance(base, SourceRef) else None
+
 
 @dataclass(frozen=True, slots=True)
 class Part:
@@ -111,3 +161,13 @@ class Recipe:
     def nbytes(self) -> int:
         """Return the bytes of the output tensor."""
         return math.prod(self.view.shape) * self.dtype.itemsize
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether a global tensor is handed on unchanged (its name may differ)."""
+        return self.view.whole is not None and not self.view.ops
+
+    @staticmethod
+    def identity(name: str, source: str, shape: Shape, dtype: DType) -> Recipe:
+        """Return the recipe that hands the global tensor ``source`` on under ``name``."""
+        return Recipe(name, dtype, View(SourceRef(source, shape), shape, contiguous_strides(shape)))

@@ -17,7 +17,6 @@ from streamconv.files.jsonfile import read_json
 from streamconv.files.names import INDEX, MANIFEST
 from streamconv.files.namesakes import refuse_overlaps
 from streamconv.ir.identity import JobIdentity, job_identity
-from streamconv.ir.lowering import products_of, sources_of
 from streamconv.ir.planned import OutputFile, PlanHead, SideFile, TextFile, Totals, WrittenFile
 from streamconv.ir.planwriter import PlanWriter
 from streamconv.ir.recipe import Recipe
@@ -367,7 +366,10 @@ def _recipes(made: _Output, job: JobOptions, notices: list[str]) -> list[Recipe]
     if not tensors:
         raise BadInputError("the checkpoint holds no tensor")
     if model is None:
-        return [checks.identity_recipe(n.removeprefix(made.prefix), t) for n, t in tensors.items()]
+        return [
+            Recipe.identity(n.removeprefix(made.prefix), t.fqn, t.shape, t.dtype)
+            for n, t in tensors.items()
+        ]
     recipes, told = model.recipes({n: (t.shape, t.dtype) for n, t in tensors.items()}, job.layout)
     notices += told
     return list(recipes)
@@ -393,7 +395,7 @@ def _totals(
     placed: list[tuple[Any, list[placing.Placed]]],
 ) -> Totals:
     # In an order that is always the same: a plan is the same to the byte whenever it is made.
-    used = dict.fromkeys(f for _, group in placed for p in group for f in sources_of(p.recipe.view))
+    used = dict.fromkeys(f for _, group in placed for p in group for f in p.recipe.view.sources())
     written = [p for _, group in placed for p in group if p.same_as is None]
     unverifiable = sum(
         nbytes
@@ -409,5 +411,5 @@ def _totals(
         unverifiable_bytes=unverifiable,
         source_dtypes=checks.dtype_histogram((tensors[f].dtype, tensors[f].nbytes) for f in used),
         output_dtypes=checks.dtype_histogram((p.recipe.dtype, p.end - p.begin) for p in written),
-        merged=sum(1 for p in written if products_of(p.recipe.view)),
+        merged=sum(1 for p in written if p.recipe.view.products()),
     )

@@ -13,10 +13,9 @@ from collections import Counter
 from collections.abc import Container, Iterable, Mapping, Sequence
 
 from streamconv.errors import BadInputError, UsageError
-from streamconv.ir.boxes import Shape, contiguous_strides
+from streamconv.ir.boxes import Shape
 from streamconv.ir.dtypes import BY_TORCH, DType
-from streamconv.ir.lowering import sources_of
-from streamconv.ir.recipe import Cast, Recipe, SourceRef, View
+from streamconv.ir.recipe import Cast, Recipe
 from streamconv.ir.source import Checkpoint, GlobalTensor, Skipped
 from streamconv.options import JobOptions
 from streamconv.planning import shape_causes
@@ -68,12 +67,6 @@ def decide_plain(checkpoint: Checkpoint, model: Model | None) -> dict[str, Globa
             hint="name a folder with the model's config.json: --hf-config DIR",
         )
     return tensors
-
-
-def identity_recipe(name: str, tensor: GlobalTensor) -> Recipe:
-    """Return the recipe that hands a tensor on as it is."""
-    view = View(SourceRef(tensor.fqn, tensor.shape), tensor.shape, contiguous_strides(tensor.shape))
-    return Recipe(name, tensor.dtype, view)
 
 
 def expected_shapes(model: Model | None, options: JobOptions) -> Mapping[str, Shape]:
@@ -293,10 +286,8 @@ def decide_ties(
 
 
 def _whole_source(recipe: Recipe, tensors: Mapping[str, GlobalTensor]) -> GlobalTensor | None:
-    view = recipe.view
-    if not isinstance(view.base, SourceRef) or view.offset or view.shape != view.base.shape:
-        return None
-    return tensors[view.base.fqn] if view.strides == contiguous_strides(view.shape) else None
+    whole = recipe.view.whole
+    return tensors[whole.fqn] if whole is not None else None
 
 
 def dtype_histogram(pairs: Iterable[tuple[DType, int]]) -> dict[str, int]:
@@ -323,7 +314,7 @@ def unused(
     tensors: Mapping[str, GlobalTensor], recipes: Iterable[Recipe], told: Container[str] = ()
 ) -> list[Skipped]:
     """Return the source tensors that no recipe draws from and that are not ``told`` of already."""
-    used = {fqn for r in recipes for fqn in sources_of(r.view)}
+    used = {fqn for r in recipes for fqn in r.view.sources()}
     return [
         Skipped(n, "no output tensor is made of it")
         for n in tensors

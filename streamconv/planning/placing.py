@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from streamconv.errors import UsageError
 from streamconv.files.names import SINGLE
-from streamconv.ir.lowering import Move, lower, products_of, sources_of
+from streamconv.ir.lowering import Move, lower
 from streamconv.ir.planned import OutputFile, PlannedProduct, PlannedSource, PlannedTensor
 from streamconv.ir.planwriter import PlanWriter
 from streamconv.ir.recipe import AddProduct, Op, Recipe, SourceRef, View
@@ -129,7 +129,7 @@ class Lowerer:
     def planned(self, placed: Placed, last: Container[str]) -> PlannedTensor:
         """Return the tensor as the plan holds it; ``last`` are the FQNs that nothing later uses."""
         view = placed.recipe.view
-        fqns = sources_of(view)
+        fqns = view.sources()
         numbers = {fqn: k for k, fqn in enumerate(fqns)}
         moves = self._lowered(view, numbers)
         return PlannedTensor(
@@ -152,7 +152,7 @@ class Lowerer:
                     self._lowered(product.left, numbers),
                     self._lowered(product.right, numbers),
                 )
-                for product in products_of(view)
+                for product in view.products()
             ),
         )
 
@@ -191,10 +191,10 @@ def write_sections(
 ) -> None:
     """Lower every output tensor and write the plan's sections."""
     in_order = [p for _, group in placed for p in group]
-    last_user = {fqn: id(p) for p in in_order for fqn in sources_of(p.recipe.view)}
+    last_user = {fqn: id(p) for p in in_order for fqn in p.recipe.view.sources()}
     lowerer = Lowerer(tensors)
     for output, group in placed:
         writer.output(output)
         for p in group:
-            last = {fqn for fqn in sources_of(p.recipe.view) if last_user[fqn] == id(p)}
+            last = {fqn for fqn in p.recipe.view.sources() if last_user[fqn] == id(p)}
             writer.tensor(lowerer.planned(p, last))

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from streamconv.errors import BadInputError
 from streamconv.ir.boxes import Shape
 from streamconv.ir.dtypes import BF16, DType
-from streamconv.ir.recipe import Recipe, SourceRef, View
+from streamconv.ir.recipe import Cast, Recipe, View
 from streamconv.tracing import hf_build, hf_convert, hf_load
 from streamconv.tracing.hf_convert import Group
 from streamconv.tracing.hf_layout import Layout, decide
@@ -193,7 +193,7 @@ class MetaModel:
 
     def _memory_names(self, hub_name: str) -> tuple[str, ...]:
         recipe = self._recipes.get(hub_name)
-        return tuple(dict.fromkeys(hf_convert.sources(recipe.view))) if recipe else ()
+        return tuple(recipe.view.sources()) if recipe else ()
 
     def _tied(self) -> Iterable[tuple[str, str]]:
         """Yield (alias, kept) in Hub names; transformers knows some only where the config ties."""
@@ -239,10 +239,10 @@ class MetaModel:
         given = {names.canonical[name]: tensors[name] for name in tensors}
         original = {names.canonical[name]: name for name in tensors}
         if layout == "memory":
-            made = [hf_convert.identity(n, n, *given[n]) for n in given]
+            made = [Recipe.identity(n, n, *given[n]) for n in given]
         else:
             made = self._hub_recipes(given, notices)
-        made = [Recipe(r.name, r.dtype, hf_convert.rebase(r.view, original)) for r in made]
+        made = [Recipe(r.name, r.dtype, r.view.map_sources(original)) for r in made]
         _refuse_duplicates(made)
         if layout == "hub":
             notices += self._told_of_squares(made)
@@ -282,7 +282,7 @@ class MetaModel:
     def _hub_recipes(self, given: Headers, notices: list[str]) -> list[Recipe]:
         group_of = self._group_of(given)
         unknown = [name for name in given if name not in group_of]
-        made = [hf_convert.identity(name, name, *given[name]) for name in unknown]
+        made = [Recipe.identity(name, name, *given[name]) for name in unknown]
         held: dict[int, dict[str, tuple[Shape, DType]]] = {}
         for name, header in given.items():
             if name in group_of:
@@ -294,11 +294,11 @@ class MetaModel:
         fused: list[tuple[Group, Headers]] = []
         for group, found, layout in zip(groups, held.values(), layouts, strict=True):
             if layout == "hub":
-                made.extend(hf_convert.identity(n, n, *header) for n, header in found.items())
+                made.extend(Recipe.identity(n, n, *header) for n, header in found.items())
             elif not group.converted:
                 # Handed on whatever its shape: a resized vocabulary is no matter of conversion.
                 name = group.memory[0]
-                made.append(hf_convert.identity(group.hub[0], name, *found[name]))
+                made.append(Recipe.identity(group.hub[0], name, *found[name]))
             else:
                 fused.append((group, found))
         made.extend(self._converted(fused))
@@ -337,7 +337,7 @@ class MetaModel:
             expected = {n: (shape, dtype) for n, shape in self.state_shapes.items()}
             recipes = hf_convert.revert(self._model, expected | found)
         for recipe in recipes.values():
-            used = set(hf_convert.sources(recipe.view))
+            used = set(recipe.view.sources())
             if used <= found.keys():
                 dtype = recipe.dtype if retraced else found[min(used)][1]
                 yield Recipe(recipe.name, dtype, recipe.view)
@@ -347,7 +347,7 @@ class MetaModel:
         return (
             all(shape == self.state_shapes[n] for n, (shape, _) in found.items())
             and len({dtype for _, dtype in found.values()}) == 1
-            and not any(hf_convert.has_cast(self._recipes[n].view) for n in group.hub)
+            and not any(_casts(self._recipes[n].view) for n in group.hub)
         )
 
     def _rename(self, name: str) -> str:
@@ -396,16 +396,20 @@ def _refuse_duplicates(recipes: Iterable[Recipe]) -> None:
         if other is not recipe:
             raise BadInputError(
                 f"two tensors of the checkpoint would both be written as {recipe.name}",
-                found=" and ".join(next(hf_convert.sources(r.view)) for r in (other, recipe)),
+                found=" and ".join(r.view.sources()[0] for r in (other, recipe)),
             )
 
 
 def _in_source_order(recipes: Iterable[Recipe], names: Sequence[str]) -> tuple[Recipe, ...]:
     position = {name: k for k, name in enumerate(names)}
 
-    def start(view: View) -> tuple[int, int]:
-        if isinstance(view.base, SourceRef):
-            return position[view.base.fqn], view.offset
-        return min(((start(p.view)) for p in view.base.parts), default=(len(position), 0))
+    def start(recipe: Recipe) -> tuple[int, int]:
+        places = ((position[source.fqn], view.offset) for source, view in recipe.view.leaves())
+        return min(places, default=(len(position), 0))
 
-    return tuple(sorted(recipes, key=lambda recipe: start(recipe.view)))
+    return tuple(sorted(recipes, key=start))
+
+
+def _casts(view: View) -> bool:
+    """Whether a cast takes part anywhere in ``view``."""
+    return any(isinstance(op, Cast) for part in view.walk() for op in part.ops)

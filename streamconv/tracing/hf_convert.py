@@ -8,16 +8,16 @@ traced meta tensors. It is not idempotent, so it is only ever given in-memory te
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from streamconv.errors import BadInputError
-from streamconv.ir.boxes import Shape, contiguous_strides
+from streamconv.ir.boxes import Shape
 from streamconv.ir.dtypes import DType
-from streamconv.ir.recipe import Cast, Gather, Recipe, SourceRef, View
+from streamconv.ir.recipe import Recipe
 from streamconv.tracing.tracer import trace
 
 MAX_TENSORS = 2_000_000
@@ -170,7 +170,7 @@ def groups(recipes: Mapping[str, Recipe], memory: Iterable[str]) -> tuple[Group,
 
     first: dict[str, str] = {}
     for name, recipe in recipes.items():
-        used = list(dict.fromkeys(sources(recipe.view)))
+        used = recipe.view.sources()
         first[name] = used[0]
         for other in used[1:]:
             parent[root(other)] = root(used[0])
@@ -180,51 +180,6 @@ def groups(recipes: Mapping[str, Recipe], memory: Iterable[str]) -> tuple[Group,
     for name, source in first.items():
         members[root(source)][1].append(name)
     return tuple(
-        Group(tuple(m), tuple(h), not (len(m) == len(h) == 1 and is_identity(recipes[h[0]])))
+        Group(tuple(m), tuple(h), not (len(m) == len(h) == 1 and recipes[h[0]].is_identity))
         for m, h in members.values()
     )
-
-
-def sources(view: View) -> Iterator[str]:
-    """Yield the FQN of every global tensor that ``view`` takes elements of."""
-    if isinstance(view.base, SourceRef):
-        yield view.base.fqn
-    else:
-        for part in view.base.parts:
-            yield from sources(part.view)
-
-
-def is_identity(recipe: Recipe) -> bool:
-    """Whether the recipe hands a global tensor on unchanged (its name may differ)."""
-    view = recipe.view
-    return (
-        isinstance(view.base, SourceRef)
-        and not view.ops
-        and view.shape == view.base.shape
-        and view.strides == contiguous_strides(view.shape)
-    )
-
-
-def identity(name: str, source: str, shape: Shape, dtype: DType) -> Recipe:
-    """Return the recipe that hands the global tensor ``source`` on under ``name``."""
-    return Recipe(name, dtype, View(SourceRef(source, shape), shape, contiguous_strides(shape)))
-
-
-def has_cast(view: View) -> bool:
-    """Whether a cast takes part anywhere in ``view``."""
-    if any(isinstance(op, Cast) for op in view.ops):
-        return True
-    return isinstance(view.base, Gather) and any(has_cast(p.view) for p in view.base.parts)
-
-
-def rebase(view: View, names: Mapping[str, str]) -> View:
-    """Return ``view`` with the FQNs of its global tensors replaced by ``names``."""
-    base = view.base
-    if isinstance(base, SourceRef):
-        if base.fqn == names[base.fqn]:
-            return view
-        moved: SourceRef | Gather = SourceRef(names[base.fqn], base.shape)
-    else:
-        parts = tuple(type(p)(p.box, rebase(p.view, names)) for p in base.parts)
-        moved = Gather(base.shape, parts)
-    return View(moved, view.shape, view.strides, view.offset, view.ops)

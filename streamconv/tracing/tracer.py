@@ -25,7 +25,6 @@ from torch.utils._pytree import tree_leaves
 from streamconv.errors import BadInputError
 from streamconv.ir.boxes import Shape, contiguous_strides
 from streamconv.ir.dtypes import DType
-from streamconv.ir.lowering import sources_of
 from streamconv.ir.recipe import Gather, Recipe, SourceRef, View
 from streamconv.tracing.copies import COPIES, refusal
 from streamconv.tracing.views import canonical_strides, permute_gather, simplify
@@ -159,7 +158,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         tensors = [t for t in tensors if t.layout == torch.strided]
         held = [self._stored.get(t.untyped_storage()._cdata) for t in tensors]
         views = [View(s.base, (), ()) for s in held if s is not None]
-        names = list(dict.fromkeys(name for view in views for name in sources_of(view)))
+        names = list(dict.fromkeys(name for view in views for name in view.sources()))
         more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
         return ", ".join(names[:_NAMED]) + more or None
 

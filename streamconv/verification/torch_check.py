@@ -188,7 +188,6 @@ class _Conversion:
         prefix: str,
     ) -> None:
         from streamconv.tracing.hf import build_meta
-        from streamconv.tracing.hf_convert import identity
 
         given = {
             name: (shape, BY_TORCH[str(dtype).removeprefix("torch.")])
@@ -196,12 +195,14 @@ class _Conversion:
         }
         model = build_meta(config, list(given), job.layout) if config is not None else None
         if model is None:
-            made = [identity(n.removeprefix(prefix), n, *header) for n, header in given.items()]
+            made = [
+                Recipe.identity(n.removeprefix(prefix), n, *header) for n, header in given.items()
+            ]
         else:
             made = list(model.recipes(given, job.layout)[0])
         self.recipes: dict[str, Recipe] = {r.name: r for r in made}
         self.convert = model.converter(list(given)) if model is not None else None
-        self._groups = _connected({r.name: _sources(r.view) for r in made})
+        self._groups = _connected({r.name: frozenset(r.view.sources()) for r in made})
 
     def group_of(self, wanted: Wanted) -> str:
         """Return what outputs that come out of one conversion have in common."""
@@ -209,15 +210,7 @@ class _Conversion:
 
     def is_handed_on(self, name: str) -> bool:
         """Whether the output is a tensor of the checkpoint as it stands."""
-        view = self.recipes[name].view
-        whole = isinstance(view.base, SourceRef) and view.shape == view.base.shape
-        return whole and not view.ops and not view.offset and view.strides == _strides(view.shape)
-
-
-def _sources(view: View) -> frozenset[str]:
-    if isinstance(view.base, SourceRef):
-        return frozenset((view.base.fqn,))
-    return frozenset().union(*(_sources(p.view) for p in view.base.parts))
+        return self.recipes[name].is_identity
 
 
 def _strides(shape: Shape) -> Shape:
@@ -291,7 +284,7 @@ class _Comparison:
             converted = []
             for wanted in group:
                 recipe = self._conversion.recipes.get(wanted.name)
-                if recipe is None or _sources(recipe.view) != wanted.sources:
+                if recipe is None or frozenset(recipe.view.sources()) != wanted.sources:
                     self._answer.leave([wanted], "made by more than transformers' conversion")
                 elif self._conversion.is_handed_on(wanted.name):
                     self._in_slices(wanted, pieces, "handed on")
