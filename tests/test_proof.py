@@ -19,6 +19,7 @@ from scripts.outputs import MANIFEST, contents
 from streamconv.conversion import job
 from streamconv.errors import OutputExistsError, StreamconvError
 from streamconv.options import Event, Result, RunOptions
+from streamconv.planning import child
 
 OPTIONS: dict[str, Any] = {"layout": "memory"}
 SINGLE = "model.safetensors"
@@ -101,11 +102,11 @@ def test_ones_own_is_recognized_at_once_wherever_it_was_moved(command, tmp_path,
     command(out)
     shutil.copytree(out, moved)
 
-    def child(*_: object, **__: object) -> dict[str, Any]:
+    def started(*_: object, **__: object) -> dict[str, Any]:
         raise AssertionError("a child was started")
 
-    monkeypatch.setattr(child, "_ask", child)
-    monkeypatch.setattr(job, "_copied", child)
+    monkeypatch.setattr(child, "_ask", started)
+    monkeypatch.setattr(job, "_copied", started)
     for place in (out, moved):
         result, notices = command(place)
         assert (result.status, notices) == ("nothing-to-do", [])

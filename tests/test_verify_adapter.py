@@ -31,7 +31,7 @@ def in_this_process(monkeypatch):
     monkeypatch.setattr(
         folder, "ask", lambda module, request, doing: adapter_child._check_names(request)
     )
-    monkeypatch.setattr(forward.budgets.PeakMeter, "peak_bytes", 0)
+    monkeypatch.setattr(forward.memory.PeakMeter, "peak_bytes", 0)
 
 
 @pytest.fixture(scope="module")

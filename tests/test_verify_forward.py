@@ -30,7 +30,7 @@ from tests.test_budget import named_smallest
 def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(forward, "ask", lambda module, request, doing: forward_child._run(request))
     # This process holds more than the child would.
-    monkeypatch.setattr(forward.budgets.PeakMeter, "peak_bytes", 0)
+    monkeypatch.setattr(forward.memory.PeakMeter, "peak_bytes", 0)
 
 
 @pytest.fixture
