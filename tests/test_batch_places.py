@@ -37,6 +37,20 @@ def test_an_output_takes_no_place_of_a_file_of_the_batch(scene, name, shared, wh
     assert [p.name for p in scene.out.iterdir()] == [FOLDER], "nothing was written before"
 
 
+@pytest.mark.parametrize("where", ["status", "report", "prometheus", "root", "output", "base"])
+def test_a_link_that_leads_to_itself_is_an_error_of_the_users(scene, tmp_path, where):
+    scene.step(10)
+    loop = scene.out / STATUS if where == "status" else tmp_path / "loop"
+    loop.parent.mkdir(exist_ok=True)
+    loop.symlink_to(loop.name)
+    given = {"root": scene.run, "output": scene.out, where: loop}
+    options = [] if where in ("root", "output", "status") else [f"--{where}", str(loop)]
+    made = cli("batch", str(given["root"]), str(given["output"]), *options)
+    assert made.returncode
+    assert "internal" not in made.stderr
+    assert str(loop) in made.stderr
+
+
 @pytest.mark.parametrize("option", ["report", "prometheus"])
 @pytest.mark.parametrize(
     "place", ["weights", "beside weights", "rank file", "in a step", "jobs.toml"]

@@ -25,6 +25,7 @@ from streamconv import formats
 from streamconv.batch.removal import is_aside, put_aside
 from streamconv.batch.state import holds_batch
 from streamconv.errors import BadInputError, StreamconvError
+from streamconv.files.filesystems import real_path
 from streamconv.files.inputs import cannot_read, reading
 from streamconv.formats.megatron import rank_folders
 
@@ -93,9 +94,9 @@ def discover(
         there = root.is_dir()
     if not there:
         raise BadInputError("there is no such folder", where=str(root))
-    walk = _Walk(root, {path.resolve() for path in avoid}, on_problem, on_notice)
+    walk = _Walk(root, {real_path(path) for path in avoid}, on_problem, on_notice)
     found = list(walk.below(root, 0))
-    walk.name_links({c.path.resolve() for c in found})
+    walk.name_links({real_path(c.path) for c in found})
     return sorted(found, key=lambda c: (c.run, -1 if c.step is None else c.step, c.model))
 
 
@@ -252,7 +253,7 @@ class _Walk:
             return
         for name in below:
             path = folder / name
-            if path.resolve() in self._avoid or holds_batch(path):
+            if real_path(path) in self._avoid or holds_batch(path):
                 self._name_among_outputs(path)
             else:
                 yield from self.below(path, depth + 1)
@@ -270,7 +271,7 @@ class _Walk:
         """Name the checkpoints that only a link leads to."""
         for link in self._links:
             target = Path(os.path.realpath(link))
-            if self._root.resolve().is_relative_to(target):
+            if real_path(self._root).is_relative_to(target):
                 continue
             if any(target.is_relative_to(p) for p in self._avoid):
                 continue
@@ -306,7 +307,7 @@ def candidate_at(root: Path, path: Path, format_name: str, side: Path | None = N
     return Candidate(
         path,
         relative,
-        "/".join(run_parts) or root.resolve().name,
+        "/".join(run_parts) or real_path(root).name,
         step_number(step_dir.name),
         step_dir,
         "/".join(model_parts),

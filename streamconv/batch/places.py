@@ -10,6 +10,7 @@ from streamconv import formats
 from streamconv.batch.discover import step_number
 from streamconv.batch.state import holds_batch
 from streamconv.errors import OutputExistsError, StreamconvError, UsageError
+from streamconv.files.filesystems import real_path
 from streamconv.files.names import MANIFEST
 
 
@@ -23,7 +24,7 @@ def refuse_inside_checkpoint(output: Path, root: Path, what: str) -> None:
     It would look like a change of the checkpoint, and go when that is rotated away. ``what`` it is
     stands in the error.
     """
-    output, root = output.resolve(), root.resolve()
+    output, root = real_path(output), real_path(root)
     # Above the run as well as the output, a folder is whatever it is to others.
     for folder in [f for f in (output, *output.parents) if f not in root.parents]:
         in_step = root in folder.parents and step_number(folder.name) is not None
@@ -48,9 +49,9 @@ def refuse_own_files(output: Path, names: Iterable[str], own: Mapping[Path, str]
 
     ``own`` are those files, with what they are.
     """
-    folder = output.resolve()
+    folder = real_path(output)
     outputs = {folder / name for name in names}
-    files = {path.resolve(): what for path, what in own.items()}
+    files = {real_path(path): what for path, what in own.items()}
     over = [o for o in outputs if any(p in files for p in (o, *o.parents))]
     around = [o for f in files for o in f.parents if o in outputs]
     for path in sorted({*over, *around}):
@@ -64,7 +65,7 @@ def refuse_own_files(output: Path, names: Iterable[str], own: Mapping[Path, str]
 
 def refuse_inside_output(path: Path, what: str) -> None:
     """Refuse a file in a published output: retention would take it for somebody else's, and stop."""
-    for folder in path.resolve().parents:
+    for folder in real_path(path).parents:
         if (folder / MANIFEST).is_file():
             raise MisplacedError(
                 f"{what} lies in an output",

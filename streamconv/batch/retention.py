@@ -32,6 +32,7 @@ from streamconv.batch.removal import (
 from streamconv.batch.state import Record, Store, file_name, is_intact
 from streamconv.conversion.job import identify
 from streamconv.errors import LockedError, StreamconvError
+from streamconv.files.filesystems import real_path
 from streamconv.files.names import MANIFEST
 from streamconv.options import JobOptions
 from streamconv.output.manifest import read_manifest
@@ -243,7 +244,7 @@ def _output_facts(record: Record, store: Store, owns: Callable[[Record], bool]) 
 def _why_not_output(path: Path, root: Path) -> str:
     if path.is_symlink() or not path.is_dir():
         return "it is no folder"
-    if not path.resolve().is_relative_to(root.resolve()) or path.resolve() == root.resolve():
+    if not real_path(path).is_relative_to(real_path(root)) or real_path(path) == real_path(root):
         return "it lies outside the output folder"
     try:
         manifest = read_manifest(path, entries=False)
@@ -346,8 +347,8 @@ def _inside(path: Path, needed: Iterable[Path]) -> str:
     other = checkpoint_inside(path)
     if other is not None:
         return f"a checkpoint lies in it that is not converted with it: {other}"
-    real = path.resolve()
-    config = next((p for p in needed if p.resolve().is_relative_to(real)), None)
+    real = real_path(path)
+    config = next((p for p in needed if real_path(p).is_relative_to(real)), None)
     return f"conversions read what lies in it: {config}" if config is not None else ""
 
 

@@ -29,6 +29,7 @@ from streamconv.batch.schedule import Schedule, parse_schedule
 from streamconv.batch.selection import Filter, Steps, namer, parse_steps
 from streamconv.batch.state import STATUS
 from streamconv.errors import BadInputError, UsageError
+from streamconv.files.filesystems import real_path
 from streamconv.options import DTypeChoice, JobOptions, Layout, LoraMode, LoraOptions, ValueHead
 from streamconv.units import parse_duration, parse_size
 
@@ -218,7 +219,7 @@ def _refuse_overlap(made: BatchSettings, where: str | None) -> None:
     """Two runs in one output folder would mistake each other's outputs for their own."""
     outputs: list[Path] = []
     for run in made.run:
-        output, root = run.output.resolve(), run.root.resolve()
+        output, root = real_path(run.output), real_path(run.root)
         if output in outputs:
             raise UsageError(
                 "two runs have the same output folder",
@@ -243,7 +244,7 @@ def _refuse_overlap(made: BatchSettings, where: str | None) -> None:
                 hint="outputs would lie among the checkpoints: choose a folder beside it, or in it",
             )
         outputs.append(output)
-    own = [p.resolve() for p in (made.report, made.prometheus) if p is not None]
+    own = [real_path(p) for p in (made.report, made.prometheus) if p is not None]
     own += [output / STATUS for output in outputs]
     twice = next((p for p in own if own.count(p) > 1), None)
     if twice is not None:

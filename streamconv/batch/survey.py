@@ -36,6 +36,7 @@ from streamconv.batch.training import Stillness, Training
 from streamconv.conversion.finished import finished_output
 from streamconv.conversion.job import IdentifiedJob, identify, refuse_others
 from streamconv.errors import LockedError, StreamconvError, UsageError
+from streamconv.files.filesystems import real_path
 from streamconv.files.inputs import cannot_read
 from streamconv.ir.identity import JobIdentity, chosen_options
 from streamconv.lora.plan import base_inputs
@@ -78,7 +79,7 @@ class Survey:
         self._stillness = stillness or Stillness()
         self._name = namer(run.name, run.model)
         self._given: set[str] = set()
-        self._root = run.root.resolve()
+        self._root = real_path(run.root)
         self._boot, self._now_seconds = boot_clock()
         self._now_ns = time.time_ns()
         self._generation = 0

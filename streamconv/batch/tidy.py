@@ -19,6 +19,7 @@ from streamconv.batch.settings import RunSettings
 from streamconv.batch.state import Record, Store, is_intact, read_records
 from streamconv.batch.survey import Survey
 from streamconv.errors import BadInputError, UnsafeInputError
+from streamconv.files.filesystems import real_path
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +140,7 @@ def _unfinished(candidate: Candidate, record: Record, one: Surveyed, known: _Kno
     """Return another output that is to be made of a source, and is not there."""
     for other, records in known:
         if other.survey is None:
-            if candidate.path.resolve().is_relative_to(other.run.root.resolve()):
+            if real_path(candidate.path).is_relative_to(real_path(other.run.root)):
                 return (
                     f"another output is made of it, and {other.run.output} could not be looked at"
                 )

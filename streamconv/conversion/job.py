@@ -31,6 +31,7 @@ from streamconv.executor.reader import SourceReader
 from streamconv.executor.records import RecordChecks
 from streamconv.executor.writer import DIRECT_BYTES
 from streamconv.files.durable import hash_file, no_space, write_text
+from streamconv.files.filesystems import real_path
 from streamconv.files.names import MANIFEST
 from streamconv.files.namesakes import refuse_folded
 from streamconv.files.newfile import replacing
@@ -251,7 +252,7 @@ def _target(dst: Path, source: Path, *others: Path | None) -> Path:
     for other in {None, *others}:
         check_target(dst, source, other)
     # A link to a folder on another disk stays one: what it leads to is made and replaced.
-    return dst.resolve()
+    return real_path(dst)
 
 
 def _preflight(

@@ -19,7 +19,7 @@ from typing import TextIO
 
 from streamconv.errors import OutputExistsError, UsageError
 from streamconv.files import newfile
-from streamconv.files.filesystems import lies_in
+from streamconv.files.filesystems import lies_in, real_path
 
 # Staging folders, their locks, and what a batch keeps.
 _WORKING = re.compile(r"\.(.*\.)?streamconv(\.lock|-batch)?", re.DOTALL)
@@ -50,7 +50,7 @@ def checked(path: Path, kind: Kind, apart: Iterable[tuple[Path, str]] = ()) -> P
     Raises :class:`UsageError` for a place where no such file can lie, :class:`OutputExistsError`
     where something else lies there.
     """
-    place = path.resolve()
+    place = real_path(path)
     if path.is_symlink() and not path.exists():
         raise UsageError(
             f"the {kind.word} would lie behind a link that leads nowhere",

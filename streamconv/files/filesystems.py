@@ -46,6 +46,15 @@ class FileSystem:
         return self.kind in _MEMORY
 
 
+def real_path(path: Path) -> Path:
+    """Return where a path leads to, links followed as far as they lead.
+
+    ``Path.resolve`` says the same, but for links that lead to themselves: these it takes for an error
+    of the program's before Python 3.13.
+    """
+    return Path(os.path.realpath(path))
+
+
 def nearest(path: Path) -> Path:
     """Return the path, or the folder above it that exists."""
     here = path.absolute()
@@ -59,8 +68,8 @@ def lies_in(path: Path, folder: Path) -> bool:
 
     On a file system that ignores case, and under a bind mount, a folder has more than one name.
     """
-    path = path.resolve()
-    if path.is_relative_to(folder.resolve()):
+    path = real_path(path)
+    if path.is_relative_to(real_path(folder)):
         return True
     try:
         wanted = folder.stat()
@@ -87,7 +96,7 @@ def why_not_writable(path: Path) -> str | None:
 
 def filesystem_of(path: Path, mountinfo: Path = _MOUNTINFO) -> FileSystem:
     """Return the file system that ``path``, which need not exist yet, lies on or would lie on."""
-    here = nearest(path).resolve()
+    here = real_path(nearest(path))
     mount, kind, source = Path("/"), "unknown", ""
     for line in _lines(mountinfo):
         # "36 35 98:0 /root /mount options … - type source super-options"; later mounts lie on top.

@@ -10,6 +10,7 @@ import os
 from pathlib import Path
 
 from streamconv.errors import StreamconvError
+from streamconv.files.filesystems import real_path
 from streamconv.files.jsonfile import read_json
 
 _OWN = ("huggingface", "hf_config_and_tokenizer")
@@ -30,7 +31,7 @@ def side_folder(*places: Path) -> Path | None:
 
 def above(folder: Path) -> Path:
     """Return the folder that holds ``folder``; that of ``.``, too."""
-    return folder.resolve().parent if folder.name in ("", "..") else folder.parent
+    return real_path(folder).parent if folder.name in ("", "..") else folder.parent
 
 
 def _is_model_config(file: Path) -> bool:

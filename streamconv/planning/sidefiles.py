@@ -16,6 +16,7 @@ from typing import Any
 
 from streamconv.errors import BadInputError, StreamconvError, UnsafeInputError
 from streamconv.files.durable import hash_file
+from streamconv.files.filesystems import real_path
 from streamconv.files.inputs import cannot_read, check_regular
 from streamconv.files.jsonfile import read_json
 from streamconv.files.names import MANIFEST
@@ -90,17 +91,17 @@ def list_side_files(folder: Path, *, root: Path, named: bool = False) -> Iterato
     the folder: a snapshot in the Hub cache is made of links.
     """
     # A folder beside the weights (torch DCP) is a part of the checkpoint as well.
-    within = folder.parent.resolve() / folder.name
+    within = real_path(folder.parent) / folder.name
     if folder.is_relative_to(root):
-        within = root.resolve()
+        within = real_path(root)
     if holds_weights(folder, root):
-        within = folder.resolve()
+        within = real_path(folder)
     for path in candidates(folder, root):
         name = path.relative_to(folder)
         if any(part.startswith(".") or part == "__pycache__" for part in name.parts):
             continue
         try:
-            leads_to = path.resolve()
+            leads_to = real_path(path)
         except RuntimeError as error:  # links in a circle
             raise cannot_read(OSError(errno.ELOOP, os.strerror(errno.ELOOP)), path) from error
         if not named and not leads_to.is_relative_to(within):
@@ -143,7 +144,7 @@ def _refuse_folder(path: Path, name: PurePath) -> None:
 
 def holds_weights(folder: Path, root: Path) -> bool:
     """Whether ``folder`` is no folder of side files but the checkpoint's own, or one above it."""
-    return root.resolve().is_relative_to(folder.resolve())
+    return real_path(root).is_relative_to(real_path(folder))
 
 
 def candidates(folder: Path, root: Path) -> list[Path]:

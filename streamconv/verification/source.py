@@ -18,6 +18,7 @@ from typing import Any
 
 from streamconv.errors import BadInputError, UnfitValuesError, UsageError
 from streamconv.files.durable import hash_file
+from streamconv.files.filesystems import real_path
 from streamconv.files.names import INDEX, MANIFEST
 from streamconv.formats.safetensors_file import read_folder
 from streamconv.ir.identity import chosen_options
@@ -148,7 +149,7 @@ def _job(
     job = manifest["job"]
     given = job.get("given", {})
     for place in (given.get("hf_config") if hf_config is None else None, job.get("base")):
-        if place and Path(place).resolve().is_relative_to(folder.resolve()):
+        if place and real_path(Path(place)).is_relative_to(real_path(folder)):
             raise BadInputError(
                 "the manifest says that the output was made of itself",
                 where=str(folder / MANIFEST),
