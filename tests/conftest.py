@@ -42,7 +42,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Made]:
     if "PYTEST_XDIST_WORKER" in os.environ:
         base = base.parent  # each worker has a folder of its own below the session's
     if kept := os.environ.get("STREAMCONV_TEST_CACHE"):
-        makers = sorted((REPOSITORY / "tests" / "makers").glob("*.py"))
+        makers = sorted((REPOSITORY / "scripts" / "makers").glob("*.py"))
         base = (
             Path(kept) / hashlib.sha256(b"".join(m.read_bytes() for m in makers)).hexdigest()[:16]
         )
