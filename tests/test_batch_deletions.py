@@ -94,11 +94,12 @@ def test_a_source_that_a_link_leads_to_stays(done, link, to):
     assert (done.run / link).exists()
 
 
-def test_one_flipped_byte_in_an_output_keeps_its_source(done):
+@pytest.mark.parametrize("name", ["model.safetensors", "streamconv.json"])
+def test_one_flipped_byte_in_an_output_keeps_its_source(done, name):
     """Size and time are as they were when it was verified; it is the only copy."""
-    flip(done.out / "global_step_10/model.safetensors")
+    flip(done.out / "global_step_10" / name)
     made = done.batch(**DELETING).round()
-    assert "the output is damaged: model.safetensors" in refusals(made)["global_step_10/actor"]
+    assert f"the output is damaged: {name}" in refusals(made)["global_step_10/actor"]
     assert (sources(done), made.exit_code) == ([10, 30], 3)
     assert read_records(done.out)[0].verified is False
 

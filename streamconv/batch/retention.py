@@ -287,12 +287,14 @@ def remove_source(
             record = store.reload(record.name)
             listed = listing(path)
             nbytes = sum(size for size, _, _ in listed.values())
-            refused = why_keep_source(_source_facts(record, candidate, around))
-            if apply and not refused:  # nothing cheaper is in the way
-                refused = around.training(candidate, True)
-            if refused or not apply:
-                return Removal("source", path, nbytes, refused=refused)
-            wrong = damage(Path(record.output))
+            wrong = _manifest_damage(record)
+            if not wrong:
+                refused = why_keep_source(_source_facts(record, candidate, around))
+                if apply and not refused:  # nothing cheaper is in the way
+                    refused = around.training(candidate, True)
+                if refused or not apply:
+                    return Removal("source", path, nbytes, refused=refused)
+                wrong = damage(Path(record.output))
             if wrong:
                 record.verified, record.reason = False, f"the output is damaged: {wrong}"
                 store.save(record)
@@ -311,6 +313,17 @@ def remove_source(
     except OSError as error:
         return Removal("source", path, 0, refused=str(error.strerror))
     return _removal("source", path, nbytes, outcome)
+
+
+def _manifest_damage(record: Record) -> str:
+    """Return why the manifest of a verified output, which looks as it did then, cannot be read."""
+    if record.state != "done" or record.verified is not True or not is_intact(record):
+        return ""
+    try:
+        read_manifest(Path(record.output), entries=False)
+    except StreamconvError as error:
+        return error.what
+    return ""
 
 
 def _source_facts(record: Record, candidate: Candidate, around: Surroundings) -> SourceFacts:
