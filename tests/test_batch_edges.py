@@ -205,6 +205,30 @@ def test_what_watches_a_batch_does_not_stop_it(scene, tmp_path):
     assert "the system refused" in str(made.problems[0])
 
 
+def test_what_the_disk_did_not_take_is_newer_than_what_it_has(tmp_path, monkeypatch):
+    """Else a step that was written anew would be taken for what it was before."""
+
+    def full(*_args, **_kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    store, other = Store(tmp_path), Store(tmp_path)
+    store.begin()
+    record = store.get("step")
+    record.snapshot = "old"
+    store.save(record)
+    record.snapshot = "new"
+    with monkeypatch.context() as patch:
+        patch.setattr("streamconv.batch.state.write_whole", full)
+        store.save(record)
+    assert store.reload("step").snapshot == "new"
+    store.save(record)
+    other.begin()
+    record = other.get("step")
+    record.snapshot = "another batch's"
+    other.save(record)
+    assert store.reload("step").snapshot == "another batch's"
+
+
 def test_a_full_disk_costs_what_is_remembered_and_no_conversion(scene, monkeypatch):
     scene.step(10, 20)
 

@@ -151,6 +151,7 @@ class Store:
         self.output = output
         self.folder = output / FOLDER
         self._records: dict[str, Record] = {}
+        self._unsaved: set[str] = set()
         self.trouble: OSError | StreamconvError | None = None
         self.newer = 0
 
@@ -161,6 +162,7 @@ class Store:
             (self.folder / name).mkdir(parents=True, exist_ok=True)
         records, self.newer = _read_all(self.output)
         self._records = {r.name: r for r in records}
+        self._unsaved = set()
 
     def __iter__(self) -> Iterator[Record]:
         return iter(list(self._records.values()))
@@ -173,9 +175,12 @@ class Store:
         return record
 
     def reload(self, name: str) -> Record:
-        """Return the record as another batch may have left it meanwhile; the output's lock is held."""
+        """Return the record as another batch may have left it meanwhile; the output's lock is held.
+
+        What is there of one that the disk did not take is older than what is known here.
+        """
         read = _read_record(self._path(name), self.output)
-        if read is not None:
+        if read is not None and name not in self._unsaved:
             if read.state == "running":
                 read.interrupt()  # whoever ran it would hold the lock
             self._records[name] = read
@@ -190,7 +195,8 @@ class Store:
         self._records[record.name] = record
         data = record.to_json()
         del data["output"]  # where it lies now, its name and the folder say
-        self._write(self._path(record.name), data)
+        taken = self._write(self._path(record.name), data)
+        (self._unsaved.discard if taken else self._unsaved.add)(record.name)
 
     def _write(
         self,
@@ -198,7 +204,7 @@ class Store:
         data: dict[str, Any],
         indent: int | None = None,
         kind: askedfile.Kind | None = None,
-    ) -> None:
+    ) -> bool:
         try:
             write_whole(path, json.dumps(data, ensure_ascii=False, indent=indent), kind)
         except StreamconvError as error:
@@ -206,6 +212,9 @@ class Store:
         except OSError as error:
             error.filename = str(path)  # not the part that was to take its place
             self.trouble = error
+        else:
+            return True
+        return False
 
     def _path(self, name: str) -> Path:
         return self.folder / "jobs" / f"{file_name(name)}.json"
