@@ -68,7 +68,7 @@ def test_another_run_of_the_same_names_sizes_and_times_is_another(scene, tmp_pat
     runs.age(source.parent)
     made = scene.round()
     assert (made.counts, made.exit_code) == ({"failed": 1}, 3)
-    assert "written anew" in read_records(scene.out)[0].reason
+    assert "rewritten" in read_records(scene.out)[0].reason
 
 
 def test_another_model_of_the_same_name_is_another(scene, tmp_path):

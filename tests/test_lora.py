@@ -355,7 +355,7 @@ def test_an_unknown_alpha_is_refused_and_not_guessed(checkpoints, tmp_path):
         ('{"r": 4, "lora_alpha": -1}', "makes no sense"),
         ('{"r": "4", "lora_alpha": 1}', "makes no sense"),
         ("[]", "no JSON object"),
-        ("{", "no valid JSON"),
+        ("{", "not valid JSON"),
         ('{"lora_alpha": 1, "alpha_pattern": {"(a+)+$": 3}}', "makes no sense"),
     ],
 )
@@ -410,7 +410,7 @@ def test_changed_settings_make_another_job(checkpoints, tmp_path):
     src = copied(checkpoints["fsdp2-lora"], tmp_path)
     convert(src, tmp_path / "out")
     (src / "lora_train_meta.json").write_text('{"r": 4, "lora_alpha": 20}')
-    with pytest.raises(OutputExistsError, match="before its files were written anew"):
+    with pytest.raises(OutputExistsError, match="before its files were rewritten"):
         convert(src, tmp_path / "out")
 
 

@@ -139,7 +139,7 @@ def test_stacked_experts_that_are_fewer_than_the_router_knows(tmp_path: Path) ->
 
     folder = write_ranks(tmp_path, whole_model(MOE), Sizes(ep=2), kind="stacked", change=drop)
     with pytest.raises(
-        BadInputError, match="grouped experts whose layout cannot be told"
+        BadInputError, match="cannot determine the layout of grouped experts"
     ) as caught:
         formats.read(folder)
     assert "2 experts, one after the other" in str(caught.value)
@@ -474,7 +474,7 @@ def test_files_of_two_runs(tmp_path: Path) -> None:
 def test_expert_ranks_that_overwrote_each_other(tmp_path: Path) -> None:
     model = whole_model(MOE, layers=2)
     folder = write_ranks(tmp_path, model, Sizes(tp=1, ep=2, etp=2), writer="megatron")
-    text = refused(folder, "tensor-parallel rank of a file cannot be told")
+    text = refused(folder, "a file's expert-tensor-parallel rank")
     assert "found: 2 and 1" in text
 
 
@@ -557,7 +557,7 @@ def test_a_truncated_file(keep: int, tmp_path: Path) -> None:
         ({"model1": {}}, "a virtual stage is missing"),
         ({"weights": {}}, "no state dicts of a Megatron model"),
         ([], "no state dicts of a Megatron model"),
-        ([{"decoder.layers.0.mlp.linear_fc2.weight": {"_data": 1}}], "no plain tensor"),
+        ([{"decoder.layers.0.mlp.linear_fc2.weight": {"_data": 1}}], "other than a plain tensor"),
     ],
     ids=str,
 )
@@ -603,7 +603,7 @@ def test_detection(tmp_path: Path) -> None:
     read = [dataclasses.replace(f, entry_prefix="") for f in formats.read(folder).files]
     assert list(formats.find_model(folder).identify()) == read  # which does not open the zips
     os.mkfifo(data / "mp_rank_00/model_optim_rng.pt")
-    with pytest.raises(BadInputError, match="no regular file"):
+    with pytest.raises(BadInputError, match="not a regular file"):
         formats.read(folder)
 
 

@@ -679,7 +679,7 @@ def test_a_fifo_among_the_rank_files_is_refused(checkpoints, tmp_path):
     victim = source / "model_world_size_4_rank_2.pt"
     victim.unlink()
     os.mkfifo(victim)
-    with pytest.raises(BadInputError, match="no regular file"):
+    with pytest.raises(BadInputError, match="not a regular file"):
         convert(source, tmp_path / "out")
 
 

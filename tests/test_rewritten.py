@@ -1,4 +1,4 @@
-"""Sources that were written anew: never "nothing to do", whether or not checksums stand for them."""
+"""Sources that were rewritten: never "nothing to do", whether or not checksums stand for them."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_written_anew(write: Write, tmp_path: Path) -> None:
     assert convert() == "done"
     assert convert() == "nothing-to-do"
     write(source, 2.0)
-    with pytest.raises(OutputExistsError, match=r"before .* written anew"):
+    with pytest.raises(OutputExistsError, match=r"before .* rewritten"):
         convert()
     assert load_file(out / "model.safetensors")["w"].unique().item() == 1.0
     assert convert(overwrite=True) == "done"

@@ -206,8 +206,8 @@ def test_every_dtype_can_be_moved(name: str) -> None:
         (lambda w: torch.empty_like(w), r"aten\.empty_like"),
         (lambda w: w.as_strided((9, 9), (1, 1)), "reaches past its storage"),
         (lambda w: w.sum(), r"aten\.sum"),
-        (lambda w: "text", "output out is no tensor"),
-        (lambda w: None, "output out is no tensor"),
+        (lambda w: "text", "output out is not a tensor"),
+        (lambda w: None, "output out is not a tensor"),
     ],
 )
 def test_refusals_name_the_operation(
@@ -231,9 +231,9 @@ def test_a_conjugated_view_is_refused() -> None:
 
 def test_a_tensor_from_elsewhere_is_refused() -> None:
     elsewhere = torch.empty(3, device="meta")
-    with pytest.raises(BadInputError, match="output o is no tensor made of the checkpoint's"):
+    with pytest.raises(BadInputError, match="output o is not a tensor made of the checkpoint's"):
         traced(lambda t: {"o": elsewhere}, w=numbers(3))
-    with pytest.raises(BadInputError, match=r"aten\.cat\.default is no tensor made of"):
+    with pytest.raises(BadInputError, match=r"aten\.cat\.default is not a tensor made of"):
         traced(lambda t: {"o": torch.cat([t["w"], elsewhere])}, w=numbers(3))
 
 

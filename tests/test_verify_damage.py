@@ -64,13 +64,13 @@ def other_header(folder: Path) -> list[str]:
 
 def broken_header(folder: Path) -> list[str]:
     flip(folder / FIRST, 8)
-    return [f"{FIRST}: this is no valid safetensors file", f"{FIRST}: xxh3_128"]
+    return [f"{FIRST}: not a valid safetensors file", f"{FIRST}: xxh3_128"]
 
 
 def cut_off(folder: Path) -> list[str]:
     path = folder / SECOND
     path.write_bytes(path.read_bytes()[:-1])
-    return [f"{SECOND}: this is no valid safetensors file", f"{SECOND}: ", "the manifest says"]
+    return [f"{SECOND}: not a valid safetensors file", f"{SECOND}: ", "the manifest says"]
 
 
 def swapped_files(folder: Path) -> list[str]:

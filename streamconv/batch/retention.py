@@ -243,7 +243,7 @@ def _output_facts(record: Record, store: Store, owns: Callable[[Record], bool]) 
 
 def _why_not_output(path: Path, root: Path) -> str:
     if path.is_symlink() or not path.is_dir():
-        return "it is no folder"
+        return "it is not a folder"
     if not real_path(path).is_relative_to(real_path(root)) or real_path(path) == real_path(root):
         return "it lies outside the output folder"
     try:

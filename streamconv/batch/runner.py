@@ -370,7 +370,7 @@ class Runner:
         said = last_line(running.err.read())
         name = how_it_ended(code)
         crash = StreamconvError(
-            "the conversion's process ended without a word",
+            "the conversion process died without reporting an error",
             where=running.task.record.source,
             found=f"{name}; {said}" if said else name,
             hint="SIGKILL is most often the machine out of memory" if code == -9 else None,

@@ -131,7 +131,7 @@ FamilyOption = Annotated[
     typer.Option(
         "--family",
         metavar="NAME",
-        help="Whose rules turn Megatron's tensors into HuggingFace's. Default: by config.json.",
+        help="Model family of a Megatron checkpoint. Default: detected from config.json.",
     ),
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace another job's output.")]

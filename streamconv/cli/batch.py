@@ -106,11 +106,11 @@ def batch(
         bool,
         _option(
             "--delete-sources",
-            "Delete sources whose output was verified; never a run's newest step.",
+            "Delete sources whose outputs are verified, never a run's newest step.",
         ),
     ] = False,
     apply: Annotated[
-        bool, _option("--apply", "Really delete; without it, only say what would be.")
+        bool, _option("--apply", "Actually delete. Without it, deletions are only listed.")
     ] = False,
     on_done: Annotated[
         str | None,

@@ -58,7 +58,7 @@ def check_upload(repo: str) -> None:
     Raises :class:`UsageError`.
     """
     if not _REPO.fullmatch(repo) or ".." in repo or "--" in repo:
-        raise UsageError("this is no name of a repository", found=repo, expected="ORG/NAME")
+        raise UsageError("not a repository name", found=repo, expected="ORG/NAME")
     # Xet's uploader takes gigabytes for its buffers; plain LFS streams a file. Read on import.
     os.environ.setdefault("HF_HUB_DISABLE_XET", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

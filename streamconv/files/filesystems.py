@@ -88,7 +88,7 @@ def why_not_writable(path: Path) -> str | None:
     """Return why nothing can be written at ``path``, which need not exist yet; None where it can be."""
     here = nearest(path)
     if not here.is_dir():
-        return f"{here} is no folder"
+        return f"{here} is not a folder"
     if os.statvfs(here).f_flag & os.ST_RDONLY:
         return f"the file system of {here} is read-only"
     return None if os.access(here, os.W_OK | os.X_OK) else f"no permission to write in {here}"

@@ -108,7 +108,7 @@ def mismatches(value: Any, shape: Any, at: str = "the whole") -> Iterator[str]:
             yield f"{at}: {_short(value)} is not {shape.words}"
     elif isinstance(shape, dict):
         if not isinstance(value, dict):
-            yield f"{at}: {_short(value)} is no object"
+            yield f"{at}: {_short(value)} is not an object"
         elif str in shape:
             for key, item in value.items():
                 yield from mismatches(item, shape[str], f"{at}[{_short(key)}]")
@@ -121,7 +121,7 @@ def mismatches(value: Any, shape: Any, at: str = "the whole") -> Iterator[str]:
                 elif name == key:
                     yield f"{where}: missing"
     elif not isinstance(value, list):
-        yield f"{at}: {_short(value)} is no array"
+        yield f"{at}: {_short(value)} is not an array"
     elif isinstance(shape, tuple) and len(value) != len(shape):
         yield f"{at}: an array of {len(value)}, not of {len(shape)}"
     else:

@@ -81,7 +81,7 @@ def read_header(path: Path) -> dict[str, FileTensor]:
         raise too_much(str(path), length) from None
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise BadInputError(
-            "this is no valid safetensors file", where=str(path), found=str(error)[:200]
+            "not a valid safetensors file", where=str(path), found=str(error)[:200]
         ) from error
     return {t.name: t for t in tensors}
 
@@ -91,7 +91,7 @@ def _tensor(path: Path, name: str, entry: dict[str, Any], base: int) -> FileTens
     shape = tuple(entry["shape"])
     begin, end = entry["data_offsets"]
     if not all(type(n) is int and n >= 0 for n in (*shape, begin, end)):
-        raise ValueError(f"{name}: sizes that are no counts")
+        raise ValueError(f"{name}: sizes that are not counts")
     if end - begin != math.prod(shape) * dtype.itemsize:
         raise ValueError(f"{name}: {end - begin} bytes for {dtype} {list(shape)}")
     return FileTensor(name, path, dtype, shape, base + begin, base + end)

@@ -143,12 +143,12 @@ def why_another(before: Mapping[str, Any], job: JobIdentity) -> str:
         # Then it is the evidence that differs.
         return (
             "of another checkpoint with files of these names and sizes, or of these files before they "
-            f"were written anew, or copied without their times (nothing in {len(anew)} of them is a "
+            f"were rewritten, or copied without their times (nothing in {len(anew)} of them is a "
             "checksum of the weights, so times and samples count)"
         )
     return (
         "of another checkpoint with files of these names and sizes, or of this checkpoint before its "
-        "files were written anew"
+        "files were rewritten"
     )
 
 
@@ -164,7 +164,7 @@ def job_identity(
     ``inputs`` are what else takes part, each with what identifies it (``lora.plan.adapter_inputs``).
     Paths are relative, so that a checkpoint that was moved is still the same. Where the central
     directory's hash covers every record's CRC-32, times are left out; elsewhere a file's evidence tells
-    whether it was written anew.
+    whether it was rewritten.
     """
     base = options.lora.base
     return JobIdentity(

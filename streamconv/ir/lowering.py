@@ -110,7 +110,7 @@ def lower(
     """Return the moves that make ``view``, in the order of their output offsets.
 
     ``layout_of`` gives the layout of a global tensor, ``order`` the number of each source (by default
-    its place in ``view.sources()``). Raises :class:`BadInputError` for a view that is no union of
+    its place in ``view.sources()``). Raises :class:`BadInputError` for a view that is not a union of
     boxes (a diagonal, a window that overlaps itself).
     """
     if order is None:
@@ -275,7 +275,7 @@ def _unroll(
     """Take each step of a dim that follows no axis (a diagonal, rows of other lengths) by itself."""
     if dim.size > _MAX_UNROLLED:
         raise BadInputError(
-            f"a view with {dim.size} steps of {dim.src} over the shape {list(shape)} is no union of"
+            f"a view with {dim.size} steps of {dim.src} over the shape {list(shape)} is not a union of"
             f" at most {_MAX_UNROLLED} boxes"
         )
     k = region.dims.index(dim)

@@ -113,10 +113,10 @@ class Plan:
                 self.head = self._read_head()
         except planlines.DAMAGES as error:
             raise DamagedPlanError(
-                "this is no streamconv plan, or a damaged one",
+                "not a streamconv plan, or a damaged one",
                 where=str(path),
                 found=f"{type(error).__name__}: {error}",
-                hint="make it anew with `streamconv plan SRC -o PLAN`",
+                hint="make it again with `streamconv plan SRC -o PLAN`",
             ) from error
 
     def fileno(self) -> int:
@@ -258,7 +258,7 @@ class _Section:
                 "the plan does not fit together",
                 where=f"{self._path}, {self.output.name}",
                 found=f"{type(error).__name__}: {error}"[:300],
-                hint="make it anew with `streamconv plan SRC -o PLAN`",
+                hint="make it again with `streamconv plan SRC -o PLAN`",
             ) from error
 
     def _tensors(self) -> Iterator[PlannedTensor]:

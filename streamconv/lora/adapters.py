@@ -90,7 +90,9 @@ def separate(checkpoint: Checkpoint) -> tuple[Checkpoint, Adapter]:
             _once(saved, f"{match[1]}.{match[3]}", tensor)
             wrapped.add(match[1])
         elif ORIGINAL.fullmatch(name):
-            skipped.append(Skipped(fqn, "as it was before training (modules_to_save has it anew)"))
+            skipped.append(
+                Skipped(fqn, "as it was before training (modules_to_save has the other)")
+            )
         elif FOREIGN.fullmatch(name):
             raise BadInputError(
                 "this part of an adapter is not LoRA's, and leaving it out would give another model",
@@ -195,7 +197,7 @@ def rank_of(target: Target, adapter: Adapter) -> int:
     missing = [p for p in (first, second) if p not in target.parts]
     if missing:
         raise BadInputError(
-            "half an adapter: a module has one of its factors only",
+            "incomplete adapter: only one of lora_A and lora_B is present",
             where=next(iter(target.parts.values())),
             expected=f"{target.module}.{missing[0]}, too",
         )

@@ -299,7 +299,7 @@ def _with_base(checkpoint: Checkpoint, adapter: Adapter, base: Path) -> tuple[Ch
         skipped=(
             *checkpoint.skipped,
             *(
-                Skipped(f"{base.name}/{n}", "trained anew: the checkpoint's own is taken")
+                Skipped(f"{base.name}/{n}", "trained again: the checkpoint's own is used")
                 for n in tensors
                 if n in adapter.saved
             ),

@@ -205,7 +205,7 @@ def read_object(path: Path) -> dict[str, Any]:
         data = json.loads(_read(path))
     except (ValueError, RecursionError) as error:
         raise BadInputError(
-            "the adapter's settings are no valid JSON", where=str(path), found=str(error)[:200]
+            "the adapter's settings are not valid JSON", where=str(path), found=str(error)[:200]
         ) from error
     if not isinstance(data, dict):
         raise BadInputError("the adapter's settings are no JSON object", where=str(path))

@@ -73,7 +73,7 @@ def staged_plan(
 
 
 def _superseded(staged: Plan, root: Path, job: JobIdentity) -> bool:
-    """Whether a staged plan is of what was asked for again, but its source was written anew since.
+    """Whether a staged plan is of what was asked for again, but its source was rewritten since.
 
     Or it is gone. Nobody can go on with such a plan, not even its own command.
     """

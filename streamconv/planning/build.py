@@ -383,7 +383,7 @@ def _drop_value_head(made: _Output) -> None:
         score = any(n.split(".")[-2:-1] == ["score"] for n in names)
         raise UsageError(
             "--value-head drop is given, but this model has no v_head",
-            found="a score head, without which it is no model that loads" if score else None,
+            found="a score head, without which the model does not load" if score else None,
         )
     for name in dropped:
         del made.tensors[name]

@@ -77,7 +77,7 @@ def read_config(folder: Path) -> dict[str, Any] | None:
         raise BadInputError("config.json holds no JSON object", where=str(path))
     if not isinstance(config.get("model_type", ""), str):
         raise BadInputError(
-            "the model_type in config.json is no string",
+            "the model_type in config.json is not a string",
             where=str(path),
             found=repr(config["model_type"])[:80],
         )

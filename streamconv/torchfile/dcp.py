@@ -136,7 +136,7 @@ class DcpIndex:
         except MALFORMED:
             raise self._malformed() from None
         if not all(type(n) is str for n in (*self._tensors, *self.objects)):
-            raise UnsafeInputError("a name in the index is no text", where=where)
+            raise UnsafeInputError("a name in the index is not text", where=where)
 
     @property
     def tensors(self) -> Iterator[str]:

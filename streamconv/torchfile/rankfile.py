@@ -251,7 +251,9 @@ class Contents:
         """Take in one entry of the state dict."""
         if type(name) is not str:
             raise UnsafeInputError(
-                "a key of the state dict is no name", where=self._where, found=type(name).__name__
+                "a key of the state dict is not a name",
+                where=self._where,
+                found=type(name).__name__,
             )
         if not isinstance(value, Inert):
             self.skipped.append((name, why_no_tensor(value)))
@@ -293,7 +295,7 @@ class Contents:
             )
         key = int(storage.key)
         if str(key) != storage.key or key >> 32:
-            raise UnsafeInputError("a storage key is no number", found=storage.key[:40])
+            raise UnsafeInputError("a storage key is not a number", found=storage.key[:40])
         if not self.location:
             self.location = storage.location
         return Stored(spec, key, start, nbytes, crc, header_nbytes)
@@ -458,7 +460,7 @@ def _check_view(spec: LocalSpec) -> None:
         spec.storage_numel,
     )
     if not all(is_ints(t) for t in (shape, strides, spec.global_shape, (offset, numel))):
-        raise UnsafeInputError("a size, stride or offset that is no number, or negative")
+        raise UnsafeInputError("a size, stride or offset that is not a number, or negative")
     if len(shape) != len(strides) or len(shape) > _MAX_RANK or len(spec.global_shape) != len(shape):
         raise bad("a shape and its strides differ in rank")
     if 0 in shape:

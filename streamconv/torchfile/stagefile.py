@@ -131,7 +131,7 @@ def _check_tensors(contents: Contents, where: str) -> None:
     """A weight that is stored as something else must not vanish."""
     for name, reason in contents.skipped:
         raise BadInputError(
-            "a weight is stored as something that is no plain tensor",
+            "a weight is stored as something other than a plain tensor",
             where=f"{where}, {name[:200]}",
             found=reason,
         )

@@ -103,7 +103,7 @@ def tensor_parts(value: Any) -> TensorParts:
         else:
             break
         if type(shape) not in _SIZES or type(strides) not in _SIZES:
-            raise bad("a tensor whose sizes are no tuple")
+            raise bad("a tensor whose sizes are not a tuple")
         if grad is not False or type(hooks) is not InertDict or hooks:
             _check_grad(grad, hooks)
             if dtype.name[0] in "IU" or dtype.name == "BOOL":
@@ -177,7 +177,7 @@ def check_numbers(numbers: tuple[Any, ...]) -> None:
     equal as keys. That they are not negative is checked when a spec is made.
     """
     if set(map(type, numbers)) != _INT:
-        raise bad("a size, stride or offset that is no number")
+        raise bad("a size, stride or offset that is not a number")
 
 
 _INT = {int}
@@ -266,7 +266,7 @@ def find_state_dict(root: Any, where: str) -> tuple[dict[Any, Any], str | None]:
     ]
     if len(inner) > 1:
         raise BadInputError(
-            "the file holds several dicts of tensors; which is the model cannot be told",
+            "the file holds several dicts of tensors: cannot determine which is the model",
             where=where,
             found=", ".join(str(k)[:40] for k, _ in inner),
         )

@@ -406,7 +406,7 @@ def _storage_alignment(window: Window, entries: dict[str, Entry]) -> int:
     start, nbytes, _, _ = _real_position(window, entry, name)
     text = window.read(start - window.base, nbytes) if nbytes <= _SMALL_NBYTES else b""
     if not text.isdigit() or not 0 < int(text) <= _MAX_ALIGNMENT:
-        _damaged(window, f"the record {name!r} is no alignment")
+        _damaged(window, f"the record {name!r} is not alignment")
     return int(text)
 
 

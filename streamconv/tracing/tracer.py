@@ -121,7 +121,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided:
             stored = self._stored.get(tensor.untyped_storage()._cdata)
         if stored is None:
-            raise BadInputError(f"{what} is no tensor made of the checkpoint's tensors")
+            raise BadInputError(f"{what} is not a tensor made of the checkpoint's tensors")
         if tensor.is_conj() or tensor.is_neg():
             raise BadInputError(f"{what}: a conjugated or negated view cannot be streamed")
         if str(tensor.dtype) != f"torch.{stored.dtype.torch}":

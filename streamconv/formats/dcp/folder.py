@@ -57,7 +57,7 @@ def source_files(folder: Path, root: Path) -> tuple[SourceFile, ...]:
     for path in sorted(folder.glob("*.distcp")):
         # Opening a FIFO would wait for a writer for ever.
         if not path.is_file():
-            raise BadInputError("a file of records that is no regular file", where=str(path))
+            raise BadInputError("a file of records that is not a regular file", where=str(path))
         status = path.stat()
         files.append(
             SourceFile(

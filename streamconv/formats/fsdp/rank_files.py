@@ -137,7 +137,7 @@ def _rank_files(path: Path) -> list[tuple[int, int, Path]]:
     for _, _, file in found:
         # Opening a FIFO would wait for a writer for ever.
         if file.exists() and not file.is_file():
-            raise BadInputError("a rank file that is no regular file", where=str(file))
+            raise BadInputError("a rank file that is not a regular file", where=str(file))
     return found
 
 
@@ -257,7 +257,7 @@ def _cut_tp_first(folder: _Folder, facts: _FileFacts) -> bool:
     if wrapped == {False}:
         return True
     raise BadInputError(
-        "the order of the pieces cannot be told: torch 2.4 wrote the same placements (two Shards of "
+        "cannot determine the order of the pieces: torch 2.4 wrote the same placements (two Shards of "
         "one dimension) for FSDP1 and FSDP2 with tensor parallelism",
         where=str(folder.path),
         hint='say which it was in fsdp_config.json there: {"FSDP_version": 1} or {"FSDP_version": 2}',

@@ -144,7 +144,7 @@ def _split_legacy(name: str, local: Local, shapes: Mapping[str, Shape], ranks: i
 
 def _odd(name: str, local: Local, expected: str) -> BadInputError:
     return BadInputError(
-        "grouped experts whose layout cannot be told",
+        "cannot determine the layout of grouped experts",
         where=name,
         expected=expected,
         found=str(list(local.shape)),

@@ -65,7 +65,7 @@ class Around:
         found = self.shapes.get(name)
         if found is None:
             raise BadInputError(
-                "how a parameter is cut cannot be told: one beside it is missing",
+                "cannot determine how this parameter is sharded: a related parameter is missing",
                 where=of,
                 expected=f"a parameter {name}",
             )

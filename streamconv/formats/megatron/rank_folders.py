@@ -94,7 +94,7 @@ def _open_folder(path: Path) -> list[tuple[tuple[int, ...], Path]]:
     for _, file in files:
         # Opening a FIFO would wait for a writer for ever.
         if not file.is_file():
-            raise BadInputError("a rank file that is no regular file", where=str(file))
+            raise BadInputError("a rank file that is not a regular file", where=str(file))
     kinds = Counter((len(numbers), file.name) for numbers, file in files)
     if len(kinds) > 1 or len({numbers for numbers, _ in files}) != len(files):
         raise BadInputError(

@@ -148,7 +148,7 @@ class Run:
             return expert_tensor_ranks(stages, self.tp, compare)
         if self.tp % claimed:
             raise BadInputError(
-                "the experts' tensor-parallel rank of a file cannot be told: no folder name says it",
+                "cannot determine a file's expert-tensor-parallel rank: no folder name says it",
                 where=str(self.folder),
                 expected="an expert tensor parallel size that divides the tensor parallel size",
                 found=f"{claimed} and {self.tp}",

@@ -325,7 +325,7 @@ class Model:
 
 _UNKNOWN = (
     "a parameter that streamconv does not know differs between tensor-parallel ranks: how its parts "
-    "go together cannot be told"
+    "go together cannot be determined"
 )
 
 

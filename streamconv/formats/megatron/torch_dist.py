@@ -162,7 +162,7 @@ def split_weights(index: DcpIndex) -> tuple[dict[str, DcpTensor], tuple[Skipped,
         else:
             weights[name] = index.tensor(name)
     for name in index.objects:
-        others[why_no_weight(name) or "an object that is no tensor"] += 1
+        others[why_no_weight(name) or "an object that is not a tensor"] += 1
     skipped = tuple(Skipped(f"{n} entries", reason) for reason, n in sorted(others.items()))
     return weights, skipped
 
