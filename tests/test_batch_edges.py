@@ -205,6 +205,18 @@ def test_what_watches_a_batch_does_not_stop_it(scene, tmp_path):
     assert "the system refused" in str(made.problems[0])
 
 
+def test_an_output_whose_page_cannot_be_written_is_done(scene, tmp_path):
+    scene.step(10)
+    (tmp_path / "r").touch()  # where the folder of pages would be
+    shared = {"report": str(tmp_path / "r.html")}
+    made = scene.batch(fake=False, shared=shared).round()
+    assert made.counts == {"converted": 1}
+    (record,) = read_records(scene.out)
+    assert (record.state, record.error) == ("done", None)
+    assert any("its report could not be written" in notice for notice in record.notices)
+    assert (tmp_path / "r.html").is_file()
+
+
 def test_what_the_disk_did_not_take_is_newer_than_what_it_has(tmp_path, monkeypatch):
     """Else a step that was written anew would be taken for what it was before."""
 

@@ -69,7 +69,10 @@ def _convert(request: dict[str, Any]) -> dict[str, Any]:
             from streamconv.report.conversion import convert_reported
 
             result = convert_reported(
-                Path(request["report"]), lambda watched: convert(source, output, job, watched), run
+                Path(request["report"]),
+                lambda watched: convert(source, output, job, watched),
+                run,
+                notice_refusal=True,
             )
         else:
             result = convert(source, output, job, run)

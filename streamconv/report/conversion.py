@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from streamconv.errors import StreamconvError
 from streamconv.files import askedfile
 from streamconv.ir.dtypes import BY_NAME
 from streamconv.options import Result, RunOptions
@@ -28,13 +29,28 @@ _PHASES = {"plan": "planning", "write": "writing", "publish": "publishing", "ver
 
 
 def convert_reported(
-    report: Path, convert: Callable[[RunOptions], Result], run: RunOptions
+    report: Path,
+    convert: Callable[[RunOptions], Result],
+    run: RunOptions,
+    *,
+    notice_refusal: bool = False,
 ) -> Result:
-    """Run a conversion, watch it, and write its report: to where nothing of others lies."""
+    """Run a conversion, watch it, and write its report: to where nothing of others lies.
+
+    ``notice_refusal``: where it cannot be written, the output is done all the same, and has a notice.
+    """
     askedfile.checked(report, askedfile.PAGE)
     with Timeline() as timeline:
         result = convert(replace(run, on_event=timeline.listening(run.on_event)))
-    write_report(report, result, timeline)
+    try:
+        write_report(report, result, timeline)
+    except (OSError, StreamconvError) as error:
+        if not notice_refusal:
+            raise
+        refused = StreamconvError.of_system(error) if isinstance(error, OSError) else error
+        why = str(refused).replace("\n ", ";")
+        notices = (*result.notices, f"its report could not be written: {why}")
+        return replace(result, notices=notices)
     return result
 
 
