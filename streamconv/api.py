@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 from streamconv.errors import NoSpaceError, StreamconvError, UsageError, VerificationError
 from streamconv.files import askedfile
-from streamconv.files.inputs import reading
+from streamconv.files.inputs import local_path, reading
 from streamconv.options import (
     DTypeChoice,
     Event,
@@ -88,23 +88,26 @@ def convert(
     """
     from streamconv.conversion.job import convert as run_job
 
+    src, dst, report = local_path(src), local_path(dst), _local(report)
     options = job_options(max_shard_size=max_shard_size, **job)
     run = run_options(max_mem, overwrite, sync, direct, source_crc, checksum, io_threads, on_event)
     with _reading(src, job, dst):
         if report is None:
-            return run_job(Path(src), Path(dst), options, run)
+            return run_job(src, dst, options, run)
         from streamconv.report.conversion import convert_reported
 
-        page = _own_file(Path(report), askedfile.PAGE, src, dst, options)
-        return convert_reported(
-            page, lambda watched: run_job(Path(src), Path(dst), options, watched), run
-        )
+        page = _own_file(report, askedfile.PAGE, src, dst, options)
+        return convert_reported(page, lambda watched: run_job(src, dst, options, watched), run)
 
 
 def _reading(
     src: StrPath, job: JobKeywords, dst: StrPath | None = None
 ) -> AbstractContextManager[None]:
     return reading(src, job.get("hf_config"), job.get("base"), but=dst)
+
+
+def _local(path: StrPath | None) -> Path | None:
+    return None if path is None else local_path(path)
 
 
 def _own_file(
@@ -140,20 +143,19 @@ def convert_all(src: StrPath, dst: StrPath, **options: Any) -> dict[str, Result]
     """
     from streamconv.formats import model_names
 
+    src, dst, page = local_path(src), local_path(dst), _local(options.pop("report", None))
     with reading(src):
-        names = model_names(Path(src))
+        names = model_names(src)
     if not names:
         raise UsageError(
             "there is one model here, or none", where=str(src), hint="leave out --model"
         )
-    report = options.pop("report", None)
-    page = Path(report) if report is not None else None
     pages = {name: page and page.with_name(f"{page.stem}-{name}{page.suffix}") for name in names}
     for path in pages.values():  # before the first of the models is converted
         if path is not None:
             askedfile.checked(path, askedfile.PAGE)
     return {
-        name: convert(src, Path(dst) / name, **{**options, "model": name}, report=pages[name])
+        name: convert(src, dst / name, **{**options, "model": name}, report=pages[name])
         for name in names
     }
 
@@ -176,6 +178,7 @@ def upload(
     from streamconv.conversion.hub import check_upload
     from streamconv.conversion.hub import upload as send
 
+    folder = local_path(folder)
     check_upload(repo)
     report = verify(folder)
     if not report.passed:
@@ -189,7 +192,7 @@ def upload(
         text = f"deletes older weights from {repo}, which its history keeps: {', '.join(old)}"
         on_event(Event("notice", text, {"deleted": old}))
 
-    return send(Path(folder), repo, private=private, before_delete=name)
+    return send(folder, repo, private=private, before_delete=name)
 
 
 def plan(
@@ -208,25 +211,26 @@ def plan(
     """
     from streamconv.planning.child import make_plan
 
+    src, dst, output = local_path(src), _local(dst), _local(output)
     options = job_options(max_shard_size=max_shard_size, **job)
     budget = memory_bytes(max_mem)
     if output is not None:
-        place = _own_file(Path(output), askedfile.PLAN, src, dst, options)
+        place = _own_file(output, askedfile.PLAN, src, dst, options)
         with _reading(src, job), askedfile.aside(place, askedfile.PLAN) as partial:
-            made = make_plan(Path(src), options, partial, max_mem_bytes=budget)
+            made = make_plan(src, options, partial, max_mem_bytes=budget)
         made.path = place
     else:
         folder = tempfile.mkdtemp(prefix="streamconv-")
         path = Path(folder) / "plan.jsonl"
         try:
             with _reading(src, job):
-                made = make_plan(Path(src), options, path, max_mem_bytes=budget)
+                made = make_plan(src, options, path, max_mem_bytes=budget)
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise
         weakref.finalize(made, shutil.rmtree, folder, ignore_errors=True)
     if dst is not None:
-        check_disk(made, Path(dst))
+        check_disk(made, dst)
     return made
 
 
@@ -240,9 +244,9 @@ def open(  # noqa: A001 - meant to be called as streamconv.open
     """
     from streamconv.conversion.lazy import open_checkpoint
 
-    options = job_options(**job)
+    src, options = local_path(src), job_options(**job)
     with _reading(src, job):
-        return open_checkpoint(Path(src), options)
+        return open_checkpoint(src, options)
 
 
 def verify(
@@ -279,6 +283,8 @@ def verify(
     from streamconv.verification.room import check_room
     from streamconv.verification.source import verify_source
 
+    here, truth, other = local_path(folder), _local(source), _local(reference)
+    model, config = _local(base), _local(hf_config)
     _check_forward_options(forward, prompt, token_ids, logits_atol)
     _check_tolerances(atol, rtol, logits_atol)
     if (atol or rtol) and (reference is None or forward):
@@ -289,10 +295,8 @@ def verify(
         raise UsageError("--logits-atol needs --reference")
     if hf_config is not None and source is None:
         raise UsageError("--hf-config needs --source")
-    report, here = Report(), Path(folder)
+    report = Report()
     budget = memory_bytes(max_mem)
-    other = Path(reference) if reference is not None else None
-    model = Path(base) if base is not None else None
     if model is not None and not (model / "config.json").is_file():
         raise UsageError("no config.json in the base model's folder", where=str(model))
     with reading(folder, source, reference, hf_config, base):
@@ -304,9 +308,8 @@ def verify(
             )
         elif source is not None or other is None or forward:
             report.extend(verify_output(here, base=model))
-        if source is not None and report.passed:
-            config = Path(hf_config) if hf_config is not None else None
-            report.extend(verify_source(here, Path(source), hf_config=config, max_mem_bytes=budget))
+        if truth is not None and report.passed:
+            report.extend(verify_source(here, truth, hf_config=config, max_mem_bytes=budget))
         if other is not None and not forward:
             report.extend(verify_reference(here, other, atol=atol, rtol=rtol))
         if forward and report.passed:
@@ -343,8 +346,9 @@ def inspect(src: StrPath, *, model: str | None = None) -> dict[str, Any]:
     """Return what is in the checkpoint as plain data: format, facts, files, tensors, notices."""
     from streamconv.planning.child import inspect_checkpoint
 
+    src = local_path(src)
     with reading(src):
-        return inspect_checkpoint(Path(src), model)
+        return inspect_checkpoint(src, model)
 
 
 def job_options(
@@ -368,14 +372,14 @@ def job_options(
     """Return the options that decide the output; raises :class:`UsageError`."""
     if isinstance(keep_dtype, str):
         raise UsageError("keep_dtype must be a list of patterns", found=repr(keep_dtype))
-    folder = Path(base) if base is not None else None
+    folder = _local(base)
     return JobOptions(
         layout=layout,
         dtype=dtype,
         keep_dtype=tuple(keep_dtype),
         max_shard_bytes=parse_size(max_shard_size),
         strict=strict,
-        hf_config=Path(hf_config) if hf_config is not None else None,
+        hf_config=_local(hf_config),
         model=model,
         family=family,
         lora=LoraOptions(lora, folder, lora_alpha, lora_rank, lora_rslora, allow_zero_delta),

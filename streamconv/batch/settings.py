@@ -30,6 +30,7 @@ from streamconv.batch.selection import Filter, Steps, namer, parse_steps
 from streamconv.batch.state import STATUS
 from streamconv.errors import BadInputError, UsageError
 from streamconv.files.filesystems import real_path
+from streamconv.files.inputs import local_path
 from streamconv.options import DTypeChoice, JobOptions, Layout, LoraMode, LoraOptions, ValueHead
 from streamconv.units import parse_duration, parse_size
 
@@ -54,14 +55,17 @@ def _no_flag(value: object) -> object:
     return value
 
 
-def _no_nul(path: Path) -> Path:
+def _usable(path: Path) -> Path:
     if "\0" in str(path):
         raise ValueError("a path cannot hold a NUL character")
-    return path
+    try:
+        return local_path(path)
+    except UsageError as error:
+        raise ValueError(str(error).replace("\n ", ";")) from None
 
 
 _Count = Annotated[int, Field(gt=0), BeforeValidator(_no_flag)]
-_Path = Annotated[Path, AfterValidator(_no_nul)]
+_Path = Annotated[Path, AfterValidator(_usable)]
 _Size = Annotated[str, _parsed_by(parse_size)]
 _Memory = Annotated[str, _parsed_by(lambda text: parse_size(text, whole_bytes=1 << 40))]
 _Duration = Annotated[str, _parsed_by(parse_duration)]

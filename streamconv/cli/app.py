@@ -11,6 +11,7 @@ from streamconv._version import __version__
 from streamconv.cli.output import columns, say, say_json
 from streamconv.cli.verl import app as verl_app
 from streamconv.errors import shown
+from streamconv.files.inputs import local_path
 
 if TYPE_CHECKING:
     from streamconv.options import DTypeChoice, Layout, LoraMode, ValueHead
@@ -27,13 +28,14 @@ app = typer.Typer(
 Source = Annotated[
     Path,
     typer.Argument(
-        readable=False,
+        parser=local_path,
         metavar="SRC",
         help="The checkpoint: a folder of rank files, an actor folder, a step folder.",
     ),
 ]
-# readable=False everywhere: else typer calls a path that cannot be read wrong usage, exit code 2.
-Target = Annotated[Path, typer.Argument(readable=False, metavar="DST", help="The output folder.")]
+Target = Annotated[
+    Path, typer.Argument(parser=local_path, metavar="DST", help="The output folder.")
+]
 MaxMem = Annotated[
     str | None,
     typer.Option(
@@ -77,7 +79,7 @@ HfConfig = Annotated[
     Path | None,
     typer.Option(
         "--hf-config",
-        readable=False,
+        parser=local_path,
         metavar="DIR",
         help="Take config, tokenizer and the other side files from this folder.",
     ),
@@ -102,7 +104,7 @@ Base = Annotated[
     Path | None,
     typer.Option(
         "--base",
-        readable=False,
+        parser=local_path,
         metavar="DIR",
         help="Merge a checkpoint of adapters alone into this model folder.",
     ),
@@ -153,7 +155,9 @@ IoThreads = Annotated[
 ]
 Report = Annotated[
     Path | None,
-    typer.Option("--report", readable=False, metavar="FILE", help="Write an HTML page about it."),
+    typer.Option(
+        "--report", parser=local_path, metavar="FILE", help="Write an HTML page about it."
+    ),
 ]
 UploadPath = Annotated[
     str | None,
@@ -260,14 +264,14 @@ def convert(
 def plan(
     src: Source,
     dst: Annotated[
-        Path | None, typer.Argument(readable=False, metavar="DST", help="Whose disk to look at.")
+        Path | None, typer.Argument(parser=local_path, metavar="DST", help="Whose disk to look at.")
     ] = None,
     output: Annotated[
         Path | None,
         typer.Option(
             "--output",
             "-o",
-            readable=False,
+            parser=local_path,
             metavar="PLAN",
             help="Keep the plan, for `streamconv run`.",
         ),
@@ -332,7 +336,7 @@ def plan(
 def run(
     plan: Annotated[
         Path,
-        typer.Argument(readable=False, metavar="PLAN", help="What `streamconv plan -o` wrote."),
+        typer.Argument(parser=local_path, metavar="PLAN", help="What `streamconv plan -o` wrote."),
     ],
     dst: Target,
     max_mem: MaxMem = None,
@@ -371,13 +375,13 @@ def run(
 @app.command()
 def verify(
     folder: Annotated[
-        Path, typer.Argument(readable=False, metavar="DST", help="What streamconv wrote.")
+        Path, typer.Argument(parser=local_path, metavar="DST", help="What streamconv wrote.")
     ],
     source: Annotated[
         Path | None,
         typer.Option(
             "--source",
-            readable=False,
+            parser=local_path,
             metavar="SRC",
             help="Compare every tensor with the checkpoint.",
         ),
@@ -385,13 +389,16 @@ def verify(
     reference: Annotated[
         Path | None,
         typer.Option(
-            "--reference", readable=False, metavar="DIR", help="Compare with another model folder."
+            "--reference",
+            parser=local_path,
+            metavar="DIR",
+            help="Compare with another model folder.",
         ),
     ] = None,
     base: Annotated[
         Path | None,
         typer.Option(
-            "--base", readable=False, metavar="DIR", help="The model that an adapter belongs to."
+            "--base", parser=local_path, metavar="DIR", help="The model that an adapter belongs to."
         ),
     ] = None,
     atol: Annotated[float, typer.Option("--atol", help="Tolerated absolute difference.")] = 0.0,
@@ -420,7 +427,7 @@ def verify(
         Path | None,
         typer.Option(
             "--hf-config",
-            readable=False,
+            parser=local_path,
             metavar="DIR",
             help="With --source: where the folder is now that DST's config came from.",
         ),
@@ -484,11 +491,11 @@ def inspect(src: Source, model: Model = None, json: Json = False, debug: Debug =
 def doctor(
     src: Annotated[
         Path | None,
-        typer.Argument(readable=False, metavar="SRC", help="A checkpoint to try reading."),
+        typer.Argument(parser=local_path, metavar="SRC", help="A checkpoint to try reading."),
     ] = None,
     dst: Annotated[
         Path | None,
-        typer.Argument(readable=False, metavar="DST", help="A folder to try writing to."),
+        typer.Argument(parser=local_path, metavar="DST", help="A folder to try writing to."),
     ] = None,
     model: Model = None,
     json: Json = False,

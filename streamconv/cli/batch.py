@@ -40,6 +40,7 @@ from streamconv.cli.app import (
 )
 from streamconv.cli.output import say, say_json, tell
 from streamconv.errors import BadInputError, UsageError
+from streamconv.files.inputs import local_path
 
 
 def _option(flag: str, text: str, metavar: str | None = None) -> Any:
@@ -50,11 +51,13 @@ def _option(flag: str, text: str, metavar: str | None = None) -> Any:
 def batch(
     root: Annotated[
         Path,
-        typer.Argument(readable=False, metavar="ROOT|JOBS", help="A training run, or a jobs.toml."),
+        typer.Argument(
+            parser=local_path, metavar="ROOT|JOBS", help="A training run, or a jobs.toml."
+        ),
     ],
     dst: Annotated[
         Path | None,
-        typer.Argument(readable=False, metavar="DST", help="The folder for all outputs."),
+        typer.Argument(parser=local_path, metavar="DST", help="The folder for all outputs."),
     ] = None,
     max_mem: MaxMem = None,
     jobs: Annotated[
@@ -123,7 +126,13 @@ def batch(
         str | None, _option("--hook-limit", "How long such a command may take (1h).", "TIME")
     ] = None,
     prometheus: Annotated[
-        Path | None, _option("--prometheus", "Keep metrics in this text file.", "FILE")
+        Path | None,
+        typer.Option(
+            "--prometheus",
+            parser=local_path,
+            metavar="FILE",
+            help="Keep metrics in this text file.",
+        ),
     ] = None,
     report: Report = None,
     max_shard_size: MaxShard = "5GB",
@@ -234,7 +243,7 @@ def _settings(root: Path, dst: Path | None, options: Mapping[str, Any]) -> Any:
 @app.command()
 def status(
     dst: Annotated[
-        Path, typer.Argument(readable=False, metavar="DST", help="The output folder of a batch.")
+        Path, typer.Argument(parser=local_path, metavar="DST", help="The output folder of a batch.")
     ],
     json: Json = False,
     debug: Debug = False,

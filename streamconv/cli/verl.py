@@ -17,6 +17,7 @@ import typer
 
 from streamconv.cli.output import say, say_json, tell
 from streamconv.errors import StreamconvError, UsageError, shown
+from streamconv.files.inputs import local_path
 
 app = typer.Typer(
     add_completion=False,
@@ -31,7 +32,7 @@ Backend = Annotated[
 LocalDir = Annotated[
     Path,
     typer.Option(
-        "--local_dir", "--local-dir", readable=False, metavar="DIR", help="The checkpoint."
+        "--local_dir", "--local-dir", parser=local_path, metavar="DIR", help="The checkpoint."
     ),
 ]
 HfModelPath = Annotated[
@@ -39,7 +40,7 @@ HfModelPath = Annotated[
     typer.Option(
         "--hf_model_path",
         "--hf-model-path",
-        readable=False,
+        parser=local_path,
         metavar="DIR",
         help="Config and tokenizer, for checkpoints of old releases that lack them.",
     ),
@@ -73,7 +74,11 @@ def merge(
     target_dir: Annotated[
         Path,
         typer.Option(
-            "--target_dir", "--target-dir", readable=False, metavar="DIR", help="The output folder."
+            "--target_dir",
+            "--target-dir",
+            parser=local_path,
+            metavar="DIR",
+            help="The output folder.",
         ),
     ] = Path("tmp"),
     hf_upload_path: Annotated[
@@ -152,7 +157,7 @@ def compare(
         typer.Option(
             "--test_hf_dir",
             "--test-hf-dir",
-            readable=False,
+            parser=local_path,
             metavar="DIR",
             help="The model to compare.",
         ),

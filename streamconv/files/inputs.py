@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from streamconv.errors import BadInputError
+from streamconv.errors import BadInputError, UsageError
 
 # These are this machine's or this process's own.
 _OURS = frozenset(
@@ -60,6 +61,27 @@ def _shown(path: Path | str) -> str:
 
 
 StrPath = str | os.PathLike[str]
+# An address begins with a scheme; of its slashes a Path keeps one. ./s3:/x is a path in any case.
+_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
+
+
+def local_path(path: StrPath) -> Path:
+    """Return ``path`` as a path of a file system; raises :class:`UsageError` for an address (``s3://``).
+
+    Every path that a user gives goes through here: taken for a path, an address would become a folder
+    of that name.
+    """
+    text = os.fspath(path)
+    if _ADDRESS.match(text):
+        scheme, _, rest = text.partition(":")
+        raise UsageError(
+            f"{scheme}:// is not supported: streamconv reads and writes files and folders",
+            where=f"{scheme}://{rest.lstrip('/')}",
+            hint="give the path alone"
+            if scheme == "file"
+            else "copy the checkpoint to a disk, or mount the store, and name that folder",
+        )
+    return Path(path)
 
 
 @contextmanager
