@@ -19,7 +19,7 @@ import streamconv
 from scripts.makers.fsdp import Made
 from scripts.measured import run
 from scripts.outputs import large_checkpoint
-from streamconv.errors import BadInputError, UsageError
+from streamconv.errors import BadInputError, StreamconvError, UsageError
 from streamconv.executor import pipeline
 from streamconv.formats.fsdp import merge
 from streamconv.formats.safetensors_file import read_folder
@@ -288,6 +288,23 @@ def test_a_damaged_source_record_is_named(checkpoints: dict[str, Made], tmp_path
 
 
 # --- the options that made the output ---------------------------------------------------------
+
+
+def test_an_output_that_goes_away_meanwhile_is_named(
+    checkpoints: dict[str, Made], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not the source, nor one of its tensors by an error of Python's."""
+    made = checkpoints["fsdp2-w3"]
+    out = convert(made, tmp_path / "out")
+
+    def ask(module: str, request: dict[str, Any], doing: str) -> dict[str, Any]:
+        out.rename(tmp_path / "moved")
+        return torch_check._check(request)
+
+    monkeypatch.setattr(source, "ask", ask)
+    with pytest.raises(StreamconvError, match="went away while it was compared") as raised:
+        verify_source(out, made.source)
+    assert raised.value.where == str(out)
 
 
 def test_the_config_folder_of_the_conversion_is_used_again(

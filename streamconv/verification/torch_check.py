@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from streamconv.errors import StreamconvError
 from streamconv.files.memory_limit import share_of, within
 from streamconv.formats.safetensors_file import FileTensor, read_folder
 from streamconv.ir.boxes import Shape
@@ -94,7 +95,9 @@ def _check(request: dict[str, Any]) -> dict[str, Any]:
         conversion = _Conversion(config, headers, job, prefix)
         room = _free_bytes(request["budget_bytes"])
         tile = min(_MAX_TILE_BYTES, room // 6)
-        comparison = _Comparison(conversion, _Output(Path(request["folder"])), tile, room, answer)
+        output = _Output(Path(request["folder"]))
+        output.check_holds(w.file_name for w in wanted)
+        comparison = _Comparison(conversion, output, tile, room, answer)
         for batch in _batches(wanted, conversion, room, len(checkpoint.files)):
             used = sorted({s for w in batch for s in w.sources})
             comparison.run(batch, files.read(used))
@@ -237,8 +240,19 @@ class _Output:
     """The folder that is checked, mapped."""
 
     def __init__(self, folder: Path) -> None:
+        self._folder = folder
         self.tensors = read_folder(folder, nested=True)
         self._mapped: dict[Path, tuple[torch.Tensor, MappedFile]] = {}
+
+    def check_holds(self, names: Iterable[str]) -> None:
+        """Raise where a tensor is not there any more that was there a moment ago."""
+        missing = next((name for name in names if name not in self.tensors), None)
+        if missing is not None:
+            raise StreamconvError(
+                "the output changed or went away while it was compared with its source",
+                where=str(self._folder),
+                found=f"no {missing}",
+            )
 
     def differs(self, tensor: FileTensor, at: int, expected: torch.Tensor, cast: bool) -> bool:
         """Whether the bytes from element ``at`` on are not those of ``expected``."""
