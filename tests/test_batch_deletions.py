@@ -854,11 +854,20 @@ def test_after_a_restart_the_new_step_counts_and_not_the_abandoned(scene, tmp_pa
     assert outputs(scene) == [40]
 
 
+def copied_step(scene, step: int, written: float):
+    """Add a step with a file of its own, so that it has times of its own."""
+    weights = scene.run / f"global_step_{step}/actor"
+    weights.mkdir(parents=True)
+    shutil.copyfile(scene.file, weights / scene.file.name)
+    for path in (weights / scene.file.name, weights):
+        os.utime(path, (written, written))
+    return weights
+
+
 def test_a_copy_made_in_any_order_abandons_nothing(scene):
     """Times alone do not tell a restart from ``cp -r``."""
-    scene.step(20, 100)
-    for path in (scene.run / "global_step_20/actor", scene.run / "global_step_20"):
-        os.utime(path, (1_750_000_000,) * 2)
+    for step, written in ((20, 1_750_000_000), (100, 1_700_000_000)):
+        copied_step(scene, step, written)
     scene.round()
     keeping(scene)
     assert outputs(scene) == [20, 100]
@@ -949,3 +958,13 @@ def test_a_step_written_last_is_kept_though_others_were_seen_whole_after_it():
     again = record(140, 1, 900)  # after 150 to 170, which a later look was the first to see whole
     others = [record(step, 2, step) for step in (130, 150, 160, 170)]
     assert [r.step for r in retention.Rule(last=3).surplus([again, *others])] == []
+
+
+def test_when_a_step_was_written_its_files_say_and_not_its_folders(scene):
+    """A folder's time changes when something in it is deleted, or comes from another clock."""
+    hour = 3600
+    for step, written, folder in ((50, 3 * hour, 5 * hour), (120, 4 * hour, 2 * hour)):
+        weights = copied_step(scene, step, time.time() - written)
+        os.utime(weights, (time.time() - folder,) * 2)
+    scene.round(keep_last=1)
+    assert scene.states()[50] == "done"

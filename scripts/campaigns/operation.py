@@ -328,6 +328,13 @@ def _watch(
                     batch.code = os.waitstatus_to_exitcode(status)
 
 
+def _what_is_known(run: Training, out: Path) -> list[str]:
+    """Return what a rule of retention decides by, for whoever reads the story of a breach."""
+    lines = [path.read_text() for path in (out / ".streamconv-batch" / "jobs").glob("*.json")]
+    lines += [f"{path}: {path.stat()}" for path in sorted(run.root.rglob("*")) if path.is_file()]
+    return [*lines, f"order {run.order}", f"broken {run.broken}"]
+
+
 def _settle(
     scene: Scene, keep: tuple[int | None, int | None], name: str | None, hook: str | None
 ) -> None:
@@ -352,8 +359,7 @@ def _settle(
             batch = Batch(run, out, options, last, every)
             _start(scene, batch, None)
             _watch(scene, [batch], [], [])
-            said = batch.said.read_text(errors="replace")
-            check_end(scene, batch)
+            said = check_end(scene, batch)
         look = Look.at(scene)
         wanted = {i for i in look.weights if i.run == run.name}
         if last or every:
@@ -367,6 +373,7 @@ def _settle(
         if "would be put into another one" in said:
             continue  # as another --name had it
         for item in wanted - set(look.outputs.values()):
+            scene.story += _what_is_known(run, out)
             scene.breach(f"at rest {item} has no output: {batch.code} {said[-600:]}")
 
 

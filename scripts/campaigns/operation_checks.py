@@ -131,14 +131,17 @@ def _tensor(path: Path) -> bytes:
         return b""
 
 
-def check_end(scene: Scene, batch: Batch) -> None:
-    said = batch.said.read_text(errors="replace")
-    batch.said.unlink()
+def check_end(scene: Scene, batch: Batch) -> str:
+    """Check how a batch ended, and return what it said."""
+    # One that was killed the moment it was forked has no file yet.
+    said = batch.said.read_text(errors="replace") if batch.said.exists() else ""
+    batch.said.unlink(missing_ok=True)
     scene.story.append(f"{batch.run.name} to {batch.out} {batch.options}: {batch.code}\n{said}")
     # A signal between two instructions of fork's own: only a process that forks as ours can tell it.
     tracebacks = said.count("Traceback") - said.count(_OF_FORK)
     if batch.code not in _CODES or tracebacks > 0 or "internal:" in said:
         scene.breach(f"ended with {batch.code}: {said[-800:]}")
+    return said
 
 
 def check_hooks(scene: Scene) -> None:

@@ -42,14 +42,16 @@ class Snapshot:
     """What a checkpoint's files look like from outside: cheap to take, and to compare.
 
     ``digest`` covers names, sizes and times of change, ``newest_ns`` is the latest of the times,
-    those of the folders included (they tell when a file came or went). ``marks`` changes as well where
-    a file is another one with the same name, size and time; and where it only got another link.
+    those of the folders included (they tell when a file came or went), ``written_ns`` the latest of
+    the files alone. ``marks`` changes as well where a file is another one with the same name, size and
+    time; and where it only got another link.
     """
 
     digest: str
     newest_ns: int
     nbytes: int
     marks: str = ""
+    written_ns: int = 0
 
 
 def look_at(candidate: Candidate) -> Snapshot:
@@ -61,13 +63,13 @@ def look_at(candidate: Candidate) -> Snapshot:
     if candidate.beside is None:
         return seen
     entries, marks = [seen.digest], [seen.marks]
-    newest = seen.newest_ns
+    newest, written = seen.newest_ns, seen.written_ns
     for path in candidates(candidate.beside, candidate.path):
         status = path.lstat()
-        newest = max(newest, status.st_mtime_ns)
+        newest, written = max(newest, status.st_mtime_ns), max(written, status.st_mtime_ns)
         entries.append(f"{path.name}\0{status.st_size}\0{status.st_mtime_ns}")
         marks.append(f"{path.name}\0{status.st_ctime_ns}")
-    return Snapshot(_digest(entries), newest, seen.nbytes, _digest(marks))
+    return Snapshot(_digest(entries), newest, seen.nbytes, _digest(marks), written)
 
 
 def snapshot(folder: Path) -> Snapshot:
@@ -75,15 +77,16 @@ def snapshot(folder: Path) -> Snapshot:
     entries: list[str] = []
     marks: list[str] = []
     newest = folder.stat().st_mtime_ns
-    total = 0
+    total = written = 0
     for met in walk(folder):
         status = met.status
         newest = max(newest, status.st_mtime_ns)
         if not met.is_folder:
             total += status.st_size
+            written = max(written, status.st_mtime_ns)
             entries.append(f"{met.name}\0{status.st_size}\0{status.st_mtime_ns}")
             marks.append(f"{met.name}\0{status.st_ctime_ns}")
-    return Snapshot(_digest(entries), newest, total, _digest(marks))
+    return Snapshot(_digest(entries), newest, total, _digest(marks), written)
 
 
 def _digest(entries: Iterable[str]) -> str:

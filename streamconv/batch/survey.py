@@ -204,7 +204,7 @@ class Survey:
         if found and verdict.ready and record.content != (content := content_of(found[0])):
             failed = False
             record.content, record.generation = content, self._generation
-            record.written_ns = max(0, seen.newest_ns)
+            record.written_ns = max(0, seen.written_ns)
         if not verdict.ready:
             record.state, record.reason = "waiting", verdict.reason
             self.counts["waiting"] += 1
