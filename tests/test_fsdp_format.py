@@ -349,6 +349,21 @@ def test_two_wrapped_state_dicts(tmp_path: Path) -> None:
         formats.read(tmp_path)
 
 
+def test_a_state_dict_beside_tensors(tmp_path: Path) -> None:
+    """Neither may be dropped for the other; extra states of layers hold what they like."""
+    save(tmp_path, {"model": {"w": torch.ones(2)}, "b": torch.ones(3)})
+    with pytest.raises(BadInputError, match="which is the model") as caught:
+        formats.read(tmp_path)
+    assert "b, and below model" in str(caught.value)
+
+
+def test_an_extra_state_of_tensors(tmp_path: Path) -> None:
+    state = {"up.weight": torch.ones(3), "up._extra_state": {"scale": torch.ones(2)}}
+    checkpoint = formats.read(save(tmp_path, state))
+    assert list(checkpoint.tensors) == ["up.weight"]
+    assert [s.name for s in checkpoint.skipped] == ["up._extra_state"]
+
+
 def test_other_values_are_skipped(tmp_path: Path) -> None:
     state = {"w": torch.ones(2), "step": 3, "nothing": None, "inner": {"x": 1}, "name": "a"}
     checkpoint = formats.read(save(tmp_path, state))

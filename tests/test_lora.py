@@ -441,8 +441,10 @@ def test_what_cannot_be_merged(checkpoints, tmp_path):
     with pytest.raises(BadInputError, match="does not hold the weight") as caught:
         convert(checkpoints["fsdp2-lora-only"].source, tmp_path / "out", lora="merge")
     assert "--base" in caught.value.hint
-    with pytest.raises(UsageError, match="has no adapter"):
+    with pytest.raises(UsageError, match="has no adapter") as caught:
         convert(checkpoints["fsdp2"].source, tmp_path / "out", lora="merge")
+    assert "tensors of a model, such as model." in caught.value.found
+    assert "leave out --lora" in caught.value.hint
     assert list(tmp_path.iterdir()) == []
     # Of several models that are converted alike, one may have an adapter: no error.
     plan = streamconv.plan(checkpoints["fsdp2"].source, lora_alpha=3, allow_zero_delta=True)

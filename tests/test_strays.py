@@ -104,6 +104,9 @@ def test_markers_of_wrappers_hide_nothing() -> None:
     ("name", "shape", "dtype", "state"),
     [
         ("model.layers.0.mlp._extra_state", (7,), "U8", True),
+        ("model.layers.0.mlp.up_proj.weight_quantizer._amax", (), "F32", True),
+        ("model.layers.0.mlp.up_proj.input_quantizers.0._global_amax", (1,), "BF16", True),
+        ("model.layers.0.mlp.up_proj.weight_quantizer._scale", (), "F32", False),
         ("rng_state", (5056,), "U8", True),
         ("cuda_rng_state_all", (16,), "U8", True),
         ("step", (), "I64", True),

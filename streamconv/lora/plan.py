@@ -277,9 +277,13 @@ def _of_a_value_head(name: str) -> bool:
 def _refuse_options(checkpoint: Checkpoint, options: LoraOptions) -> None:
     if options.mode != "auto" or options.base is not None:
         option = "--base" if options.mode == "auto" else "--lora"
+        count = len(checkpoint.tensors) + len(checkpoint.undecided)
         raise UsageError(
             f"{option} is given, but this checkpoint has no adapter",
             where=str(checkpoint.root),
+            expected="tensors of an adapter: lora_A and lora_B of the modules that it changes",
+            found=f"{count} tensors of a model, such as {next(iter(checkpoint.tensors), 'none')}",
+            hint=f"leave out {option} to convert the model as it is",
         )
 
 

@@ -28,6 +28,8 @@ _COUNTERS = re.compile(
     r"(step|steps|update|updates|averaged|epoch|epochs|iteration|iterations|decay|initted)"
 )
 _RANDOM = re.compile(r"(\w+_)?rng(_\w+)?|(\w+_)?random_state")
+# The ranges that ModelOpt's quantizers have seen: the weights beside them are as they were trained.
+_AMAX = re.compile(r"_quantizers?\.(\d+\.)?_(global_)?amax$")
 _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 _DEEPEST = 3
 # So much of a model makes another one of it; the rest may be tied, or buffers that are not averaged.
@@ -45,6 +47,8 @@ def trainer_state(name: str, shape: Shape, dtype: str) -> str | None:
     leaf = name.rpartition(".")[2]
     if leaf == "_extra_state":
         return "extra state of a layer, no weight"
+    if _AMAX.search(name):
+        return "quantizer state (ModelOpt)"
     if _RANDOM.fullmatch(leaf) and dtype == "U8":
         return "state of a random number generator"
     if _COUNTERS.fullmatch(leaf) and shape in ((), (1,)):

@@ -247,7 +247,8 @@ def find_state_dict(root: Any, where: str) -> tuple[dict[Any, Any], str | None]:
     """Return the state dict and the key it was found under, if the top level is a wrapper.
 
     A wrapper is a dict without tensors of its own, exactly one of whose values is a dict that has some
-    (``{'model': {…}, 'step': 7}``). Several such dicts are refused: which is the model?
+    (``{'model': {…}, 'step': 7}``). Several such dicts are refused, and one beside tensors, too: which
+    is the model? Extra states of layers may hold what they like.
     """
     if type(root) not in (dict, InertDict):
         raise BadInputError(
@@ -257,13 +258,23 @@ def find_state_dict(root: Any, where: str) -> tuple[dict[Any, Any], str | None]:
             found=name_of(root),
         )
     top: dict[Any, Any] = root
-    if any(_looks_like_tensor(v) for v in top.values()):
-        return top, None
+    tensors = [k for k, v in top.items() if _looks_like_tensor(v)]
     inner = [
         (k, v)
         for k, v in top.items()
-        if type(v) in (dict, InertDict) and any(map(_looks_like_tensor, v.values()))
+        if type(v) in (dict, InertDict)
+        and any(map(_looks_like_tensor, v.values()))
+        and not (tensors and str(k).endswith("_extra_state"))
     ]
+    if tensors and inner:
+        raise BadInputError(
+            "the file holds tensors beside a dict of tensors: cannot determine which is the model",
+            where=where,
+            found=f"{str(tensors[0])[:40]}, and below {str(inner[0][0])[:40]} others",
+            hint="save the model's state dict alone",
+        )
+    if tensors:
+        return top, None
     if len(inner) > 1:
         raise BadInputError(
             "the file holds several dicts of tensors: cannot determine which is the model",
