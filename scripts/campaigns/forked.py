@@ -18,7 +18,7 @@ import runpy
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -106,10 +106,26 @@ def _fork(
 ) -> int:
     # A signal that arrives in the hooks of fork would be lost: exceptions there are ignored.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
-    pid = os.fork()
-    if pid:
+    parent = os.getpid()
+    try:
+        pid = os.fork()
+        if pid == 0:
+            _be_the_child(run, streams, inherit, before, session=session)
+    finally:
+        if os.getpid() != parent:
+            os._exit(1)  # never back into what the parent was doing
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        return pid
+    return pid
+
+
+def _be_the_child(
+    run: Callable[[], Any],
+    streams: Sequence[int],
+    inherit: Sequence[int],
+    mask: Iterable[int],
+    *,
+    session: bool,
+) -> None:
     code = 1
     try:
         if session:
@@ -117,7 +133,7 @@ def _fork(
         signal.set_wakeup_fd(-1)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_DFL)
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         copies = [os.dup(fd) for fd in streams]
         for number, copy in enumerate(copies):
             os.dup2(copy, number)

@@ -198,13 +198,23 @@ def check(scene: Scene, before: Look, batches: list[Batch]) -> None:
         gone = {i for i in before.sources if i.run == run.name} - after.sources - run.taken
         if gone:
             scene.figures.add("sources deleted", len(gone))
-            newest = max(run.order[i] for i in gone)
             # What training itself wrote over meanwhile was there when it counted.
             there = {*after.trainable, *(before.trainable & run.taken)}
-            if not any(i.run == run.name and run.order[i] > newest for i in there):
+            if not any(
+                i.run == run.name and all(_is_later(run, i, g) for g in gone) for i in there
+            ):
                 scene.breach(f"no step to train on is left beside {sorted(gone, key=repr)}")
     scene.figures.add("outputs made", len(after.outputs.keys() - before.outputs.keys()))
     scene.figures.add("outputs removed", len(before.outputs.keys() - after.outputs.keys()))
+
+
+def _is_later(run: Training, one: Item, other: Item) -> bool:
+    """Whether training can go on from ``one`` in place of ``other``.
+
+    A single step that was written over, with its old times at that, is still the step that it was.
+    """
+    again = other in run.rewritten and one.step > other.step
+    return again or run.order[one] > run.order[other]
 
 
 def _why_not(scene: Scene, path: Path, item: Item, after: Look, batches: list[Batch]) -> str:
