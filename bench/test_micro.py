@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from scripts.makers.large import make_large
+from scripts.makers.zips import BufferWindow
 from streamconv.executor.kernels import run
 from streamconv.formats.fsdp import rank_files
 from streamconv.ir.dtypes import BF16, F16, F32, DType
@@ -16,9 +17,8 @@ from streamconv.ir.lowering import Dim
 from streamconv.ir.recipe import Cast
 from streamconv.options import JobOptions
 from streamconv.torchfile.crc import crc32, crc32_combine
-from streamconv.torchfile.rankfile import read_rank_file
+from streamconv.torchfile.rankfile import RankReader
 from streamconv.torchfile.unpickle import load_inert
-from streamconv.torchfile.window import BufferWindow
 from streamconv.torchfile.zipdir import read_directory
 
 _NBYTES = 2 << 20
@@ -46,7 +46,7 @@ def test_unpickler(benchmark, rank_file: Path) -> None:
 
 
 def test_rank_file(benchmark, rank_file: Path) -> None:
-    assert benchmark(read_rank_file, rank_file, 3).tensors
+    assert benchmark(lambda: RankReader().read(rank_file, 3)).tensors
 
 
 def test_planner_without_transformers(benchmark, source: Path) -> None:

@@ -13,9 +13,11 @@ import streamconv
 from streamconv.errors import BadInputError
 from streamconv.executor import kernels
 from streamconv.executor.kernels import run
-from streamconv.ir.dtypes import BF16, F16, F32, F64, DType
+from streamconv.ir.dtypes import BF16, BY_NAME, F16, F32, DType
 from streamconv.ir.lowering import Dim, MoveOp
 from streamconv.ir.recipe import AddScalar, Cast
+
+F64 = BY_NAME["F64"]
 
 TORCH = {"F16": torch.float16, "BF16": torch.bfloat16}
 # The first magnitude that rounds to infinity; NaNs begin one above infinity's pattern.

@@ -21,7 +21,7 @@ from streamconv.executor.reader import SourceReader
 from streamconv.executor.records import RecordChecks
 from streamconv.files.durable import write_text
 from streamconv.ir.boxes import Box, contiguous_strides
-from streamconv.ir.dtypes import BF16, BY_NAME, F16, F32, F64, DType
+from streamconv.ir.dtypes import BF16, BY_NAME, F16, F32, DType
 from streamconv.ir.identity import job_identity
 from streamconv.ir.planfile import Plan
 from streamconv.ir.planned import PlanHead, TextFile, Totals, WrittenFile
@@ -219,7 +219,7 @@ def test_casts_equal_torch(tmp_path: Path, window: int) -> None:
     base = View(SourceRef("w", (64, 64)), (64, 64), (64, 1))
     recipes = [
         Recipe(n, d, View(base.base, base.shape, base.strides, 0, (Cast(d),)))
-        for n, d in (("bf", BF16), ("half", F16), ("double", F64))
+        for n, d in (("bf", BF16), ("half", F16), ("double", BY_NAME["F64"]))
     ]
     execute(make_plan(source, recipes), tmp_path, window)
     found = load_file(tmp_path / "model.safetensors")

@@ -17,7 +17,7 @@ from streamconv import formats
 from streamconv.errors import BadInputError
 from streamconv.formats.replicas import Local, Replicas
 from streamconv.planning import checks
-from streamconv.torchfile.rankfile import read_rank_file
+from streamconv.torchfile.rankfile import RankReader
 
 Make = Callable[[int], torch.Tensor]
 
@@ -120,7 +120,7 @@ def test_any_two_views(tmp_path: Path) -> None:
     for view, file in zip(views, files, strict=True):
         save(file, {"w": view}, crc=False)
     replicas = Replicas(files)
-    held = [Local.of(k, read_rank_file(f, 0).tensors["w"]) for k, f in enumerate(files)]
+    held = [Local.of(k, RankReader().read(f, 0).tensors["w"]) for k, f in enumerate(files)]
     for (k, one), (j, two) in itertools.combinations(enumerate(held), 2):
         assert replicas.same(one, two) == torch.equal(views[k], views[j]), (k, j)
 

@@ -13,9 +13,9 @@ import pytest
 import torch
 import xxhash
 
-from scripts.makers.zips import E, Zip
+from scripts.makers.zips import BufferWindow, E, Zip
 from streamconv.errors import BadInputError, SourceChangedError, UnsafeInputError
-from streamconv.torchfile.window import BufferWindow, FileWindow
+from streamconv.torchfile.window import FileWindow
 from streamconv.torchfile.zipdir import ZipDirectory, check_local_header, read_directory
 
 

@@ -6,6 +6,8 @@ import struct
 import zlib
 from dataclasses import dataclass, field
 
+from streamconv.torchfile.window import check_inside
+
 
 @dataclass
 class E:
@@ -102,3 +104,20 @@ class Zip:
             out += struct.pack("<4sIQI", b"PK\x06\x07", 0, end64, 1)
         out += struct.pack("<4sHHHHIIH", b"PK\x05\x06", 0, 0, count, count, len(central), at, 0)
         return bytes(out)
+
+
+class BufferWindow:
+    """A window over bytes in memory."""
+
+    __slots__ = ("_buffer", "base", "name", "nbytes")
+
+    def __init__(self, buffer: bytes | memoryview, name: str, base: int = 0) -> None:
+        self._buffer = memoryview(buffer)
+        self.name = name
+        self.base = base
+        self.nbytes = len(self._buffer)
+
+    def read(self, offset: int, nbytes: int) -> bytes:
+        """Return exactly ``nbytes`` bytes; raises when they lie outside."""
+        check_inside(self, offset, nbytes)
+        return bytes(self._buffer[offset : offset + nbytes])

@@ -17,7 +17,6 @@ from streamconv.families.prediction import check_prediction
 from streamconv.families.rules import Dims, Family, compiled, rule
 from streamconv.families.settings import check_settings
 from streamconv.ir.recipe import Recipe
-from streamconv.ir.source import Skipped
 from streamconv.options import JobOptions
 from streamconv.tracing.hf import MetaModel, build_meta
 
@@ -56,7 +55,6 @@ class Converted:
     config: Mapping[str, Any]
     changes: tuple[str, ...]
     extras: tuple[re.Pattern[str], ...]
-    skipped: tuple[Skipped, ...]
     notices: tuple[str, ...]
 
 
@@ -112,10 +110,10 @@ def convert(
     notices += check_prediction({name: shape for name, (shape, _) in tensors.items()}, dims)
     if head:
         family = dataclasses.replace(family, rules=(*_HEAD, *family.rules))
-    mapped = apply(family, dims, tensors)
     order = {name: k for k, name in enumerate(model.hub_shapes)} if model is not None else {}
     recipes = sorted(
-        mapped.recipes, key=lambda r: (order.get(r.name, len(order)), _natural(r.name))
+        apply(family, dims, tensors),
+        key=lambda r: (order.get(r.name, len(order)), _natural(r.name)),
     )
     return Converted(
         tuple(recipes),
@@ -124,7 +122,6 @@ def convert(
         config,
         changes.told,
         tuple(_extras(family, dims, tensors)),
-        mapped.skipped,
         tuple(notices),
     )
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 
@@ -18,7 +17,6 @@ from streamconv.families.rules import Dims, Family, Rule, compiled
 from streamconv.ir.boxes import Shape
 from streamconv.ir.dtypes import DType
 from streamconv.ir.recipe import Recipe
-from streamconv.ir.source import Skipped
 from streamconv.tracing.tracer import trace
 
 Headers = Mapping[str, tuple[Shape, DType]]
@@ -26,15 +24,7 @@ Headers = Mapping[str, tuple[Shape, DType]]
 _LISTED = 8
 
 
-@dataclass(frozen=True, slots=True)
-class Mapped:
-    """What a family made of a checkpoint's tensors: recipes, and what it leaves out."""
-
-    recipes: tuple[Recipe, ...]
-    skipped: tuple[Skipped, ...]
-
-
-def apply(family: Family, dims: Dims, tensors: Headers) -> Mapped:
+def apply(family: Family, dims: Dims, tensors: Headers) -> list[Recipe]:
     """Return how the HuggingFace tensors of ``family`` are made of ``tensors``.
 
     Raises :class:`BadInputError` for tensors that no rule knows, for two that would make the same
@@ -42,20 +32,14 @@ def apply(family: Family, dims: Dims, tensors: Headers) -> Mapped:
     """
     matcher = _Matcher(family.rules)
     tracer = _Tracer(dims)
-    ignored = [(compiled(i.pattern), i.reason) for i in family.ignored]
     recipes: dict[str, Recipe] = {}
     origin: dict[str, str] = {}
     used: set[str] = set()
-    skipped: list[Skipped] = []
     unknown: list[str] = []
     for name in tensors:
         match = matcher.find(name)
         if match is None:
-            reason = next((r for p, r in ignored if p.fullmatch(name)), None)
-            if reason is None:
-                unknown.append(name)
-            else:
-                skipped.append(Skipped(name, reason))
+            unknown.append(name)
             continue
         rule, position, captures = match
         used.add(name)
@@ -77,7 +61,7 @@ def apply(family: Family, dims: Dims, tensors: Headers) -> Mapped:
             origin[recipe.name] = name
     if unknown:
         raise causes.of_unknown(unknown, len(used)) or _unknown(family, unknown)
-    return Mapped(tuple(recipes.values()), tuple(skipped))
+    return list(recipes.values())
 
 
 def _unknown(family: Family, names: Sequence[str]) -> BadInputError:

@@ -36,14 +36,6 @@ class Rule:
     how: How
 
 
-@dataclass(frozen=True, slots=True)
-class Ignored:
-    """Megatron tensors that make no output, and why."""
-
-    pattern: str
-    reason: str
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Family:
     """Models that Megatron names alike and HuggingFace names alike.
@@ -58,7 +50,6 @@ class Family:
     name: str
     model_types: tuple[str, ...]
     rules: tuple[Rule, ...]
-    ignored: tuple[Ignored, ...] = ()
     extras: tuple[str, ...] = ()
     reference: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict
     zero_centred_norms: bool = False

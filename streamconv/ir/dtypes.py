@@ -82,4 +82,4 @@ _ALL = (
 BY_NAME = {d.name: d for d in _ALL}
 BY_TORCH = {d.torch: d for d in _ALL}
 
-BOOL, F16, BF16, F32, F64 = (BY_NAME[n] for n in ("BOOL", "F16", "BF16", "F32", "F64"))
+F16, BF16, F32 = (BY_NAME[n] for n in ("F16", "BF16", "F32"))

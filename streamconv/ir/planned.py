@@ -119,11 +119,6 @@ class OutputFile:
     header: str
     tensors: int
 
-    @property
-    def data_start(self) -> int:
-        """Return the byte of the file at which tensor data begins."""
-        return 8 + len(self.header.encode())
-
 
 @dataclass(frozen=True, slots=True)
 class Totals:

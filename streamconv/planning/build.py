@@ -161,7 +161,7 @@ def _sources(
             found.architecture,
             found.changes,
             recipes,
-            list(found.skipped),
+            [],
         )
     _refuse_family(job)
     if config is None:

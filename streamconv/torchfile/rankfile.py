@@ -210,11 +210,6 @@ class RankReader:
         return self._mesh_list[number]
 
 
-def read_rank_file(path: Path, rank: int) -> RankFile:
-    """Read a single rank file; see :meth:`RankReader.read`."""
-    return RankReader().read(path, rank)
-
-
 @contextmanager
 def open_archive(path: Path) -> Iterator[tuple[os.stat_result, ZipDirectory]]:
     """Open the torch.save zip ``path`` and yield its status and directory; it closes at the end."""

@@ -55,23 +55,6 @@ class FileWindow:
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
 
-class BufferWindow:
-    """A window over bytes in memory."""
-
-    __slots__ = ("_buffer", "base", "name", "nbytes")
-
-    def __init__(self, buffer: bytes | memoryview, name: str, base: int = 0) -> None:
-        self._buffer = memoryview(buffer)
-        self.name = name
-        self.base = base
-        self.nbytes = len(self._buffer)
-
-    def read(self, offset: int, nbytes: int) -> bytes:
-        """Return exactly ``nbytes`` bytes; raises when they lie outside."""
-        check_inside(self, offset, nbytes)
-        return bytes(self._buffer[offset : offset + nbytes])
-
-
 def check_inside(window: Window, offset: int, nbytes: int) -> None:
     """Raise :class:`BadInputError` unless the range lies inside ``window``."""
     if offset < 0 or nbytes < 0 or offset + nbytes > window.nbytes:
