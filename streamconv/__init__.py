@@ -34,13 +34,16 @@ if TYPE_CHECKING:
         UsageError,
         VerificationError,
     )
-    from streamconv.options import Event, JobOptions, Result, RunOptions
+    from streamconv.options import Event, JobOptions, Notice, Phase, Progress, Result, RunOptions
 
 _HOME = {
     **dict.fromkeys(
         ("convert", "convert_all", "inspect", "open", "plan", "upload", "verify"), "streamconv.api"
     ),
-    **dict.fromkeys(("Event", "JobOptions", "Result", "RunOptions"), "streamconv.options"),
+    **dict.fromkeys(
+        ("Event", "JobOptions", "Notice", "Phase", "Progress", "Result", "RunOptions"),
+        "streamconv.options",
+    ),
     **dict.fromkeys(
         (
             "BadInputError",
@@ -66,7 +69,10 @@ __all__ = [
     "JobOptions",
     "LockedError",
     "NoSpaceError",
+    "Notice",
     "OutputExistsError",
+    "Phase",
+    "Progress",
     "Result",
     "RunOptions",
     "SourceChangedError",

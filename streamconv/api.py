@@ -26,6 +26,7 @@ from streamconv.options import (
     Layout,
     LoraMode,
     LoraOptions,
+    Notice,
     Result,
     RunOptions,
     ValueHead,
@@ -190,7 +191,7 @@ def upload(
 
     def name(old: list[str]) -> None:
         text = f"deletes older weights from {repo}, which its history keeps: {', '.join(old)}"
-        on_event(Event("notice", text, {"deleted": old}))
+        on_event(Notice(text, tuple(old)))
 
     return send(folder, repo, private=private, before_delete=name)
 

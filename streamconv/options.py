@@ -123,19 +123,52 @@ class JobOptions:
 
 
 @dataclass(frozen=True, slots=True)
-class Event:
-    """Something that happened: ``phase``, ``progress`` or ``notice``.
+class Phase:
+    """A conversion begins to do what ``name`` says."""
 
-    The phases are plan, compare, resume, write and publish.
+    name: Literal["plan", "compare", "resume", "write", "publish"]
 
-    ``facts`` are JSON-able: ``progress`` has ``done_bytes``, ``total_bytes`` (of the output),
-    ``reused_bytes`` (what of the former an earlier run did),
-    ``seconds``, ``memory_bytes`` (of the whole process tree now), ``budget_bytes`` and ``file``.
+    def to_json(self) -> dict[str, Any]:
+        """Return the event as a line of ``--json`` has it."""
+        return {"event": "phase", "text": self.name}
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a conversion is.
+
+    ``done_bytes`` of ``total_bytes`` of the output are there, of which an earlier run wrote
+    ``reused_bytes``; ``seconds`` is the time since the start; ``memory_bytes`` are resident in the
+    whole process tree, which may have ``budget_bytes``; ``file`` is the output file being written.
     """
 
-    kind: Literal["phase", "progress", "notice"]
-    text: str = ""
-    facts: dict[str, Any] = field(default_factory=dict)
+    done_bytes: int
+    total_bytes: int
+    reused_bytes: int
+    seconds: float
+    memory_bytes: int
+    budget_bytes: int
+    file: str
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the event as a line of ``--json`` has it."""
+        return {"event": "progress", **asdict(self)}
+
+
+@dataclass(frozen=True, slots=True)
+class Notice:
+    """Something that a user should know; ``deleted`` names files that an upload deletes on the Hub."""
+
+    text: str
+    deleted: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the event as a line of ``--json`` has it."""
+        notice: dict[str, Any] = {"event": "notice", "text": self.text}
+        return notice | ({"deleted": list(self.deleted)} if self.deleted else {})
+
+
+Event = Phase | Progress | Notice
 
 
 def ignore_event(_: Event) -> None:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,7 @@ from streamconv.cli.default import COMMANDS, VALUE_OPTIONS, with_command
 from streamconv.ir.identity import job_identity
 from streamconv.ir.planned import PlanHead, Totals
 from streamconv.ir.planwriter import PlanWriter
-from streamconv.options import Event, JobOptions, Result, RunOptions
+from streamconv.options import JobOptions, Notice, Phase, Progress, Result, RunOptions
 
 HEAVY = {"torch", "transformers", "numpy", "safetensors", "ml_dtypes", "rich"}
 
@@ -318,34 +319,34 @@ def test_doctor_says_why_a_source_cannot_be_read(tmp_path):
     assert "not readable here" in done.stdout
 
 
-PROGRESS = {
-    "done_bytes": 1_000_000_000,
-    "reused_bytes": 0,
-    "total_bytes": 4_000_000_000,
-    "seconds": 2.0,
-    "memory_bytes": 200_000_000,
-    "budget_bytes": 512_000_000,
-    "file": "model.safetensors",
-}
+PROGRESS = Progress(
+    done_bytes=1_000_000_000,
+    reused_bytes=0,
+    total_bytes=4_000_000_000,
+    seconds=2.0,
+    memory_bytes=200_000_000,
+    budget_bytes=512_000_000,
+    file="model.safetensors",
+)
 
 
 def test_plain_progress_comes_every_few_seconds_at_most():
     now, told = 0.0, []
     lines = progress.PlainLines(told.append, lambda: now)
-    lines(Event("phase", "write"))
+    lines(Phase("write"))
     for now in (1.0, 4.9, 5.0, 6.0, 9.9, 10.1):  # noqa: B007 - the clock reads it
-        lines(Event("progress", facts=PROGRESS))
+        lines(PROGRESS)
     line = "1.00 GB of 4.00 GB (25%), 0.50 GB/s, 6 s left, memory 200 MB / 512 MB"
     assert told == ["writing", line, line]
 
 
 def test_json_progress_is_one_object_a_line(capsys):
     with progress.listen(json=True, quiet=False) as listener:
-        listener(Event("phase", "write"))
-        listener(Event("progress", facts=PROGRESS))
+        listener(Phase("write"))
+        listener(PROGRESS)
     first, second = map(json.loads, capsys.readouterr().out.splitlines())
     assert first == {"event": "phase", "text": "write"}
-    assert second == {"event": "progress", **PROGRESS}
+    assert second == {"event": "progress", **asdict(PROGRESS)}
 
 
 def test_the_bar_shows_bytes_speed_time_and_memory(monkeypatch, capsys):
@@ -354,9 +355,9 @@ def test_the_bar_shows_bytes_speed_time_and_memory(monkeypatch, capsys):
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("COLUMNS", "160")
     with progress.listen(json=False, quiet=False) as listener:
-        listener(Event("phase", "write"))
-        listener(Event("notice", "watch out"))
-        listener(Event("progress", facts=PROGRESS))
+        listener(Phase("write"))
+        listener(Notice("watch out"))
+        listener(PROGRESS)
     err = capsys.readouterr().err
     assert "1.00 GB of 4.00 GB, 0.50 GB/s, 6 s left, memory 200 MB / 512 MB" in err
     assert "notice: watch out" in err
@@ -364,7 +365,7 @@ def test_the_bar_shows_bytes_speed_time_and_memory(monkeypatch, capsys):
 
 def test_quiet_says_nothing(capsys):
     with progress.listen(json=False, quiet=True) as listener:
-        listener(Event("phase", "write"))
+        listener(Phase("write"))
     progress.summarize(Result("done", Path("out")), json=False, quiet=True)
     assert capsys.readouterr() == ("", "")
 

@@ -44,7 +44,7 @@ from streamconv.errors import (
     UsageError,
 )
 from streamconv.executor.budget import smallest_run_bytes
-from streamconv.options import Event, RunOptions
+from streamconv.options import Event, Phase, Progress, RunOptions
 from streamconv.output.staging import locked
 
 LARGE_BYTES = 80_000_000
@@ -121,8 +121,8 @@ def test_overwrite_keeps_the_old_output_until_the_new_one_is_whole(checkpoints, 
     seen = []
 
     def look(event: Event) -> None:
-        if event.kind == "phase":
-            seen.append((event.text, contents(out) == before))
+        if isinstance(event, Phase):
+            seen.append((event.name, contents(out) == before))
 
     convert(made.source, out, overwrite=True, on_event=look)
     assert seen == [("plan", True), ("write", True), ("publish", True)]
@@ -538,11 +538,13 @@ def test_a_rank_file_that_changes_meanwhile_publishes_nothing(change, phase, che
     file = source / "model_world_size_4_rank_1.pt"
 
     def listen(event: Event) -> None:
-        if phase in (event.text, event.kind) and not done:
-            facts = event.facts
-            if event.kind == "phase" or facts["done_bytes"] == facts["total_bytes"]:
-                done.append(event)
-                change(file)
+        if isinstance(event, Progress):
+            now = phase == "progress" and event.done_bytes == event.total_bytes
+        else:
+            now = event == Phase(phase)
+        if now and not done:
+            done.append(event)
+            change(file)
 
     done: list[Event] = []
     with pytest.raises(BadInputError) as caught:
@@ -561,7 +563,7 @@ def test_a_file_without_checksums_may_not_even_be_touched(checkpoints, tmp_path)
     file = source / "model_world_size_4_rank_1.pt"
 
     def listen(event: Event) -> None:
-        if event.text == "write":
+        if event == Phase("write"):
             os.utime(file, ns=(0, 0))
 
     with pytest.raises(SourceChangedError, match="not the one that was planned"):
@@ -576,7 +578,7 @@ def test_a_side_file_that_changes_meanwhile_publishes_nothing(change, checkpoint
     file = source / "huggingface" / "tokenizer.json"
 
     def listen(event: Event) -> None:
-        if event.text == "write":
+        if event == Phase("write"):
             change(file)
 
     with pytest.raises(SourceChangedError, match="a side file") as caught:
@@ -689,7 +691,7 @@ def test_after_a_changed_source_the_same_command_starts_afresh(checkpoints, tmp_
     tokenizer = source / "huggingface" / "tokenizer.json"
 
     def change(event: Event) -> None:
-        if event.kind == "progress" and not tokenizer.read_text().endswith("\n\n"):
+        if isinstance(event, Progress) and not tokenizer.read_text().endswith("\n\n"):
             tokenizer.write_text(tokenizer.read_text() + "\n\n")
 
     with pytest.raises(SourceChangedError):
@@ -759,9 +761,9 @@ def test_a_resumed_run_tells_what_it_did_not_do_itself(checkpoints, tmp_path, mo
     stop_after(1, monkeypatch, lambda: convert(source, out))
     events: list[Event] = []
     result = convert(source, out, on_event=events.append)
-    progress = [e.facts for e in events if e.kind == "progress"]
+    progress = [e for e in events if isinstance(e, Progress)]
     assert result.reused_bytes > 0
-    assert {f["reused_bytes"] for f in progress} == {result.reused_bytes}
+    assert {e.reused_bytes for e in progress} == {result.reused_bytes}
 
 
 def test_side_files_beside_the_weights_may_be_there_but_not_elsewhere(tmp_path):

@@ -15,7 +15,7 @@ import pytest
 import streamconv
 from scripts.outputs import MANIFEST, contents
 from streamconv.errors import OutputExistsError
-from streamconv.options import Event, ignore_event
+from streamconv.options import Event, Phase, ignore_event
 from streamconv.output import publication, staging
 
 pytestmark = pytest.mark.usefixtures("planned_here")
@@ -141,7 +141,7 @@ def test_what_appears_meanwhile_stays(swappable, source, out, monkeypatch):
     before = contents(out)
 
     def add(event: Event) -> None:
-        if event.text == "publish":
+        if event == Phase("publish"):
             (out / "late.txt").write_text("important")
 
     with pytest.raises(OutputExistsError, match="did not write"):

@@ -18,7 +18,7 @@ from scripts.makers.tiny import make_tiny
 from scripts.outputs import MANIFEST, contents
 from streamconv.conversion import job
 from streamconv.errors import OutputExistsError, StreamconvError
-from streamconv.options import Event, Result, RunOptions
+from streamconv.options import Event, Notice, Result, RunOptions
 from streamconv.planning import child
 
 OPTIONS: dict[str, Any] = {"layout": "memory"}
@@ -34,13 +34,13 @@ def convert(src: Path, out: Path, **options) -> tuple[Result, list[str]]:
     told: list[Event] = []
     options = {"sync": False, **OPTIONS, **options}
     result = streamconv.convert(src, out, **options, on_event=told.append)
-    return result, [e.text for e in told if e.kind == "notice"]
+    return result, [e.text for e in told if isinstance(e, Notice)]
 
 
 def execute(plan: Path, out: Path, **options) -> tuple[Result, list[str]]:
     told: list[Event] = []
     result = job.run_plan(plan, out, RunOptions(sync=False, on_event=told.append, **options))
-    return result, [e.text for e in told if e.kind == "notice"]
+    return result, [e.text for e in told if isinstance(e, Notice)]
 
 
 @pytest.fixture(params=["convert", "run"])

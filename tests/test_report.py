@@ -14,7 +14,7 @@ import pytest
 
 from scripts.makers import runs
 from streamconv.batch.settings import settings
-from streamconv.options import Event, Result, RunOptions
+from streamconv.options import Phase, Progress, Result, RunOptions
 from streamconv.report import charts
 from streamconv.report.conversion import by_layer, convert_reported, write_report
 from streamconv.report.overview import write_overview
@@ -146,14 +146,14 @@ def test_a_conversion_is_watched_while_it_runs(tmp_path):
     heard = []
 
     def convert(run: RunOptions) -> Result:
-        run.on_event(Event("phase", "write"))
-        run.on_event(Event("progress", facts={"done_bytes": 5}))
+        run.on_event(Phase("write"))
+        run.on_event(Progress(5, 10, 0, 1.0, 1, 1, "model.safetensors"))
         return result(output)
 
     path = tmp_path / "report.html"
     made = convert_reported(path, convert, RunOptions(on_event=heard.append))
     assert made.status == "done"
-    assert [e.kind for e in heard] == ["phase", "progress"]
+    assert [type(e) for e in heard] == [Phase, Progress]
     assert "<svg" in path.read_text()
     assert [p.name for p in tmp_path.iterdir() if p.is_file()] == ["report.html"]
 

@@ -20,7 +20,7 @@ from scripts.outputs import contents, read_model
 from streamconv.conversion import job
 from streamconv.errors import DamagedPlanError, OutputExistsError, SourceChangedError
 from streamconv.files import userkey
-from streamconv.options import Event
+from streamconv.options import Event, Notice, Phase
 from streamconv.planning import child
 
 OPTIONS: dict[str, Any] = {"sync": False, "max_shard_size": 120, "layout": "memory"}
@@ -43,7 +43,7 @@ def convert(src: Path, out: Path, **options) -> tuple[int, list[str]]:
     """Convert; return how many bytes were taken from an earlier run, and the notices."""
     told: list[Event] = []
     result = streamconv.convert(src, out, **(OPTIONS | options), on_event=told.append)
-    return result.reused_bytes, [e.text for e in told if e.kind == "notice"]
+    return result.reused_bytes, [e.text for e in told if isinstance(e, Notice)]
 
 
 def stopped(src: Path, out: Path, monkeypatch: pytest.MonkeyPatch, **options) -> Path:
@@ -304,7 +304,7 @@ def test_a_plan_that_changes_while_it_is_executed_is_not_read_again(
     other_plan = (tmp_path / "other.jsonl").read_bytes()
 
     def replaced(event: Event) -> None:
-        if event.kind == "phase":
+        if isinstance(event, Phase):
             plan.write_bytes(other_plan)
 
     job.run_plan(plan, out, streamconv.RunOptions(sync=False, on_event=replaced))

@@ -30,7 +30,7 @@ from scripts.campaigns.common import (
 from scripts.campaigns.strace import PLACING, READING, WRITING, Call
 from streamconv.conversion.job import run_plan
 from streamconv.errors import NoSpaceError
-from streamconv.options import Event, RunOptions
+from streamconv.options import Event, Phase, RunOptions
 
 _OPENING = ("openat", "flock", "fadvise64", "sync_file_range", "newfstatat", "fstat", "getdents64")
 # Which exit codes are right for a failure, besides 0 where it was of no consequence: EIO where
@@ -153,7 +153,7 @@ def _run_beside_ballast(job: Job, out: Path, leave: int) -> tuple[int, str]:
     """Run the plan on a disk of which all but ``leave`` bytes get used up once it writes."""
 
     def fill(event: Event) -> None:
-        if event.text == "write":
+        if event == Phase("write"):
             free = os.statvfs(out.parent)
             (out.parent / "ballast").write_bytes(b"\1" * (free.f_bavail * free.f_frsize - leave))
 

@@ -434,7 +434,7 @@ def _manifest(name: Any, place: Path) -> None:
 def _here(scene: Scene, command: str) -> tuple[int | None, str]:
     """Do the command in this process; return its exit code and what it said."""
     said: list[str] = []
-    options = RunOptions(sync=False, on_event=lambda e: said.append(e.text))
+    options = RunOptions(sync=False, on_event=lambda e: said.append(str(e)))
     try:
         if command == "run":
             job.run_plan(scene.place / "plan.jsonl", scene.place / "out", options)

@@ -59,7 +59,7 @@ def _convert(request: dict[str, Any]) -> dict[str, Any]:
     from streamconv.output.manifest import read_manifest
 
     def on_event(event: Event) -> None:
-        _say({"event": event.kind, "text": event.text, **event.facts})
+        _say(event.to_json())
 
     source, output = Path(request["source"]), Path(request["output"])
     job = JobOptions.from_json(request["job"])

@@ -9,7 +9,7 @@ from typing import Any
 from streamconv.cli.output import say, say_json, tell
 from streamconv.cli.progress import listen, summarize
 from streamconv.errors import shown
-from streamconv.options import Event
+from streamconv.options import Event, Notice
 
 ALL = "all"
 
@@ -48,9 +48,11 @@ def convert(
             deleted: list[str] = []
 
             def heed(event: Event, deleted: list[str] = deleted) -> None:
-                deleted += event.facts.get("deleted", ())
+                if not isinstance(event, Notice):
+                    return
+                deleted += event.deleted
                 if json:
-                    say_json({"event": event.kind, "text": event.text, **event.facts})
+                    say_json(event.to_json())
                 elif not quiet:
                     tell(f"notice: {event.text}")
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from streamconv.cli.output import say, say_json, tell
 from streamconv.errors import shown
-from streamconv.options import Event, Result
+from streamconv.options import Event, Notice, Phase, Progress, Result
 from streamconv.units import format_duration, format_size
 
 if TYPE_CHECKING:
@@ -47,10 +47,7 @@ def listen(*, json: bool, quiet: bool) -> Iterator[Listener]:
 
 
 def _json_line(event: Event) -> None:
-    data: dict[str, Any] = {"event": event.kind}
-    if event.text:
-        data["text"] = event.text
-    say_json(data | event.facts)
+    say_json(event.to_json())
 
 
 class PlainLines:
@@ -65,40 +62,38 @@ class PlainLines:
 
     def __call__(self, event: Event) -> None:
         """Tell an event, or keep silent."""
-        if event.kind != "progress":
-            self._tell(_phase(event) if event.kind == "phase" else f"notice: {shown(event.text)}")
+        if isinstance(event, Notice):
+            self._tell(f"notice: {shown(event.text)}")
+            return
+        if isinstance(event, Phase):
+            self._tell(_PHASES[event.name])
             return
         now = self._clock()
         if now - self._last >= _LINE_EVERY_SECONDS:
             self._last = now
-            done, total = event.facts["done_bytes"], event.facts["total_bytes"]
+            done, total = event.done_bytes, event.total_bytes
             share = 100 * done // total if total else 100
             self._tell(f"{format_size(done)} of {format_size(total)} ({share}%), {_speed(event)}")
 
 
-def _phase(event: Event) -> str:
-    return _PHASES.get(event.text, event.text)
-
-
-def _speed(event: Event) -> str:
-    facts = event.facts
+def _speed(so_far: Progress) -> str:
     # What an earlier run wrote counts as done but took none of this run's time.
-    done = facts["done_bytes"] - facts["reused_bytes"]
-    rate = done / facts["seconds"] if facts["seconds"] else 0.0
-    left = format_duration((facts["total_bytes"] - facts["done_bytes"]) / rate) if rate else "?"
-    memory = f"{format_size(facts['memory_bytes'])} / {format_size(facts['budget_bytes'])}"
+    done = so_far.done_bytes - so_far.reused_bytes
+    rate = done / so_far.seconds if so_far.seconds else 0.0
+    left = format_duration((so_far.total_bytes - so_far.done_bytes) / rate) if rate else "?"
+    memory = f"{format_size(so_far.memory_bytes)} / {format_size(so_far.budget_bytes)}"
     return f"{rate / 1e9:.2f} GB/s, {left} left, memory {memory}"
 
 
 @contextlib.contextmanager
 def _bar() -> Iterator[Listener]:
+    from rich import progress as bars
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn
 
-    progress = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.fields[figures]}"),
+    progress = bars.Progress(
+        bars.TextColumn("{task.description}"),
+        bars.BarColumn(),
+        bars.TextColumn("{task.fields[figures]}"),
         console=Console(stderr=True, highlight=False, markup=False),
         transient=True,
     )
@@ -106,15 +101,15 @@ def _bar() -> Iterator[Listener]:
 
     def listener(event: Event) -> None:
         nonlocal task
-        if event.kind == "notice":
+        if isinstance(event, Notice):
             progress.console.print(f"notice: {shown(event.text)}")
             return
         if task is None:
             task = progress.add_task("", total=None, figures="")
-        if event.kind == "phase":
-            progress.update(task, description=_phase(event), refresh=True)
+        if isinstance(event, Phase):
+            progress.update(task, description=_PHASES[event.name], refresh=True)
             return
-        done, total = event.facts["done_bytes"], event.facts["total_bytes"]
+        done, total = event.done_bytes, event.total_bytes
         progress.update(
             task,
             completed=done,

@@ -17,7 +17,7 @@ from streamconv.errors import OutputExistsError, StreamconvError
 from streamconv.files.durable import hash_file
 from streamconv.files.names import MANIFEST
 from streamconv.ir.planfile import Plan
-from streamconv.options import Event, RunOptions
+from streamconv.options import Notice, Phase, RunOptions
 from streamconv.output.former import some
 from streamconv.output.manifest import is_ours, read_manifest
 
@@ -85,12 +85,12 @@ def proven_output(
 
     with tempfile.TemporaryDirectory(prefix="streamconv-") as scratch:
         plan = plan_at(Path(scratch) / "plan.jsonl")
-        run.on_event(Event("phase", "compare"))
+        run.on_event(Phase("compare"))
         problems = plan_problems(dst, plan, budget, source_crc=run.source_crc)
         plan.close()
     if not problems:
         text = f"nothing shows that a run of this user wrote {dst}: every byte was compared, and agrees"
-        run.on_event(Event("notice", text))
+        run.on_event(Notice(text))
         return manifest
     if run.overwrite:
         return None

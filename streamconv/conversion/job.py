@@ -38,7 +38,7 @@ from streamconv.files.newfile import replacing
 from streamconv.ir.identity import JobIdentity, job_identity, why_another
 from streamconv.ir.planfile import Plan
 from streamconv.ir.planned import OutputFile, PlannedTensor, SideFile
-from streamconv.options import Event, JobOptions, Result, RunOptions
+from streamconv.options import JobOptions, Phase, Progress, Result, RunOptions
 from streamconv.output import publication
 from streamconv.output.former import contents, former_output, is_empty, refuse_more, some
 from streamconv.output.manifest import read_manifest, write_manifest
@@ -137,7 +137,7 @@ def convert(src: Path, dst: Path, job: JobOptions, run: RunOptions) -> Result:
     with _full_disk_told(dst), _locked(dst) as lock, memory.PeakMeter() as meter:
 
         def plan_at(path: Path) -> Plan:
-            run.on_event(Event("phase", "plan"))
+            run.on_event(Phase("plan"))
             return make_plan(src, job, path, asked=source.identity, max_mem_bytes=budget, lock=lock)
 
         done, old = _preflight(dst, source.identity, run, budget, plan_at)
@@ -345,7 +345,7 @@ class _Conversion:
                 factor_bytes=factors,
             )
             try:
-                run.on_event(Event("phase", "write"))
+                run.on_event(Phase("write"))
                 progress = _Progress(self, sum(o.nbytes for o in outputs), reused, started)
                 for output, tensors in self.plan.sections():
                     if output.name not in self.staging.journal.finished:
@@ -355,7 +355,7 @@ class _Conversion:
             finally:
                 filler.close()
             read_bytes = reader.read_bytes
-        run.on_event(Event("phase", "publish"))
+        run.on_event(Phase("publish"))
         result = Result(
             "done",
             self.dst,
@@ -396,7 +396,7 @@ class _Conversion:
         good = 0
         journal = self.staging.journal
         if journal.finished:
-            self.run.on_event(Event("phase", "resume"))
+            self.run.on_event(Phase("resume"))
         for output in outputs:
             if output.name not in journal.finished:
                 continue
@@ -506,17 +506,14 @@ class _Progress:
             return
         self._told = now
         self._job.run.on_event(
-            Event(
-                "progress",
-                facts={
-                    "done_bytes": min(self.done, self._total),
-                    "total_bytes": self._total,
-                    "reused_bytes": self._reused,
-                    "seconds": now - self._started,
-                    "memory_bytes": self._job.meter.now_bytes,
-                    "budget_bytes": self._job.budget,
-                    "file": file,
-                },
+            Progress(
+                done_bytes=min(self.done, self._total),
+                total_bytes=self._total,
+                reused_bytes=self._reused,
+                seconds=now - self._started,
+                memory_bytes=self._job.meter.now_bytes,
+                budget_bytes=self._job.budget,
+                file=file,
             )
         )
 

@@ -18,7 +18,7 @@ from streamconv.files import newfile
 from streamconv.files.names import INDEX, MANIFEST, SINGLE
 from streamconv.ir.identity import JobIdentity
 from streamconv.ir.planfile import Plan
-from streamconv.options import Event, RunOptions
+from streamconv.options import Notice, RunOptions
 from streamconv.output.staging import JOURNAL, PLAN, Staging
 
 _NAMED = re.compile(rb'\{"(?:side|text|output)": ?"([^"\\]{1,1024})"')
@@ -102,8 +102,7 @@ def _clear_away(staging: Staging, run: RunOptions) -> None:
     staging.discard()
     if not empty:
         run.on_event(
-            Event(
-                "notice",
+            Notice(
                 f"begun afresh: nothing shows that a run of this user has written {root}, which was "
                 "removed",
             )

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from streamconv.options import Event
+from streamconv.options import Event, Phase, Progress
 from streamconv.system import memory
 
 _INTERVAL_SECONDS = 0.1
@@ -52,10 +52,10 @@ class Timeline:
         """Return a listener that hears every event before ``on_event`` does."""
 
         def heard(event: Event) -> None:
-            if event.kind == "phase":
-                self.phases.append((self.seconds, event.text))
-            elif event.kind == "progress":
-                self.note(event.facts["done_bytes"])
+            if isinstance(event, Phase):
+                self.phases.append((self.seconds, event.name))
+            elif isinstance(event, Progress):
+                self.note(event.done_bytes)
             on_event(event)
 
         return heard
