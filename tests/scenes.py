@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from scripts.makers import runs
-from streamconv.batch.cycle import Batch, Round
+from streamconv.batch.cycle import Batch
+from streamconv.batch.round import Round
 from streamconv.batch.settings import settings
 from streamconv.batch.state import read_records
 

@@ -18,8 +18,9 @@ import psutil
 import pytest
 
 from scripts.makers import runs
-from streamconv.batch.cycle import Round, watch
+from streamconv.batch.cycle import watch
 from streamconv.batch.pins import pin, unpin
+from streamconv.batch.round import Round
 from streamconv.batch.schedule import Every
 from streamconv.batch.settings import settings
 from streamconv.batch.state import FOLDER, STATUS, Store, read_records

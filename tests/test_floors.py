@@ -6,6 +6,7 @@ import ast
 import re
 import sys
 import tomllib
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -70,3 +71,21 @@ def test_what_is_imported_is_declared_and_what_is_declared_is_imported() -> None
         for name in _imported(node)
     }
     assert imported - sys.stdlib_module_names - {"streamconv"} == declared
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    """Imports for types alone and those inside functions count, too."""
+    modules = {_module(path): path for path in (ROOT / "streamconv").rglob("*.py")}
+    graph: dict[str, set[str]] = {}
+    for name, path in modules.items():
+        for node in ast.walk(ast.parse(path.read_text())):
+            for base in _imported(node):
+                below = (f"{base}.{a.name}" for a in getattr(node, "names", ()))
+                found = {m for m in below if m in modules} or {base} & modules.keys()
+                graph.setdefault(name, set()).update(found - {name})
+    list(TopologicalSorter(graph).static_order())  # raises CycleError, which names the circle
+
+
+def _module(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)

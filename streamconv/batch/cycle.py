@@ -9,7 +9,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,12 +24,13 @@ from streamconv.batch.places import (
     refuse_inside_checkpoint,
     refuse_inside_output,
 )
-from streamconv.batch.retention import Removal, Rule, resume_removals
+from streamconv.batch.retention import Rule, resume_removals
+from streamconv.batch.round import Round
 from streamconv.batch.rules import claim_rule
 from streamconv.batch.runner import Listener, Runner, What, backoff_seconds
 from streamconv.batch.schedule import Schedule, local_now
 from streamconv.batch.settings import BatchSettings, RunSettings
-from streamconv.batch.state import STATUS, Record, Store
+from streamconv.batch.state import STATUS, Store
 from streamconv.batch.survey import Survey, scene
 from streamconv.batch.tasks import Task
 from streamconv.batch.tidy import Read, Surveyed, tidy
@@ -48,31 +48,6 @@ if TYPE_CHECKING:
 
 # Trying the same bytes again ends the same: bad input, unsafe input, another job's output.
 _FOR_GOOD = frozenset({5, 6, 8})
-
-
-@dataclass(slots=True)
-class Round:
-    """What a round came to. ``counts`` are outputs by how they ended; ``problems`` are of no output.
-
-    ``notices`` say what an earlier round of this batch did not say already.
-    """
-
-    counts: Counter[str] = field(default_factory=Counter)
-    removals: list[Removal] = field(default_factory=list)
-    problems: list[StreamconvError] = field(default_factory=list)
-    notices: list[str] = field(default_factory=list)
-    seconds: float = 0.0
-    peak_bytes: int = 0
-    budget_bytes: int = 0
-    tasks: list[Task] = field(default_factory=list)
-    records: list[Record] = field(default_factory=list)
-
-    @property
-    def exit_code(self) -> int:
-        """Return 0, 3 where a part failed, or the code of what kept the batch from starting."""
-        if self.problems and not self.counts:
-            return self.problems[0].exit_code
-        return 3 if self.problems or self.counts["failed"] or self.counts["gone"] else 0
 
 
 class Batch:

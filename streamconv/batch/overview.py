@@ -5,18 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING
 from urllib.parse import quote
 
+from streamconv.batch.round import Round
 from streamconv.batch.runner import What
 from streamconv.batch.state import Store, order
 from streamconv.batch.tasks import Task
 from streamconv.report.charts import Span
 from streamconv.report.overview import write_overview
 from streamconv.report.timeline import Timeline
-
-if TYPE_CHECKING:
-    from streamconv.batch.cycle import Round
 
 
 class Overview:

@@ -163,8 +163,9 @@ def batch(
     given = dict(locals())
     for key in ("root", "dst", "json", "quiet", "debug"):
         del given[key]
-    from streamconv.batch.cycle import Batch, Round
+    from streamconv.batch.cycle import Batch
     from streamconv.batch.cycle import watch as keep_watching
+    from streamconv.batch.round import Round
     from streamconv.cli.batch_report import BatchLines, json_lines, render_round, round_json
 
     settings = _settings(root, dst, given)

@@ -15,7 +15,7 @@ from streamconv.errors import shown
 from streamconv.units import format_duration, format_size
 
 if TYPE_CHECKING:
-    from streamconv.batch.cycle import Round
+    from streamconv.batch.round import Round
     from streamconv.batch.runner import What
     from streamconv.batch.tasks import Task
 
