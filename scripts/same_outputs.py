@@ -34,7 +34,8 @@ MAX_MEM = "600MB"
 # How weights are called, whoever saved them, and the folders of single ranks.
 WEIGHTS = ("*.pt", "*.pth", "*.bin", "*.ckpt", "*.distcp", "*.safetensors", ".metadata")
 RANK_FOLDERS = "mp_rank_"
-NOT_SOURCES = (*ANSWERS, "hf_truth", "truth", "truth_hf", "huggingface")
+CONFIGS = (*ANSWERS, "hf_truth", "hfc", "base_hf", "hf_config_of_another_model")
+NOT_SOURCES = (*CONFIGS, "truth", "truth_hf", "huggingface", "quantised_from")
 # What differs from run to run, or from place to place.
 VARYING = ("run", "streamconv", "plan_digest")
 # A peak varies by this much from run to run.
@@ -80,9 +81,9 @@ def sources(root: Path) -> Iterator[Path]:
 
 
 def config_for(source: Path, root: Path) -> Path | None:
-    """Return the answer that lies beside ``source`` or above it: its config is used."""
+    """Return the answer or config that lies beside ``source`` or above it: its config is used."""
     for folder in (source, *source.parents):
-        for name in ANSWERS:
+        for name in CONFIGS:
             if (folder / name / "config.json").is_file():
                 return folder / name
         if folder == root:
@@ -117,8 +118,11 @@ def _hashes(out: Path) -> Iterator[tuple[str, str]]:
 
 
 def _without_times(manifest: dict[str, Any]) -> dict[str, Any]:
-    """Return a manifest without what copies of a checkpoint differ in: times, and digests of them."""
-    job = {**manifest["job"], "source": [f[:2] for f in manifest["job"]["source"]]}
+    """Return a manifest without what differs between two makings of one checkpoint.
+
+    Times, digests of them, and sizes: torch pickles numbers that are other ones in each process.
+    """
+    job = {**manifest["job"], "source": [f[0] for f in manifest["job"]["source"]]}
     return {**manifest, "job": {k: v for k, v in job.items() if k not in ("digest", "inputs")}}
 
 
@@ -129,7 +133,8 @@ def outcomes(folders: list[Path], tree: Path, only: str) -> dict[str, Outcome]:
         ThreadPoolExecutor(2) as pool,
     ):
         made = Path(name)
-        fsdp.make_all(made / "fsdp")
+        if recipes := [name for name in fsdp.RECIPES if only in name]:
+            fsdp.make_all(made / "fsdp", recipes)
         for layout in tiny.LAYOUTS:
             tiny.make_tiny(made / "tiny" / layout, layout)
         running = {
