@@ -75,14 +75,13 @@ def start(
 
 def descendants(pid: int) -> Iterator[int]:
     """Yield the processes below one."""
-    for path in Path(f"/proc/{pid}/task").glob("*/children"):
-        try:
-            below = [int(word) for word in path.read_text().split()]
-        except OSError:
-            continue
-        for one in below:
-            yield one
-            yield from descendants(one)
+    below: list[int] = []
+    with contextlib.suppress(OSError):  # it may end while it is looked at
+        for task in os.scandir(f"/proc/{pid}/task"):
+            below += map(int, Path(task.path, "children").read_text().split())
+    for one in below:
+        yield one
+        yield from descendants(one)
 
 
 def end_all() -> int:
