@@ -76,9 +76,11 @@ def start(
 def descendants(pid: int) -> Iterator[int]:
     """Yield the processes below one."""
     below: list[int] = []
-    with contextlib.suppress(OSError):  # it may end while it is looked at
-        for task in os.scandir(f"/proc/{pid}/task"):
-            below += map(int, Path(task.path, "children").read_text().split())
+    # It may end while it is looked at, and so may each of its threads.
+    with contextlib.suppress(OSError):
+        for task in os.listdir(f"/proc/{pid}/task"):  # noqa: PTH208
+            with contextlib.suppress(OSError):
+                below += map(int, Path(f"/proc/{pid}/task/{task}/children").read_text().split())
     for one in below:
         yield one
         yield from descendants(one)
