@@ -412,7 +412,8 @@ def changed_later(source: Source) -> dict[str, bytes]:
         # The dict whose first key is `first` was put into the memo when it was opened: }q<n>(
         opened = data.rindex(b"}q", 0, data.index(text(first)))
         change = b"h" + data[opened + 2 : opened + 3] + text(key) + value + b"s"
-        return data[:end] + text("later") + change + data[end:]
+        # Of a layer's extra state: a dict of tensors is refused beside tensors.
+        return data[:end] + text("later._extra_state") + change + data[end:]
 
     local = arguments(storage("0", numel=6), size=b"K\x02K\x03\x86", strides=b"K\x01K\x02\x86")
     shard = named("torch.distributed.tensor.placement_types.Shard") + b")\x81}" + text("dim")
