@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -170,3 +171,24 @@ def test_a_message_may_hold_what_no_environment_does():
     record = Record("x", "/out/x", state="failed", reason="a\0b\ud800")
     assert hooks.environment(record)["STREAMCONV_ERROR"] == r"a\0b\ud800"
     os.fsencode(hooks.environment(record)["STREAMCONV_ERROR"])
+
+
+def test_a_batch_that_looked_earlier_forgets_nothing_that_another_expects(scene, told):
+    """Its record says that retention left the output out; another batch has begun to make it."""
+    output = scene.out / "global_step_10"
+    record = Record("global_step_10", str(output), step=10, state="running")
+    hooks.Hooks("true", None, 60).expect(record)
+    hooks.Hooks("true", None, 60).resume([replace(record, state="pruned")])
+    assert hooks.awaits_hook(record)
+
+
+def test_what_retention_leaves_out_awaits_nothing(scene, told):
+    """A conversion that died left its note; the output is not to be made any more."""
+    scene.step(10, 20)
+    scene.says(s10=["crash"] * 9)
+    shared = {"on-done": says(told, "STEP"), "apply": True}
+    scene.round(steps="10", shared=shared)
+    assert note(scene).exists()
+    scene.round(keep_last=1, shared=shared)
+    assert scene.states()[10] == "pruned"
+    assert not note(scene).exists()

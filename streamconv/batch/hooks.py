@@ -115,7 +115,10 @@ def awaits_hook(record: Record) -> str:
 
 
 def forget_hook(record: Record) -> None:
-    """Let nothing be due for an output."""
+    """Let nothing be due for an output, whose lock the caller holds.
+
+    Without the lock another batch may be at work on it: what it has just noted would be lost.
+    """
     with suppress(OSError):
         _note_path(record).unlink()
 
@@ -171,8 +174,6 @@ class Hooks:
                 # A later one is of a clock that was ahead.
                 if note is not None and not now < note.not_before <= now + _MAX_PAUSE_SECONDS:
                     self._waiting.append(replace(record))
-            elif record.state == "pruned" and not Path(record.output).exists():
-                forget_hook(record)
 
     @property
     def busy(self) -> bool:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from streamconv.batch.deletions import OutputFacts, SourceFacts, why_keep_output, why_keep_source
 from streamconv.batch.discover import Candidate, checkpoint_inside, step_kind, step_number
-from streamconv.batch.hooks import awaits_hook
+from streamconv.batch.hooks import awaits_hook, forget_hook
 from streamconv.batch.places import output_inside
 from streamconv.batch.ready import CLOCK_DOUBT_SECONDS, Tracker, look_at
 from streamconv.batch.removal import (
@@ -222,6 +222,7 @@ def remove_output(
                     parent.rmdir()
             record.state, record.reason, record.evidence = "pruned", _PRUNED, []
             store.save(record)
+            forget_hook(record)
     except LockedError as error:
         return Removal("output", path, record.write_bytes, refused=error.what)
     except OSError as error:

@@ -14,6 +14,7 @@ import xxhash
 
 from streamconv.batch import pins
 from streamconv.batch.discover import Candidate, candidate_at, discover, models_of
+from streamconv.batch.hooks import forget_hook
 from streamconv.batch.leases import boot_clock
 from streamconv.batch.places import refusal_into_another, refuse_own_files
 from streamconv.batch.readings import Readings
@@ -334,6 +335,7 @@ class Survey:
                     if not take_over_finished(record, record.job, record.reason):
                         record.state = "pruned"
                         record.reason = "not converted: retention does not keep it"
+                        forget_hook(record)
                     self._store.save(record)
 
     def _note_vanished(self) -> None:
