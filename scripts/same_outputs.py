@@ -22,12 +22,11 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 from scripts.check_answers import ANSWERS
 from scripts.makers import fsdp, tiny
 from scripts.measured import watched
-from scripts.outputs import MANIFEST
+from scripts.outputs import MANIFEST, contents
 
 ROOT = Path(__file__).parents[1]
 MAX_MEM = "600MB"
@@ -37,7 +36,8 @@ RANK_FOLDERS = "mp_rank_"
 CONFIGS = (*ANSWERS, "hf_truth", "hfc", "base_hf", "hf_config_of_another_model")
 NOT_SOURCES = (*CONFIGS, "truth", "truth_hf", "huggingface", "quantised_from")
 # What differs from run to run, or from place to place.
-VARYING = ("run", "streamconv", "plan_digest")
+VARYING = ("streamconv", "plan_digest")
+VARYING_OF_JOB = ("given", "base", "digest", "inputs")
 # A peak varies by this much from run to run.
 PEAK_SHARE, PEAK_BYTES = 0.1, 16 << 20
 
@@ -106,24 +106,20 @@ def converted(source: Path, config: Path | None, tree: Path) -> Outcome:
 
 
 def _hashes(out: Path) -> Iterator[tuple[str, str]]:
-    for path in sorted(p for p in out.rglob("*") if p.is_file()):
-        data = path.read_bytes()
-        if path.name == MANIFEST:
-            manifest = {k: v for k, v in json.loads(data).items() if k not in VARYING}
-            manifest["job"] = {
-                k: v for k, v in manifest["job"].items() if k not in ("given", "base")
-            }
-            data = json.dumps(_without_times(manifest), sort_keys=True).encode()
-        yield str(path.relative_to(out)), hashlib.sha256(data).hexdigest()
+    for name, data in contents(out).items() if out.is_dir() else ():
+        stable = _stable(data) if name == MANIFEST else data
+        yield name, hashlib.sha256(stable).hexdigest()
 
 
-def _without_times(manifest: dict[str, Any]) -> dict[str, Any]:
+def _stable(manifest: bytes) -> bytes:
     """Return a manifest without what differs between two makings of one checkpoint.
 
-    Times, digests of them, and sizes: torch pickles numbers that are other ones in each process.
+    Places, times, digests of them, and sizes: torch pickles numbers that differ by the process.
     """
-    job = {**manifest["job"], "source": [f[0] for f in manifest["job"]["source"]]}
-    return {**manifest, "job": {k: v for k, v in job.items() if k not in ("digest", "inputs")}}
+    kept = {k: v for k, v in json.loads(manifest).items() if k not in VARYING}
+    job = {k: v for k, v in kept["job"].items() if k not in VARYING_OF_JOB}
+    job["source"] = [file[0] for file in job["source"]]
+    return json.dumps({**kept, "job": job}, sort_keys=True).encode()
 
 
 def outcomes(folders: list[Path], tree: Path, only: str) -> dict[str, Outcome]:

@@ -112,7 +112,7 @@ def _local(path: StrPath | None) -> Path | None:
 
 
 def _own_file(
-    path: Path, kind: askedfile.Kind, src: StrPath, dst: StrPath | None, job: JobOptions
+    path: Path, kind: askedfile.Kind, src: Path, dst: Path | None, job: JobOptions
 ) -> Path:
     """Return where a report or a plan will lie; raises before any work where it cannot."""
     from streamconv.files.filesystems import why_not_writable
@@ -123,7 +123,7 @@ def _own_file(
         (job.hf_config, "the folder with config and tokenizer"),
         (job.lora.base, "the base model"),
     ]
-    apart = [(Path(folder), what) for folder, what in folders if folder is not None]
+    apart = [(folder, what) for folder, what in folders if folder is not None]
     place = askedfile.checked(path, kind, apart)
     reason = why_not_writable(place.parent)
     if reason is not None:

@@ -106,7 +106,7 @@ def models_of(
     """Return the candidates that are models: what a trainer keeps beside one to go on is not.
 
     Nor is it in a step whose model was deleted. What is ``wanted`` by its name is a model, whatever it
-    is called; ``on_notice`` is told of others.
+    is called; ``on_notice`` gets a line for each of the others.
     """
     with_models = {c.run_dir for c in found if not is_state(c.model)}
     models = []

@@ -10,6 +10,7 @@ import contextlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 from streamconv.batch.deletions import OutputFacts, SourceFacts, why_keep_output, why_keep_source
@@ -385,7 +386,9 @@ def resume_removals(store: Store, root: Path, *, apply: bool) -> list[Removal]:
         path = Path(record.output if kind == "output" else record.source)
         try:
             with store.holding(record.name):
-                found = _place_of(note, path, [*asides_of(store), *asides_below(root)])
+                # The run is walked through only where the folder is not found without.
+                elsewhere = chain(asides_of(store), asides_below(root))
+                found = _place_of(note, path, elsewhere)
                 if found is None:
                     continue
                 path = found
@@ -415,9 +418,8 @@ def _place_of(note: Path, path: Path, asides: Iterable[Path]) -> Path | None:
     """
     found = noted(note)
     places = [aside_of(path)] if found is None or found[0] == path else []
-    if found is not None:
-        places += [aside for aside in asides if is_remainder(aside, found[1])]
-    aside = next((p for p in places if p.is_dir() and not p.is_symlink()), None)
+    moved = (aside for aside in asides if found is not None and is_remainder(aside, found[1]))
+    aside = next((p for p in chain(places, moved) if p.is_dir() and not p.is_symlink()), None)
     if aside is not None:
         return place_of(aside)
     # A folder that was moved away may come into sight again, by the root of another run.

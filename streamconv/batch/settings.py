@@ -36,7 +36,7 @@ from streamconv.units import parse_duration, parse_size
 
 
 def _parsed_by(parse: Callable[[str], object]) -> AfterValidator:
-    """Check a text with one of our own parsers, and keep the text."""
+    """Check a text or a path with one of our own parsers, and keep it as it is."""
 
     def check(text: str) -> str:
         try:
@@ -55,17 +55,14 @@ def _no_flag(value: object) -> object:
     return value
 
 
-def _usable(path: Path) -> Path:
+def _no_nul(path: Path) -> Path:
     if "\0" in str(path):
         raise ValueError("a path cannot hold a NUL character")
-    try:
-        return local_path(path)
-    except UsageError as error:
-        raise ValueError(str(error).replace("\n ", ";")) from None
+    return path
 
 
 _Count = Annotated[int, Field(gt=0), BeforeValidator(_no_flag)]
-_Path = Annotated[Path, AfterValidator(_usable)]
+_Path = Annotated[Path, AfterValidator(_no_nul), _parsed_by(local_path)]
 _Size = Annotated[str, _parsed_by(parse_size)]
 _Memory = Annotated[str, _parsed_by(lambda text: parse_size(text, whole_bytes=1 << 40))]
 _Duration = Annotated[str, _parsed_by(parse_duration)]

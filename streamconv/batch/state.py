@@ -222,7 +222,7 @@ class Store:
     def claim(self, name: str) -> filelock.BaseFileLock:
         """Return the held lock of an output; raises :class:`LockedError` where another has it.
 
-        Nobody has one that is no file: see ``trouble``.
+        One that is not a file is nobody's: see ``trouble``.
         """
         lock = filelock.FileLock(self.folder / "locks" / f"{file_name(name)}.lock", timeout=0)
         try:

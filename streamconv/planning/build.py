@@ -138,7 +138,7 @@ class _Output:
     architecture: str | None
     config_changes: tuple[str, ...]
     recipes: list[Recipe]
-    skipped: list[Skipped]
+    skipped: list[Skipped] = field(default_factory=list)
     prefix: str = ""
     placed: list[tuple[OutputFile, list[placing.Placed]]] = field(default_factory=list)
     texts: list[TextFile] = field(default_factory=list)
@@ -161,7 +161,6 @@ def _sources(
             found.architecture,
             found.changes,
             recipes,
-            [],
         )
     _refuse_family(job)
     if config is None:

@@ -15,6 +15,7 @@ from types import MappingProxyType
 from typing import TypeVar
 
 from streamconv.errors import UsageError
+from streamconv.formats.megatron.names import QUANTIZER_RANGES
 from streamconv.ir.boxes import Shape
 from streamconv.ir.source import Checkpoint, GlobalTensor, Skipped
 
@@ -28,8 +29,6 @@ _COUNTERS = re.compile(
     r"(step|steps|update|updates|averaged|epoch|epochs|iteration|iterations|decay|initted)"
 )
 _RANDOM = re.compile(r"(\w+_)?rng(_\w+)?|(\w+_)?random_state")
-# The ranges that ModelOpt's quantizers have seen: the weights beside them are as they were trained.
-_AMAX = re.compile(r"_quantizers?\.(\d+\.)?_(global_)?amax$")
 _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 _DEEPEST = 3
 # So much of a model makes another one of it; the rest may be tied, or buffers that are not averaged.
@@ -47,8 +46,9 @@ def trainer_state(name: str, shape: Shape, dtype: str) -> str | None:
     leaf = name.rpartition(".")[2]
     if leaf == "_extra_state":
         return "extra state of a layer, no weight"
-    if _AMAX.search(name):
-        return "quantizer state (ModelOpt)"
+    ranges, reason = QUANTIZER_RANGES
+    if ranges.search(name):
+        return reason
     if _RANDOM.fullmatch(leaf) and dtype == "U8":
         return "state of a random number generator"
     if _COUNTERS.fullmatch(leaf) and shape in ((), (1,)):

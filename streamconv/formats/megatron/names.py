@@ -26,10 +26,16 @@ _HALF = re.compile(r"(\.linear_fc1\.(?:weight|bias)\d*)_([wv])$")
 _MTP_INNER = re.compile(r"((?:^|\.)mtp\.layers\.(?:\d+\.)?)mtp_model_layer\.")
 _WRAPPERS = re.compile(r"^(?:model\.|module\.)+")
 
+# The ranges that ModelOpt's quantizers have seen: the weights beside them are as they were trained.
+QUANTIZER_RANGES = (
+    re.compile(r"_quantizers?\.(\d+\.)?_(global_)?amax$"),
+    "quantizer state (ModelOpt)",
+)
+
 _NO_WEIGHTS = (
     (re.compile(r"(^|\.)(chained_\d+\.)?optimizer\.|^optimizer$"), "optimizer state"),
     (re.compile(r"\._extra_state(/|$)|\._extra_state\d*$"), "state of Transformer Engine (fp8)"),
-    (re.compile(r"_quantizers?\.(\d+\.)?_(global_)?amax$"), "quantizer state (ModelOpt)"),
+    QUANTIZER_RANGES,
     (re.compile(r"^rng_state(/|$)"), "random number generators"),
     (re.compile(r"^rerun_state_machine"), "rerun state"),
     (re.compile(r"^common_state(/|$)"), "arguments and counters of the run"),
