@@ -77,19 +77,19 @@ SHARED = ("t24-fsdp1", "t26-fsdp1", "t28-fsdp2", "t28-fsdp2-tp", "t29-fsdp2", "t
 @pytest.mark.parametrize("name", SHARED)
 def test_older_torch(name: str, shared_checkpoints: Path) -> None:
     folder = shared_checkpoints / "fsdp" / name
-    check_equal(formats.read(folder), truth_of(folder / "truth" / "state.safetensors"))
+    check_equal(formats.find_model(folder).read(), truth_of(folder / "truth" / "state.safetensors"))
 
 
 @pytest.mark.parametrize("name", ["verl-native-fsdp1", "verl-native-fsdp2"])
 def test_verl_itself(name: str, shared_checkpoints: Path) -> None:
-    checkpoint = formats.read(shared_checkpoints / "fsdp" / name)
+    checkpoint = formats.find_model(shared_checkpoints / "fsdp" / name).read()
     assert checkpoint.side_dir is not None
     assert {s.reason for s in checkpoint.skipped} == {"optimizer or trainer state"}
     assert checkpoint.facts["world_size"] == 4
 
 
 def test_written_by(shared_checkpoints: Path) -> None:
-    facts = {n: formats.read(shared_checkpoints / "fsdp" / n).facts for n in SHARED}
+    facts = {n: formats.find_model(shared_checkpoints / "fsdp" / n).read().facts for n in SHARED}
     assert [facts[n]["torch"] for n in SHARED] == [
         "up to 2.4",
         *["2.2 to 2.9"] * 4,
@@ -108,7 +108,7 @@ def test_written_by(shared_checkpoints: Path) -> None:
 @pytest.mark.parametrize("name", [n for n, r in RECIPES.items() if not n.startswith("plain-")])
 def test_recipe(name: str, checkpoints: dict[str, Made]) -> None:
     made = checkpoints[name]
-    checkpoint = formats.read(made.source)
+    checkpoint = formats.find_model(made.source).read()
     assert checkpoint.tensors.keys() == made.oracle.keys()
     if made.truth_state is None:  # complex128, which no safetensors file can hold
         names = {str(t.dtype) for t in checkpoint.tensors.values()}
@@ -131,7 +131,7 @@ def test_recipe(name: str, checkpoints: dict[str, Made]) -> None:
 @pytest.mark.parametrize("name", ["plain-whole", "plain-parameters", "plain-pieces"])
 def test_plain_tensors_stay_undecided(name: str, checkpoints: dict[str, Made]) -> None:
     made = checkpoints[name]
-    checkpoint = formats.read(made.source)
+    checkpoint = formats.find_model(made.source).read()
     truth = truth_of(made.truth_state)
     assert checkpoint.tensors.keys() | checkpoint.undecided.keys() == truth.keys()
     for fqn, expected in truth.items():
@@ -158,7 +158,7 @@ def test_missing_rank_is_named(copy: Callable[[str], Path]) -> None:
     folder = copy("fsdp2")
     (folder / "model_world_size_4_rank_2.pt").unlink()
     with pytest.raises(BadInputError) as caught:
-        formats.read(folder)
+        formats.find_model(folder).read()
     assert "model_world_size_4_rank_2.pt" in str(caught.value)
     assert "have holes" in str(caught.value)
 
@@ -170,7 +170,7 @@ def test_replicas_step_in(
     folder = copy(name)
     world = checkpoints[name].recipe.world
     (folder / f"model_world_size_{world}_rank_0.pt").unlink()
-    checkpoint = formats.read(folder)
+    checkpoint = formats.find_model(folder).read()
     check_equal(checkpoint, truth_of(checkpoints[name].truth_state))
     assert any("missing" in n for n in checkpoint.notices)
 
@@ -180,7 +180,7 @@ def test_both_replicas_missing(copy: Callable[[str], Path]) -> None:
     for rank in (1, 3):
         (folder / f"model_world_size_4_rank_{rank}.pt").unlink()
     with pytest.raises(BadInputError, match="2 of 4 rank files are missing"):
-        formats.read(folder)
+        formats.find_model(folder).read()
 
 
 @pytest.mark.parametrize("name", ["plain-whole", "plain-pieces"])
@@ -190,7 +190,7 @@ def test_missing_rank_of_plain_tensors(
     folder = copy(name)
     (folder / f"model_world_size_{checkpoints[name].recipe.world}_rank_1.pt").unlink()
     with pytest.raises(BadInputError, match="rank files are missing"):
-        formats.read(folder)
+        formats.find_model(folder).read()
 
 
 def test_two_world_sizes(copy: Callable[[str], Path]) -> None:
@@ -198,7 +198,7 @@ def test_two_world_sizes(copy: Callable[[str], Path]) -> None:
     file = folder / "model_world_size_4_rank_0.pt"
     shutil.copy(file, folder / "model_world_size_8_rank_0.pt")
     with pytest.raises(BadInputError, match="several world sizes"):
-        formats.read(folder)
+        formats.find_model(folder).read()
 
 
 def test_rank_beyond_the_world(copy: Callable[[str], Path]) -> None:
@@ -206,14 +206,14 @@ def test_rank_beyond_the_world(copy: Callable[[str], Path]) -> None:
     file = folder / "model_world_size_4_rank_0.pt"
     shutil.copy(file, folder / "model_world_size_4_rank_4.pt")
     with pytest.raises(BadInputError, match="a world of 4"):
-        formats.read(folder)
+        formats.find_model(folder).read()
 
 
 def test_file_under_another_rank(copy: Callable[[str], Path]) -> None:
     folder = copy("fsdp2")
     shutil.copy(folder / "model_world_size_4_rank_0.pt", folder / "model_world_size_4_rank_1.pt")
     with pytest.raises(BadInputError, match="another rank than its name says") as caught:
-        formats.read(folder)
+        formats.find_model(folder).read()
     assert "model_world_size_4_rank_1.pt" in str(caught.value)
 
 
@@ -221,13 +221,13 @@ def test_config_of_another_world(copy: Callable[[str], Path]) -> None:
     folder = copy("fsdp2")
     (folder / "fsdp_config.json").write_text('{"FSDP_version": 2, "world_size": 8}')
     with pytest.raises(BadInputError, match="disagree about the world size"):
-        formats.read(folder)
+        formats.find_model(folder).read()
 
 
 def test_broken_config_is_only_a_notice(copy: Callable[[str], Path]) -> None:
     folder = copy("fsdp2")
     (folder / "fsdp_config.json").write_text("{" * 100_000)
-    assert any("fsdp_config.json" in n for n in formats.read(folder).notices)
+    assert any("fsdp_config.json" in n for n in formats.find_model(folder).read().notices)
 
 
 def test_files_of_two_runs(copy: Callable[[str], Path], tmp_path: Path) -> None:
@@ -235,7 +235,7 @@ def test_files_of_two_runs(copy: Callable[[str], Path], tmp_path: Path) -> None:
     name = "model_world_size_4_rank_3.pt"
     shutil.copy(other / name, folder / name)
     with pytest.raises(BadInputError, match=r"rank \d has no tensor|disagree"):
-        formats.read(folder)
+        formats.find_model(folder).read()
 
 
 def test_truncated_file(copy: Callable[[str], Path]) -> None:
@@ -243,7 +243,7 @@ def test_truncated_file(copy: Callable[[str], Path]) -> None:
     file = folder / "model_world_size_4_rank_1.pt"
     file.write_bytes(file.read_bytes()[:-5000])
     with pytest.raises(BadInputError, match="truncated") as caught:
-        formats.read(folder)
+        formats.find_model(folder).read()
     assert file.name in str(caught.value)
 
 
@@ -331,14 +331,14 @@ def test_views_and_scalars(tmp_path: Path) -> None:
         "empty": torch.zeros(0, 4),
         "shared": base[1],
     }
-    checkpoint = formats.read(save(tmp_path, state))
+    checkpoint = formats.find_model(save(tmp_path, state)).read()
     check_equal(checkpoint, state)
     assert checkpoint.tensors["view"].layout.storage_offsets == (21,)
 
 
 def test_wrapped_state_dict(tmp_path: Path) -> None:
     state = {"model": {"w": torch.ones(2)}, "step": 7}
-    checkpoint = formats.read(save(tmp_path, state))
+    checkpoint = formats.find_model(save(tmp_path, state)).read()
     assert list(checkpoint.tensors) == ["w"]
     assert any("'model'" in n for n in checkpoint.notices)
 
@@ -346,27 +346,27 @@ def test_wrapped_state_dict(tmp_path: Path) -> None:
 def test_two_wrapped_state_dicts(tmp_path: Path) -> None:
     save(tmp_path, {"model": {"w": torch.ones(2)}, "ema": {"w": torch.ones(2)}})
     with pytest.raises(BadInputError, match="which is the model"):
-        formats.read(tmp_path)
+        formats.find_model(tmp_path).read()
 
 
 def test_a_state_dict_beside_tensors(tmp_path: Path) -> None:
     """Neither may be dropped for the other; extra states of layers hold what they like."""
     save(tmp_path, {"model": {"w": torch.ones(2)}, "b": torch.ones(3)})
     with pytest.raises(BadInputError, match="which is the model") as caught:
-        formats.read(tmp_path)
+        formats.find_model(tmp_path).read()
     assert "b, and below model" in str(caught.value)
 
 
 def test_an_extra_state_of_tensors(tmp_path: Path) -> None:
     state = {"up.weight": torch.ones(3), "up._extra_state": {"scale": torch.ones(2)}}
-    checkpoint = formats.read(save(tmp_path, state))
+    checkpoint = formats.find_model(save(tmp_path, state)).read()
     assert list(checkpoint.tensors) == ["up.weight"]
     assert [s.name for s in checkpoint.skipped] == ["up._extra_state"]
 
 
 def test_other_values_are_skipped(tmp_path: Path) -> None:
     state = {"w": torch.ones(2), "step": 3, "nothing": None, "inner": {"x": 1}, "name": "a"}
-    checkpoint = formats.read(save(tmp_path, state))
+    checkpoint = formats.find_model(save(tmp_path, state)).read()
     assert {s.name: s.reason for s in checkpoint.skipped} == {
         "step": "a value of type int, not a tensor",
         "nothing": "None, not a tensor",
@@ -378,43 +378,43 @@ def test_other_values_are_skipped(tmp_path: Path) -> None:
 def test_lazy_conjugate_is_refused(tmp_path: Path) -> None:
     save(tmp_path, {"w": torch.tensor([1 + 2j]).conj()})
     with pytest.raises(BadInputError, match="lazy view"):
-        formats.read(tmp_path)
+        formats.find_model(tmp_path).read()
 
 
 def test_meta_tensor_is_refused(tmp_path: Path) -> None:
     save(tmp_path, {"w": torch.empty(3, device="meta")})
     with pytest.raises(BadInputError, match="meta tensor"):
-        formats.read(tmp_path)
+        formats.find_model(tmp_path).read()
 
 
 def test_unknown_global_is_named(tmp_path: Path) -> None:
     save(tmp_path, {"w": torch.ones(2), "path": Path("x")})
     with pytest.raises(UnsafeInputError, match=r"pathlib\."):
-        formats.read(tmp_path)
+        formats.find_model(tmp_path).read()
 
 
 def test_plain_pieces_of_different_sizes(tmp_path: Path) -> None:
     whole = torch.arange(10.0).reshape(5, 2)
     save(tmp_path, {"w": whole[:3].clone()}, {"w": whole[3:].clone()})
-    check_equal(formats.read(tmp_path), {"w": whole})
+    check_equal(formats.find_model(tmp_path).read(), {"w": whole})
 
 
 def test_plain_scalars_that_differ(tmp_path: Path) -> None:
     save(tmp_path, {"w": torch.tensor(1.0)}, {"w": torch.tensor(2.0)})
     with pytest.raises(BadInputError, match="cannot be put together"):
-        formats.read(tmp_path)
+        formats.find_model(tmp_path).read()
 
 
 def test_no_tensors(tmp_path: Path) -> None:
     save(tmp_path, {"step": 1})
     with pytest.raises(BadInputError, match="no tensors"):
-        formats.read(tmp_path)
+        formats.find_model(tmp_path).read()
 
 
 def test_no_state_dict(tmp_path: Path) -> None:
     save(tmp_path, [torch.ones(1)])
     with pytest.raises(BadInputError, match="no state dict"):
-        formats.read(tmp_path)
+        formats.find_model(tmp_path).read()
 
 
 def test_replicas_that_differ(copy: Callable[[str], Path]) -> None:
@@ -427,7 +427,7 @@ def test_replicas_that_differ(copy: Callable[[str], Path]) -> None:
         state[name]._local_tensor.view(-1)[0] += 1
     torch.save(state, file)
     with pytest.raises(BadInputError, match="replicas of a tensor differ") as caught:
-        formats.read(folder)
+        formats.find_model(folder).read()
     assert name in str(caught.value)
     assert "rank 1" in str(caught.value)
     assert "rank 3" in str(caught.value)
@@ -441,19 +441,21 @@ def test_buffers_that_differ(copy: Callable[[str], Path]) -> None:
     state[name] = state[name] + 1
     torch.save(state, file)
     with pytest.raises(BadInputError, match="replicas of a tensor differ") as caught:
-        formats.read(folder)
+        formats.find_model(folder).read()
     assert name in str(caught.value)
 
 
 def test_no_crcs_are_told(checkpoints: dict[str, Made]) -> None:
-    checkpoint = formats.read(checkpoints["fsdp2-no-crc"].source)
+    checkpoint = formats.find_model(checkpoints["fsdp2-no-crc"].source).read()
     assert any("cannot be verified" in n for n in checkpoint.notices)
     assert checkpoint.facts["records_without_crc"]
 
 
 def test_padding_is_told(checkpoints: dict[str, Made]) -> None:
-    assert formats.read(checkpoints["fsdp2-w3"].source).facts["padded_storages"] is True
-    assert formats.read(checkpoints["fsdp1"].source).facts["padded_storages"] is False
+    assert (
+        formats.find_model(checkpoints["fsdp2-w3"].source).read().facts["padded_storages"] is True
+    )
+    assert formats.find_model(checkpoints["fsdp1"].source).read().facts["padded_storages"] is False
 
 
 # --- the trap of torch 2.4 -----------------------------------------------------------------------
@@ -504,10 +506,10 @@ def test_torch_2_4_fsdp2_tp(shared_checkpoints: Path, tmp_path: Path) -> None:
     shutil.copytree(source, folder)
     as_torch_2_4(folder, "_StridedShard\n")
     check_equal(
-        formats.read(folder), truth_of(source / "truth" / "state.safetensors")
+        formats.find_model(folder).read(), truth_of(source / "truth" / "state.safetensors")
     )  # FSDP2 by its module names
     (folder / "fsdp_config.json").write_text('{"FSDP_version": 2}')
-    check_equal(formats.read(folder), truth_of(source / "truth" / "state.safetensors"))
+    check_equal(formats.find_model(folder).read(), truth_of(source / "truth" / "state.safetensors"))
 
 
 def test_torch_2_4_undecidable(shared_checkpoints: Path, tmp_path: Path) -> None:
@@ -517,13 +519,13 @@ def test_torch_2_4_undecidable(shared_checkpoints: Path, tmp_path: Path) -> None
     shutil.copytree(source, folder)
     as_torch_2_4(folder, "_StridedShard\n", ("_metadata", "_metadatX"))
     with pytest.raises(BadInputError, match="cannot determine") as caught:
-        formats.read(folder)
+        formats.find_model(folder).read()
     assert '{"FSDP_version": 2}' in str(caught.value)
     truth = truth_of(source / "truth" / "state.safetensors")
     (folder / "fsdp_config.json").write_text('{"FSDP_version": 2}')
-    check_equal(formats.read(folder), truth)
+    check_equal(formats.find_model(folder).read(), truth)
     (folder / "fsdp_config.json").write_text('{"FSDP_version": 1}')
-    left_to_right = formats.read(folder)
+    left_to_right = formats.find_model(folder).read()
     name = "model.layers.0.self_attn.q_proj.weight"
     rows = gather(left_to_right, left_to_right.tensors[name]).reshape(4, 4, 16)
     assert np.array_equal(rows[[0, 2, 1, 3]].reshape(16, 16), raw_of(truth[name]))
@@ -540,7 +542,7 @@ def test_torch_2_4_that_contradicts_itself(shared_checkpoints: Path, tmp_path: P
     assert b"_fsdp_wrapped_module" in check
     (folder / "fsdp_config.json").write_text('{"FSDP_version": 2}')
     with pytest.raises(BadInputError, match="module names in the rank files are FSDP1's"):
-        formats.read(folder)
+        formats.find_model(folder).read()
 
 
 def test_padding_of_replicas_may_differ(
@@ -560,7 +562,7 @@ def test_padding_of_replicas_may_differ(
         storage = local.untyped_storage()
         storage[storage.nbytes() - 1] ^= 1
     torch.save(state, file)
-    check_equal(formats.read(folder), truth_of(checkpoints["fsdp2-hsdp"].truth_state))
+    check_equal(formats.find_model(folder).read(), truth_of(checkpoints["fsdp2-hsdp"].truth_state))
 
 
 # --- mutants -------------------------------------------------------------------------------------
@@ -594,7 +596,7 @@ def test_flipped_bits_are_refused_or_change_nothing(
     shutil.copytree(shared_checkpoints / "fsdp" / "t28-fsdp2-tp", folder)
     file = folder / "model_world_size_4_rank_1.pt"
     original = file.read_bytes()
-    expected = places(formats.read(folder))
+    expected = places(formats.find_model(folder).read())
     draw = np.random.default_rng(seed)
     refused = 0
     for _ in range(120):
@@ -605,7 +607,7 @@ def test_flipped_bits_are_refused_or_change_nothing(
         broken[at] ^= 1 << int(draw.integers(8))
         file.write_bytes(broken)
         try:
-            checkpoint = formats.read(folder)
+            checkpoint = formats.find_model(folder).read()
             check_headers(checkpoint)
         except (BadInputError, UnsafeInputError):
             refused += 1
@@ -640,4 +642,4 @@ def test_mutated_pickles_end_in_our_errors(seed: int, tmp_path: Path) -> None:
             for record, content in records.items():
                 new.writestr(record, bytes(data) if record == name else content)
         with contextlib.suppress(BadInputError, UnsafeInputError):
-            formats.read(tmp_path)
+            formats.find_model(tmp_path).read()

@@ -78,7 +78,7 @@ def expected(model: dict[str, torch.Tensor]) -> dict[str, tuple[str, tuple[int, 
 
 def check(folder: Path, model: dict[str, torch.Tensor]) -> Checkpoint:
     """Read ``folder`` and hold it against the model it was cut from."""
-    checkpoint = formats.read(folder)
+    checkpoint = formats.find_model(folder).read()
     found, truth = assembled(checkpoint), expected(model)
     assert sorted(found) == sorted(truth)
     assert [n for n in truth if found[n] != truth[n]] == []
@@ -141,7 +141,7 @@ def test_stacked_experts_that_are_fewer_than_the_router_knows(tmp_path: Path) ->
     with pytest.raises(
         BadInputError, match="cannot determine the layout of grouped experts"
     ) as caught:
-        formats.read(folder)
+        formats.find_model(folder).read()
     assert "2 experts, one after the other" in str(caught.value)
 
 
@@ -235,7 +235,7 @@ def test_a_tied_embedding_whose_copies_differ(tmp_path: Path) -> None:
     (folder / "hf_config_and_tokenizer").mkdir()
     (folder / "hf_config_and_tokenizer/config.json").write_text('{"tie_word_embeddings": true}')
     with pytest.raises(BadInputError, match="two copies of one tensor differ") as caught:
-        formats.read(folder)
+        formats.find_model(folder).read()
     assert "mp_rank_00_001/model.pt, output_layer.weight" in str(caught.value)
     assert "mp_rank_00_000/model.pt" in str(caught.value)
 
@@ -337,7 +337,7 @@ def test_parameters_without_checksums(tmp_path: Path) -> None:
 
         folder = write_ranks(tmp_path, model, Sizes(tp=2), change=other)
         with pytest.raises(BadInputError, match="replicas of a parameter differ"):
-            formats.read(folder)
+            formats.find_model(folder).read()
     finally:
         torch.serialization.set_crc32_options(True)
 
@@ -345,7 +345,7 @@ def test_parameters_without_checksums(tmp_path: Path) -> None:
 def test_what_is_no_weight_is_counted(tmp_path: Path) -> None:
     folder = write_ranks(tmp_path, whole_model(), Sizes(tp=2), writer="megatron")
     (folder / "mp_rank_00/distrib_optim.pt").write_bytes(b"not looked at")
-    skipped = {s.reason: s.name for s in formats.read(folder).skipped}
+    skipped = {s.reason: s.name for s in formats.find_model(folder).read().skipped}
     assert skipped == {
         "state of Transformer Engine (fp8)": "4 entries",
         "optimizer state": "2 entries",
@@ -356,7 +356,7 @@ def test_what_is_no_weight_is_counted(tmp_path: Path) -> None:
 
 def refused(folder: Path, what: str) -> str:
     with pytest.raises(BadInputError, match=what) as caught:
-        formats.read(folder)
+        formats.find_model(folder).read()
     return str(caught.value)
 
 
@@ -446,7 +446,7 @@ def test_rank_files_in_each_others_folders(one: str, two: str, tmp_path: Path) -
     second.rename(first)
     (folder / "kept").rename(second)
     with pytest.raises(BadInputError, match="lies in the folder of another rank"):
-        formats.read(folder)
+        formats.find_model(folder).read()
 
 
 def test_lists_and_nothings_among_the_arguments(tmp_path: Path) -> None:
@@ -454,7 +454,7 @@ def test_lists_and_nothings_among_the_arguments(tmp_path: Path) -> None:
     folder = write_ranks(
         tmp_path, whole_model(), Sizes(), writer="megatron", **told, window_attn_skip_freq=None
     )
-    facts = formats.read(folder).facts["megatron"]
+    facts = formats.find_model(folder).read().facts["megatron"]
     assert [facts[n] for n in told] == [[127, 0], [0, 1]]
     assert facts["window_attn_skip_freq"] is None
 
@@ -546,7 +546,7 @@ def test_a_truncated_file(keep: int, tmp_path: Path) -> None:
     file = folder / "model/mp_rank_01/model.pt"
     file.write_bytes(file.read_bytes()[:keep])
     with pytest.raises(StreamconvError) as caught:
-        formats.read(folder)
+        formats.find_model(folder).read()
     assert str(file) in str(caught.value)
 
 
@@ -600,11 +600,13 @@ def test_detection(tmp_path: Path) -> None:
         "model/mp_rank_00/model.pt",
         "model/mp_rank_01/model.pt",
     ]
-    read = [dataclasses.replace(f, entry_prefix="") for f in formats.read(folder).files]
+    read = [
+        dataclasses.replace(f, entry_prefix="") for f in formats.find_model(folder).read().files
+    ]
     assert list(formats.find_model(folder).identify()) == read  # which does not open the zips
     os.mkfifo(data / "mp_rank_00/model_optim_rng.pt")
     with pytest.raises(BadInputError, match="not a regular file"):
-        formats.read(folder)
+        formats.find_model(folder).read()
 
 
 def llama(tmp_path: Path, change: Callable[[State, tuple[int, ...]], object]) -> Path:
@@ -713,6 +715,6 @@ def test_the_same_tensors_as_in_torch_dist(
 ) -> None:
     """megatron-core itself puts the ranks of one model together, in its distributed format."""
     root = shared_checkpoints / "megatron" / case
-    found, truth = (assembled(formats.read(root / n)) for n in (layout, "mlm_dist"))
+    found, truth = (assembled(formats.find_model(root / n).read()) for n in (layout, "mlm_dist"))
     assert sorted(found) == sorted(truth)
     assert [n for n in truth if found[n] != truth[n]] == []

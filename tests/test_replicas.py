@@ -77,16 +77,16 @@ DIFFERENT: dict[str, Make] = {
 
 @pytest.mark.parametrize("make", EQUAL.values(), ids=EQUAL)
 def test_equal(make: Make, crc: bool, tmp_path: Path) -> None:
-    checkpoint = formats.read(replicated(tmp_path, make, crc=crc))
+    checkpoint = formats.find_model(replicated(tmp_path, make, crc=crc)).read()
     assert checkpoint.facts["replicas_dropped"] == 2
     (tmp_path / "model_world_size_2_rank_0.pt").unlink()
-    assert set(formats.read(tmp_path).tensors) == {"w", "plain"}
+    assert set(formats.find_model(tmp_path).read().tensors) == {"w", "plain"}
 
 
 @pytest.mark.parametrize("make", DIFFERENT.values(), ids=DIFFERENT)
 def test_different(make: Make, crc: bool, tmp_path: Path) -> None:
     with pytest.raises(BadInputError, match="replicas of a tensor differ") as caught:
-        formats.read(replicated(tmp_path, make, crc=crc))
+        formats.find_model(replicated(tmp_path, make, crc=crc)).read()
     told = str(caught.value)
     for part in ("rank_1.pt, ", "rank 0 (model_world_size_2_rank_0.pt)", "rank 1 (model"):
         assert part in told
@@ -97,7 +97,7 @@ def test_different(make: Make, crc: bool, tmp_path: Path) -> None:
 )
 def test_cases_from_outside(case: str, shared_checkpoints: Path) -> None:
     with pytest.raises(BadInputError, match="replicas of a tensor differ"):
-        formats.read(shared_checkpoints / "faults" / "replicas" / case)
+        formats.find_model(shared_checkpoints / "faults" / "replicas" / case).read()
 
 
 def test_any_two_views(tmp_path: Path) -> None:
@@ -143,7 +143,7 @@ def plain(folder: Path, *tensors: torch.Tensor, crc: bool = True) -> Path:
 
 
 def test_plain_tensors_that_differ_are_asked_about(crc: bool, tmp_path: Path) -> None:
-    checkpoint = formats.read(plain(tmp_path, SQUARE, SQUARE + 1, crc=crc))
+    checkpoint = formats.find_model(plain(tmp_path, SQUARE, SQUARE + 1, crc=crc)).read()
     with pytest.raises(BadInputError, match="nothing says which") as caught:
         checks.decide_plain(checkpoint, None)
     told = str(caught.value)
@@ -153,7 +153,7 @@ def test_plain_tensors_that_differ_are_asked_about(crc: bool, tmp_path: Path) ->
 
 
 def test_the_model_tells_pieces_from_diverged_copies(crc: bool, tmp_path: Path) -> None:
-    checkpoint = formats.read(plain(tmp_path, SQUARE, SQUARE + 1, crc=crc))
+    checkpoint = formats.find_model(plain(tmp_path, SQUARE, SQUARE + 1, crc=crc)).read()
     pieces = checks.decide_plain(checkpoint, ModelOf((8, 4)))  # type: ignore[arg-type]
     assert pieces["w"].shape == (8, 4)
     with pytest.raises(BadInputError, match="have diverged") as caught:
@@ -163,16 +163,18 @@ def test_the_model_tells_pieces_from_diverged_copies(crc: bool, tmp_path: Path) 
 
 def test_plain_copies_with_other_strides(crc: bool, tmp_path: Path) -> None:
     copies = (SQUARE, SQUARE.t().contiguous().t())
-    checkpoint = formats.read(plain(tmp_path, *copies, crc=crc))
+    checkpoint = formats.find_model(plain(tmp_path, *copies, crc=crc)).read()
     assert not checkpoint.undecided["w"].differing
 
 
 def test_pieces_that_no_chunking_makes(tmp_path: Path) -> None:
     with pytest.raises(BadInputError, match="cannot be put together"):
-        formats.read(plain(tmp_path, torch.ones(2, 3), torch.ones(5, 3)))
+        formats.find_model(plain(tmp_path, torch.ones(2, 3), torch.ones(5, 3))).read()
 
 
 def test_plain_diverged_from_outside(shared_checkpoints: Path) -> None:
-    checkpoint = formats.read(shared_checkpoints / "faults" / "plain_diverged_no_config")
+    checkpoint = formats.find_model(
+        shared_checkpoints / "faults" / "plain_diverged_no_config"
+    ).read()
     with pytest.raises(BadInputError, match="nothing says which"):
         checks.decide_plain(checkpoint, None)

@@ -122,7 +122,7 @@ def _seal(data: bytearray, pickle: range, directory: int) -> None:
 def convert(source: Path, place: Path) -> tuple[dict[str, bytes], int]:
     """Plan and execute here; return the weight files and how many bytes are unverifiable."""
     plan, out = place / "plan.jsonl", place / "out"
-    checkpoint = formats.read(source, None)
+    checkpoint = formats.find_model(source, None).read()
     with plan.open("w", encoding="utf-8") as stream:
         build_plan(checkpoint, JobOptions(), stream)
     budget = smallest_run_bytes() + _WINDOW_BYTES

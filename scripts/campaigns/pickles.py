@@ -82,7 +82,7 @@ def _rank_file(folder: Path, pickle: bytes) -> None:
 
 
 def _plan(folder: Path) -> None:
-    build_plan(formats.read(folder, None), JobOptions(), io.StringIO())
+    build_plan(formats.find_model(folder, None).read(), JobOptions(), io.StringIO())
 
 
 def _generated(canary: Path, seed: int, number: int) -> bytes:

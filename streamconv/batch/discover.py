@@ -27,23 +27,16 @@ from streamconv.batch.state import holds_batch
 from streamconv.errors import BadInputError, StreamconvError
 from streamconv.files.filesystems import real_path
 from streamconv.files.inputs import cannot_read, reading
+from streamconv.formats import finding
 from streamconv.formats.megatron import rank_folders
+from streamconv.formats.steps import step_number
 
 # Deep enough for every run; links being left out, it ends anyway.
 _MAX_DEPTH = 24
 _MOST_FOLDERS = 20_000
 # What trainers keep in folders like a model's, and what they call the folder of a model's own weights.
 _STATE = re.compile(r"optim|extra|rng|sched|dataload", re.IGNORECASE)
-# The same beside a model, where a model may be called anything.
-_STATE_BESIDE = re.compile(
-    r"(optim(izer)?s?|extra|rng|(lr_?)?sched(uler)?s?|data_?loader)([-_]?states?)?([-_]?\d+)?",
-    re.ASCII | re.IGNORECASE,
-)
 _OWN = frozenset({"dist_ckpt", "model", "model/dist_ckpt"})
-_STEP = re.compile(
-    r"(global_?step|iter|iteration|step|checkpoint|ckpt|epoch)[-_]?(\d{1,18})",
-    re.ASCII | re.IGNORECASE,
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,12 +115,8 @@ def models_of(
 
 
 def is_state(model: str) -> bool:
-    """Whether what stands behind a step is called as a state of training is.
-
-    >>> is_state("extra"), is_state("optim_states"), is_state("actor"), is_state("optimus")
-    (True, True, False, False)
-    """
-    return any(map(_STATE_BESIDE.fullmatch, model.split("/")))
+    """Whether what stands behind a step is called as a state of training is."""
+    return any(map(finding.is_state, model.split("/")))
 
 
 def checkpoints_in(folder: Path) -> Iterator[Path]:
@@ -188,26 +177,6 @@ def _links(folder: Path) -> list[str]:
     with os.scandir(folder) as entries:
         # Not is_dir() of the entry: that raises for a link to itself.
         return sorted(e.name for e in entries if e.is_symlink() and Path(e.path).is_dir())
-
-
-def step_number(name: str) -> int | None:
-    """Return the training step that a folder's name tells, or None.
-
-    >>> step_number("global_step_100"), step_number("iter_0000200"), step_number("actor")
-    (100, 200, None)
-    """
-    match = _STEP.fullmatch(name)
-    return int(match[2]) if match else None
-
-
-def step_kind(name: str) -> str:
-    """Return what the number in a step's name counts: those of one kind can be compared.
-
-    >>> step_kind("global_step_100"), step_kind("epoch-3"), step_kind("actor")
-    ('globalstep', 'epoch', '')
-    """
-    match = _STEP.fullmatch(name)
-    return match[1].lower().replace("_", "") if match else ""
 
 
 class _Walk:

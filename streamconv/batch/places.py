@@ -7,11 +7,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from streamconv import formats
-from streamconv.batch.discover import step_number
 from streamconv.batch.state import holds_batch
 from streamconv.errors import OutputExistsError, StreamconvError, UsageError
 from streamconv.files.filesystems import real_path
 from streamconv.files.names import MANIFEST
+from streamconv.formats.steps import step_number
 
 
 class MisplacedError(UsageError):
@@ -39,7 +39,7 @@ def refuse_inside_checkpoint(output: Path, root: Path, what: str) -> None:
 
 def _is_checkpoint(folder: Path) -> bool:
     try:
-        return formats.detect(folder) is not None
+        return formats.detect(folder, finished=False) is not None
     except (StreamconvError, OSError):
         return False  # not to be looked into; whoever reads it says why
 

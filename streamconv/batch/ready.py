@@ -25,14 +25,12 @@ from pathlib import Path
 
 import xxhash
 
-from streamconv.batch.discover import Candidate, step_number
+from streamconv.batch.discover import Candidate
 from streamconv.batch.walk import walk
 from streamconv.errors import StreamconvError
-from streamconv.files.inputs import open_input
+from streamconv.formats.steps import TRACKERS, named_step, read_tracker_file
 from streamconv.planning.sidefiles import candidates
 
-_TRACKERS = ("latest_checkpointed_iteration.txt", "latest")
-_MAX_TRACKER_BYTES = 4096
 # By how much clocks of the machines that write and convert may differ.
 CLOCK_DOUBT_SECONDS = 3600.0
 
@@ -104,22 +102,11 @@ class Tracker:
 
 def read_tracker(run_dir: Path) -> Tracker | None:
     """Return what the tracker of a run says, None where there is none that can be understood."""
-    for name in _TRACKERS:
-        path = run_dir / name
-        try:
-            fd = open_input(path)
-        except (StreamconvError, OSError):
-            continue
-        try:
-            text = os.read(fd, _MAX_TRACKER_BYTES).decode(errors="replace").strip()
-            mtime = os.fstat(fd).st_mtime_ns
-        except OSError:
-            continue
-        finally:
-            os.close(fd)
-        step = int(text) if text.isdecimal() else step_number(text)
+    for name in TRACKERS:
+        text, mtime_ns = read_tracker_file(run_dir / name) or ("", 0)
+        step = named_step(text)
         if step is not None:
-            return Tracker(step, mtime)
+            return Tracker(step, mtime_ns)
     return None
 
 

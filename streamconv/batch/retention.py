@@ -14,7 +14,7 @@ from itertools import chain
 from pathlib import Path
 
 from streamconv.batch.deletions import OutputFacts, SourceFacts, why_keep_output, why_keep_source
-from streamconv.batch.discover import Candidate, checkpoint_inside, step_kind, step_number
+from streamconv.batch.discover import Candidate, checkpoint_inside
 from streamconv.batch.hooks import awaits_hook, forget_hook
 from streamconv.batch.places import output_inside
 from streamconv.batch.ready import CLOCK_DOUBT_SECONDS, Tracker, look_at
@@ -35,6 +35,7 @@ from streamconv.conversion.job import identify
 from streamconv.errors import LockedError, StreamconvError
 from streamconv.files.filesystems import real_path
 from streamconv.files.names import MANIFEST
+from streamconv.formats.steps import step_kind, step_number
 from streamconv.options import JobOptions
 from streamconv.output.manifest import read_manifest
 from streamconv.units import format_size

@@ -17,7 +17,7 @@ from pathlib import Path, PurePosixPath
 import xxhash
 
 from streamconv import formats
-from streamconv.batch.discover import Candidate, checkpoints_in, step_kind, step_number
+from streamconv.batch.discover import Candidate, checkpoints_in
 from streamconv.batch.leases import boot_clock
 from streamconv.batch.readings import TORCH_SUFFIXES, ZIP, ZIP_END, ZIP_END_BYTES, Readings
 from streamconv.batch.ready import Tracker, lies_still, read_tracker
@@ -26,6 +26,7 @@ from streamconv.batch.walk import Entry, walk
 from streamconv.errors import StreamconvError
 from streamconv.files.jsonfile import read_json
 from streamconv.formats.safetensors_file import read_header
+from streamconv.formats.steps import step_kind, step_number
 from streamconv.torchfile.window import FileWindow
 from streamconv.torchfile.zipdir import hash_directory
 

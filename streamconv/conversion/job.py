@@ -82,7 +82,7 @@ def identify(src: Path, job: JobOptions) -> IdentifiedJob:
 
     location = formats.find_model(src, job.model)
     side_dir, side = side_files(location.root, location.side_dir, job)
-    inputs = [*location.settings(), *adapter_inputs(location.root, job.lora)]
+    inputs = [*formats.settings(location.root), *adapter_inputs(location.root, job.lora)]
     identity = job_identity(location.format, location.identify(), side, job, inputs)
     return IdentifiedJob(location.root, side_dir, tuple(side), identity)
 

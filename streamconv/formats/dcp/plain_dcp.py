@@ -38,6 +38,8 @@ from streamconv.ir.source import Checkpoint, GlobalTensor, Skipped, SourceFile
 from streamconv.torchfile.dcp import DcpIndex, DcpTensor
 
 NAME = "dcp"
+FINISHED = False
+SEVERAL = True
 
 _OPTIMIZER_FOLDER = re.compile(r"optim(izer)?(_\d+)?", re.ASCII)
 _TRAINERS = "optimizer or trainer state"
@@ -59,7 +61,7 @@ def side_dir(path: Path) -> Path | None:
     return side_of(path)
 
 
-def index_file(path: Path) -> Path:
+def index_file(path: Path) -> Path | None:
     """Return the file that describes the others."""
     return path / INDEX
 

@@ -35,6 +35,8 @@ from streamconv.torchfile.rankfiles import read_rank_files
 from streamconv.torchfile.unpickle import no_garbage_collection
 
 NAME = "fsdp"
+FINISHED = False
+SEVERAL = True
 
 _RANK_FILE = re.compile(r"model_world_size_([1-9]\d*)_rank_(0|[1-9]\d*)\.pt", re.ASCII)
 _OTHER_FILE = re.compile(r"(optim|extra_state)_world_size_\d+_rank_\d+\.pt", re.ASCII)
@@ -54,6 +56,11 @@ def detect(path: Path) -> str | None:
 def side_dir(path: Path) -> Path | None:
     """Return the folder with config and tokenizer, where it is there."""
     return side_folder(path)
+
+
+def index_file(_: Path) -> Path | None:
+    """Return None: each rank file describes itself."""
+    return None
 
 
 def identify(path: Path) -> tuple[SourceFile, ...]:

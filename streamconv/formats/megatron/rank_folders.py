@@ -37,6 +37,8 @@ from streamconv.torchfile.stagefile import StageFile, read_stage_file
 from streamconv.torchfile.unpickle import no_garbage_collection
 
 NAME = "megatron_ranks"
+FINISHED = False
+SEVERAL = False
 
 _FOLDER = re.compile(r"mp_rank_(\d{2,})((?:_\d{3,}){0,2})", re.ASCII)
 _FILES = ("model.pt", "model_optim_rng.pt")
@@ -55,6 +57,11 @@ def detect(path: Path) -> str | None:
 def side_dir(path: Path) -> Path | None:
     """Return the folder with config and tokenizer, where it is there."""
     return side_of(_data_folder(path) or path)
+
+
+def index_file(_: Path) -> Path | None:
+    """Return None: each rank file describes itself."""
+    return None
 
 
 def identify(path: Path) -> tuple[SourceFile, ...]:

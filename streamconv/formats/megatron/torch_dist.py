@@ -34,6 +34,8 @@ from streamconv.ir.source import Checkpoint, GlobalTensor, Skipped, SourceFile
 from streamconv.torchfile.dcp import DcpIndex, DcpTensor
 
 NAME = "torch_dist"
+FINISHED = False
+SEVERAL = False
 
 _SIGN = "metadata.json"
 _SUBFOLDERS = (".", "dist_ckpt", "model/dist_ckpt")
@@ -74,7 +76,7 @@ def side_of(folder: Path) -> Path | None:
     return side_folder(*places)
 
 
-def index_file(path: Path) -> Path:
+def index_file(path: Path) -> Path | None:
     """Return the file that describes the others."""
     return (_data_folder(path) or path) / INDEX
 

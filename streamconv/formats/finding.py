@@ -1,0 +1,200 @@
+"""Finds the one model that a path means: a folder of weights, a step, a run, or a file."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from streamconv.errors import BadInputError, UsageError
+from streamconv.files.names import check_file_name
+from streamconv.formats.dcp import plain_dcp
+from streamconv.formats.format import Format, Location
+from streamconv.formats.fsdp import rank_files
+from streamconv.formats.megatron import rank_folders, torch_dist
+from streamconv.formats.steps import TRACKERS, is_step, named_step, read_tracker_file, step_number
+
+FORMATS: tuple[Format, ...] = (
+    rank_files,
+    torch_dist,  # a DCP folder, too: the more special format comes first
+    plain_dcp,
+    rank_folders,
+)
+
+# How deep below the folder of a model its weights may lie: policy/weights/iter_0000000 of NeMo-RL.
+_DEPTH = 3
+# What trainers keep beside a model to go on from.
+_STATE = re.compile(
+    r"(optim(izer)?s?|extra|rng|(lr_?)?sched(uler)?s?|data_?loader)([-_]?states?)?([-_]?\d+)?",
+    re.ASCII | re.IGNORECASE,
+)
+
+
+def is_state(name: str) -> bool:
+    """Whether a folder is called as a state of training is.
+
+    >>> is_state("extra"), is_state("optim_states"), is_state("actor"), is_state("optimus")
+    (True, True, False, False)
+    """
+    return _STATE.fullmatch(name) is not None
+
+
+def detect(path: Path, *, finished: bool = True) -> Location | None:
+    """Return the model that lies in this very place, by the names of its files; None for none.
+
+    Without ``finished`` models that nobody trains any more do not count.
+    """
+    return next(
+        (Location(path, f) for f in FORMATS if (finished or not f.FINISHED) and f.detect(path)),
+        None,
+    )
+
+
+def find_model(path: Path, model: str | None = None) -> Location:
+    """Return where the model lies that ``path`` means.
+
+    ``path`` is a folder of weights (or a file in it), a folder of one training step
+    (``global_step_N``, ``iter_N``), or a run with a single step. ``model`` picks one of several
+    (``actor``).
+    Raises :class:`UsageError` where there are several to choose from, :class:`BadInputError` where
+    there is none.
+    """
+    if not path.exists():
+        raise BadInputError("there is no such checkpoint", where=str(path))
+    check_file_name(str(path.absolute()))
+    if not path.is_dir():  # a file, a pipe, a device
+        path = path.parent
+    if rank_folders.is_rank_folder(path):
+        path = path.parent
+    here = detect(path)
+    if here and model is None:
+        return here
+    found = _in_folders(path)
+    if model in found:
+        return found[model]
+    if here and not found and here.kind.SEVERAL:
+        return here  # is it one of several in one checkpoint? Its names tell (planning.strays)
+    if model is not None and (found or not _steps(path)):
+        raise UsageError(
+            f"there is no model {model!r} in this checkpoint",
+            where=str(path),
+            found=", ".join(found) or "no model in a folder of its own",
+            hint="only `convert` takes all of them" if model == "all" and found else None,
+        )
+    if len(found) == 1:
+        return next(iter(found.values()))
+    if found:
+        raise UsageError(
+            f"{len(found)} models to choose from",
+            where=str(path),
+            found=", ".join(found),
+            hint=f"say which: --model {'|'.join(found)}, or its folder; `convert` has --model all, too",
+        )
+    return _in_run(path, model)
+
+
+def model_names(path: Path) -> tuple[str, ...]:
+    """Return the names of the models to choose from (actor, critic); none where ``path`` is a model."""
+    if not path.is_dir() or detect(path):
+        return ()
+    steps = _steps(path)
+    return tuple(_in_folders(path) or (_in_folders(steps[0]) if len(steps) == 1 else ()))
+
+
+def _in_folders(path: Path) -> dict[str, Location]:
+    """Return the models in the folders of ``path``, each by the name of its folder."""
+    models = {p.name: loc for p in _folders(path) if (loc := _within(p)) is not None}
+    trained = {name: loc for name, loc in models.items() if not loc.kind.FINISHED}
+    return trained or models
+
+
+def _within(folder: Path) -> Location | None:
+    """Return the model of a folder named for it, which may lie deeper.
+
+    NeMo-RL has ``step_10/policy/weights/`` and, with Megatron, ``weights/iter_0000000/``, verl with
+    Megatron ``actor/model/huggingface/``.
+    """
+    level = [folder]
+    for _ in range(_DEPTH):
+        found = next((loc for p in level if (loc := detect(p)) is not None), None)
+        if found is not None:
+            return found
+        below = [p for f in level for p in _folders(f)]
+        level = below or [
+            p for f in level if f.name == "weights" for p in _steps(f) if step_number(p.name) == 0
+        ]
+    return next((loc for p in level if (loc := detect(p)) is not None), None)
+
+
+def _folders(path: Path) -> Iterator[Path]:
+    """Yield the folders that a model may lie in: not those of steps and of states of training."""
+    for p in sorted(path.iterdir()):
+        if not p.name.startswith(".") and p.is_dir() and not (is_step(p.name) or is_state(p.name)):
+            yield p
+
+
+def _in_run(path: Path, model: str | None) -> Location:
+    steps = _steps(path)
+    if len(steps) == 1:
+        return find_model(steps[0], model)
+    if steps:
+        names = [p.name for p in steps]
+        latest, said = _latest(path, steps)
+        raise UsageError(
+            f"this is a run with {len(steps)} training steps, not one checkpoint",
+            where=str(path),
+            found=", ".join(names[:8]) + (f", … {names[-1]}" if len(names) > 8 else ""),
+            hint=f"name one of them: {latest or steps[-1]}"
+            + (f" (the latest, says {said})" if latest else ""),
+        )
+    raise BadInputError(
+        "no checkpoint of a known format",
+        where=str(path),
+        expected="model_world_size_N_rank_R.pt files (verl FSDP), .metadata beside .distcp files "
+        "(torch DCP, Megatron torch_dist) or mp_rank_* folders (Megatron), here or in a folder such as "
+        "actor/",
+        found=_what_is_here(path),
+    )
+
+
+def _steps(path: Path) -> list[Path]:
+    steps = [p for p in path.iterdir() if p.is_dir() and is_step(p.name)]
+    return sorted(steps, key=lambda p: (step_number(p.name) or 0, p.name))
+
+
+def _latest(path: Path, steps: list[Path]) -> tuple[Path | None, str]:
+    """Return the step that a tracker of the run names, and that tracker."""
+    for name in TRACKERS:
+        text, _ = read_tracker_file(path / name) or ("", 0)
+        number = named_step(text)
+        for step in steps if text else ():
+            if step.name == text or (number is not None and step_number(step.name) == number):
+                return step, name
+    return None, ""
+
+
+def _what_is_here(path: Path) -> str:
+    names = sorted(p.name for p in path.iterdir())
+    if not names:
+        return "an empty folder"
+    signs = (
+        ("metadata.json", "a metadata.json, but no index (.metadata) of a checkpoint beside it"),
+        ("zero_to_fp32.py", "a DeepSpeed ZeRO checkpoint, which is not supported yet"),
+    )
+    for sign, meaning in signs:
+        if sign in names:
+            return meaning
+    if any(n.startswith("mp_rank_") for n in names):
+        return "rank folders of Megatron (or files of DeepSpeed) without model.pt or model_optim_rng.pt"
+    if any(n.endswith(".distcp") for n in names):
+        return ".distcp files without .metadata: files that begin with a dot were not copied"
+    if any(n in names for n in ("adapter_model.safetensors", "adapter_model.bin")):
+        return (
+            "an adapter as PEFT saves it, which is not merged here: PeftModel.from_pretrained loads it "
+            "onto its base model, merge_and_unload merges it"
+        )
+    if any(n.endswith(".safetensors") for n in names):
+        return "safetensors files: this is a HuggingFace model already"
+    if any(n.startswith("optim_world_size_") for n in names):
+        return "optimizer state without the model's rank files"
+    return ", ".join(names[:8]) + (" …" if len(names) > 8 else "")

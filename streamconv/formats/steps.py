@@ -1,0 +1,78 @@
+"""The names that trainers give to the folder of a training step, and the files that tell the newest.
+
+``global_step_100`` (verl, SkyRL), ``iter_0000100`` and ``release`` (Megatron), ``checkpoint-100``
+(transformers, Axolotl, LLaMA-Factory), ``step-100`` (torchtitan), ``step_100`` (NeMo-RL, prime-rl),
+``epoch_1_step_100`` (NeMo Automodel), ``ep1-ba100`` (Composer), ``epoch0epochstep4globalstep100``
+(AReaL), ``epoch=1-step=100.ckpt`` (Lightning).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from streamconv.errors import StreamconvError
+from streamconv.files.inputs import open_input
+
+TRACKERS = (
+    "latest_checkpointed_iteration.txt",  # verl, Megatron
+    "latest_ckpt_global_step.txt",  # SkyRL
+    "latest",  # DeepSpeed
+)
+"""Files of a run that name its newest whole step, by its number or its folder."""
+
+_STEP = re.compile(
+    r"(?:epoch[_=]?\d+[-_]?(?:epochstep\d+)?|ep\d+-)?"
+    r"(global_?step|iter|iteration|step|checkpoint|ckpt|epoch|ba)[-_=]?(\d{1,18})(?:\.ckpt)?",
+    re.ASCII | re.IGNORECASE,
+)
+_RELEASE = "release"  # Megatron's folder of a model that no training made
+_MAX_TRACKER_BYTES = 4096
+
+
+def step_number(name: str) -> int | None:
+    """Return the training step that a folder's name tells, or None.
+
+    >>> step_number("global_step_100"), step_number("iter_0000200"), step_number("actor")
+    (100, 200, None)
+    >>> step_number("ep1-ba30"), step_number("epoch_2_step_40"), step_number("epoch=1-step=50.ckpt")
+    (30, 40, 50)
+    """
+    match = _STEP.fullmatch(name)
+    return int(match[2]) if match else None
+
+
+def step_kind(name: str) -> str:
+    """Return what the number in a step's name counts: those of one kind can be compared.
+
+    >>> step_kind("global_step_100"), step_kind("epoch-3"), step_kind("ep1-ba30"), step_kind("actor")
+    ('globalstep', 'epoch', 'ba', '')
+    """
+    match = _STEP.fullmatch(name)
+    return match[1].lower().replace("_", "") if match else ""
+
+
+def is_step(name: str) -> bool:
+    """Whether a folder of this name is one step of a run, and no model's."""
+    return name == _RELEASE or step_number(name) is not None
+
+
+def read_tracker_file(file: Path) -> tuple[str, int] | None:
+    """Return what a tracker file says and when it was written (ns); None where it cannot be read."""
+    try:
+        fd = open_input(file)
+    except (StreamconvError, OSError):
+        return None
+    try:
+        text = os.read(fd, _MAX_TRACKER_BYTES).decode(errors="replace").strip()
+        return text, os.fstat(fd).st_mtime_ns
+    except OSError:
+        return None
+    finally:
+        os.close(fd)
+
+
+def named_step(text: str) -> int | None:
+    """Return the step that a tracker's text names: a number, or a folder's name."""
+    return int(text) if text.isdecimal() and text.isascii() else step_number(text)
