@@ -220,9 +220,8 @@ def test_verify_finds_names_that_peft_does_not_load():
     assert len(problems(*(f"model.{n}" for n in pair))) == 2
 
 
-def test_a_folder_of_peft_is_named_as_such(tmp_path):
+def test_an_adapter_whose_config_was_not_copied(tmp_path):
     (tmp_path / "adapter_model.safetensors").write_bytes(b"")
-    (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(BadInputError) as caught:
         streamconv.plan(tmp_path)
-    assert "an adapter as PEFT saves it" in caught.value.found
+    assert "without adapter_config.json" in caught.value.found

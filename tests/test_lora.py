@@ -383,7 +383,7 @@ def test_a_rank_that_a_pattern_says_is_named_as_such(checkpoints, tmp_path):
     for options in ({}, {"lora_rank": 4}):
         with pytest.raises(BadInputError, match="rank is not what") as caught:
             convert(src, tmp_path / "out", **options)
-        assert "not rank_pattern in lora_adapter/adapter_config.json" in caught.value.hint
+        assert "not rank_pattern in adapter_config.json" in caught.value.hint
 
 
 def test_an_adapter_that_diverged_is_not_merged_and_not_handed_on_in_silence(checkpoints, tmp_path):

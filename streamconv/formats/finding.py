@@ -8,6 +8,7 @@ from pathlib import Path
 
 from streamconv.errors import BadInputError, UsageError
 from streamconv.files.names import check_file_name
+from streamconv.formats import peft_folder
 from streamconv.formats.dcp import plain_dcp
 from streamconv.formats.format import Format, Location
 from streamconv.formats.fsdp import rank_files
@@ -19,6 +20,7 @@ FORMATS: tuple[Format, ...] = (
     torch_dist,  # a DCP folder, too: the more special format comes first
     plain_dcp,
     rank_folders,
+    peft_folder,
 )
 
 # How deep below the folder of a model its weights may lie: policy/weights/iter_0000000 of NeMo-RL.
@@ -72,7 +74,8 @@ def find_model(path: Path, model: str | None = None) -> Location:
     found = _in_folders(path)
     if model in found:
         return found[model]
-    if here and not found and here.kind.SEVERAL:
+    trained = any(not loc.kind.FINISHED for loc in found.values())
+    if here and not trained and here.kind.SEVERAL:
         return here  # is it one of several in one checkpoint? Its names tell (planning.strays)
     if model is not None and (found or not _steps(path)):
         raise UsageError(
@@ -190,8 +193,7 @@ def _what_is_here(path: Path) -> str:
         return ".distcp files without .metadata: files that begin with a dot were not copied"
     if any(n in names for n in ("adapter_model.safetensors", "adapter_model.bin")):
         return (
-            "an adapter as PEFT saves it, which is not merged here: PeftModel.from_pretrained loads it "
-            "onto its base model, merge_and_unload merges it"
+            "an adapter as PEFT saves it without adapter_config.json, which says how it was trained"
         )
     if any(n.endswith(".safetensors") for n in names):
         return "safetensors files: this is a HuggingFace model already"

@@ -35,7 +35,7 @@ def identify(folder: Path) -> tuple[SourceFile, ...]:
 
     Raises :class:`UsageError` where there are none, :class:`BadInputError` for a damaged index.
     """
-    return tuple(_identify(path) for path in _files(folder))
+    return tuple(identify_file(path) for path in _files(folder))
 
 
 def read(folder: Path, first_file: int) -> tuple[tuple[SourceFile, ...], dict[str, GlobalTensor]]:
@@ -48,9 +48,9 @@ def read(folder: Path, first_file: int) -> tuple[tuple[SourceFile, ...], dict[st
                 raise BadInputError(
                     "two files hold a tensor of one name", where=str(path), found=name
                 )
-            found[name] = _tensor(tensor, number)
+            found[name] = global_tensor(tensor, number, "whole, of the base model")
     _check_index(folder, found)
-    return tuple(map(_identify, paths)), found
+    return tuple(map(identify_file, paths)), found
 
 
 def _files(folder: Path) -> list[Path]:
@@ -80,7 +80,11 @@ def _check_index(folder: Path, found: dict[str, GlobalTensor]) -> None:
         )
 
 
-def _identify(path: Path) -> SourceFile:
+def identify_file(path: Path, name: str = "") -> SourceFile:
+    """Return a safetensors file with size, time and hash of its header.
+
+    It is called ``name``, or where it lies: a plan's root is the checkpoint's.
+    """
     try:
         fd = open_input(path)
     except FileNotFoundError as error:
@@ -93,9 +97,8 @@ def _identify(path: Path) -> SourceFile:
         while left and (piece := stream.read(min(left, _STEP_NBYTES))):
             digest.update(piece)
             left -= len(piece)
-    # Absolute, for the plan's root is the checkpoint's.
     return SourceFile(
-        str(path.absolute()),
+        name or str(path.absolute()),
         stat.st_size,
         stat.st_mtime_ns,
         digest.hexdigest(),
@@ -103,7 +106,8 @@ def _identify(path: Path) -> SourceFile:
     )
 
 
-def _tensor(tensor: FileTensor, file: int) -> GlobalTensor:
+def global_tensor(tensor: FileTensor, file: int, placement: str) -> GlobalTensor:
+    """Return a tensor of file number ``file``; ``placement`` is for people."""
     nbytes = tensor.end - tensor.begin
     table = ShardTable(
         files=array("I", [file]),
@@ -116,4 +120,4 @@ def _tensor(tensor: FileTensor, file: int) -> GlobalTensor:
     layout = ShardLayout(
         tensor.shape, (Box.whole(tensor.shape),), (contiguous_strides(tensor.shape),), (0,)
     )
-    return GlobalTensor(tensor.name, tensor.dtype, layout, table, "whole, of the base model")
+    return GlobalTensor(tensor.name, tensor.dtype, layout, table, placement)

@@ -23,7 +23,7 @@ from streamconv.ir.dtypes import F32
 from streamconv.ir.recipe import AddProduct, Cast, Gather, Part, Recipe, SourceRef, View
 from streamconv.ir.source import Checkpoint, GlobalTensor, Skipped
 from streamconv.lora.names import FOREIGN, ORIGINAL, PART, PARTS, SAVED, canonical
-from streamconv.lora.settings import FILES, PREFIX, Settings
+from streamconv.lora.settings import CONFIG, PREFIX, Settings
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,7 +175,7 @@ def settle(settings: Settings, adapter: Adapter) -> Settings:
                 expected=f"rank {said}",
                 found=f"rank {rank} in the shape of its factors",
                 hint="do the settings belong to this checkpoint? --lora-rank N overrules r, but not "
-                f"rank_pattern in {FILES[1]}",
+                f"rank_pattern in {CONFIG}",
             )
     plain = [t for t in adapter.targets.values() if "lora_magnitude_vector" not in t.parts]
     if plain and (settings.dora or adapter.dora):

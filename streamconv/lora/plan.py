@@ -9,7 +9,7 @@ from pathlib import Path
 
 from streamconv.errors import BadInputError, UsageError
 from streamconv.files.durable import hash_file
-from streamconv.formats import safetensors_folder
+from streamconv.formats import peft_folder, safetensors_folder
 from streamconv.ir.identity import identified
 from streamconv.ir.planned import SideFile, TextFile
 from streamconv.ir.recipe import Recipe
@@ -239,6 +239,13 @@ def plan_lora(checkpoint: Checkpoint, options: LoraOptions) -> LoraPlan | None:
         settings.check_unchanged_base()
         found, adapter = _with_base(found, adapter, options.base)
     mode = options.mode
+    if mode == "auto" and checkpoint.format == peft_folder.NAME and options.base is None:
+        raise UsageError(
+            "this is an adapter as PEFT saves it, and a model is made of it with its base model only",
+            where=str(checkpoint.root),
+            hint="name the folder of the model that it was trained on (--base DIR); --lora adapter "
+            "writes the adapter again, checked",
+        )
     if mode == "auto":
         mode = "merge" if held or options.base is not None else "adapter"
     if mode != "merge":

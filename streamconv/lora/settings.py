@@ -1,8 +1,9 @@
 """The settings of a LoRA adapter: read from what lies beside the rank files, written for PEFT.
 
 ``lora_train_meta.json`` (newer verl: ``r``, ``lora_alpha``, ``task_type``) and
-``lora_adapter/adapter_config.json`` (verl writes PEFT's own settings there). Both are data of
-strangers: only the keys below are taken, for a PEFT config can also name code to import.
+``lora_adapter/adapter_config.json`` (verl writes PEFT's own settings there), ``run_config.yaml``
+(Megatron-Bridge) and ``args.json`` (ms-swift). All are data of strangers: only the keys below are
+taken, for a PEFT config can also name code to import.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ import xxhash
 
 from streamconv.errors import BadInputError
 from streamconv.files.inputs import readable
+from streamconv.files.jsonfile import object_or_empty
+from streamconv.formats.megatron.run_yaml import settings_below
 from streamconv.ir.planned import TextFile
 from streamconv.options import LoraOptions
 
@@ -29,6 +32,20 @@ CONFIG = "adapter_config.json"
 # Beside an adapter these would say that the folder is a model.
 OF_A_MODEL = ("config.json", "generation_config.json")
 FILES = ("lora_train_meta.json", "lora_adapter/adapter_config.json")
+# Where else trainers say how an adapter was trained: seen from the weights, whose folder may be one of
+# several in the trainer's.
+_PLACES = (
+    *FILES,
+    "model/huggingface/adapter/adapter_config.json",  # verl with Megatron
+    "huggingface/adapter/adapter_config.json",
+    "../huggingface/adapter/adapter_config.json",
+    "../adapter_config.json",
+    "run_config.yaml",  # Megatron-Bridge
+    "../run_config.yaml",
+    "args.json",  # ms-swift
+    "../args.json",
+)
+_BY_USER = "the command line"
 _MAX_NBYTES = 1 << 20
 _NAME = re.compile(r"\^?(?:[\w.-]|\\\.)+\$?", re.ASCII)
 _T = TypeVar("_T")
@@ -41,6 +58,42 @@ _KEPT_KEYS = (
     "init_lora_weights",
     "lora_dropout",
     "task_type",
+)
+
+# What these say has no part in what the adapter computes once it is loaded.
+IDLE = frozenset(
+    (
+        "auto_mapping",
+        "base_model_name_or_path",
+        "corda_config",
+        "ensure_weight_tying",
+        "eva_config",
+        "inference_mode",
+        "init_lora_weights",
+        "loftq_config",
+        "lora_dropout",
+        "lora_ga_config",
+        "megatron_config",
+        "megatron_core",
+        "peft_type",
+        "peft_version",
+        "qalora_group_size",
+        "revision",
+        "runtime_config",
+        "task_type",
+    )
+)
+# What these say shows in the adapter's tensors.
+_SHOWN = frozenset(
+    (
+        "bias",
+        "exclude_modules",
+        "layers_pattern",
+        "layers_to_transform",
+        "lora_bias",
+        "modules_to_save",
+        "target_modules",
+    )
 )
 
 
@@ -74,7 +127,7 @@ class Settings:
             raise BadInputError(
                 "this adapter was trained on altered base weights: added to the base model's own, it "
                 "would give another model",
-                found=f"init_lora_weights {how!r} in {FILES[1]}",
+                found=f"init_lora_weights {how!r} in {CONFIG}",
                 hint="convert a checkpoint that holds the base weights, or merge it with PEFT",
             )
 
@@ -84,7 +137,7 @@ class Settings:
         if bias != "none":
             raise BadInputError(
                 "the model's biases were trained too, and an adapter's folder would lack them",
-                found=f"bias {bias!r} in {FILES[1]}",
+                found=f"bias {bias!r} in {CONFIG}",
                 hint="merge it: --lora merge (and --base DIR where there are no base weights)",
             )
 
@@ -110,11 +163,49 @@ def _by_pattern(patterns: Mapping[str, _T], module: str, default: _T) -> _T:
 
 def hashes(root: Path) -> list[tuple[str, str]]:
     """Return (name, xxh3_128) of the settings files that are there: they take part in the output."""
-    return [
-        (name, xxhash.xxh3_128_hexdigest(_read(root / name)))
-        for name in FILES
-        if (root / name).is_file()
-    ]
+    return [(name, xxhash.xxh3_128_hexdigest(_read(root / name))) for name, _ in _beside(root)]
+
+
+def _beside(root: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Yield (name, settings) of the files that say how the adapter in ``root`` was trained."""
+    # Several adapters of PEFT lie in each other's folders: each has its own.
+    places = (CONFIG,) if (root / CONFIG).is_file() else _PLACES
+    for name in places:
+        path = root / name
+        if not path.is_file():
+            continue
+        if path.suffix == ".yaml":
+            data = _of_bridge(path)
+        elif path.name == "args.json":
+            data = _of_swift(path)
+        else:
+            data = read_object(path)
+        if data is not None:
+            yield name, data
+
+
+def _of_bridge(path: Path) -> Mapping[str, Any] | None:
+    """Return PEFT's names for what Megatron-Bridge's run_config.yaml says; None without an adapter."""
+    told = settings_below(path, ("peft",), {"dim", "alpha", "normalize_moe_lora"})
+    if not _is_alpha(told.get("alpha")):
+        return None
+    # With it the experts have a rank of their own, by which their alpha is divided.
+    rank = told.get("dim") if _is_rank(told.get("dim")) else None
+    return {"lora_alpha": told["alpha"], "r": None if told.get("normalize_moe_lora") else rank}
+
+
+def _of_swift(path: Path) -> Mapping[str, Any] | None:
+    """Return PEFT's names for what ms-swift's args.json says; None where it trained no adapter."""
+    told = object_or_empty(path, most_bytes=_MAX_NBYTES)
+    kinds = [told.get("tuner_type"), told.get("train_type")]
+    if not any(isinstance(k, str) and k.startswith("lora") for k in kinds):
+        return None
+    found = {
+        "lora_alpha": told.get("lora_alpha"),
+        "r": told.get("lora_rank"),
+        "use_rslora": told.get("use_rslora"),
+    }
+    return {k: v for k, v in found.items() if _CHECKS[k](v)}
 
 
 def _read(path: Path) -> bytes:
@@ -137,12 +228,9 @@ def read_settings(root: Path, options: LoraOptions) -> Settings:
         "use_rslora": options.rslora or None,
     }
     found: dict[str, Any] = {k: v for k, v in given.items() if v is not None}
-    origins = dict.fromkeys(found, "the command line")
+    origins = dict.fromkeys(found, _BY_USER)
     kept: dict[str, Any] = {}
-    for name in FILES:
-        if not (root / name).is_file():
-            continue
-        data = read_object(root / name)
+    for name, data in _beside(root):
         kind = data.get("peft_type")
         if kind not in (None, "LORA"):
             raise BadInputError(
@@ -152,10 +240,12 @@ def read_settings(root: Path, options: LoraOptions) -> Settings:
                 expected="LORA",
                 hint="merge it with PEFT",
             )
+        if Path(name).name == CONFIG:
+            _refuse_unknown(data, root / name)
         for key, value in _checked(data, root / name):
             if key not in found:
                 found[key], origins[key] = value, name
-            elif found[key] != value and key in ("lora_alpha", "r") and origins[key] in FILES:
+            elif found[key] != value and key in ("lora_alpha", "r") and origins[key] != _BY_USER:
                 raise BadInputError(
                     f"two files disagree about the adapter's {key}",
                     where=str(root),
@@ -174,6 +264,19 @@ def read_settings(root: Path, options: LoraOptions) -> Settings:
         kept=kept,
         origin=origins.get("lora_alpha", ""),
     )
+
+
+def _refuse_unknown(data: Mapping[str, Any], path: Path) -> None:
+    """Raise :class:`BadInputError` for settings that may say what no tensor shows."""
+    known = _CHECKS.keys() | _SHOWN | IDLE
+    others = sorted(k for k, v in data.items() if v and k not in known)
+    if others:
+        raise BadInputError(
+            "the adapter has settings that are not known",
+            where=str(path),
+            found=", ".join(f"{k} {json.dumps(data[k])}"[:60] for k in others[:3]),
+            hint="merge it with PEFT",
+        )
 
 
 def is_adapter(folder: Path) -> bool:

@@ -19,36 +19,13 @@ from streamconv.formats.safetensors_file import FileTensor, read_header
 from streamconv.lora import fit
 from streamconv.lora.adapters import Adapter, Target
 from streamconv.lora.names import PART, canonical
-from streamconv.lora.settings import CONFIG, WEIGHTS, checked_settings, read_object
+from streamconv.lora.settings import CONFIG, IDLE, WEIGHTS, checked_settings, read_object
 from streamconv.planning.sidefiles import read_config
 from streamconv.system.children import serve
 
 # Beyond what is checked with the settings of a conversion, where an alpha of 0 means an unknown one.
 _TAKEN = ("bias", "layers_to_transform", "lora_alpha", "lora_bias", "modules_to_save")
 _PATTERNS = ("target_modules", "exclude_modules", "layers_pattern")
-# What these say has no part in what the adapter computes once it is loaded.
-_IDLE = frozenset(
-    (
-        "auto_mapping",
-        "base_model_name_or_path",
-        "corda_config",
-        "ensure_weight_tying",
-        "eva_config",
-        "inference_mode",
-        "init_lora_weights",
-        "loftq_config",
-        "lora_dropout",
-        "lora_ga_config",
-        "megatron_config",
-        "megatron_core",
-        "peft_type",
-        "peft_version",
-        "qalora_group_size",
-        "revision",
-        "runtime_config",
-        "task_type",
-    )
-)
 # Names and alternatives of them: what _targets in adapter_config writes, and nothing that repeats.
 _NAMES = re.compile(r"(?:[\w|-]|\\?\.|\\-)+", re.ASCII)
 
@@ -142,7 +119,7 @@ def _settings(folder: Path) -> dict[str, Any]:
             )
         if value is not None:
             settings[key] = value
-    others = sorted(k for k in data if data[k] and k not in {*settings, *_IDLE})
+    others = sorted(k for k in data if data[k] and k not in {*settings, *IDLE})
     if others:
         raise UsageError(
             "the adapter has settings that are not known",

@@ -1,0 +1,136 @@
+"""A folder that PEFT saved is a source: merged into its base model, or written again, checked."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import streamconv
+from streamconv.errors import BadInputError, UsageError
+from streamconv.formats import find_model
+from tests.test_lora import convert, load, trained
+
+PREFIX = "base_model.model."
+
+pytestmark = [
+    pytest.mark.usefixtures("planned_here"),
+    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning"),
+]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Return PEFT's folder with safetensors, one with a torch file, the base model, PEFT's model."""
+    path = tmp_path_factory.mktemp("peft")
+    _, base, model = trained(path, target_modules=["q_proj", "down_proj"])
+    model.save_pretrained(path / "safetensors")
+    model.save_pretrained(path / "bin", safe_serialization=False)
+    return path / "safetensors", path / "bin", base, model
+
+
+@pytest.mark.parametrize("kind", [0, 1], ids=["safetensors", "torch file"])
+@pytest.mark.parametrize("mode", ["auto", "merge"])
+def test_it_is_merged_as_peft_merges(kind, mode, made, tmp_path):
+    src, base = made[kind], made[2]
+    convert(src, tmp_path / "out", lora=mode, base=base)
+    found, plain, factors = (
+        load(tmp_path / "out"),
+        load(base),
+        load_file(made[0] / "adapter_model.safetensors"),
+    )
+    settings = json.loads((made[0] / "adapter_config.json").read_text())
+    for name, weight in plain.items():
+        module = PREFIX + name.removesuffix(".weight")
+        if f"{module}.lora_A.weight" in factors:
+            a, b = (factors[f"{module}.lora_{x}.weight"] for x in "AB")
+            weight = weight + settings["lora_alpha"] / settings["r"] * (b @ a)
+        torch.testing.assert_close(found[name], weight, rtol=1e-6, atol=1e-7)
+    assert found.keys() == plain.keys()
+    assert (tmp_path / "out/config.json").is_file()
+    assert streamconv.verify(tmp_path / "out", source=src).passed
+
+
+@pytest.mark.parametrize("kind", [0, 1], ids=["safetensors", "torch file"])
+def test_it_is_written_again(kind, made, tmp_path):
+    convert(made[kind], tmp_path / "out", lora="adapter", base=made[2])
+    truth = load_file(made[0] / "adapter_model.safetensors")
+    found = load(tmp_path / "out")
+    assert found.keys() == truth.keys()
+    assert all(torch.equal(found[n], truth[n]) for n in truth)
+    config = json.loads((tmp_path / "out/adapter_config.json").read_text())
+    expected = json.loads((made[0] / "adapter_config.json").read_text())
+    assert (config["lora_alpha"], config["r"]) == (expected["lora_alpha"], expected["r"])
+
+
+def test_without_its_base_model_the_way_is_named(made, tmp_path):
+    with pytest.raises(UsageError, match="with its base model only") as caught:
+        convert(made[0], tmp_path / "out")
+    assert "--base DIR" in str(caught.value.hint)
+    with pytest.raises(BadInputError, match="does not hold the weight") as caught:
+        convert(made[0], tmp_path / "out", lora="merge")
+    assert "--base DIR" in str(caught.value.hint)
+
+
+def test_names_that_the_base_lacks(made, tmp_path):
+    for mode in ("adapter", "merge"):
+        src = _changed(made[0], tmp_path / mode, names=lambda n: n.replace("q_proj", "z_proj"))
+        with pytest.raises(BadInputError, match=r"are not in Qwen2ForCausalLM"):
+            convert(src, tmp_path / "out", lora=mode, base=made[2])
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"layer_replication": [[0, 2]]},
+        {"use_qalora": True},
+        {"target_parameters": ["experts.down_proj"]},
+    ],
+)
+def test_settings_that_no_tensor_shows_are_not_passed_over(settings, made, tmp_path):
+    src = _changed(made[0], tmp_path / "src", settings=settings)
+    with pytest.raises(BadInputError, match="settings that are not known"):
+        convert(src, tmp_path / "out", base=made[2])
+
+
+def test_every_setting_of_pefts_own_is_known(made, tmp_path):
+    """What LoraConfig writes when nothing is said must not stop anybody."""
+    config = peft.LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "down_proj"])
+    src = _changed(
+        made[0], tmp_path / "src", settings={k: v for k, v in config.to_dict().items() if v}
+    )
+    settings = json.loads((made[0] / "adapter_config.json").read_text())
+    convert(
+        src,
+        tmp_path / "out",
+        base=made[2],
+        lora_alpha=settings["lora_alpha"],
+        lora_rank=settings["r"],
+    )
+
+
+def test_beside_a_checkpoint_it_is_no_model_to_choose(made, tmp_path):
+    """verl keeps one in the folder of the rank files."""
+    src, _, model = trained(tmp_path / "run", target_modules=["q_proj"])
+    model.save_pretrained(src / "lora_adapter")
+    assert find_model(src).format == find_model(src, "actor").format == "fsdp"
+
+
+def _changed(src: Path, path: Path, *, names=lambda n: n, settings=None) -> Path:
+    from safetensors.torch import save_file
+
+    path.mkdir()
+    tensors = load_file(src / "adapter_model.safetensors")
+    save_file({names(n): t for n, t in tensors.items()}, path / "adapter_model.safetensors")
+    config = json.loads((src / "adapter_config.json").read_text())
+
+    def plain(value):
+        return sorted(value) if isinstance(value, set) else value
+
+    config |= {k: plain(v) for k, v in (settings or {}).items()}
+    (path / "adapter_config.json").write_text(json.dumps(config))
+    return path
