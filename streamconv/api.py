@@ -26,6 +26,7 @@ from streamconv.options import (
     Layout,
     LoraMode,
     LoraOptions,
+    Masters,
     Notice,
     Result,
     RunOptions,
@@ -63,6 +64,7 @@ class JobKeywords(TypedDict, total=False):
     lora_rslora: bool
     allow_zero_delta: bool
     value_head: ValueHead
+    masters: Masters
 
 
 def convert(
@@ -369,6 +371,7 @@ def job_options(
     lora_rslora: bool = False,
     allow_zero_delta: bool = False,
     value_head: ValueHead = "keep",
+    masters: Masters = "yes",
 ) -> JobOptions:
     """Return the options that decide the output; raises :class:`UsageError`."""
     if isinstance(keep_dtype, str):
@@ -385,6 +388,7 @@ def job_options(
         family=family,
         lora=LoraOptions(lora, folder, lora_alpha, lora_rank, lora_rslora, allow_zero_delta),
         value_head=value_head,
+        masters=masters,
     )
 
 

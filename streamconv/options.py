@@ -13,6 +13,7 @@ from streamconv.errors import UsageError
 Layout = Literal["hub", "memory"]
 DTypeChoice = Literal["keep", "auto", "bfloat16", "float16", "float32"]
 ValueHead = Literal["keep", "drop"]
+Masters = Literal["yes", "no"]
 LoraMode = Literal["auto", "merge", "adapter", "both"]
 
 DEFAULT_SHARD_BYTES = 5 * 10**9
@@ -69,7 +70,8 @@ class JobOptions:
     file; a tensor is never split. ``strict``: refuse tensors that the model does not know.
     ``hf_config``: a folder to take config, tokenizer and the other side files from. ``family``: whose
     rules turn Megatron's tensors into HuggingFace's; None means what config.json's model type says.
-    ``value_head``: whether the head that trl adds to a causal model is written.
+    ``value_head``: whether the head that trl adds to a causal model is written. ``masters``: whether
+    the fp32 masters are taken where a checkpoint has them beside the 16-bit weights.
     """
 
     layout: Layout = "hub"
@@ -82,9 +84,11 @@ class JobOptions:
     family: str | None = None
     lora: LoraOptions = field(default_factory=LoraOptions)
     value_head: ValueHead = "keep"
+    masters: Masters = "yes"
 
     def __post_init__(self) -> None:
         _check_choice("value head", self.value_head, ValueHead)
+        _check_choice("masters", self.masters, Masters)
         _check_choice("layout", self.layout, Layout)
         _check_choice("dtype", self.dtype, DTypeChoice)
         if self.max_shard_bytes <= 0:
@@ -103,6 +107,7 @@ class JobOptions:
             "family": self.family,
             "lora": self.lora.to_json(),
             "value_head": self.value_head,
+            "masters": self.masters,
         }
 
     @staticmethod
@@ -119,6 +124,7 @@ class JobOptions:
             family=data.get("family"),
             lora=LoraOptions.from_json(data.get("lora", {})),
             value_head=data.get("value_head", "keep"),
+            masters=data.get("masters", "yes"),
         )
 
 

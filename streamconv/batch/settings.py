@@ -31,7 +31,15 @@ from streamconv.batch.state import STATUS
 from streamconv.errors import BadInputError, UsageError
 from streamconv.files.filesystems import real_path
 from streamconv.files.inputs import local_path
-from streamconv.options import DTypeChoice, JobOptions, Layout, LoraMode, LoraOptions, ValueHead
+from streamconv.options import (
+    DTypeChoice,
+    JobOptions,
+    Layout,
+    LoraMode,
+    LoraOptions,
+    Masters,
+    ValueHead,
+)
 from streamconv.units import parse_duration, parse_size
 
 
@@ -110,6 +118,7 @@ class RunSettings(_Strict):
     lora_rslora: bool = False
     allow_zero_delta: bool = False
     value_head: ValueHead = "keep"
+    masters: Masters = "yes"
     overwrite: bool = False
 
     @property
@@ -142,6 +151,7 @@ class RunSettings(_Strict):
                 self.allow_zero_delta,
             ),
             value_head=self.value_head,
+            masters=self.masters,
         )
 
 

@@ -14,7 +14,7 @@ from streamconv.errors import shown
 from streamconv.files.inputs import local_path
 
 if TYPE_CHECKING:
-    from streamconv.options import DTypeChoice, Layout, LoraMode, ValueHead
+    from streamconv.options import DTypeChoice, Layout, LoraMode, Masters, ValueHead
 
 app = typer.Typer(
     add_completion=False,
@@ -125,6 +125,14 @@ ValueHeadOption = Annotated[
         "--value-head", metavar="KEEP", help="keep or drop the v_head that trl adds to a model."
     ),
 ]
+MastersOption = Annotated[
+    str,
+    typer.Option(
+        "--masters",
+        metavar="YES",
+        help="no takes the 16-bit weights where a checkpoint (DeepSpeed) has fp32 masters beside them.",
+    ),
+]
 AllowZeroDelta = Annotated[
     bool, typer.Option("--allow-zero-delta", help="Take an adapter that changes nothing.")
 ]
@@ -214,6 +222,7 @@ def convert(
     lora_rslora: LoraRslora = False,
     allow_zero_delta: AllowZeroDelta = False,
     value_head: ValueHeadOption = "keep",
+    masters: MastersOption = "yes",
     overwrite: Overwrite = False,
     no_sync: NoSync = False,
     direct: Direct = False,
@@ -247,6 +256,7 @@ def convert(
         "lora_rslora": lora_rslora,
         "allow_zero_delta": allow_zero_delta,
         "value_head": value_head,
+        "masters": masters,
         "overwrite": overwrite,
         "sync": not no_sync,
         "direct": direct,
@@ -292,6 +302,7 @@ def plan(
     lora_rslora: LoraRslora = False,
     allow_zero_delta: AllowZeroDelta = False,
     value_head: ValueHeadOption = "keep",
+    masters: MastersOption = "yes",
     json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -318,6 +329,7 @@ def plan(
         lora_rslora=lora_rslora,
         allow_zero_delta=allow_zero_delta,
         value_head=cast("ValueHead", value_head),
+        masters=cast("Masters", masters),
         output=output,
     )
     report = plan_report(made, dst, api.memory_bytes(max_mem))

@@ -24,6 +24,7 @@ VALUE_OPTIONS = frozenset(
         "--lora-alpha",
         "--lora-rank",
         "--value-head",
+        "--masters",
         "--hf-upload-path",
         "--hook-limit",
         "--checksum",

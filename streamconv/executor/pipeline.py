@@ -267,8 +267,7 @@ class _Pipeline:
                 for segment in window.segments:
                     tensor = segment.tensor
                     if segment.hi * tensor.dtype.itemsize == tensor.nbytes:
-                        for k in tensor.last:
-                            self._checks.finish(tensor.sources[k])
+                        self._checks.finish(tensor.ended_records())
             self._full.put(None)
         except BaseException as error:  # noqa: BLE001 - handed to the thread that waits
             self._full.put(error)

@@ -87,10 +87,13 @@ class RecordChecks:
                 seen.verified = True
                 seen.coverage = Coverage()
 
-    def finish(self, source: PlannedSource) -> None:
-        """Complete the records of ``source`` that were read in part, and forget them all."""
+    def finish(self, records: Iterable[tuple[PlannedSource, Record]]) -> None:
+        """Complete the records that were read in part, and forget them all.
+
+        Each comes with a tensor that it holds.
+        """
         buffer: memoryview | None = None
-        for record in source.shards:
+        for source, record in records:
             seen = self._seen.get((record.file, record.start))
             if seen is None:
                 continue

@@ -10,6 +10,8 @@ from streamconv.errors import BadInputError, UsageError
 from streamconv.files.names import check_file_name
 from streamconv.formats import peft_folder
 from streamconv.formats.dcp import plain_dcp
+from streamconv.formats.deepspeed import checkpoint as deepspeed
+from streamconv.formats.deepspeed.folder import latest_tag
 from streamconv.formats.format import Format, Location
 from streamconv.formats.fsdp import rank_files
 from streamconv.formats.megatron import rank_folders, torch_dist
@@ -20,6 +22,7 @@ FORMATS: tuple[Format, ...] = (
     torch_dist,  # a DCP folder, too: the more special format comes first
     plain_dcp,
     rank_folders,
+    deepspeed,  # before what lies beside it with the same weights in 16 bits
     peft_folder,
 )
 
@@ -140,6 +143,9 @@ def _in_run(path: Path, model: str | None) -> Location:
     steps = _steps(path)
     if len(steps) == 1:
         return find_model(steps[0], model)
+    tag = latest_tag(path)
+    if tag is not None:
+        return find_model(tag, model)  # as DeepSpeed itself loads it
     if steps:
         names = [p.name for p in steps]
         latest, said = _latest(path, steps)
@@ -154,8 +160,8 @@ def _in_run(path: Path, model: str | None) -> Location:
         "no checkpoint of a known format",
         where=str(path),
         expected="model_world_size_N_rank_R.pt files (verl FSDP), .metadata beside .distcp files "
-        "(torch DCP, Megatron torch_dist) or mp_rank_* folders (Megatron), here or in a folder such as "
-        "actor/",
+        "(torch DCP, Megatron torch_dist), mp_rank_* folders (Megatron) or *_states.pt (DeepSpeed), "
+        "here or in a folder such as actor/",
         found=_what_is_here(path),
     )
 
@@ -182,7 +188,10 @@ def _what_is_here(path: Path) -> str:
         return "an empty folder"
     signs = (
         ("metadata.json", "a metadata.json, but no index (.metadata) of a checkpoint beside it"),
-        ("zero_to_fp32.py", "a DeepSpeed ZeRO checkpoint, which is not supported yet"),
+        (
+            "zero_to_fp32.py",
+            "what DeepSpeed keeps beside a checkpoint, without the folder that `latest` names",
+        ),
     )
     for sign, meaning in signs:
         if sign in names:

@@ -72,6 +72,37 @@ def contiguous_strides(shape: Shape) -> Shape:
     return tuple(reversed(strides))
 
 
+def flat_boxes(shape: Shape, lo: int, hi: int) -> Iterator[Box]:
+    """Yield the boxes that are the elements ``[lo, hi)`` of a tensor counted in C order, in order.
+
+    At most two for each dimension but the last, and one: ragged ends, and whole rows between them.
+
+    >>> [str(b) for b in flat_boxes((4, 5), 3, 17)]
+    ['[0:1, 3:5]', '[1:3, 0:5]', '[3:4, 0:2]']
+    """
+    if not 0 <= lo <= hi <= math.prod(shape):
+        raise ValueError(f"elements {lo} to {hi} of the shape {list(shape)}")
+    if lo == hi:
+        return
+    if hi - lo == math.prod(shape):
+        yield Box.whole(shape)
+        return
+    row = math.prod(shape[1:])
+    first, last = -(-lo // row), hi // row
+    if lo // row == last or lo % row:
+        # What lies in the row of the first element: all of it, maybe.
+        index = lo // row
+        for box in flat_boxes(shape[1:], lo - index * row, min(hi - index * row, row)):
+            yield Box((index, *box.offsets), (1, *box.sizes))
+        if lo // row == last:
+            return
+    if first < last:
+        yield Box((first, *(0,) * (len(shape) - 1)), (last - first, *shape[1:]))
+    if hi % row:
+        for box in flat_boxes(shape[1:], 0, hi - last * row):
+            yield Box((last, *box.offsets), (1, *box.sizes))
+
+
 def find_overlap(boxes: Sequence[Box]) -> tuple[int, int] | None:
     """Return the indices of two boxes that share an element, or None.
 

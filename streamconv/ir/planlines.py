@@ -306,7 +306,16 @@ def tensor(
         last=tuple(count(k, "a source", len(drawn)) for k in data["last"]),
         same_as=_text(data["same_as"], "a name") if tied else None,
         products=tuple(products),
+        ended=_ended(data["ended"], drawn) if "ended" in data else None,
     )
+
+
+def _ended(data: Sequence[Any], drawn: Sequence[PlannedSource]) -> tuple[tuple[int, int], ...]:
+    places = []
+    for k, j in data:
+        shards = drawn[count(k, "a source", len(drawn))].shards
+        places.append((k, count(j, "a shard", len(shards))))
+    return tuple(places)
 
 
 def _product(

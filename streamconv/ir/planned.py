@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -12,7 +13,7 @@ from streamconv.files.names import check_file_name, check_tensor_name
 from streamconv.ir.boxes import Shape
 from streamconv.ir.dtypes import F32, DType
 from streamconv.ir.lowering import Move
-from streamconv.ir.source import ShardTable, Skipped, SourceFile
+from streamconv.ir.source import Record, ShardTable, Skipped, SourceFile
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,9 +45,10 @@ class PlannedTensor:
     """One tensor of an output file.
 
     ``begin`` and ``end`` count bytes from the end of the file's header. ``last`` holds the indices
-    (into ``sources``) of those that no later tensor of the plan draws from. ``same_as`` names the
-    tensor whose bytes this one repeats; such a tensor is compared and not written. ``products`` are
-    what the moves' :class:`ProductAt` speak of.
+    (into ``sources``) of those that no later tensor of the plan draws from, and their records with
+    them; where records are shared with later tensors, ``ended`` holds those that are not, as (source,
+    shard). ``same_as`` names the tensor whose bytes this one repeats; such a tensor is compared and not
+    written. ``products`` are what the moves' :class:`ProductAt` speak of.
     """
 
     name: str
@@ -59,6 +61,17 @@ class PlannedTensor:
     last: tuple[int, ...] = ()
     same_as: str | None = None
     products: tuple[PlannedProduct, ...] = ()
+    ended: tuple[tuple[int, int], ...] | None = None
+
+    def ended_records(self) -> Iterator[tuple[PlannedSource, Record]]:
+        """Yield the records that no later tensor of the plan draws from, with a source that does."""
+        if self.ended is not None:
+            for k, j in self.ended:
+                yield self.sources[k], self.sources[k].shards[j]
+            return
+        for k in self.last:
+            for record in self.sources[k].shards:
+                yield self.sources[k], record
 
     def __post_init__(self) -> None:
         check_tensor_name(self.name)

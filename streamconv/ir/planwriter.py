@@ -94,6 +94,8 @@ class PlanWriter:
             "pattern": self._pattern_id(tensor.moves),
             "last": tensor.last,
         }
+        if tensor.ended is not None:
+            line["ended"] = tensor.ended
         if tensor.products:
             line["products"] = [
                 [p.shape, p.rank, p.scale, self._pattern_id(p.left), self._pattern_id(p.right)]

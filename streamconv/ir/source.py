@@ -233,11 +233,15 @@ class Skipped:
 class Checkpoint:
     """A whole checkpoint as metadata: no byte of a weight has been read.
 
-    ``undecided`` holds tensors that can be read in two ways. ``facts`` are for ``inspect``: JSON-able
-    things worth telling. ``side_dir`` is the folder with config.json, tokenizer and so on, or None.
+    ``undecided`` holds tensors that can be read in two ways. ``halves`` are the tensors that are there
+    twice, as the run computed with them: in 16 bits, where ``tensors`` has the masters. ``facts`` are
+    for ``inspect``: JSON-able things worth telling. ``side_dir`` is the folder with config.json,
+    tokenizer and so on, or None.
     ``naming`` says whose names the tensors have: HuggingFace's, Megatron-Core's, which a family turns
     into the former (:mod:`streamconv.families`), or those of a state dict that a trainer made up, in
     which a model's most often lie below a key (:mod:`streamconv.tracing.hf_names` finds them).
+    ``modules`` says that every tensor is a parameter or a buffer of some module, and none a counter of
+    the trainer's.
     """
 
     root: Path
@@ -245,11 +249,13 @@ class Checkpoint:
     files: tuple[SourceFile, ...]
     tensors: Mapping[str, GlobalTensor]
     undecided: Mapping[str, Undecided] = field(default_factory=lambda: MappingProxyType({}))
+    halves: Mapping[str, GlobalTensor] = field(default_factory=lambda: MappingProxyType({}))
     side_dir: Path | None = None
     skipped: tuple[Skipped, ...] = ()
     notices: tuple[str, ...] = ()
     facts: Mapping[str, object] = field(default_factory=lambda: MappingProxyType({}))
     naming: Literal["hf", "mcore", "trainer"] = "hf"
+    modules: bool = False
 
     @cached_property
     def nbytes(self) -> int:

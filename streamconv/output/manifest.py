@@ -58,6 +58,7 @@ _SHAPE: dict[str, Any] = {
                 "allow_zero?": FLAG,
             },
             "value_head?": TEXT,
+            "masters?": TEXT,
         },
         "source": [(TEXT, COUNT, TEXT)],
         "side": [(_NAME, _XXH3)],

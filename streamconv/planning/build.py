@@ -25,6 +25,7 @@ from streamconv.lora import adapters
 from streamconv.lora.plan import LoraPlan, adapter_inputs, idle_options, plan_lora
 from streamconv.options import JobOptions, Layout
 from streamconv.planning import checks, placing, strays
+from streamconv.planning.precision import chosen_weights
 from streamconv.planning.sidefiles import (
     corrected_config,
     corrected_tokenizer,
@@ -49,6 +50,7 @@ def build_plan(
     ``asked`` is the job that was asked for: what was read must be that one's source. Raises
     :class:`BadInputError` for what is missing, contradictory or cannot be written.
     """
+    checkpoint = chosen_weights(checkpoint, job)
     notices = list(checkpoint.notices)
     folder, side = side_files(checkpoint.root, checkpoint.side_dir, job)
     notices += missing_code(side)
@@ -396,18 +398,20 @@ def _totals(
     # In an order that is always the same: a plan is the same to the byte whenever it is made.
     used = dict.fromkeys(f for _, group in placed for p in group for f in p.recipe.view.sources())
     written = [p for _, group in placed for p in group if p.same_as is None]
-    unverifiable = sum(
-        nbytes
+    # A record of a flat group holds many tensors, and counts once.
+    unverifiable = {
+        (r.file, r.start): r.nbytes
         for f in used
-        for nbytes, crc in zip(tensors[f].shards.nbytes, tensors[f].shards.crcs, strict=True)
-        if not crc
-    )
+        if not all(tensors[f].shards.crcs)
+        for r in tensors[f].shards
+        if not r.crc32
+    }
     return Totals(
         tensors=len(written),
         parameters=sum(math.prod(p.recipe.view.shape) for p in written),
         read_bytes=sum(tensors[f].nbytes for f in used),
         write_bytes=sum(output.nbytes for output, _ in placed),
-        unverifiable_bytes=unverifiable,
+        unverifiable_bytes=sum(unverifiable.values()),
         source_dtypes=checks.dtype_histogram((tensors[f].dtype, tensors[f].nbytes) for f in used),
         output_dtypes=checks.dtype_histogram((p.recipe.dtype, p.end - p.begin) for p in written),
         merged=sum(1 for p in written if p.recipe.view.products()),

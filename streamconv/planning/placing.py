@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Collection, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from streamconv.errors import UsageError
@@ -126,8 +126,14 @@ class Lowerer:
         self._tensors = tensors
         self._cache: dict[object, tuple[Move, ...]] = {}
 
-    def planned(self, placed: Placed, last: Container[str]) -> PlannedTensor:
-        """Return the tensor as the plan holds it; ``last`` are the FQNs that nothing later uses."""
+    def planned(
+        self, placed: Placed, last: Container[str], ended: Sequence[tuple[str, int]] | None
+    ) -> PlannedTensor:
+        """Return the tensor as the plan holds it.
+
+        ``last`` are the FQNs that nothing later uses, ``ended`` the records, as (FQN, shard), where
+        that is not all of theirs.
+        """
         view = placed.recipe.view
         fqns = view.sources()
         numbers = {fqn: k for k, fqn in enumerate(fqns)}
@@ -154,6 +160,7 @@ class Lowerer:
                 )
                 for product in view.products()
             ),
+            ended=None if ended is None else tuple((numbers[f], j) for f, j in ended),
         )
 
     def _lowered(self, view: View, numbers: Mapping[str, int]) -> tuple[Move, ...]:
@@ -193,8 +200,55 @@ def write_sections(
     in_order = [p for _, group in placed for p in group]
     last_user = {fqn: id(p) for p in in_order for fqn in p.recipe.view.sources()}
     lowerer = Lowerer(tensors)
+    shared = SharedRecords(in_order, tensors)
     for output, group in placed:
         writer.output(output)
         for p in group:
             last = {fqn for fqn in p.recipe.view.sources() if last_user[fqn] == id(p)}
-            writer.tensor(lowerer.planned(p, last))
+            writer.tensor(lowerer.planned(p, last, shared.ended(p, last)))
+
+
+class SharedRecords:
+    """Which records hold several tensors, and with which output tensor each of these ends.
+
+    A flat group of ZeRO is one record of a rank's part of all parameters: as its checksum is that of
+    all of it, whoever would complete it with the first of them read it twice.
+    """
+
+    def __init__(self, in_order: Sequence[Placed], tensors: Mapping[str, GlobalTensor]) -> None:
+        self._tensors = tensors
+        self._last: dict[tuple[int, int], tuple[int, str, int]] = {}
+        owners: dict[tuple[int, int], str] = {}
+        self._shared: set[tuple[int, int]] = set()
+        for p in in_order:
+            for fqn in p.recipe.view.sources():
+                for key, j in _records_in_part(tensors[fqn]):
+                    self._last[key] = (id(p), fqn, j)
+                    if owners.setdefault(key, fqn) != fqn:
+                        self._shared.add(key)
+        self._ended: dict[int, list[tuple[str, int]]] = {}
+        for key in self._shared:
+            user, fqn, j = self._last[key]
+            self._ended.setdefault(user, []).append((fqn, j))
+
+    def ended(self, placed: Placed, last: Collection[str]) -> list[tuple[str, int]] | None:
+        """Return the records that end with ``placed``; None where they are all those of ``last``."""
+        if not self._shared:
+            return None
+        found = set(self._ended.get(id(placed), []))
+        own: list[tuple[str, int]] = []
+        total = len(found)
+        for fqn in last:
+            shards = self._tensors[fqn].shards
+            places = enumerate(zip(shards.files, shards.starts, strict=True))
+            own += [(fqn, j) for j, place in places if place not in self._shared]
+            total += len(shards)
+        return sorted(found.union(own)) if found or len(own) < total else None
+
+
+def _records_in_part(tensor: GlobalTensor) -> Iterator[tuple[tuple[int, int], int]]:
+    """Yield (file, start) and shard of the records that hold more than that shard of the tensor."""
+    shards, itemsize = tensor.shards, tensor.dtype.itemsize
+    for j, box in enumerate(tensor.layout.boxes):
+        if box.numel * itemsize < shards.nbytes[j]:
+            yield (shards.files[j], shards.starts[j]), j

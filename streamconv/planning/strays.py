@@ -151,7 +151,7 @@ def choose(
     :class:`UsageError` where there are several, or not this one.
     """
     tensors = {**{n: u.copies for n, u in checkpoint.undecided.items()}, **checkpoint.tensors}
-    skipped = dict(_counters(tensors, resolves))
+    skipped = {} if checkpoint.modules else dict(_counters(tensors, resolves))
     several = models_in([n for n in tensors if n not in skipped], resolves)
     labels = {prefix.rstrip(".") or _MAIN: prefix for prefix in several}
     if wanted is not None and wanted not in labels:

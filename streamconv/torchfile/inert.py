@@ -138,9 +138,26 @@ class Token(Inert):
 
 
 class Kept(Inert):
-    """Whatever a global outside the table names, where such are only reported."""
+    """Whatever a global outside the table names, where such are only reported.
+
+    It may be a kind of dict, list or set, whose items are passed over, or a key of a dict: what a
+    trainer keeps beside the weights is anybody's.
+    """
 
     __slots__ = ()
+    __hash__ = object.__hash__  # type: ignore[assignment]  # by identity, as its equality is
+
+    def __setitem__(self, key: object, value: object) -> None:
+        """Pass over an item of a dict."""
+
+    def append(self, item: object) -> None:
+        """Pass over an item of a list."""
+
+    def extend(self, items: object) -> None:
+        """Pass over items of a list."""
+
+    def add(self, item: object) -> None:
+        """Pass over an item of a set."""
 
 
 class InertDict(dict[object, object], metaclass=Frozen):

@@ -1,0 +1,1 @@
+"""DeepSpeed's checkpoints: every ZeRO stage, expert and pipeline files, tensor parallel ranks."""
