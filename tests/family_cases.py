@@ -10,7 +10,7 @@ from scripts.makers.megatron_inverse import invert
 from scripts.makers.megatron_walk import Walk
 from scripts.makers.tiny_families import State, TinyModel, make
 from streamconv.families import convert as family_conversion
-from streamconv.families.convert import Converted
+from streamconv.families.converted import Converted
 from streamconv.options import JobOptions
 from streamconv.planning import checks
 from tests.replay import dtype_of

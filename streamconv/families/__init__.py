@@ -7,7 +7,7 @@ A file lists its families in ``FAMILIES`` and stands in ``_MODULES``; that is al
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from streamconv.errors import BadInputError, UsageError
@@ -37,13 +37,19 @@ def families() -> Iterator[Family]:
         yield from module.FAMILIES
 
 
-def choose(config: Mapping[str, Any], override: str | None) -> Family:
+def choose(
+    config: Mapping[str, Any],
+    override: str | None,
+    known: Sequence[Family] | None = None,
+    whose: str = "Megatron",
+) -> Family:
     """Return the family of the model that a parsed config.json describes.
 
-    ``override`` is the name of a family that the user chose. Raises :class:`UsageError` for a name
+    ``override`` is the name of a family that the user chose, ``known`` are those to choose from
+    (Megatron's, where nothing is said) and ``whose`` their names. Raises :class:`UsageError` for a name
     that is none, :class:`BadInputError` where no family has the config's model type.
     """
-    known = list(families())
+    known = list(families()) if known is None else known
     if override is not None:
         for family in known:
             if family.name == override:
@@ -57,9 +63,9 @@ def choose(config: Mapping[str, Any], override: str | None) -> Family:
         if model_type in family.model_types:
             return family
     raise BadInputError(
-        f"no family is known for Megatron checkpoints of model type {model_type!r}",
+        f"no family is known for {whose} checkpoints of model type {model_type!r}",
         where="config.json",
         expected="one of " + ", ".join(sorted(t for f in known for t in f.model_types)),
-        hint="--family NAME takes the rules of another one; CONTRIBUTING.md, 'Adding a Megatron "
-        "family', says how to add rules",
+        hint="--family NAME takes the rules of another one; CONTRIBUTING.md, 'Adding a family', "
+        "says how to add rules",
     )

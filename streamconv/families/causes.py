@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping
 
 from streamconv.errors import BadInputError
 
-_ADAPTER = re.compile(r"\.adapter\.|\.lora_[AB]\.|\.adapter_[a-z]+\.")
+_ADAPTER = re.compile(r"\.adapter\.|\.lora_[ABab](\.|$)|\.adapter_[a-z]+\.")
 _QUANTIZER = re.compile(r"_quantizers?\.")
 _STAGES = (
     "Megatron-FSDP numbers layers within their stage: the other stages' are not in the checkpoint "
@@ -27,7 +27,7 @@ def of_unknown(names: Collection[str], known: int) -> BadInputError | None:
             if known
             else "there is an adapter (LoRA) in this checkpoint and no model",
             where=adapter[0],
-            found=f"{len(adapter)} tensors of an adapter on Megatron's modules",
+            found=f"{len(adapter)} tensors of an adapter on the trainer's modules",
             hint="let the trainer merge it into the model, and save that",
         )
     if quantizers:

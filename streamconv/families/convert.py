@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from streamconv import families
 from streamconv.errors import BadInputError, UsageError
 from streamconv.families import causes
+from streamconv.families.converted import Converted, extras, put_together, settings_of
 from streamconv.families.engine import Headers, apply
 from streamconv.families.ops import copy
 from streamconv.families.prediction import check_prediction
-from streamconv.families.rules import Dims, Family, compiled, rule
+from streamconv.families.rules import Dims, rule
 from streamconv.families.settings import check_settings
-from streamconv.ir.recipe import Recipe
 from streamconv.options import JobOptions
-from streamconv.tracing.hf import MetaModel, build_meta
+from streamconv.tracing.hf import build_meta
 
 _LAYER = re.compile(r"(?:language_model\.)?decoder\.layers\.([0-9]+)\.")
 _PREDICTION = re.compile(r"mtp\.layers\.([0-9]+)\.")
@@ -37,25 +37,6 @@ _HEAD = tuple(
     for prefix in ("", "language_model.")
     for kind in ("weight", "bias")
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Converted:
-    """The outputs of a Megatron checkpoint, in the order of their names.
-
-    ``config`` is what config.json has to say and ``changes`` how it differs from what it said;
-    ``model`` is transformers' model of it, None where the library has none, ``architecture`` its
-    class where config.json should name it; ``extras`` are patterns of names that the model may have
-    beyond that.
-    """
-
-    recipes: tuple[Recipe, ...]
-    model: MetaModel | None
-    architecture: str | None
-    config: Mapping[str, Any]
-    changes: tuple[str, ...]
-    extras: tuple[re.Pattern[str], ...]
-    notices: tuple[str, ...]
 
 
 def convert(
@@ -91,14 +72,7 @@ def convert(
     head = [m[1] for name in tensors if (m := _OUTPUT.fullmatch(name))] if changes.head else []
     reference = family.reference(config)
     model = build_meta(reference, [f"score.{kind}" for kind in head])
-    if model is None:
-        settings: Mapping[str, Any] = {**reference, **(reference.get("text_config") or {})}
-        notices.append(
-            f"transformers does not know the model type {reference.get('model_type')!r}: the names "
-            "are the family's, shapes are checked as far as its rules do"
-        )
-    else:
-        settings = model.settings
+    settings = settings_of(model, reference, notices)
     vision = config.get("vision_config") if model is None else model.vision_settings
     dims = Dims(settings, megatron, vision)
     _check_layers(dims, tensors)
@@ -110,39 +84,19 @@ def convert(
     notices += check_prediction({name: shape for name, (shape, _) in tensors.items()}, dims)
     if head:
         family = dataclasses.replace(family, rules=(*_HEAD, *family.rules))
-    order = {name: k for k, name in enumerate(model.hub_shapes)} if model is not None else {}
-    recipes = sorted(
+    return put_together(
         apply(family, dims, tensors),
-        key=lambda r: (order.get(r.name, len(order)), _natural(r.name)),
-    )
-    return Converted(
-        tuple(recipes),
         model,
-        _architecture(model, reference, config),
+        reference,
         config,
-        changes.told,
-        tuple(_extras(family, dims, tensors)),
-        tuple(notices),
+        changes=changes.told,
+        extras=extras(family, dims, _predictions(tensors)),
+        notices=notices,
     )
 
 
-def _extras(family: Family, dims: Dims, tensors: Headers) -> Iterator[re.Pattern[str]]:
-    """Yield patterns of the names that the model may have beyond its class's: no ordinary layer's."""
-    numbers = {int(m[1]) for name in tensors if (m := _PREDICTION.match(name))}
-    for pattern in family.extras:
-        if "{mtp_layer}" in pattern:
-            for n in sorted(numbers):
-                yield compiled(pattern.replace("{mtp_layer}", str(dims.layers + n)))
-        else:
-            yield compiled(pattern)
-
-
-def _architecture(
-    model: MetaModel | None, reference: Mapping[str, Any], config: Mapping[str, Any]
-) -> str | None:
-    """A class that only stands in for the model's own must not be named in its config."""
-    stands_in = reference.get("model_type") != config.get("model_type")
-    return model.architecture if model is not None and model.certain and not stands_in else None
+def _predictions(tensors: Headers) -> set[int]:
+    return {int(m[1]) for name in tensors if (m := _PREDICTION.match(name))}
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,7 +195,3 @@ def _check_output(dims: Dims, tensors: Headers) -> None:
             found="none",
             hint="the checkpoint is incomplete",
         )
-
-
-def _natural(name: str) -> list[tuple[int, str]]:
-    return [(int(p), "") if p.isdigit() else (-1, p) for p in name.split(".")]

@@ -24,11 +24,11 @@ Headers = Mapping[str, tuple[Shape, DType]]
 _LISTED = 8
 
 
-def apply(family: Family, dims: Dims, tensors: Headers) -> list[Recipe]:
+def apply(family: Family, dims: Dims, tensors: Headers, whose: str = "Megatron") -> list[Recipe]:
     """Return how the HuggingFace tensors of ``family`` are made of ``tensors``.
 
-    Raises :class:`BadInputError` for tensors that no rule knows, for two that would make the same
-    output, and for sizes that contradict config.json.
+    ``whose`` are the names of the tensors. Raises :class:`BadInputError` for tensors that no rule
+    knows, for two that would make the same output, and for sizes that contradict config.json.
     """
     matcher = _Matcher(family.rules)
     tracer = _Tracer(dims)
@@ -60,11 +60,11 @@ def apply(family: Family, dims: Dims, tensors: Headers) -> list[Recipe]:
             recipes[recipe.name] = recipe
             origin[recipe.name] = name
     if unknown:
-        raise causes.of_unknown(unknown, len(used)) or _unknown(family, unknown)
+        raise causes.of_unknown(unknown, len(used)) or _unknown(family, unknown, whose)
     return list(recipes.values())
 
 
-def _unknown(family: Family, names: Sequence[str]) -> BadInputError:
+def _unknown(family: Family, names: Sequence[str], whose: str) -> BadInputError:
     alike: dict[str, int] = {}
     for name in names:
         pattern = re.sub(r"\.\d+\.", ".{n}.", name)
@@ -72,9 +72,9 @@ def _unknown(family: Family, names: Sequence[str]) -> BadInputError:
     shown = [f"{p} ({n} tensors)" if n > 1 else p for p, n in alike.items()]
     more = len(shown) - _LISTED
     return BadInputError(
-        f"the family {family.name} knows no rule for {len(names)} tensors of this checkpoint",
+        f"the family {family.name} knows no rule for {len(names)} tensors of this {whose} checkpoint",
         where=", ".join(shown[:_LISTED]) + (f" and {more} more" if more > 0 else ""),
-        hint="is it another family (--family NAME)? CONTRIBUTING.md, 'Adding a Megatron family', "
+        hint="is it another family (--family NAME)? CONTRIBUTING.md, 'Adding a family', "
         "says how to add rules",
     )
 

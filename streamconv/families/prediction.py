@@ -8,31 +8,60 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from streamconv.errors import BadInputError
 from streamconv.families.rules import Dims
 from streamconv.ir.boxes import Shape
 
-_LAYER = re.compile(r"(.*?)mtp\.layers\.([0-9]+)\..+")
+
+@dataclass(frozen=True, slots=True)
+class PredictionNames:
+    """Where a trainer keeps such layers: prefixes of names that a number follows, but ``inner``.
+
+    ``inner`` is the prefix, within such a layer, of what an ordinary one has. ``final`` is the norm
+    behind the last ordinary layer, ``behind`` the one of such a layer.
+    """
+
+    layers: str
+    predicting: str
+    inner: str
+    final: str
+    behind: str
+
+    def number(self, name: str) -> tuple[str, int] | None:
+        """Return what a name begins with and the number of the layer, None for another's."""
+        found = re.fullmatch(rf"(.*?){re.escape(self.predicting)}([0-9]+)\..+", name)
+        return (found[1], int(found[2])) if found else None
 
 
-def check_prediction(shapes: Mapping[str, Shape], dims: Dims) -> tuple[str, ...]:
+MEGATRON = PredictionNames(
+    layers="decoder.layers.",
+    predicting="mtp.layers.",
+    inner="transformer_layer.",
+    final="decoder.final_layernorm.weight",
+    behind="final_layernorm.weight",
+)
+
+
+def check_prediction(
+    shapes: Mapping[str, Shape], dims: Dims, names: PredictionNames = MEGATRON
+) -> tuple[str, ...]:
     """Compare every layer for multi-token prediction with the last of the ordinary ones.
 
     Returns what the user should know. Raises :class:`BadInputError` that lists what is missing or of
     another shape.
     """
-    found = {(m[1], m[2]) for name in shapes if (m := _LAYER.fullmatch(name))}
+    found = {at for name in shapes if (at := names.number(name))}
     for prefix, number in sorted(found):
-        mtp = f"{prefix}mtp.layers.{number}."
-        expected = _expected(shapes, prefix, mtp, dims.layers)
+        expected = _expected(shapes, names, prefix, number, dims.layers)
         missing = [name for name in expected if name not in shapes]
         if missing:
             raise BadInputError(
                 f"{len(missing)} tensors of a layer for multi-token prediction are not in the "
                 "checkpoint",
                 where=", ".join(missing[:12]),
-                expected=f"all that decoder.layers.{dims.layers - 1} has, or no such layer",
+                expected=f"all that {names.layers}{dims.layers - 1} has, or no such layer",
                 hint="the checkpoint is incomplete",
             )
         for name, shape in expected.items():
@@ -64,20 +93,23 @@ def _told(found: int, dims: Dims) -> tuple[str, ...]:
     return (notice,)
 
 
-def _expected(shapes: Mapping[str, Shape], prefix: str, mtp: str, layers: int) -> dict[str, Shape]:
-    last = f"{prefix}decoder.layers.{layers - 1}."
+def _expected(
+    shapes: Mapping[str, Shape], names: PredictionNames, prefix: str, number: int, layers: int
+) -> dict[str, Shape]:
+    last = f"{prefix}{names.layers}{layers - 1}."
+    mtp = f"{prefix}{names.predicting}{number}."
     inner = {
-        f"{mtp}transformer_layer.{name.removeprefix(last)}": shape
+        f"{mtp}{names.inner}{name.removeprefix(last)}": shape
         for name, shape in shapes.items()
         if name.startswith(last)
     }
-    norm = shapes.get(f"{prefix}decoder.final_layernorm.weight")
+    norm = shapes.get(prefix + names.final)
     if norm is None:  # whose absence is another check's to tell
         return inner
     return {
         f"{mtp}enorm.weight": norm,
         f"{mtp}hnorm.weight": norm,
         f"{mtp}eh_proj.weight": (norm[0], 2 * norm[0]),
-        f"{mtp}final_layernorm.weight": norm,
+        f"{mtp}{names.behind}": norm,
         **inner,
     }
