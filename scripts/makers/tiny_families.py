@@ -384,7 +384,11 @@ def fill(model: torch.nn.Module) -> None:
 
 def make(name: str) -> TinyModel:
     """Return the family's tiny model; the same name gives the same values."""
-    tiny = FAMILIES[name]
+    return build(name, FAMILIES[name])
+
+
+def build(name: str, tiny: Tiny) -> TinyModel:
+    """Return the tiny model that ``tiny`` describes."""
     config = getattr(transformers, tiny.config_class)(**copy.deepcopy(tiny.settings))
     config.dtype = torch.bfloat16
     model = getattr(transformers, tiny.model_class)(config).to(torch.bfloat16)

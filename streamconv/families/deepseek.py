@@ -20,7 +20,7 @@ from streamconv.families.rules import Family
 _LAYER = (*MLA, *MLP, *ROUTER, *EXPERT_BIAS, *EXPERTS, *SHARED_EXPERTS)
 
 
-def _as_deepseek_v3(config: Mapping[str, Any]) -> Mapping[str, Any]:
+def as_deepseek_v3(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """Kimi-K2 is DeepSeek-V3 under a model type of its own, which transformers lacks."""
     if config.get("model_type") != "kimi_k2":
         return config
@@ -33,6 +33,6 @@ FAMILIES = (
         model_types=("deepseek_v2", "deepseek_v3", "kimi_k2"),
         rules=(*TOP, *_LAYER, *mtp(_LAYER)),
         extras=("model.layers.{mtp_layer}.{rest}",),
-        reference=_as_deepseek_v3,
+        reference=as_deepseek_v3,
     ),
 )

@@ -113,3 +113,56 @@ def swapped_halves(_: Dims, tensor: Tensor) -> Tensor:
 def row(_: Dims, tensor: Tensor) -> Tensor:
     """``[E]`` → ``[1, E]``."""
     return tensor[None]
+
+
+def flat_qkv(dims: Dims, tensor: Tensor) -> tuple[Tensor, ...]:
+    """``[(n + 2g)·d, …]``, all queries, all keys, all values → q, k, v."""
+    queries, keys = dims.heads * dims.head_dim, dims.groups * dims.head_dim
+    dims.expect(
+        f"the rows of queries, keys and values ({dims.heads} query heads and {dims.groups} groups "
+        f"of width {dims.head_dim})",
+        queries + 2 * keys,
+        tensor.shape[0],
+    )
+    return (
+        tensor[:queries],
+        tensor[queries : queries + keys],
+        tensor[queries + keys :],
+    )
+
+
+def fused_qkv(_: Dims, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """q ``[n·d, …]``, k ``[g·d, …]``, v ``[g·d, …]`` → ``[(n + 2g)·d, …]``."""
+    return torch.cat((q, k, v))
+
+
+def fused_gate_up(_: Dims, gate: Tensor, up: Tensor) -> Tensor:
+    """Gate ``[I, …]``, up ``[I, …]`` → ``[2I, …]``."""
+    return torch.cat((gate, up))
+
+
+def paired_queries(dims: Dims, tensor: Tensor) -> Tensor:
+    """``[n·d, …]`` with rotary pairs side by side → with the two of a pair half a head apart."""
+    return _halves_of_heads(dims, tensor, "query", dims.heads)
+
+
+def paired_keys(dims: Dims, tensor: Tensor) -> Tensor:
+    """The same of keys, ``[g·d, …]``."""
+    return _halves_of_heads(dims, tensor, "key", dims.groups)
+
+
+def _halves_of_heads(dims: Dims, tensor: Tensor, what: str, heads: int) -> Tensor:
+    """Rotary embedding turns pairs of rows: (0, 1), (2, 3)… as complex numbers are kept, (0, d/2)… in
+    HuggingFace's models.
+    """
+    width = dims.head_dim
+    rows = f"the {what} rows ({heads} heads of width {width})"
+    dims.expect(rows, heads * width, tensor.shape[0])
+    if width % 2:
+        raise BadInputError("rotary embedding needs heads of an even width", found=str(width))
+    pairs = tensor.reshape(heads, width // 2, 2, *tensor.shape[1:])
+    return pairs.transpose(1, 2).flatten(0, 2)
+
+
+BY_HEADS = frozenset({qkv, gated_qkv, flat_qkv, paired_queries, paired_keys})
+"""Those that put other rows in other places where the numbers of heads are others."""

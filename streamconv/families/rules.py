@@ -44,7 +44,8 @@ class Family:
     tensors that the released models have and transformers' class has not, such as layers for
     multi-token prediction. ``reference`` turns the config into one that transformers knows, for a
     model whose class is not part of it. ``zero_centred_norms`` says that HuggingFace's class adds 1
-    to the weights of its norms.
+    to the weights of its norms. ``dropped`` are patterns of tensors that are left out because
+    HuggingFace's model has no such thing, each with the reason.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Family:
     extras: tuple[str, ...] = ()
     reference: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict
     zero_centred_norms: bool = False
+    dropped: tuple[tuple[str, str], ...] = ()
 
 
 def rule(sources: str | tuple[str, ...], targets: str | tuple[str, ...], how: How) -> Rule:
@@ -94,6 +96,20 @@ def renamed(
     if missed:
         raise ValueError(f"no rule has {', '.join(sorted(missed))} in its names")
     return made
+
+
+def moved(
+    source: str, target: str, names: Mapping[str, str], how: How, kinds: Iterable[str] = ("weight",)
+) -> tuple[Rule, ...]:
+    """Return a rule for each of ``names`` (module to module) and each kind of its parameters.
+
+    ``source`` and ``target`` are the prefixes of both sides.
+    """
+    return tuple(
+        rule(f"{source}{old}.{kind}", f"{target}{new}.{kind}", how)
+        for old, new in names.items()
+        for kind in kinds
+    )
 
 
 def prefixed(rules: Iterable[Rule], *, sources: str = "", targets: str = "") -> tuple[Rule, ...]:

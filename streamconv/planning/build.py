@@ -39,7 +39,8 @@ from streamconv.quantization import scales
 from streamconv.tracing.model import Model
 
 if TYPE_CHECKING:
-    from streamconv.families.convert import Converted
+    from streamconv.families.converted import Converted
+    from streamconv.families.native.dialect import Dialect
 
 
 def build_plan(
@@ -164,6 +165,9 @@ def _sources(
             found.changes,
             recipes,
         )
+    dialect = _dialect(checkpoint, job)
+    if dialect is not None:
+        return _of_dialect(checkpoint, dialect, config, job, notices)
     _refuse_family(job)
     if config is None:
         notices.append(
@@ -176,6 +180,44 @@ def _sources(
     tensors = {n: tensors[n] for n in (*chosen.tensors, *chosen.undecided)}
     left = chosen.skipped[len(checkpoint.skipped) :]
     return _Output(tensors, config, model, architecture, (), [], list(left), prefix=prefix)
+
+
+def _dialect(checkpoint: Checkpoint, job: JobOptions) -> Dialect | None:
+    """Return whose names these are, where they are a trainer's own and are to become the Hub's."""
+    if checkpoint.naming != "trainer" or job.layout != "hub":
+        return None
+    from streamconv.families import native
+
+    return native.find(list(checkpoint.tensors))
+
+
+def _of_dialect(
+    checkpoint: Checkpoint,
+    dialect: Dialect,
+    config: Mapping[str, Any] | None,
+    job: JobOptions,
+    notices: list[str],
+) -> _Output:
+    from streamconv.families.native.convert import convert
+
+    wanted = job.model if job.model != checkpoint.root.absolute().name else None
+    chosen, _ = strays.choose(checkpoint, dialect.has, wanted)
+    headers = {n: (t.shape, t.dtype) for n, t in chosen.tensors.items()}
+    found = convert(dialect, headers, config, job)
+    recipes = list(found.recipes)
+    notices += found.notices
+    if found.model is not None:
+        notices += checks.check_recipes(recipes, found.model, job, found.extras)
+    left = chosen.skipped[len(checkpoint.skipped) :]
+    return _Output(
+        dict(chosen.tensors),
+        found.config,
+        found.model,
+        found.architecture,
+        found.changes,
+        recipes,
+        [*left, *found.skipped],
+    )
 
 
 def one_model(
@@ -304,7 +346,7 @@ def _of_family(
 
 def _refuse_unknown_names(checkpoint: Checkpoint, made: _Output, job: JobOptions) -> None:
     """Refuse names that are no model's on the Hub, or may not be, where no model tells."""
-    if made.model is not None or checkpoint.naming == "mcore" or job.layout == "memory":
+    if made.model is not None or made.recipes or job.layout == "memory":
         return
     from streamconv.tracing.hf_names import doubtful
 

@@ -1,0 +1,98 @@
+"""A checkpoint with a trainer's own names and a config.json in, recipes of HuggingFace's out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from streamconv import families
+from streamconv.errors import BadInputError
+from streamconv.families import causes, ops
+from streamconv.families.converted import Converted, extras, put_together, settings_of
+from streamconv.families.engine import Headers, apply
+from streamconv.families.native.dialect import Dialect
+from streamconv.families.prediction import check_prediction
+from streamconv.families.rules import Dims, Family, compiled
+from streamconv.ir.recipe import Recipe
+from streamconv.ir.source import Skipped
+from streamconv.options import JobOptions
+from streamconv.tracing.hf import build_meta
+from streamconv.tracing.wrappers import without_markers
+
+
+def convert(
+    dialect: Dialect, tensors: Headers, config: Mapping[str, Any] | None, job: JobOptions
+) -> Converted:
+    """Return how ``tensors``, whose names are those of ``dialect``, become HuggingFace's.
+
+    Raises :class:`BadInputError` where config.json is missing, is of a model that the dialect has no
+    rules for, or contradicts the tensors, and where a tensor is unknown.
+    """
+    if config is None:
+        raise BadInputError(
+            f"the tensors have {dialect.name}'s names, and there is no config.json",
+            expected="config.json of the model that was trained, as HuggingFace has it",
+            hint="--hf-config DIR names a folder that has it, and the tokenizer",
+        )
+    family = families.choose(config, job.family, dialect.families, dialect.name)
+    prefix = dialect.prefix(tensors) or ""
+    original = {without_markers(name).removeprefix(prefix): name for name in tensors}
+    if len(original) != len(tensors):
+        raise BadInputError(
+            "two tensors have the same name without what wrappers leave in it",
+            found=", ".join(sorted(set(tensors) - set(original.values()))[:4]),
+        )
+    notices = [f"the tensors have {dialect.name}'s names, and are read as the family {family.name}"]
+    if prefix:
+        notices.append(f"{prefix!r} is left out of their names")
+    reference = family.reference(config)
+    model = build_meta(reference)
+    dims = Dims(settings_of(model, reference, notices), {})
+    dropped = dict(_dropped(dialect, family, original))
+    if dropped:
+        reasons = {reason: name for name, reason in dropped.items()}
+        notices += [f"left out: {name} and its like: {why}" for why, name in reasons.items()]
+    given = {name: tensors[original[name]] for name in original if name not in dropped}
+    adapter = causes.adapter_names(given)
+    if adapter:
+        raise BadInputError(
+            f"there is an adapter (LoRA) under {dialect.name}'s names in this checkpoint",
+            where=original[adapter[0]],
+            hint="let the trainer merge it into the model, and save that",
+        )
+    notices += _untold_heads(family, dims)
+    predicting: set[int] = set()
+    if dialect.prediction is not None:
+        notices += check_prediction({n: s for n, (s, _) in given.items()}, dims, dialect.prediction)
+        predicting = {at[1] for n in given if (at := dialect.prediction.number(n))}
+    made = apply(family, dims, given, whose=dialect.name)
+    return put_together(
+        (Recipe(r.name, r.dtype, r.view.map_sources(original)) for r in made),
+        model,
+        reference,
+        config,
+        extras=extras(family, dims, predicting),
+        notices=notices,
+        skipped=(Skipped(original[name], reason) for name, reason in dropped.items()),
+    )
+
+
+def _dropped(
+    dialect: Dialect, family: Family, names: Mapping[str, str]
+) -> Iterator[tuple[str, str]]:
+    for pattern, reason in (*dialect.dropped, *family.dropped):
+        expression = compiled(pattern)
+        for name in names:
+            if expression.fullmatch(name):
+                yield name, reason
+
+
+def _untold_heads(family: Family, dims: Dims) -> tuple[str, ...]:
+    """Tell that nothing in the tensors could contradict the numbers of heads."""
+    if not any(r.how in ops.BY_HEADS for r in family.rules):
+        return ()
+    notice = (
+        f"rows are put in order for {dims.heads} query heads and {dims.groups} key and value heads, as "
+        "config.json says: the tensors could not contradict other numbers of the same product"
+    )
+    return (notice,)
