@@ -6,9 +6,9 @@ and not from the rules that undo it. ``CASES`` names what each of them is tried 
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -40,6 +40,11 @@ def _norms_that_add(state: State, _: dict[str, Any]) -> None:
 
 
 MORE: dict[str, Tiny] = {
+    # Without the layer for multi-token prediction, which torchtitan has not.
+    **{
+        f"{name}_alone": dataclasses.replace(tiny_families.FAMILIES[f"{name}_vl"], by_hand=None)
+        for name in ("qwen3_5", "qwen3_5_moe")
+    },
     "gemma": Tiny("GemmaForCausalLM", "GemmaConfig", TINY | HEAD | TIED),
     "gemma3_norms": Tiny(
         "Gemma3ForCausalLM", "Gemma3TextConfig", TINY | HEAD | TIED, _norms_that_add
@@ -120,7 +125,7 @@ def torchtitan(config: Config, state: State, *, release: str = "0.3") -> State:
     qkv = "attention.qkv_linear.w" if new else "attention.w"
     experts = "moe.routed_experts.inner_experts." if new else "moe.experts."
     latent = "q_lora_rank" in config
-    layers = config["num_hidden_layers"]
+    layers = config.get("text_config", config)["num_hidden_layers"]
     top = {
         "model.embed_tokens.weight": "tok_embeddings.weight",
         "model.norm.weight": "norm.weight",
@@ -149,9 +154,18 @@ def torchtitan(config: Config, state: State, *, release: str = "0.3") -> State:
             f"feed_forward.shared_expert.{x}_proj": f"moe.shared_experts.{w}" for x, w in _W.items()
         },
         **{f"self_attn.{x}_proj": f"{'attention.w' if latent else qkv}{x}" for x in "qkv"},
+        **{f"mlp.shared_expert.{x}_proj": f"moe.shared_experts.{w}" for x, w in _W.items()},
+        "mlp.shared_expert_gate": "moe.shared_experts.gate",
     }
+    if kind.startswith("qwen3_5"):
+        inner |= {f"self_attn.{x}_proj": f"attn.w{x}" for x in "qkvo"}
+        inner |= {f"self_attn.{x}_norm": f"attn.{x}_norm" for x in "qk"}
     made: State = {}
     for name, weight in state.items():
+        name = name.replace("model.language_model.", "model.")
+        if name.startswith("model.visual."):
+            made |= _titan_tower(name.removeprefix("model.visual."), weight)
+            continue
         if name in top:
             made[top[name]] = weight
             continue
@@ -172,6 +186,11 @@ def torchtitan(config: Config, state: State, *, release: str = "0.3") -> State:
             _stack(made, f"{layer}{experts}{w}{axes}", int(expert[1]), weight)
         elif rest == "mlp.gate.e_score_correction_bias":
             made[f"{layer}moe.expert_bias{'_E' if new else ''}"] = weight
+        elif rest.startswith("linear_attn."):
+            made |= {
+                f"{layer}attn.{part}": piece
+                for part, piece in _titan_linear(config, rest.partition(".")[2], weight).items()
+            }
         elif rest == "self_attn.sinks":
             made[f"{layer}attention.sinks"] = weight
         elif rest.startswith("mlp.experts.") and kind == "gpt_oss":
@@ -190,6 +209,28 @@ def torchtitan(config: Config, state: State, *, release: str = "0.3") -> State:
             module, _, parameter = rest.rpartition(".")
             made[f"{layer}{inner.get(module, module)}.{parameter}"] = weight
     return _stacked(made, torch.stack)
+
+
+def _titan_linear(config: Config, name: str, weight: torch.Tensor) -> State:
+    text = config.get("text_config", config)
+    keys = text["linear_num_key_heads"] * text["linear_key_head_dim"]
+    sizes = (keys, keys, text["linear_num_value_heads"] * text["linear_value_head_dim"])
+    fused = {"in_proj_qkv.weight": "in_proj", "conv1d.weight": "conv"}
+    if name not in fused:
+        return {name: weight}
+    parts = zip("qkv", weight.split(sizes), strict=True)
+    return {f"{fused[name]}_{x}.weight": part.clone() for x, part in parts}
+
+
+def _titan_tower(name: str, weight: torch.Tensor) -> State:
+    name = name.replace("blocks.", "layers.").replace("patch_embed.proj.", "patch_embed.")
+    name = "vision_encoder." + name.replace("pos_embed.weight", "pos_embed")
+    if name.endswith("patch_embed.weight"):
+        return {name: weight.flatten(1)}
+    if ".attn.qkv." in name:
+        parts = zip("qkv", weight.chunk(3), strict=True)
+        return {name.replace(".qkv.", f".w{x}."): part.clone() for x, part in parts}
+    return {name: weight}
 
 
 def meta(config: Config, state: State) -> State:
@@ -384,7 +425,7 @@ def litgpt(config: Config, state: State, *, legacy: bool = False) -> State:
     return made
 
 
-@dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class Native:
     """A trainer's state dict: how it is made, on which models, what stands before its names."""
 
@@ -400,10 +441,13 @@ class Native:
 
 
 _TITAN = ("llama", "llama3_tied", "mistral", "qwen3", "qwen3_moe", "gpt_oss")
+_HYBRID = ("qwen3_5", "qwen3_5_moe", "qwen3_5_alone", "qwen3_5_moe_alone")
 _DEEPSEEK = ("deepseek_v2", "deepseek_v2_lite", "deepseek_v3", "kimi_k2")
 
 TRAINERS: dict[str, Native] = {
-    "torchtitan": Native(torchtitan, (*_TITAN, *_DEEPSEEK, "deepseek_v3_mtp", "qwen3_moe_square")),
+    "torchtitan": Native(
+        torchtitan, (*_TITAN, *_DEEPSEEK, "deepseek_v3_mtp", "qwen3_moe_square", *_HYBRID)
+    ),
     "torchtitan_0.2": Native(
         torchtitan, (*_TITAN, *_DEEPSEEK, "llama4"), options=(("release", "0.2"),)
     ),

@@ -141,7 +141,7 @@ FamilyOption = Annotated[
     typer.Option(
         "--family",
         metavar="NAME",
-        help="Model family of a Megatron checkpoint. Default: detected from config.json.",
+        help="Whose rules name the tensors of Megatron or a trainer's own. Default: by config.json.",
     ),
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace another job's output.")]

@@ -146,7 +146,8 @@ def compiled(pattern: str) -> re.Pattern[str]:
 class Dims:
     """The sizes of a model, from its config.json with transformers' defaults filled in.
 
-    ``megatron`` holds what the checkpoint itself says of the run (arguments of Megatron's config),
+    ``megatron`` holds what the checkpoint itself says of the run (arguments of Megatron's config, by
+    these names also where another trainer says it),
     ``vision`` are the sizes of a vision tower, without settings where there is none.
     """
 

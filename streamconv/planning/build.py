@@ -198,12 +198,13 @@ def _of_dialect(
     job: JobOptions,
     notices: list[str],
 ) -> _Output:
+    from streamconv.families.native.beside import heads_of_run
     from streamconv.families.native.convert import convert
 
     wanted = job.model if job.model != checkpoint.root.absolute().name else None
     chosen, _ = strays.choose(checkpoint, dialect.has, wanted)
     headers = {n: (t.shape, t.dtype) for n, t in chosen.tensors.items()}
-    found = convert(dialect, headers, config, job)
+    found = convert(dialect, headers, config, heads_of_run(checkpoint.root), job)
     recipes = list(found.recipes)
     notices += found.notices
     if found.model is not None:
@@ -368,7 +369,7 @@ def _refuse_unknown_names(checkpoint: Checkpoint, made: _Output, job: JobOptions
 def _refuse_family(job: JobOptions) -> None:
     if job.family is not None:
         raise UsageError(
-            "--family is for Megatron checkpoints",
+            "--family is for checkpoints with names of Megatron or of a trainer's own",
             found="a checkpoint whose tensors have HuggingFace's names",
         )
 

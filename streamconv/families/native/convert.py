@@ -21,10 +21,15 @@ from streamconv.tracing.wrappers import without_markers
 
 
 def convert(
-    dialect: Dialect, tensors: Headers, config: Mapping[str, Any] | None, job: JobOptions
+    dialect: Dialect,
+    tensors: Headers,
+    config: Mapping[str, Any] | None,
+    run: Mapping[str, Any],
+    job: JobOptions,
 ) -> Converted:
     """Return how ``tensors``, whose names are those of ``dialect``, become HuggingFace's.
 
+    ``run`` is what lies beside them says of the heads (:mod:`~streamconv.families.native.beside`).
     Raises :class:`BadInputError` where config.json is missing, is of a model that the dialect has no
     rules for, or contradicts the tensors, and where a tensor is unknown.
     """
@@ -47,7 +52,10 @@ def convert(
         notices.append(f"{prefix!r} is left out of their names")
     reference = family.reference(config)
     model = build_meta(reference)
-    dims = Dims(settings_of(model, reference, notices), {})
+    vision = config.get("vision_config") if model is None else model.vision_settings
+    dims = Dims(settings_of(model, reference, notices), run, vision)
+    if run:
+        dims.check_heads()
     dropped = dict(_dropped(dialect, family, original))
     if dropped:
         reasons = {reason: name for name, reason in dropped.items()}
@@ -89,7 +97,9 @@ def _dropped(
 
 def _untold_heads(family: Family, dims: Dims) -> tuple[str, ...]:
     """Tell that nothing in the tensors could contradict the numbers of heads."""
-    if not any(r.how in ops.BY_HEADS for r in family.rules):
+    if "num_attention_heads" in dims.megatron or not any(
+        r.how in ops.BY_HEADS for r in family.rules
+    ):
         return ()
     notice = (
         f"rows are put in order for {dims.heads} query heads and {dims.groups} key and value heads, as "

@@ -4,7 +4,8 @@
 ``routed_experts.inner_experts`` with the letters of their axes behind their names, and calls
 ``lm_head`` what was ``output``. Llama's rotary embedding works on complex numbers, so its query and key
 rows stand in pairs; that of Qwen3 and gpt-oss works as HuggingFace's does; DeepSeek's and Llama 4's is
-complex in HuggingFace's models, too.
+complex in HuggingFace's models, too. Qwen3.5 (0.3) has a vision tower, and the parts of what its linear
+attention fuses one by one.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from streamconv.families.deepseek import as_deepseek_v3
 from streamconv.families.native.dialect import Dialect
 from streamconv.families.ops import Tensor
 from streamconv.families.prediction import PredictionNames
+from streamconv.families.qwen3_next import joined
 from streamconv.families.rules import Dims, Family, How, Rule, moved, renamed, rule
 
 S = "layers.{layer}."
@@ -173,6 +175,78 @@ _GPT_OSS = (
     ),
 )
 
+_LINEAR = L + "linear_attn."
+_HYBRID_LAYER = (
+    *_NORMS,
+    *_MLP,
+    *moved(
+        S + "attn.",
+        L + "self_attn.",
+        {
+            **{f"w{x}": f"{x}_proj" for x in "qkvo"},
+            **{f"{x}_norm": f"{x}_norm" for x in "qk"},
+        },
+        ops.copy,
+    ),
+    *(
+        rule(tuple(f"{S}attn.{part}_{x}.weight" for x in "qkv"), _LINEAR + target, joined)
+        for part, target in (("in_proj", "in_proj_qkv.weight"), ("conv", "conv1d.weight"))
+    ),
+    *moved(
+        S + "attn.",
+        _LINEAR,
+        {x: x for x in ("in_proj_z", "in_proj_a", "in_proj_b", "norm", "out_proj")},
+        ops.copy,
+    ),
+    rule(S + "attn.A_log", _LINEAR + "A_log", ops.copy),
+    rule(S + "attn.dt_bias", _LINEAR + "dt_bias", ops.copy),
+    *_EXPERTS,
+    *_ROUTER,
+    *renamed(_SHARED, targets={"shared_experts": "shared_expert"}),
+    *moved(_MOE, L + "mlp.", {"shared_experts.gate": "shared_expert_gate"}, ops.copy),
+)
+_HYBRID = (*_TOP, *_HYBRID_LAYER)
+
+
+def _patches(dims: Dims, tensor: Tensor) -> Tensor:
+    """``[H, C·T·P·P]`` → ``[H, C, T, P, P]``: a projection of patches is a convolution."""
+    channels = dims.vision.number("in_channels")
+    size = dims.vision.number("patch_size")
+    frames = dims.vision.number("temporal_patch_size")
+    return tensor.reshape(tensor.shape[0], channels, frames, size, size)
+
+
+_VISION, _VISUAL = "vision_encoder.", "model.visual."
+_BLOCK, _VISUAL_BLOCK = _VISION + "layers.{layer}.", _VISUAL + "blocks.{layer}."
+_KINDS = ("weight", "bias")
+_TOWER = (
+    rule(_VISION + "patch_embed.weight", _VISUAL + "patch_embed.proj.weight", _patches),
+    rule(_VISION + "patch_embed.bias", _VISUAL + "patch_embed.proj.bias", ops.copy),
+    rule(_VISION + "pos_embed", _VISUAL + "pos_embed.weight", ops.copy),
+    *(
+        rule(
+            tuple(f"{_BLOCK}attn.w{x}.{kind}" for x in "qkv"),
+            f"{_VISUAL_BLOCK}attn.qkv.{kind}",
+            ops.fused_qkv,
+        )
+        for kind in _KINDS
+    ),
+    *moved(
+        _BLOCK,
+        _VISUAL_BLOCK,
+        {x: x for x in ("norm1", "norm2", "attn.proj", "mlp.linear_fc1", "mlp.linear_fc2")},
+        ops.copy,
+        _KINDS,
+    ),
+    *moved(
+        _VISION + "merger.",
+        _VISUAL + "merger.",
+        {x: x for x in ("norm", "linear_fc1", "linear_fc2")},
+        ops.copy,
+        _KINDS,
+    ),
+)
+
 _UNBIASED = tuple(
     (bias, "balances the load of experts: HuggingFace's model has no bias of the router's choice")
     for bias in _BIASES
@@ -180,7 +254,7 @@ _UNBIASED = tuple(
 
 DIALECT = Dialect(
     name="torchtitan (or Meta's llama)",
-    marks=("tok_embeddings.weight", S + "attention.wo.weight"),
+    marks=("tok_embeddings.weight", S + "attention_norm.weight", S + "ffn_norm.weight"),
     families=(
         Family(name="llama", model_types=("llama", "mistral"), rules=(*_DENSE, *_PAIRED)),
         Family(name="qwen3", model_types=("qwen3",), rules=(*_DENSE, *_PLAIN, *_QK_NORM)),
@@ -198,6 +272,18 @@ DIALECT = Dialect(
             reference=as_deepseek_v3,
         ),
         Family(name="llama4", model_types=("llama4_text",), rules=_LLAMA4, dropped=_UNBIASED),
+        Family(
+            name="qwen3_5_text",
+            model_types=("qwen3_5_text", "qwen3_5_moe_text"),
+            rules=_HYBRID,
+            dropped=_UNBIASED,
+        ),
+        Family(
+            name="qwen3_5",
+            model_types=("qwen3_5", "qwen3_5_moe"),
+            rules=(*renamed(_HYBRID, targets={"model.": "model.language_model."}), *_TOWER),
+            dropped=_UNBIASED,
+        ),
         Family(name="gpt_oss", model_types=("gpt_oss",), rules=_GPT_OSS, dropped=_UNBIASED),
     ),
     dropped=(

@@ -1,0 +1,40 @@
+"""What a trainer's own file beside the weights says of the heads: Meta's params.json, litgpt's YAML.
+
+Other numbers of heads can make up the same rows, so that no shape would show a config of another model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from streamconv.files.jsonfile import object_or_empty
+from streamconv.formats.megatron.run_yaml import settings_below
+
+_META = {
+    "num_attention_heads": "n_heads",
+    "num_query_groups": "n_kv_heads",
+    "kv_channels": "head_dim",
+}
+_LITGPT = {
+    "num_attention_heads": "n_head",
+    "num_query_groups": "n_query_groups",
+    "kv_channels": "head_size",
+}
+
+
+def heads_of_run(root: Path) -> dict[str, int]:
+    """Return the numbers of heads, by the names of Megatron's arguments; empty where none are told."""
+    for folder in (root, root.absolute().parent):
+        found = _named(object_or_empty(folder / "params.json", most_bytes=1 << 20), _META)
+        found = found or _named(
+            settings_below(folder / "model_config.yaml", (), frozenset(_LITGPT.values())), _LITGPT
+        )
+        if "num_attention_heads" in found:
+            found.setdefault("num_query_groups", found["num_attention_heads"])
+            return found
+    return {}
+
+
+def _named(said: Mapping[str, object], names: Mapping[str, str]) -> dict[str, int]:
+    return {ours: value for ours, name in names.items() if type(value := said.get(name)) is int}
