@@ -27,8 +27,10 @@ from streamconv.errors import BadInputError, UsageError
 from streamconv.families import native
 from streamconv.families.converted import Converted
 from streamconv.families.native import convert as conversion
+from streamconv.families.native.beside import heads_of_run
 from streamconv.options import JobOptions
 from streamconv.planning import checks
+from tests.conftest import REPOSITORY
 from tests.replay import array, dtype_of, replay
 
 CASES = [(trainer, model) for trainer, found in TRAINERS.items() for model in found.models]
@@ -41,12 +43,14 @@ def taken_apart(trainer: str, name: str) -> tuple[TinyModel, State]:
     return model, TRAINERS[trainer].names(model)
 
 
-def plan(config: Mapping[str, Any] | None, tensors: State) -> Converted:
+def plan(
+    config: Mapping[str, Any] | None, tensors: State, run: Mapping[str, Any] | None = None
+) -> Converted:
     """Plan in this process, with the checks that a conversion makes."""
     dialect = native.find(list(tensors))
     assert dialect is not None
     headers = {key: (tuple(t.shape), dtype_of(t)) for key, t in tensors.items()}
-    made = conversion.convert(dialect, headers, config, JobOptions())
+    made = conversion.convert(dialect, headers, config, run or {}, JobOptions())
     if made.model is not None:
         checks.check_recipes(made.recipes, made.model, JobOptions(), made.extras)
     return made
@@ -153,6 +157,13 @@ def test_markers_of_wrappers_are_left_out() -> None:
     assert {s for r in made.recipes for s in r.view.sources()} == set(wrapped)
 
 
+def test_readme_lists_them() -> None:
+    readme = (REPOSITORY / "README.md").read_text()
+    for dialect in native.dialects():
+        types = ", ".join(t for f in dialect.families for t in f.model_types)
+        assert f"| {dialect.name} | {types} |" in readme
+
+
 # --- refusals ----------------------------------------------------------------------------------
 
 
@@ -229,6 +240,40 @@ def test_pairs_turned_as_complex_numbers_are_halves_turned_by_transformers() -> 
     q, k = apply_rotary_pos_emb(q, k, both.cos(), both.sin())
     theirs = q[0] @ k[0].repeat_interleave(n // g, dim=0).transpose(1, 2)
     torch.testing.assert_close(ours, theirs)
+
+
+def test_heads_of_another_model_are_refused() -> None:
+    """Twelve heads make up the rows of six: only what lies beside the weights can tell."""
+    model, tensors = taken_apart("meta", "llama")
+    other = dict(model.config) | {
+        "num_attention_heads": 12,
+        "num_key_value_heads": 4,
+        "head_dim": 4,
+    }
+    assert any("12 query heads" in n for n in plan(other, tensors).notices)
+    run = {"num_attention_heads": 6, "num_query_groups": 2}
+    with pytest.raises(BadInputError, match="query heads"):
+        plan(other, tensors, run)
+    assert not any("query heads" in n for n in plan(model.config, tensors, run).notices)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("params.json", '{"dim": 48, "n_heads": 6, "n_kv_heads": 2}'),
+        ("model_config.yaml", "n_embd: 48\nn_head: 6\nn_query_groups: 2\n"),
+    ],
+)
+def test_what_lies_beside_tells_the_heads(name: str, text: str, tmp_path: Path) -> None:
+    step = tmp_path / "step"
+    step.mkdir()
+    assert heads_of_run(step) == {}
+    (tmp_path / name).write_text(text)
+    assert heads_of_run(step) == {"num_attention_heads": 6, "num_query_groups": 2}
+    (step / name).write_text(text.replace("6", "4").replace("2", "4"))
+    assert heads_of_run(step)["num_attention_heads"] == 4
+    (step / name).write_text("[")
+    assert heads_of_run(step)["num_attention_heads"] == 6
 
 
 # --- whole conversions -------------------------------------------------------------------------
