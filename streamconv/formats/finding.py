@@ -74,6 +74,9 @@ def find_model(path: Path, model: str | None = None) -> Location:
     here = detect(path)
     if here and model is None:
         return here
+    tag = latest_tag(path)
+    if tag is not None and model is None:
+        return find_model(tag)  # as DeepSpeed itself loads it
     found = _in_folders(path)
     if model in found:
         return found[model]
@@ -143,9 +146,6 @@ def _in_run(path: Path, model: str | None) -> Location:
     steps = _steps(path)
     if len(steps) == 1:
         return find_model(steps[0], model)
-    tag = latest_tag(path)
-    if tag is not None:
-        return find_model(tag, model)  # as DeepSpeed itself loads it
     if steps:
         names = [p.name for p in steps]
         latest, said = _latest(path, steps)

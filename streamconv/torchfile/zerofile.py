@@ -61,7 +61,9 @@ class ModelFile:
     fragments of parameters that are not trained. ``shared`` maps names that are not stored to those
     that are. ``masters`` are the fp32 weights that stage 0 keeps here: groups of shaped tensors, or of
     one flat tensor each. ``skipped`` are (name, reason) of what is no tensor, ``others`` the keys that
-    the trainer added.
+    the trainer added. ``shards`` is what is said of tensor parallelism (universal_checkpoint_info),
+    ``degrees`` of the sizes of the run, ``experts`` how many each MoE layer has; ``expert_parallel``
+    says that AutoEP has cut them under stage 3.
     """
 
     facts: FileFacts
@@ -76,7 +78,10 @@ class ModelFile:
     skipped: tuple[tuple[str, str], ...]
     others: tuple[str, ...]
     said: Mapping[str, int | str]
-    info: Mapping[str, Any] = field(default_factory=dict)
+    shards: Mapping[str, Any] = field(default_factory=dict)
+    degrees: Mapping[str, int] = field(default_factory=dict)
+    experts: tuple[int, ...] = ()
+    expert_parallel: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +110,7 @@ def read_model_file(reader: RankReader, path: Path, *, module: bool = True) -> M
     """
     where = str(path)
     with _opened(path) as (facts, directory, root):
+        root = _dict(root, "file", where)
         if "module" not in root:
             raise BadInputError(
                 "the file holds no model of DeepSpeed's",
@@ -138,11 +144,10 @@ def read_model_file(reader: RankReader, path: Path, *, module: bool = True) -> M
             tuple(contents.skipped),
             tuple(str(k) for k in root if k not in _OWN_KEYS),
             _said(root),
-            {
-                k: root[k]
-                for k in ("universal_checkpoint_info", "ds_autoep_layers", "num_experts")
-                if root.get(k)
-            },
+            _as_dict(root.get("universal_checkpoint_info")),
+            _numbers(root.get("checkpoint_parallel_dimensions")),
+            _counts(root.get("num_experts")),
+            "zero3_partitioned" in repr(as_plain(root.get("ds_autoep_layers"))),
         )
 
 
@@ -150,6 +155,7 @@ def read_optimizer_file(reader: RankReader, path: Path) -> OptimizerFile:
     """Read an optimizer file of ZeRO; raises as :func:`read_model_file` does."""
     where = str(path)
     with _opened(path) as (facts, directory, root):
+        root = _dict(root, "file", where)
         state = _dict(root.get("optimizer_state_dict"), "optimizer_state_dict", where)
         stage = 3 if "fp32_flat_groups" in state else 2
         key = "fp32_flat_groups" if stage == 3 else "single_partition_of_fp32_groups"
@@ -195,13 +201,22 @@ def read_tensor_file(
     """
     with _opened(path) as (facts, directory, root):
         contents = Contents(reader, directory, 0)
-        for name, value in root.items():
+        for name, value in _dict(root, "file", str(path)).items():
             contents.add(name, value)
         return facts, _plain(contents, str(path)), tuple(contents.skipped)
 
 
+def read_parameter_file(reader: RankReader, path: Path) -> tuple[FileFacts, Stored]:
+    """Read ``fp32.pt`` of a universal checkpoint: one tensor, flat, or whole in a dict as ``param``."""
+    with _opened(path) as (facts, directory, root):
+        contents = Contents(reader, directory, 0)
+        contents.add("param", root.get("param") if type(root) in (dict, InertDict) else root)
+        _only_tensors(contents, str(path))
+        return facts, _plain(contents, str(path))["param"]
+
+
 @contextmanager
-def _opened(path: Path) -> Iterator[tuple[FileFacts, ZipDirectory, dict[Any, Any]]]:
+def _opened(path: Path) -> Iterator[tuple[FileFacts, ZipDirectory, Any]]:
     with open_archive(path) as (status, directory), no_garbage_collection():
         root: Any = load_inert(
             directory.read_entry("data.pkl", max_nbytes=_MAX_PICKLE_NBYTES),
@@ -217,7 +232,7 @@ def _opened(path: Path) -> Iterator[tuple[FileFacts, ZipDirectory, dict[Any, Any
             directory.directory_hash,
             directory.checksums,
         )
-        yield facts, directory, _dict(root, "file", str(path))
+        yield facts, directory, root
 
 
 def _no_masters(state: Mapping[Any, Any], where: str) -> BadInputError:
@@ -359,11 +374,27 @@ def _said(root: Mapping[Any, Any]) -> dict[str, int | str]:
     return said
 
 
-def as_plain(value: Any) -> Any:
+def _as_dict(value: Any) -> dict[Any, Any]:
+    found = as_plain(value)
+    return found if type(found) is dict else {}
+
+
+def _numbers(value: Any) -> dict[str, int]:
+    return {k: v for k, v in _as_dict(value).items() if type(k) is str and _positive(v)}
+
+
+def _counts(value: Any) -> tuple[int, ...]:
+    values = value if type(value) is list else [value]
+    return tuple(values) if all(map(_positive, values)) else ()
+
+
+def as_plain(value: Any, depth: int = 16) -> Any:
     """Return dicts, lists, tuples, numbers and texts as they are, None in the place of all else."""
+    if depth == 0:
+        return None
     if type(value) in (dict, InertDict):
-        return {k: as_plain(v) for k, v in value.items()}
+        return {k: as_plain(v, depth - 1) for k, v in value.items()}
     if type(value) in (list, tuple, InertSize):
-        made: Sequence[Any] = [as_plain(v) for v in value]
+        made: Sequence[Any] = [as_plain(v, depth - 1) for v in value]
         return made
     return value if type(value) in (int, float, bool, str) else None

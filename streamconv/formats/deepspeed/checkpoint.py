@@ -16,6 +16,7 @@ from streamconv.errors import BadInputError
 from streamconv.formats.dcp.folder import Assembler
 from streamconv.formats.deepspeed.flat import Part
 from streamconv.formats.deepspeed.folder import list_files, tag_folder
+from streamconv.formats.deepspeed.model import read_model
 from streamconv.formats.deepspeed.ranks import Reader, Weights, in_order
 from streamconv.formats.identity import evidence_of, identify_file
 from streamconv.formats.side_folder import above, side_folder
@@ -70,8 +71,7 @@ def read(path: Path) -> Checkpoint:
     files = list_files(_tag(path))
     reader = Reader(files)
     with no_garbage_collection():
-        ranks = [reader.weights(rank) for rank in files.ranks()]
-    (weights,) = ranks
+        weights = read_model(reader)
     assembler = Assembler()
     tensors = _tensors({**weights.masters, **weights.rest}, weights, assembler)
     if not tensors:

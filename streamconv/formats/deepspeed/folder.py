@@ -8,6 +8,8 @@ The user points at the folder that DeepSpeed was given, or at the folder of a ta
     CHECKPOINT/TAG/[bf16_]zero_pp_rank_D_mp_rank_MM_optim_states.pt
     CHECKPOINT/TAG/layer_LL[-model_TT]-model_states.pt             pipeline
     CHECKPOINT/TAG/layer_L_expert_E_mp_rank_MM_model_states.pt     deepspeed.moe
+    CHECKPOINT/latest_universal                                    the same of a universal checkpoint
+    CHECKPOINT/TAG_universal/zero/NAME/fp32.pt                     beside copies of the model files
 
 **Trap: ``pp_rank`` is the data-parallel rank**, never the pipeline's; ``mp_rank`` counts tensor and
 pipeline parallel ranks. Numbers are not always padded. ``bf16_`` says only that the config enabled it.
@@ -16,15 +18,19 @@ pipeline parallel ranks. Numbers are not always padded. ``bf16_`` says only that
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from streamconv.errors import BadInputError
 from streamconv.files.filesystems import real_path
 from streamconv.formats.steps import is_step, read_tracker_file
 
 LATEST = "latest"
+_LATEST_UNIVERSAL = "latest_universal"
+_UNIVERSAL = "zero"
+_UNIVERSAL_FILE = "fp32.pt"
 
 _MODEL = re.compile(r"mp_rank_(\d+)_model_states\.pt", re.ASCII)
 _ZERO_MODEL = re.compile(r"zero_pp_rank_(\d+)_mp_rank_(\d+)_model_states\.pt", re.ASCII)
@@ -42,7 +48,7 @@ class Files:
 
     ``models`` by model-parallel rank, ``zero_models`` and ``optimizers`` by (model-parallel,
     data-parallel rank), ``layers`` by (layer, tensor-parallel rank), ``experts`` by (layer, expert,
-    model-parallel rank).
+    model-parallel rank), ``universal`` the files of a universal checkpoint by parameter.
     """
 
     folder: Path
@@ -52,12 +58,16 @@ class Files:
     layers: dict[tuple[int, int], Path] = field(default_factory=dict)
     experts: dict[tuple[int, int, int], Path] = field(default_factory=dict)
     expert_optimizers: list[Path] = field(default_factory=list)
+    universal: dict[str, Path] = field(default_factory=dict)
 
     @property
     def all(self) -> list[Path]:
         """Return every file that may hold weights, in one order."""
-        groups = (self.models, self.zero_models, self.optimizers, self.layers, self.experts)
-        return [table[key] for table in groups for key in sorted(table)]  # type: ignore[index]
+        tables: tuple[Mapping[Any, Path], ...] = (
+            *(self.models, self.zero_models, self.optimizers),
+            *(self.layers, self.experts, self.universal),
+        )
+        return [table[key] for table in tables for key in sorted(table)]
 
     def ranks(self) -> list[int]:
         """Return the model-parallel ranks that any file belongs to."""
@@ -97,12 +107,19 @@ def tag_folder(path: Path) -> Path | None:
 
 
 def latest_tag(path: Path) -> Path | None:
-    """Return the folder in ``path`` that ``latest`` names, where DeepSpeed's files lie in it."""
-    said = read_tracker_file(path / LATEST) if path.is_dir() else None
-    if said is None or not said[0] or said[0] in (".", "..") or re.search(r"[/\\\0\n]", said[0]):
+    """Return the folder in ``path`` that ``latest`` names, where DeepSpeed's files lie in it.
+
+    Where there is none, that of a universal checkpoint.
+    """
+    return _named(path, LATEST) or _named(path, _LATEST_UNIVERSAL)
+
+
+def _named(path: Path, tracker: str) -> Path | None:
+    text, _ = (read_tracker_file(path / tracker) if path.is_dir() else None) or ("", 0)
+    if not text or text in (".", "..") or re.search(r"[/\\\0\n]", text):
         return None
     try:
-        return path / said[0] if is_tag(path / said[0]) else None
+        return path / text if is_tag(path / text) else None
     except OSError:
         return None
 
@@ -125,11 +142,18 @@ def list_files(folder: Path) -> Files:
             table[key] = path
         if _EXPERT_OPTIMIZER.fullmatch(path.name):
             files.expert_optimizers.append(path)
+    parameters = folder / _UNIVERSAL
+    for path in sorted(parameters.iterdir()) if parameters.is_dir() else ():
+        file = path / _UNIVERSAL_FILE
+        if path.is_dir() and file.exists():
+            if not file.is_file():
+                raise BadInputError("a file of weights that is not a regular file", where=str(file))
+            files.universal[path.name] = file
     return files
 
 
-def _keys(files: Files, name: str) -> Iterator[tuple[dict[object, Path], object]]:
-    tables: tuple[tuple[re.Pattern[str], object, tuple[int, ...]], ...] = (
+def _keys(files: Files, name: str) -> Iterator[tuple[dict[Any, Path], Any]]:
+    tables: tuple[tuple[re.Pattern[str], dict[Any, Path], tuple[int, ...]], ...] = (
         (_MODEL, files.models, (1,)),
         (_ZERO_MODEL, files.zero_models, (2, 1)),
         (_OPTIMIZER, files.optimizers, (2, 1)),
@@ -140,4 +164,4 @@ def _keys(files: Files, name: str) -> Iterator[tuple[dict[object, Path], object]
         match = pattern.fullmatch(name)
         if match:
             numbers = tuple(int(match[k] or 0) for k in order)
-            yield table, numbers[0] if len(numbers) == 1 else numbers  # type: ignore[misc]
+            yield table, numbers[0] if len(numbers) == 1 else numbers

@@ -12,16 +12,18 @@ as views of one storage.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from streamconv.errors import BadInputError
-from streamconv.formats.deepspeed.flat import Cutter, Part, whole
+from streamconv.formats.deepspeed.flat import Cutter, Part, Vector, whole
 from streamconv.formats.deepspeed.folder import Files
 from streamconv.formats.deepspeed.masters import Share, join_fragments, read_masters
 from streamconv.formats.deepspeed.unsharded import name_masters
+from streamconv.ir.boxes import Shape
 from streamconv.torchfile.rankfile import RankReader, Stored
 from streamconv.torchfile.zerofile import (
     FileFacts,
@@ -29,6 +31,8 @@ from streamconv.torchfile.zerofile import (
     Shapes,
     read_model_file,
     read_optimizer_file,
+    read_parameter_file,
+    read_tensor_file,
 )
 
 _MAX_EXAMPLES = 5
@@ -43,7 +47,8 @@ class Weights:
 
     ``masters`` in fp32, ``halves`` the same as the run computed with them, where they are stored, too;
     ``rest`` what has no masters. ``aliases`` are other names of what is stored, ``order`` the names as
-    the model has them.
+    the model has them. ``shards`` is what the file says of tensor parallelism, ``degrees`` of the sizes
+    of the run, ``experts`` how many each MoE layer has, ``shapes`` those of what was trained.
     """
 
     rank: int
@@ -55,6 +60,10 @@ class Weights:
     stage: int = 0
     ranks: int = 1
     said: Mapping[str, int | str] = field(default_factory=dict)
+    degrees: Mapping[str, int] = field(default_factory=dict)
+    shards: Mapping[str, Any] = field(default_factory=dict)
+    experts: tuple[int, ...] = ()
+    shapes: Mapping[str, Shape] = field(default_factory=dict)
 
 
 class Reader:
@@ -150,7 +159,14 @@ class Reader:
         number = self.numbers[path]
         shapes = self._shapes(model, shares)
         weights = Weights(
-            rank, aliases=dict(model.shared), order=tuple(model.module), said=dict(model.said)
+            rank,
+            aliases=dict(model.shared),
+            order=tuple(model.module) or tuple(n for g in shapes for n in g),
+            said=dict(model.said),
+            degrees=model.degrees,
+            shards=model.shards,
+            experts=model.experts,
+            shapes={n: s for g in shapes for n, s in g.items()},
         )
         trained = {name for group in shapes for name in group}
         weights.aliases |= _views_of_one(model.module, weights.aliases, trained)
@@ -159,12 +175,17 @@ class Reader:
             weights.masters = read_masters(shares, shapes, self.cutter)
             weights.stage = int(shares[0].file.said.get("zero_stage", 1))
             weights.ranks = len(shares)
+        elif model.masters and self.files.expert_optimizers:
+            self.notices.append(
+                "the fp32 masters of a run without ZeRO and with experts are not named in its files: "
+                "the weights are taken as the run computed with them"
+            )
         elif model.masters:
             parameters = {n: s for n, s in stored.items() if n not in model.buffers}
             weights.masters = name_masters(
                 model.masters, model.flat_masters, parameters, number, path, self.cutter
             )
-        elif shapes and _is_narrow(stored, trained):
+        elif shapes and not self.files.universal and _is_narrow(stored, trained):
             self.notices.append(
                 "there are no optimizer files: the weights are taken as the run computed with them, "
                 "and not in fp32"
@@ -195,7 +216,7 @@ class Reader:
     # Stage 3
 
     def _stage_3(self, rank: int, shares: list[Share], paths: dict[int, Path]) -> Weights:
-        if not shares:
+        if not shares and not self.files.universal:
             raise BadInputError(
                 "a checkpoint of ZeRO stage 3 without its optimizer files, where all weights are",
                 where=str(self.files.folder),
@@ -212,7 +233,7 @@ class Reader:
                 found=f"{len(paths)} model files",
                 hint="copy it; the checkpoint cannot be converted without it",
             )
-        if shares[0].file.stage != 3:
+        if shares and shares[0].file.stage != 3:
             raise BadInputError(
                 "model files of stage 3 beside optimizer files of another stage",
                 where=str(shares[0].path),
@@ -223,18 +244,21 @@ class Reader:
         shapes = self._shapes(model, shares)
         weights = Weights(
             rank,
-            masters=read_masters(shares, shapes, self.cutter),
+            masters=read_masters(shares, shapes, self.cutter) if shares else {},
             aliases=dict(model.shared),
             order=tuple(model.module),
             stage=3,
-            ranks=len(shares),
+            ranks=len(shares) or len(paths),
             said=dict(model.said),
+            degrees=model.degrees,
+            shards=model.shards,
+            shapes={n: s for g in shapes for n, s in g.items()},
         )
         for name in model.buffers:
             if name in model.module and name not in weights.masters:
                 weights.rest[name] = whole(self.numbers[paths[0]], model.module[name])
         if model.frozen_shapes:
-            weights.rest |= self._frozen(model, rank, paths, len(shares))
+            weights.rest |= self._frozen(model, rank, paths, weights.ranks)
         return weights
 
     def _frozen(
@@ -277,8 +301,7 @@ class Reader:
         )
 
     def _refuse_expert_parallel(self, model: ModelFile) -> None:
-        layers = model.info.get("ds_autoep_layers")
-        if layers and "zero3_partitioned" in str(layers)[:100_000]:
+        if model.expert_parallel:
             raise BadInputError(
                 "experts that AutoEP cut under ZeRO stage 3 are not supported yet",
                 where=str(model.facts.path),
@@ -286,6 +309,35 @@ class Reader:
             )
 
     # All
+
+    def parameter(self, name: str, shape: Shape | None) -> Part:
+        """Return a parameter of a universal checkpoint, of ``shape`` where its file does not say it."""
+        path = self.files.universal[name]
+        facts, stored = read_parameter_file(self._reader, path)
+        self._note(facts, {}, ())
+        part = whole(self.numbers[path], stored)
+        if shape is None or part.shape == shape:
+            return part
+        numel = math.prod(part.shape)
+        if len(part.shape) != 1 or numel != math.prod(shape):
+            raise BadInputError(
+                "a parameter of a universal checkpoint has another shape than the model file says",
+                where=str(path),
+                expected=str(list(shape)),
+                found=str(list(part.shape)),
+                hint="convert the checkpoint that it was made of",
+            )
+        return self.cutter.part(
+            part.dtype, shape, Vector([(self.numbers[path], stored)]).cut(0, numel)
+        )
+
+    def tensors(self, path: Path) -> Iterator[tuple[str, Part]]:
+        """Yield the tensors of a layer's or an expert's file."""
+        facts, held, skipped = read_tensor_file(self._reader, path)
+        self._note(facts, {}, ())
+        self.skipped.update(skipped)
+        for name, stored in held.items():
+            yield name, whole(self.numbers[path], stored)
 
     def _model(self, path: Path, *, module: bool = True) -> ModelFile:
         model = read_model_file(self._reader, path, module=module)

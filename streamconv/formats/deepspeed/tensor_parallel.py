@@ -1,0 +1,168 @@
+"""Tensor parallelism (AutoTP): how the shards of one parameter go together.
+
+DeepSpeed 0.19 writes ``universal_checkpoint_info`` into the model files. Its ``affine_map`` has, for
+each parameter (a regular expression that is its name) and rank, the pieces of the shard as affine
+walks: ``source`` over the whole parameter, ``dest`` over the shard, both (offset, strides) in elements
+of a C-contiguous tensor. Cuts may be uneven. Without the map its lists of patterns tell: replicated,
+cut along dimension 1 (row parallel), and along 0 all others. Releases before wrote nothing.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from streamconv.errors import BadInputError
+from streamconv.formats.dcp.folder import Stored as Piece
+from streamconv.formats.deepspeed.flat import Part
+from streamconv.ir.boxes import Box, Shape, contiguous_strides
+
+_ROWS = "parameter_with_row_parallelism_patterns"
+_REPLICATED = "tp_replicated_parameter_patterns"
+_SUB = "parameter_with_sub_params"
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """A box of a shard, and the offsets of the same elements in the whole."""
+
+    shard: Box
+    whole: Shape
+
+
+class ShardMap:
+    """What the model files of a run say of its tensor parallel shards; ``where`` is one of them."""
+
+    def __init__(self, info: Mapping[str, Any], ranks: int, where: Path) -> None:
+        self._ranks = ranks
+        self._where = where
+        affine = info.get("affine_map")
+        params = affine.get("params") if isinstance(affine, dict) else None
+        self._params = {_unescaped(k): v for k, v in (params or {}).items() if isinstance(v, dict)}
+        self._known = bool(info)
+        self._rows = _patterns(info.get(_ROWS))
+        self._replicated = _patterns(info.get(_REPLICATED))
+        self._sub = bool(info.get(_SUB))
+
+    def join(self, name: str, parts: Sequence[Part]) -> Part:
+        """Return the parameter that ``parts`` of all ranks, in their order, are shards of."""
+        if self._ranks == 1:
+            return parts[0]
+        dtypes = {p.dtype for p in parts}
+        if len(dtypes) > 1 or len(parts) != self._ranks:
+            raise self._bad(name, f"{len(parts)} of {self._ranks} ranks, {len(dtypes)} types")
+        shape, pieces = self._cuts(name, [p.shape for p in parts])
+        seen: set[tuple[Shape, Shape]] = set()
+        made: list[Piece] = []
+        for part, cuts in zip(parts, pieces, strict=True):
+            for cut in cuts:
+                key = (cut.whole, cut.shard.sizes)
+                if key in seen:
+                    continue  # a replica
+                seen.add(key)
+                made += _placed(part, cut)
+        return Part(parts[0].dtype, shape, tuple(made))
+
+    def _cuts(self, name: str, shapes: Sequence[Shape]) -> tuple[Shape, list[list[_Piece]]]:
+        entry = self._params.get(name)
+        if entry is not None:
+            try:
+                return self._by_map(entry, shapes)
+            except (KeyError, TypeError, ValueError, IndexError):
+                raise self._bad(name, "an affine map of a form that is not known") from None
+        if any(p.fullmatch(name) for p in self._replicated):
+            return shapes[0], [[_Piece(Box.whole(s), (0,) * len(s))] for s in shapes]
+        if not self._known or self._sub or not shapes[0]:
+            raise self._bad(name, "no word of how it is cut")
+        dim = 1 if any(p.fullmatch(name) for p in self._rows) else 0
+        sizes = [s[dim] for s in shapes]
+        whole = (*shapes[0][:dim], sum(sizes), *shapes[0][dim + 1 :])
+        starts = [sum(sizes[:k]) for k in range(len(sizes))]
+        return whole, [
+            [_Piece(Box.whole(s), tuple(start if d == dim else 0 for d in range(len(s))))]
+            for s, start in zip(shapes, starts, strict=True)
+        ]
+
+    def _by_map(
+        self, entry: Mapping[str, Any], shapes: Sequence[Shape]
+    ) -> tuple[Shape, list[list[_Piece]]]:
+        whole = _sizes(entry["logical_shape"])
+        made = []
+        for rank, shape in enumerate(shapes):
+            said = entry["ranks"][rank]
+            if _sizes(said["shard_shape"]) != shape:
+                raise ValueError("another shard")
+            made.append(
+                [
+                    _Piece(
+                        Box(_start(p["dest"], shape), _sizes(p["shape"])),
+                        _start(p["source"], whole),
+                    )
+                    for p in said["pieces"]
+                ]
+            )
+        return whole, made
+
+    def _bad(self, name: str, found: str) -> BadInputError:
+        return BadInputError(
+            "how the shards of tensor parallel ranks go together is not known",
+            where=f"{self._where}, {name[:200]}",
+            expected="universal_checkpoint_info, which DeepSpeed writes since 0.19",
+            found=found,
+            hint="load the checkpoint with DeepSpeed 0.19 or newer, with the same tensor_parallel "
+            "settings, and save it again",
+        )
+
+
+def _placed(part: Part, cut: _Piece) -> Iterator[Piece]:
+    for piece in part.pieces:
+        shared = piece.box.intersect(cut.shard)
+        if shared is None:
+            continue
+        ahead = sum(
+            (a - b) * s
+            for a, b, s in zip(shared.offsets, piece.box.offsets, piece.strides, strict=True)
+        )
+        offsets = tuple(
+            a - b + c for a, b, c in zip(shared.offsets, cut.shard.offsets, cut.whole, strict=True)
+        )
+        yield Piece(
+            Box(offsets, shared.sizes), piece.strides, piece.storage_offset + ahead, piece.record
+        )
+
+
+def _start(walk: Sequence[Any], shape: Shape) -> Shape:
+    """Return the index at which an affine walk begins, which must be a box of ``shape``."""
+    offset, strides = walk
+    steps = contiguous_strides(shape)
+    if _sizes(strides) != steps or type(offset) is not int or not 0 <= offset < math.prod(shape):
+        raise ValueError("no box")
+    index = []
+    for step in steps:
+        first, offset = divmod(offset, step)
+        index.append(first)
+    return tuple(index)
+
+
+def _sizes(values: Sequence[Any]) -> Shape:
+    if not all(type(v) is int and v >= 0 for v in values):
+        raise ValueError("no sizes")
+    return tuple(values)
+
+
+def _patterns(values: object) -> list[re.Pattern[str]]:
+    """Return patterns that are names: others could take for ever to match."""
+    if not isinstance(values, (list, tuple)):
+        return []
+    texts = (_unescaped(v) for v in values if isinstance(v, str))
+    return [re.compile(re.escape(t)) for t in texts]
+
+
+def _unescaped(pattern: object) -> str:
+    """Return the name that a pattern ``^…$`` of one name matches."""
+    text = str(pattern)
+    return re.sub(r"\\(.)", r"\1", text.removeprefix("^").removesuffix("$"))
