@@ -15,10 +15,10 @@ from streamconv.families.converted import Converted, extras, put_together, setti
 from streamconv.families.engine import Headers, apply
 from streamconv.families.ops import copy
 from streamconv.families.prediction import check_prediction
-from streamconv.families.rules import Dims, rule
+from streamconv.families.rules import Dims, Family, rule
 from streamconv.families.settings import check_settings
 from streamconv.options import JobOptions
-from streamconv.tracing.hf import build_meta
+from streamconv.tracing.hf import MetaModel, build_meta
 
 _LAYER = re.compile(r"(?:language_model\.)?decoder\.layers\.([0-9]+)\.")
 _PREDICTION = re.compile(r"mtp\.layers\.([0-9]+)\.")
@@ -50,6 +50,56 @@ def convert(
     ``megatron`` is what the checkpoint says of its run. Raises :class:`BadInputError` where
     config.json is missing or contradicts the tensors, or a tensor is unknown.
     """
+    described = describe(config, megatron, job, tensors)
+    config, changes = described.config, described.changes
+    family, dims, model = described.family, described.dims, described.model
+    reference = described.reference
+    notices = list(described.notices)
+    _check_layers(dims, tensors)
+    _check_output(dims, tensors)
+    notices += check_run(described, tensors)
+    notices += _flat_rows(config)
+    notices += _cut_rows(dims, tensors)
+    notices += check_prediction({name: shape for name, (shape, _) in tensors.items()}, dims)
+    return put_together(
+        apply(family, dims, tensors),
+        model,
+        reference,
+        config,
+        changes=changes,
+        extras=extras(family, dims, _predictions(tensors)),
+        notices=notices,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Described:
+    """The model that a config.json describes, as far as a checkpoint of Megatron's needs to know.
+
+    ``reference`` is the config of a model that transformers has; the others are as in
+    :class:`Converted`.
+    """
+
+    family: Family
+    dims: Dims
+    model: MetaModel | None
+    reference: Mapping[str, Any]
+    config: Mapping[str, Any]
+    changes: tuple[str, ...]
+    notices: tuple[str, ...]
+
+
+def describe(
+    config: Mapping[str, Any] | None,
+    megatron: Mapping[str, Any],
+    job: JobOptions,
+    tensors: Headers,
+) -> Described:
+    """Return whose rules hold for a checkpoint, and the sizes of its model.
+
+    ``megatron`` is what the checkpoint says of its run. Raises :class:`BadInputError` where config.json
+    is missing, or no family has its model type.
+    """
     if config is None:
         raise BadInputError(
             "a Megatron checkpoint needs the model's config.json, and has none",
@@ -75,24 +125,15 @@ def convert(
     settings = settings_of(model, reference, notices)
     vision = config.get("vision_config") if model is None else model.vision_settings
     dims = Dims(settings, megatron, vision)
-    _check_layers(dims, tensors)
-    _check_output(dims, tensors)
-    notices += check_settings(dims, family)
-    notices += _untold_heads(dims, tensors)
-    notices += _flat_rows(config)
-    notices += _cut_rows(dims, tensors)
-    notices += check_prediction({name: shape for name, (shape, _) in tensors.items()}, dims)
     if head:
         family = dataclasses.replace(family, rules=(*_HEAD, *family.rules))
-    return put_together(
-        apply(family, dims, tensors),
-        model,
-        reference,
-        config,
-        changes=changes.told,
-        extras=extras(family, dims, _predictions(tensors)),
-        notices=notices,
-    )
+    return Described(family, dims, model, reference, config, changes.told, tuple(notices))
+
+
+def check_run(described: Described, tensors: Headers) -> list[str]:
+    """Compare config.json with what the checkpoint says of its run; return notices."""
+    dims = described.dims
+    return [*check_settings(dims, described.family), *_untold_heads(dims, tensors)]
 
 
 def _predictions(tensors: Headers) -> set[int]:

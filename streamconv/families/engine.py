@@ -64,6 +64,20 @@ def apply(family: Family, dims: Dims, tensors: Headers, whose: str = "Megatron")
     return list(recipes.values())
 
 
+def targets(family: Family, name: str) -> tuple[str, ...]:
+    """Return what the rule for the one tensor ``name`` makes of it; nothing where there is none.
+
+    Raises :class:`BadInputError` where a rule needs others beside it.
+    """
+    match = _Matcher(family.rules).find(name)
+    if match is None:
+        return ()
+    rule, _, captures = match
+    if len(rule.sources) > 1:
+        raise _lacks(rule, captures, name, {})
+    return tuple(_format(t, captures) for t in rule.targets)
+
+
 def _unknown(family: Family, names: Sequence[str], whose: str) -> BadInputError:
     alike: dict[str, int] = {}
     for name in names:

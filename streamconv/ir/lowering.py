@@ -344,6 +344,19 @@ def _cut_axis(
             yield i * m + first, ((i, 1), *kept)
 
 
+def walks_along(move: Move, shape: Shape) -> Iterator[tuple[list[list[Dim]], list[int], int]]:
+    """Split a move so that every dim runs along one axis of the output tensor of ``shape``.
+
+    Yields ``(dims per axis with dst counted along that axis, start index per axis, src offset)``.
+    """
+    # Turned around, as in :func:`clip_box`; no two elements of an output have one place.
+    region = _Region(
+        tuple(Dim(d.size, d.src, d.dst) for d in move.dims), move.src_offset, move.dst_offset
+    )
+    for axes, _, start, src_offset in _to_axes(region, shape):
+        yield [[Dim(d.size, d.src, d.dst) for d in dims] for dims in axes], start, src_offset
+
+
 def merge_dims(dims: Sequence[Dim]) -> tuple[Dim, ...]:
     """Return the same walk with as few dims as can be, outermost output step first."""
     merged: list[Dim] = []

@@ -10,7 +10,7 @@ PEFT's names, after ``base_model.model.``: ``M.base_layer.weight`` (the frozen w
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -20,6 +20,7 @@ from streamconv.errors import BadInputError
 from streamconv.formats.tensor_bytes import is_finite, pieces
 from streamconv.ir.boxes import contiguous_strides
 from streamconv.ir.dtypes import F32
+from streamconv.ir.pieces import stored_view
 from streamconv.ir.recipe import AddProduct, Cast, Gather, Part, Recipe, SourceRef, View
 from streamconv.ir.source import Checkpoint, GlobalTensor, Skipped
 from streamconv.lora.names import FOREIGN, ORIGINAL, PART, PARTS, SAVED, canonical
@@ -344,6 +345,36 @@ def attach(recipes: Iterable[Recipe], made: Mapping[str, AddProduct]) -> list[Re
             f"{len(lost)} weights that an adapter changes are in no output", where=lost[0]
         )
     return result
+
+
+def in_pieces(
+    recipes: list[Recipe], tensors: Mapping[str, GlobalTensor], names: Collection[str]
+) -> tuple[list[Recipe], dict[str, GlobalTensor]]:
+    """Return recipes and tensors in which those called ``names`` are made of a tensor of their own.
+
+    So each is a whole matrix, to which a product can be added. What is stored of them is no output's
+    source any more under its old name, unless others draw from it.
+    """
+    result = []
+    own: dict[str, GlobalTensor] = {}
+    for recipe in recipes:
+        if recipe.name in names:
+            try:
+                own[recipe.name] = stored_view(recipe.name, recipe.view, tensors)
+            except ValueError as error:
+                raise BadInputError(
+                    "an adapter cannot be merged into this weight",
+                    where=recipe.name,
+                    found=str(error),
+                    hint="take the adapter by itself: --lora adapter",
+                ) from error
+            shape = recipe.view.shape
+            recipe = Recipe.identity(recipe.name, recipe.name, shape, recipe.dtype)
+        result.append(recipe)
+    before = {fqn for r in recipes for fqn in r.view.sources()}
+    after = {fqn for r in result for fqn in r.view.sources()}
+    kept = {n: t for n, t in tensors.items() if n not in before - after}
+    return result, {**kept, **own}
 
 
 def recipes(adapter: Adapter) -> list[Recipe]:

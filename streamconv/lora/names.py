@@ -25,7 +25,14 @@ SAVED = re.compile(r"(.+)\.modules_to_save\.([^.]+)\.(.+)")
 ORIGINAL = re.compile(r"(.+)\.original_module\.(.+)")
 # Parts of adapters of other kinds (trained tokens, routers of several adapters): no weights of a
 # model either.
-FOREIGN = re.compile(r"(?:.+\.)?(?:lora_\w+|token_adapter|ranknum)(?:\..+)?")
+FOREIGN = re.compile(
+    r"(?:.+\.)?(?:lora_\w+|token_adapter|ranknum)(?:\..+)?"
+    r"|.+\.adapter\.(?:.+\.)?weight_magnitude"
+)
+# Megatron-Bridge hangs LoRA's factors on a module as an adapter, CanonicalLoRA one for each part of a
+# fused module: adapter.adapter_q.
+PART_OF_FUSED = re.compile(r"(.+)\.adapter_([a-z]+)")
+_BRIDGE = re.compile(r"(.+)\.adapter(\.adapter_[a-z]+)?\.linear_(in|out)\.weight")
 
 # By the components that PEFT's tuners give their parameters. A component must match as a whole, for
 # models have prompt encoders and low-rank projections of their own.
@@ -64,8 +71,21 @@ _PROMPT = re.compile(
 
 
 def canonical(name: str) -> str:
-    """Return a name as PEFT's base model has it: after PEFT's own prefix, without markers."""
-    return without_markers(name).rpartition(PREFIX)[2]
+    """Return a name as PEFT's base model has it: after PEFT's own prefix, without markers.
+
+    >>> canonical("decoder.layers.0.linear_proj.adapter.linear_in.weight")
+    'decoder.layers.0.linear_proj.lora_A.weight'
+    """
+    name = without_markers(name).rpartition(PREFIX)[2]
+    if match := _BRIDGE.fullmatch(name):
+        return f"{match[1]}{match[2] or ''}.lora_{'AB'[match[3] == 'out']}.weight"
+    return name
+
+
+def fused(module: str) -> str:
+    """Return the module that an adapter hangs on, which may be that of one of its parts."""
+    match = PART_OF_FUSED.fullmatch(module)
+    return match[1] if match else module
 
 
 def has_adapter(names: Iterable[str]) -> bool:

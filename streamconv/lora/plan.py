@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from streamconv.quantization.scales import HF_QUANT_CONFIG
 from streamconv.tracing.model import Model
 
 ADAPTER_FOLDER = "lora_adapter"
+_BASE = "base weights (--lora merge or both gives the model)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +91,13 @@ class LoraPlan:
                 found[name] = dataclasses.replace(tensor, fqn=name, shards=table)
         return found
 
+    def in_pieces(
+        self, recipes: list[Recipe], tensors: Mapping[str, GlobalTensor]
+    ) -> tuple[list[Recipe], dict[str, GlobalTensor]]:
+        """Return recipes and tensors in which the adapted weights are tensors of their own."""
+        names = frozenset(f"{m}.weight" for m in self.adapter.targets)
+        return adapters.in_pieces(recipes, tensors, names)
+
     def merged(
         self, recipes: list[Recipe], base: Mapping[str, GlobalTensor], model: Model | None
     ) -> list[Recipe]:
@@ -128,11 +136,7 @@ class LoraPlan:
 
     def base_skipped(self) -> list[Skipped]:
         """Return the base weights as what is left out where the adapter alone is written."""
-        return [
-            Skipped(n, "base weights (--lora merge or both gives the model)")
-            for n in self.checkpoint.tensors
-            if n not in self.adapter.saved
-        ]
+        return [Skipped(n, _BASE) for n in self.checkpoint.tensors if n not in self.adapter.saved]
 
     def notices(self) -> list[str]:
         """Return what a user should know of the adapter."""
@@ -206,10 +210,16 @@ def base_inputs(base: Path) -> list[tuple[str | int, ...]]:
     ]
 
 
-def plan_lora(checkpoint: Checkpoint, options: LoraOptions) -> LoraPlan | None:
+Translate = Callable[[Adapter, Checkpoint], Adapter]
+
+
+def plan_lora(
+    checkpoint: Checkpoint, options: LoraOptions, translate: Translate | None = None
+) -> LoraPlan | None:
     """Return what becomes of a checkpoint with an adapter; None where it has none.
 
-    Raises :class:`UsageError` for options that do not fit the checkpoint, :class:`BadInputError` for an
+    ``translate`` returns an adapter on Megatron's modules as one on HuggingFace's. Raises
+    :class:`UsageError` for options that do not fit the checkpoint, :class:`BadInputError` for an
     adapter that is damaged, that contradicts its settings, or that changes nothing.
     """
     names = [*checkpoint.tensors, *checkpoint.undecided]
@@ -227,14 +237,18 @@ def plan_lora(checkpoint: Checkpoint, options: LoraOptions) -> LoraPlan | None:
         _refuse_options(checkpoint, options)
         return None
     found, adapter = adapters.separate(checkpoint)
+    held = [m for m in adapter.targets if _weight_of(m) in found.tensors]
+    if translate is not None:
+        adapter = translate(adapter, checkpoint)
+        if not held or options.mode == "adapter":
+            found = _without_base(found, adapter)
     settings = adapters.settle(adapter_config.read_settings(checkpoint.root, options), adapter)
-    held = [m for m in adapter.targets if f"{m}.weight" in found.tensors]
     if options.base is not None:
         if held:
             raise UsageError(
                 "--base is for a checkpoint without base weights; this one has them",
                 where=str(checkpoint.root),
-                found=f"{held[0]}.weight",
+                found=_weight_of(held[0]),
             )
         settings.check_unchanged_base()
         found, adapter = _with_base(found, adapter, options.base)
@@ -263,6 +277,22 @@ def plan_lora(checkpoint: Checkpoint, options: LoraOptions) -> LoraPlan | None:
     diverged = adapters.not_finite(adapter, paths) if mode == "adapter" else ()
     return LoraPlan(
         found, adapter, settings, mode != "adapter", mode != "merge", diverged, options.base
+    )
+
+
+def _weight_of(module: str) -> str:
+    """Return the weight that the adapter of a module, or of a part of it, belongs to."""
+    return f"{adapter_names.fused(module)}.weight"
+
+
+def _without_base(checkpoint: Checkpoint, adapter: Adapter) -> Checkpoint:
+    """Return what of a checkpoint of Megatron's belongs to its adapter, under HuggingFace's names."""
+    left = [n for n in checkpoint.tensors if n not in adapter.saved]
+    return dataclasses.replace(
+        checkpoint,
+        tensors={n: adapters.named(n, t) for n, t in adapter.saved.items()},
+        naming="hf",
+        skipped=(*checkpoint.skipped, *(Skipped(n, _BASE) for n in left)),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import fnmatch
 import json
 import math
@@ -22,7 +23,8 @@ from streamconv.ir.planwriter import PlanWriter
 from streamconv.ir.recipe import Recipe
 from streamconv.ir.source import Checkpoint, GlobalTensor, Skipped
 from streamconv.lora import adapters
-from streamconv.lora.plan import LoraPlan, adapter_inputs, idle_options, plan_lora
+from streamconv.lora.adapters import Adapter
+from streamconv.lora.plan import LoraPlan, Translate, adapter_inputs, idle_options, plan_lora
 from streamconv.options import JobOptions, Layout
 from streamconv.planning import checks, placing, strays
 from streamconv.planning.precision import chosen_weights
@@ -65,12 +67,16 @@ def build_plan(
         )
     config = read_config(folder) if folder else None
     _check_config(folder, side)
-    lora = plan_lora(checkpoint, job.lora)
+    translate = _translation(checkpoint, config, job, notices)
+    lora = plan_lora(checkpoint, job.lora, translate)
     if lora is not None:
         checkpoint, side = lora.checkpoint, lora.side(side)
     else:
         notices += idle_options(job.lora)
-    made = _sources(checkpoint, config, job, notices)
+    # An adapter's names were a family's, and are the Hub's now.
+    done = translate is not None and checkpoint.naming != "mcore"
+    as_named = dataclasses.replace(job, family=None) if done else job
+    made = _sources(checkpoint, config, as_named, notices)
     if lora is not None:
         lora = lora.fitted(made.model)
     if lora is not None and not lora.merge:
@@ -154,7 +160,7 @@ def _sources(
     if checkpoint.naming == "mcore":
         found = _of_family(checkpoint, config, job)
         recipes = list(found.recipes)
-        notices += found.notices
+        notices += [n for n in found.notices if n not in notices]
         if found.model is not None:
             notices += checks.check_recipes(recipes, found.model, job, found.extras)
         return _Output(
@@ -259,6 +265,8 @@ def _plan_model(
         named = [r for r in recipes if r.name not in quantized.scales]
         notices += checks.check_recipes(named, model, job)
     if lora is not None:
+        if made.recipes:
+            recipes, made.tensors = lora.in_pieces(recipes, made.tensors)
         recipes = lora.merged(recipes, made.tensors, model)
     declared = declared_dtype(config) if config else None
     recipes = checks.with_dtypes(recipes, job, model, declared, fixed=quantized)
@@ -333,6 +341,31 @@ def _plan_adapter(made: _Output, lora: LoraPlan, job: JobOptions, notices: list[
         # Before the model: a folder is ready when its last file is there.
         made.placed.insert(0, placing.single_file(lora.weights_name, recipes))
         made.texts.append(lora.config(made.model))
+
+
+def _translation(
+    checkpoint: Checkpoint,
+    config: Mapping[str, Any] | None,
+    job: JobOptions,
+    notices: list[str],
+) -> Translate | None:
+    """Return what makes an adapter on HuggingFace's modules of one on Megatron's."""
+    if checkpoint.naming != "mcore":
+        return None
+
+    def translate(adapter: Adapter, source: Checkpoint) -> Adapter:
+        from streamconv.families.convert import check_run, describe
+        from streamconv.lora import megatron
+
+        run = source.facts.get("megatron")
+        weights = megatron.weights(adapter)
+        described = describe(config, run if isinstance(run, Mapping) else {}, job, weights)
+        told = [*described.notices, *check_run(described, weights)]
+        # A merge into the checkpoint's own weights tells the same again.
+        notices.extend(n for n in told if n not in notices)
+        return megatron.translated(adapter, source, described)
+
+    return translate
 
 
 def _of_family(
