@@ -8,7 +8,7 @@ from pathlib import Path
 
 from streamconv.errors import BadInputError, UsageError
 from streamconv.files.names import check_file_name
-from streamconv.formats import peft_folder
+from streamconv.formats import meta_ranks, peft_folder
 from streamconv.formats.dcp import plain_dcp
 from streamconv.formats.deepspeed import checkpoint as deepspeed
 from streamconv.formats.deepspeed.folder import latest_tag
@@ -24,6 +24,7 @@ FORMATS: tuple[Format, ...] = (
     rank_folders,
     deepspeed,  # before what lies beside it with the same weights in 16 bits
     peft_folder,
+    meta_ranks,
 )
 
 # How deep below the folder of a model its weights may lie: policy/weights/iter_0000000 of NeMo-RL.
