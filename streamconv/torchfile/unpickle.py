@@ -52,7 +52,7 @@ _DAMAGE = (
 )
 
 
-class _InertUnpickler(pickle.Unpickler):
+class InertUnpickler(pickle.Unpickler):
     """See the module; ``unknown`` says whether names outside the table are refused or kept inert."""
 
     def __init__(
@@ -130,9 +130,18 @@ def load_inert(
     # A BufferedReader, because the C unpickler prefetches only from what has a peek method: reading
     # opcode by opcode from a BytesIO takes four times as long.
     stream = io.BufferedReader(io.BytesIO(data), 1 << 17)
+    with refusals(where, len(data)), no_garbage_collection():
+        value: object = InertUnpickler(cast("IO[bytes]", stream), table, unknown).load()
+    if stream.read(1):
+        raise BadInputError("bytes follow the end of the pickle", where=where)
+    return value
+
+
+@contextmanager
+def refusals(where: str, nbytes: int) -> Iterator[None]:
+    """Turn what an unpickler raises for the file ``where``, ``nbytes`` of a pickle, into our errors."""
     try:
-        with no_garbage_collection():
-            value = _InertUnpickler(cast("IO[bytes]", stream), table, unknown).load()
+        yield
     except RefusedPickleError as error:
         raise UnsafeInputError(
             f"the pickle asks for something that weights never need: {error}",
@@ -141,16 +150,13 @@ def load_inert(
             "tensors",
         ) from None
     except MemoryError:
-        raise too_much(where, len(data)) from None
+        raise too_much(where, nbytes) from None
     except _DAMAGE as error:
         raise BadInputError(
             "the pickle is damaged or truncated",
             where=where,
             found=f"{type(error).__name__}: {str(error)[:200]}",
         ) from None
-    if stream.read(1):
-        raise BadInputError("bytes follow the end of the pickle", where=where)
-    return value
 
 
 @contextmanager

@@ -8,6 +8,7 @@ what is needed here is looked into; every other global becomes an inert record.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from typing import Any
 from streamconv.errors import BadInputError, UnsafeInputError
 from streamconv.ir.boxes import Shape
 from streamconv.torchfile.inert import Inert, InertDict, InertSize
+from streamconv.torchfile.legacy import is_legacy, read_legacy
 from streamconv.torchfile.rankfile import Contents, RankReader, Stored, open_archive
 from streamconv.torchfile.unpickle import load_inert, no_garbage_collection
 from streamconv.torchfile.values import name_of
@@ -217,22 +219,30 @@ def read_parameter_file(reader: RankReader, path: Path) -> tuple[FileFacts, Stor
 
 @contextmanager
 def _opened(path: Path) -> Iterator[tuple[FileFacts, ZipDirectory, Any]]:
+    if is_legacy(path):
+        with no_garbage_collection():
+            status, directory, root = read_legacy(path, max_nbytes=_MAX_PICKLE_NBYTES)
+            yield _facts(path, status, directory), directory, root
+        return
     with open_archive(path) as (status, directory), no_garbage_collection():
-        root: Any = load_inert(
+        root = load_inert(
             directory.read_entry("data.pkl", max_nbytes=_MAX_PICKLE_NBYTES),
             str(path),
             unknown="keep",
             max_nbytes=_MAX_PICKLE_NBYTES,
         )
-        facts = FileFacts(
-            path,
-            status.st_size,
-            status.st_mtime_ns,
-            directory.prefix,
-            directory.directory_hash,
-            directory.checksums,
-        )
-        yield facts, directory, root
+        yield _facts(path, status, directory), directory, root
+
+
+def _facts(path: Path, status: os.stat_result, directory: ZipDirectory) -> FileFacts:
+    return FileFacts(
+        path,
+        status.st_size,
+        status.st_mtime_ns,
+        directory.prefix,
+        directory.directory_hash,
+        directory.checksums,
+    )
 
 
 def _no_masters(state: Mapping[Any, Any], where: str) -> BadInputError:

@@ -21,6 +21,7 @@ from streamconv.formats.deepspeed.ranks import Reader, Weights, in_order
 from streamconv.formats.identity import evidence_of, identify_file
 from streamconv.formats.side_folder import above, side_folder
 from streamconv.ir.source import Checkpoint, GlobalTensor, Skipped, SourceFile
+from streamconv.torchfile.legacy import hash_head, is_legacy
 from streamconv.torchfile.unpickle import no_garbage_collection
 from streamconv.torchfile.zerofile import FileFacts
 
@@ -50,7 +51,20 @@ def index_file(_: Path) -> Path | None:
 
 def identify(path: Path) -> tuple[SourceFile, ...]:
     """Return the files with size, time and directory hash, their pickles unread."""
-    return tuple(identify_file(file, path) for file in list_files(_tag(path)).all)
+    return tuple(_identify(file, path) for file in list_files(_tag(path)).all)
+
+
+def _identify(file: Path, root: Path) -> SourceFile:
+    if not is_legacy(file):
+        return identify_file(file, root)
+    status = file.stat()
+    return SourceFile(
+        file.relative_to(root).as_posix(),
+        status.st_size,
+        status.st_mtime_ns,
+        hash_head(file),
+        evidence=evidence_of(file),
+    )
 
 
 def _tag(path: Path) -> Path:
@@ -123,7 +137,7 @@ def _facts(weights: Weights, tag: str) -> dict[str, object]:
 
 def _source_file(path: Path, facts: FileFacts | None, root: Path) -> SourceFile:
     if facts is None:
-        return identify_file(path, root)
+        return _identify(path, root)
     return SourceFile(
         path.relative_to(root).as_posix(),
         facts.nbytes,
