@@ -350,6 +350,127 @@ def test_megatron_bridges_halves_of_what_has_none(tmp_path: Path) -> None:
     assert torch.equal(found[f"{PREFIX}model.layers.0.mlp.gate_proj.lora_A.weight"], a)
 
 
+# --- a file a rank ---------------------------------------------------------------------------------
+
+
+def of_ranks(
+    path: Path, made: Made, *, tp: int = 1, pp: int = 1, ep: int = 1, told: bool = True
+) -> Path:
+    """Write an adapter as verl does: a file a rank, layers numbered within their stage.
+
+    Ranks of expert parallelism are those of tensor parallelism, where there are both.
+    """
+    actor = path / "actor"
+    (actor / "adapter_checkpoint").mkdir(parents=True)
+    (actor / "huggingface").mkdir()
+    (actor / "huggingface/config.json").write_text(json.dumps(made.model.config))
+    layers = made.model.config["num_hidden_layers"]
+    for t, p, e in [(t, p, e) for t in range(tp) for p in range(pp) for e in range(ep)]:
+        if ep > 1 and tp > 1 and t != e:
+            continue
+        held = {}
+        for name, tensor in made.factors.items():
+            layer = int(name.split(".")[2])
+            stage = torch.arange(layers).chunk(pp)[p].tolist()
+            if layer not in stage:
+                continue
+            name = name.replace(f"layers.{layer}.", f"layers.{layer - stage[0]}.")
+            experts = ".experts." in name
+            if experts and tensor.ndim == 3:
+                tensor = tensor.chunk(ep)[e]
+            name = name.replace(".experts.experts.", ".experts.")
+            held[name] = tensor if experts else share(name, tensor, t, tp)
+        numbers = [f"{t:02d}", *([f"{p:03d}"] if pp > 1 else []), *([f"{e:03d}"] if ep > 1 else [])]
+        file = actor / "adapter_checkpoint" / f"mp_rank_{'_'.join(numbers)}_adapter.pt"
+        torch.save({"adapter_state_dict": {n: x.clone() for n, x in held.items()}}, file)
+    if told:
+        sizes = {"tensor": tp, "pipeline": pp, "expert": ep}
+        settings = {f"{k}_model_parallel_size": n for k, n in sizes.items()}
+        settings |= {"expert_tensor_parallel_size": 1, "num_layers": layers}
+        (actor / "transformer_config.json").write_text(json.dumps(settings))
+    return actor
+
+
+def share(name: str, tensor: torch.Tensor, rank: int, ranks: int) -> torch.Tensor:
+    """Return a rank's part, as Megatron-Bridge's parallel layers hold it."""
+    if name.endswith("linear_in.weight"):
+        by_columns = re.search(r"linear_(proj|fc2)\.adapter", name)
+        return tensor.chunk(ranks, dim=1 if by_columns else 0)[rank]
+    if ".linear_fc1." in name:
+        return torch.cat([half.chunk(ranks)[rank] for half in tensor.chunk(2)])
+    return tensor.chunk(ranks)[rank]
+
+
+@pytest.mark.parametrize(
+    ("name", "shared", "sizes"),
+    [
+        ("llama", False, {}),
+        ("llama", False, {"tp": 2}),
+        ("llama", False, {"pp": 2}),
+        ("llama", False, {"tp": 2, "pp": 2, "told": False}),
+        ("qwen3_moe", False, {"ep": 2}),
+        ("qwen3_moe", True, {"ep": 5}),
+        ("qwen3_moe", False, {"tp": 2, "ep": 2}),
+        ("qwen3_moe", True, {"tp": 2, "pp": 2}),
+    ],
+)
+def test_a_file_a_rank(name: str, shared: bool, sizes: Any, tmp_path: Path) -> None:
+    made = adapted(name, shared=shared)
+    src = of_ranks(tmp_path / "run", made, **sizes)
+    base = base_folder(made, tmp_path / "base")
+    convert(src.parent, tmp_path / "out", base=base, lora_alpha=ALPHA)
+    assert_same(load(tmp_path / "out"), made.merged)
+
+
+def test_verls_own_file(bridge: Path, tmp_path: Path) -> None:
+    src, base = bridge / "verl_global_step_1", bridge / "base_hf"
+    convert(src, tmp_path / "out", base=base, lora_alpha=16)
+    assert_same(load(tmp_path / "out"), load(bridge / "merged_hf"))
+    assert streamconv.verify(tmp_path / "out", source=src).passed
+    found = streamconv.inspect(src / "actor")
+    assert (found["format"], found["facts"]["parallelism"]) == (
+        "megatron_adapter",
+        "tp 1, pp 1, ep 1, etp 1",
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda f: (f / "mp_rank_01_000_adapter.pt").unlink(), "files of ranks are missing"),
+        (lambda f: (f / "mp_rank_00_adapter.pt").write_bytes(b""), "several runs in one folder"),
+        (
+            lambda f: shutil.copy(f / "mp_rank_00_001_adapter.pt", f / "mp_rank_00_002_adapter.pt"),
+            "files of ranks are missing",
+        ),
+        (lambda f: rewritten(f, "mp_rank_00_001_adapter.pt", "layers.0"), "pipeline stage belong"),
+        (lambda f: rewritten(f, "mp_rank_01_001_adapter.pt", "linear_fc2"), "of different modules"),
+        (
+            lambda f: (f.parent / "transformer_config.json").write_text(
+                json.dumps({"virtual_pipeline_model_parallel_size": 2})
+            ),
+            "the rest of the adapter is in no file",
+        ),
+    ],
+)
+def test_ranks_that_do_not_go_together(change: Any, message: str, tmp_path: Path) -> None:
+    src = of_ranks(tmp_path / "run", adapted("llama"), tp=2, pp=2)
+    change(src / "adapter_checkpoint")
+    with pytest.raises(BadInputError, match=message):
+        convert(src, tmp_path / "out", lora_alpha=ALPHA)
+
+
+def rewritten(folder: Path, file: str, without: str) -> None:
+    """Leave out what has ``without`` in its name, on all ranks of the stage for a layer."""
+    files = [file] if "layers" not in without else [file, file.replace("00_", "01_", 1)]
+    for name in files:
+        state = torch.load(folder / name)["adapter_state_dict"]
+        last = max(n.split(".")[2] for n in state)
+        gone = f"layers.{last}." if "layers" in without else without
+        kept = {n: t for n, t in state.items() if gone not in n}
+        torch.save({"adapter_state_dict": kept}, folder / name)
+
+
 # --- what cannot be --------------------------------------------------------------------------------
 
 

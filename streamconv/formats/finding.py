@@ -14,11 +14,12 @@ from streamconv.formats.deepspeed import checkpoint as deepspeed
 from streamconv.formats.deepspeed.folder import latest_tag
 from streamconv.formats.format import Format, Location
 from streamconv.formats.fsdp import rank_files
-from streamconv.formats.megatron import rank_folders, torch_dist
+from streamconv.formats.megatron import adapter_files, rank_folders, torch_dist
 from streamconv.formats.steps import TRACKERS, is_step, named_step, read_tracker_file, step_number
 
 FORMATS: tuple[Format, ...] = (
     rank_files,
+    adapter_files,  # beside a torch_dist folder of the optimizer
     torch_dist,  # a DCP folder, too: the more special format comes first
     plain_dcp,
     rank_folders,
