@@ -323,6 +323,65 @@ def test_a_step_becomes_the_model(trainer: str, name: str, tmp_path: Path) -> No
 
 
 @pytest.mark.usefixtures("planned_here")
+@pytest.mark.parametrize("same", [True, False])
+def test_a_tied_output_layer_that_is_stored(same: bool, tmp_path: Path) -> None:
+    """torchtitan stores it; where it is another, config.json is told that it is not tied."""
+    model, tensors = taken_apart("torchtitan", "llama3_tied")
+    embedding = tensors["tok_embeddings.weight"]
+    output = embedding.clone() if same else embedding + 1
+    step = write_dcp(tmp_path / "run", model, tensors | {"lm_head.weight": output})
+    streamconv.convert(step, tmp_path / "out", hf_config=step.parent, sync=False)
+    made = load_file(tmp_path / "out" / "model.safetensors")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["tie_word_embeddings"] is same
+    assert ("lm_head.weight" in made) is not same
+    assert made.keys() - {"lm_head.weight"} == model.state.keys()
+    if not same:
+        assert torch.equal(made["lm_head.weight"], output)
+
+
+@pytest.mark.usefixtures("planned_here")
+def test_a_run_of_olmo_core_as_it_lies(tmp_path: Path) -> None:
+    """The config.json in a step is OLMo-core's own, and the weights lie a folder deeper."""
+    model, tensors = taken_apart("olmo_core", "olmo2")
+    state = {
+        f"optim.state.{k.removeprefix('model.')}.{part}": torch.zeros_like(t)
+        for k, t in tensors.items()
+        for part in ("exp_avg", "exp_avg_sq")
+    }
+    step = tmp_path / "run" / "step100"
+    (step / "train").mkdir(parents=True)
+    (step / "train" / "rank0.pt").write_bytes(b"?")
+    (step / ".metadata.json").write_text('{"version": "3.0.0"}')
+    (step / "config.json").write_text('{"model": {"d_model": 48, "vocab_size": 61}}')
+    save_alone(step / "model_and_optim", {**tensors, **state})
+    with pytest.raises(BadInputError, match="no config") as refused:
+        streamconv.convert(step, tmp_path / "out", sync=False)
+    assert "OLMo-core" in str(refused.value)
+    hf = tmp_path / "hf"
+    hf.mkdir()
+    (hf / "config.json").write_text(json.dumps(model.config))
+    streamconv.convert(step, tmp_path / "out", hf_config=hf, sync=False)
+    made = load_file(tmp_path / "out" / "model.safetensors")
+    assert made.keys() == model.state.keys()
+    assert all(torch.equal(made[k], t) for k, t in model.state.items())
+
+
+@pytest.mark.usefixtures("planned_here")
+def test_the_names_of_the_state_dict_are_no_models(tmp_path: Path) -> None:
+    model, tensors = taken_apart("torchtitan", "llama")
+    step = write_dcp(tmp_path / "run", model, tensors)
+    with pytest.raises(UsageError, match="--layout memory") as refused:
+        streamconv.convert(
+            step, tmp_path / "out", hf_config=step.parent, layout="memory", sync=False
+        )
+    assert "torchtitan" in str(refused.value)
+    (step.parent / "config.json").unlink()
+    streamconv.convert(step, tmp_path / "out", layout="memory", sync=False)
+    assert load_file(tmp_path / "out" / "model.safetensors").keys() == tensors.keys()
+
+
+@pytest.mark.usefixtures("planned_here")
 def test_a_model_that_transformers_lacks(tmp_path: Path) -> None:
     model, tensors = taken_apart("torchtitan", "kimi_k2")
     step = write_dcp(tmp_path / "run", model, tensors)
@@ -357,3 +416,20 @@ def test_the_shared_cases(case: str, folder: str, shared_checkpoints: Path, tmp_
         root / "src" / folder, tmp_path / "out", hf_config=root / "truth", sync=False
     )
     assert differences(read_model(tmp_path / "out"), read_model(root / "truth")) == []
+
+
+@pytest.mark.usefixtures("planned_here")
+def test_the_shared_case_of_torchtune(shared_checkpoints: Path, tmp_path: Path) -> None:
+    """Its query and key rows are HuggingFace's, which torchtune's never are: they come out moved."""
+    root = shared_checkpoints / "layouts" / "torchtune_dcp"
+    streamconv.convert(
+        root / "src" / "epoch_0", tmp_path / "out", hf_config=root / "truth", sync=False
+    )
+    made, truth = (load_file(p / "model.safetensors") for p in (tmp_path / "out", root / "truth"))
+    assert made.keys() == truth.keys()
+    for name, expected in truth.items():
+        if name.endswith(("q_proj.weight", "k_proj.weight")):
+            heads = {"q": 4, "k": 2}[name[-13]]
+            rows = expected.view(heads, 4, 2, -1)
+            expected = torch.cat((rows[:, :, 0], rows[:, :, 1]), dim=1).flatten(0, 1)
+        assert torch.equal(made[name], expected), name

@@ -308,6 +308,7 @@ def torchtune(config: Config, state: State) -> State:
                     "model.embed_tokens.weight": "tok_embeddings.weight",
                     "model.norm.weight": "norm.scale",
                     "lm_head.weight": "output.weight",
+                    "score.weight": "output.weight",
                 }[name]
             ] = weight
             continue
@@ -457,7 +458,17 @@ TRAINERS: dict[str, Native] = {
     ),
     "torchtune": Native(
         torchtune,
-        ("llama", "llama3_tied", "mistral", "gemma", "qwen2", "qwen2_tied", "qwen3", "phi3"),
+        (
+            "llama",
+            "llama3_tied",
+            "mistral",
+            "gemma",
+            "qwen2",
+            "qwen2_tied",
+            "qwen2_reward",
+            "qwen3",
+            "phi3",
+        ),
     ),
     "torchtune_dcp": Native(torchtune, ("llama",), "model."),
     "litgpt": Native(

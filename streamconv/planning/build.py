@@ -171,7 +171,7 @@ def _sources(
             found.changes,
             recipes,
         )
-    dialect = _dialect(checkpoint, job)
+    dialect = _dialect(checkpoint, config, job)
     if dialect is not None:
         return _of_dialect(checkpoint, dialect, config, job, notices)
     _refuse_family(job)
@@ -188,13 +188,25 @@ def _sources(
     return _Output(tensors, config, model, architecture, (), [], list(left), prefix=prefix)
 
 
-def _dialect(checkpoint: Checkpoint, job: JobOptions) -> Dialect | None:
+def _dialect(
+    checkpoint: Checkpoint, config: Mapping[str, Any] | None, job: JobOptions
+) -> Dialect | None:
     """Return whose names these are, where they are a trainer's own and are to become the Hub's."""
-    if checkpoint.naming != "trainer" or job.layout != "hub":
+    if checkpoint.naming != "trainer":
         return None
     from streamconv.families import native
 
-    return native.find(list(checkpoint.tensors))
+    dialect = native.find(list(checkpoint.tensors))
+    if dialect is None or job.layout == "hub":
+        return dialect
+    if config is not None:
+        raise UsageError(
+            "--layout memory is for checkpoints of transformers models",
+            found=f"{dialect.name}'s names, which are no state dict's of the model in config.json",
+            hint="leave it out: the tensors become those of the Hub. Without any config.json they are "
+            "written under the names that they have",
+        )
+    return None
 
 
 def _of_dialect(

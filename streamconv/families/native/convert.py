@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -16,8 +17,10 @@ from streamconv.families.rules import Dims, Family, compiled
 from streamconv.ir.recipe import Recipe
 from streamconv.ir.source import Skipped
 from streamconv.options import JobOptions
-from streamconv.tracing.hf import build_meta
+from streamconv.tracing.hf import MetaModel, build_meta
 from streamconv.tracing.wrappers import without_markers
+
+_SCORE = {f"lm_head.{kind}": f"score.{kind}" for kind in ("weight", "bias")}
 
 
 def convert(
@@ -56,6 +59,7 @@ def convert(
     dims = Dims(settings_of(model, reference, notices), run, vision)
     if run:
         dims.check_heads()
+    family = _with_head(family, model)
     dropped = dict(_dropped(dialect, family, original))
     if dropped:
         reasons = {reason: name for name, reason in dropped.items()}
@@ -83,6 +87,21 @@ def convert(
         notices=notices,
         skipped=(Skipped(original[name], reason) for name, reason in dropped.items()),
     )
+
+
+def _with_head(family: Family, model: MetaModel | None) -> Family:
+    """The output layer of a reward model has the same name, and another one in HuggingFace's class."""
+    if (
+        model is None
+        or "lm_head.weight" in model.hub_shapes
+        or "score.weight" not in model.hub_shapes
+    ):
+        return family
+    rules = (
+        dataclasses.replace(r, targets=tuple(_SCORE.get(t, t) for t in r.targets))
+        for r in family.rules
+    )
+    return dataclasses.replace(family, rules=tuple(rules))
 
 
 def _dropped(
