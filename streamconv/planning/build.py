@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
+import functools
 import json
 import math
 from collections.abc import Collection, Iterable, Mapping
@@ -74,7 +75,7 @@ def build_plan(
     else:
         notices += idle_options(job.lora)
     # An adapter's names were a family's, and are the Hub's now.
-    done = translate is not None and checkpoint.naming != "mcore"
+    done = lora is not None and translate is not None and checkpoint.naming != "mcore"
     as_named = dataclasses.replace(job, family=None) if done else job
     made = _sources(checkpoint, config, as_named, notices)
     if lora is not None:
@@ -361,7 +362,13 @@ def _translation(
     job: JobOptions,
     notices: list[str],
 ) -> Translate | None:
-    """Return what makes an adapter on HuggingFace's modules of one on Megatron's."""
+    """Return what makes an adapter on HuggingFace's modules of one on Megatron's.
+
+    That of one on the modules of a trainer's own models refuses it.
+    """
+    dialect = _dialect(checkpoint, config, job)
+    if dialect is not None:
+        return functools.partial(_refuse_adapter, dialect)
     if checkpoint.naming != "mcore":
         return None
 
@@ -378,6 +385,12 @@ def _translation(
         return megatron.translated(adapter, source, described)
 
     return translate
+
+
+def _refuse_adapter(dialect: Dialect, adapter: Adapter, _: Checkpoint) -> Adapter:
+    from streamconv.families.native.convert import unmerged
+
+    raise unmerged(dialect, next(iter(adapter.tensors)))
 
 
 def _of_family(

@@ -67,11 +67,7 @@ def convert(
     given = {name: tensors[original[name]] for name in original if name not in dropped}
     adapter = causes.adapter_names(given)
     if adapter:
-        raise BadInputError(
-            f"there is an adapter (LoRA) under {dialect.name}'s names in this checkpoint",
-            where=original[adapter[0]],
-            hint="let the trainer merge it into the model, and save that",
-        )
+        raise unmerged(dialect, original[adapter[0]])
     notices += _untold_heads(family, dims)
     predicting: set[int] = set()
     if dialect.prediction is not None:
@@ -86,6 +82,15 @@ def convert(
         extras=extras(family, dims, predicting),
         notices=notices,
         skipped=(Skipped(original[name], reason) for name, reason in dropped.items()),
+    )
+
+
+def unmerged(dialect: Dialect, name: str) -> BadInputError:
+    """Return what to raise where an adapter, ``name`` in it, is on the modules of ``dialect``."""
+    return BadInputError(
+        f"there is an adapter (LoRA) under {dialect.name}'s names in this checkpoint",
+        where=name,
+        hint="let the trainer merge it into the model, and save that",
     )
 
 
