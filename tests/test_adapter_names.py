@@ -10,6 +10,7 @@ import peft
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+import transformers
 from safetensors.torch import load_file
 
 import streamconv
@@ -129,6 +130,36 @@ def test_an_adapter_alone_in_a_dcp(prefix, made, tmp_path):
     mine = peft.get_peft_model_state_dict(loaded)
     assert mine.keys() == factors.keys()
     assert all(torch.equal(mine[n], t) for n, t in factors.items())
+
+
+def test_what_veomni_saves(made, tmp_path):
+    """Its adapters keep PEFT's name of theirs; alpha is in a folder of PEFT's above the weights."""
+    src, base, state, _ = made
+    alone = {f"model.{n}": t for n, t in state.items() if is_adapters(n) and "original" not in n}
+    dcp.save(alone, checkpoint_id=tmp_path / "run/global_step_1", no_dist=True)
+    settings = {"peft_type": "LORA", "lora_alpha": LORA_ALPHA}
+    (tmp_path / "run/adapter_config.json").write_text(json.dumps(settings))
+    convert(tmp_path / "run/global_step_1", tmp_path / "out", base=base)
+    convert(src, tmp_path / "expected")
+    found, expected = load(tmp_path / "out"), load(tmp_path / "expected")
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[n], t) for n, t in expected.items())
+
+
+def test_what_accelerate_saves(shared_checkpoints, tmp_path):
+    root = shared_checkpoints / "layouts/accelerate_peft_fsdp"
+    convert(root / "src", tmp_path / "out", base=root / "base", lora_alpha=16)
+    found, truth = load(tmp_path / "out"), load(root / "truth")
+    assert found.keys() == truth.keys()
+    for name, tensor in truth.items():
+        # Its sums are in BLAS's order.
+        torch.testing.assert_close(found[name], tensor, rtol=1e-6, atol=1e-7)
+    convert(root / "src", tmp_path / "adapter", lora_alpha=16)
+    model = transformers.AutoModelForCausalLM.from_pretrained(root / "base")
+    state = (
+        peft.PeftModel.from_pretrained(model, tmp_path / "adapter").merge_and_unload().state_dict()
+    )
+    assert all(torch.equal(state[n], t) for n, t in truth.items())
 
 
 @pytest.mark.parametrize("with_base", [False, True])

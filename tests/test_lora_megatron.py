@@ -237,6 +237,38 @@ def test_merged_handed_on_and_put_on_its_base(name: str, shared: bool, tmp_path:
     assert_same(by_hand(load(tmp_path / "adapter"), made.model.state), made.merged)
 
 
+def test_layers_for_multi_token_prediction(tmp_path: Path) -> None:
+    """They are merged with the others; PEFT would pass over them, as the library does.
+
+    Their attention has a gate for each query head, whose rows lie between those of the queries.
+    """
+    model = make("qwen3_next_mtp")
+    inner, hub = "mtp.layers.0.transformer_layer.", "mtp.layers.0."
+    modules = {
+        f"{inner}self_attention.linear_qkv": [f"{hub}self_attn.{x}_proj.weight" for x in "qkv"],
+        f"{inner}mlp.shared_experts.linear_fc2": [f"{hub}mlp.shared_expert.down_proj.weight"],
+    }
+    b_of = {
+        n: small(n, (model.state[n].shape[0], RANK)) for names in modules.values() for n in names
+    }
+    inverse = invert(model.config, model.state | b_of).made
+    made = Made(model, dict(model.state), invert(model.config, dict(model.state)).made)
+    for module, names in modules.items():
+        a = small(module, (RANK, model.state[names[0]].shape[1]))
+        made.factors |= {
+            f"{module}.adapter.linear_in.weight": a,
+            f"{module}.adapter.linear_out.weight": inverse[f"{module}.weight"],
+        }
+        for n in names:
+            update = ALPHA / RANK * (b_of[n].float() @ a.float())
+            made.merged[n] = (model.state[n].float() + update).to(torch.bfloat16)
+    src = folder(tmp_path / "whole", made, made.base | made.factors)
+    convert(src, tmp_path / "out", lora_alpha=ALPHA)
+    assert_same(load(tmp_path / "out"), made.merged)
+    with pytest.raises(BadInputError, match="PEFT would pass over"):
+        convert(src, tmp_path / "adapter", lora="adapter", lora_alpha=ALPHA)
+
+
 def by_hand(factors: State, state: State) -> State:
     """Return the model with an adapter of PEFT's merged in."""
     merged = dict(state)

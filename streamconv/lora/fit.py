@@ -65,11 +65,22 @@ def _renamed_module(module: str, called: Mapping[str, str]) -> str:
     return module
 
 
-def check(adapter: Adapter, called: Mapping[str, str], model: Model) -> None:
-    """Raise :class:`BadInputError` for modules that the model lacks, and for shapes that do not fit."""
+def check(
+    adapter: Adapter, called: Mapping[str, str], model: Model, *, merged: bool = False
+) -> None:
+    """Raise :class:`BadInputError` for modules that the model lacks, and for shapes that do not fit.
+
+    What is ``merged`` may be in layers that the library passes over: those for multi-token prediction.
+    """
     weights = {m: called.get(f"{m}.weight", f"{m}.weight") for m in adapter.targets}
     shapes = {m: _shape(w, model) for m, w in weights.items()}
-    strange = [m for m, w in weights.items() if shapes[m] is None and not _is_known(w, model)]
+    strange = [
+        m
+        for m, w in weights.items()
+        if shapes[m] is None
+        and not _is_known(w, model)
+        and not (merged and model.is_optional_unexpected(w))
+    ]
     strange += [
         name
         for name in adapter.saved

@@ -53,7 +53,7 @@ class LoraPlan:
         """
         called = fit.called(self.adapter, model)
         if model is not None and model.certain:
-            fit.check(self.adapter, called, model)
+            fit.check(self.adapter, called, model, merged=not self.hand_on)
         elif model is None and not self.merge:
             fit.refuse_doubtful(self.adapter, self.checkpoint)
         return dataclasses.replace(self, called=called)

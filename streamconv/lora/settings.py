@@ -45,6 +45,7 @@ _PLACES = (
     "args.json",  # ms-swift
     "../args.json",
 )
+_OF_ADAPTERS = (CONFIG, FILES[0])
 _BY_USER = "the command line"
 _MAX_NBYTES = 1 << 20
 _NAME = re.compile(r"\^?(?:[\w.-]|\\\.)+\$?", re.ASCII)
@@ -147,7 +148,8 @@ class Settings:
         if alpha is None:
             raise BadInputError(
                 "the adapter's lora_alpha is not known, and a guess would give another model",
-                expected=f"it in {' or '.join(FILES)} beside the rank files",
+                expected=f"it in {', '.join(FILES)}, run_config.yaml (Megatron-Bridge) or args.json "
+                "(ms-swift) beside the weights",
                 hint="say what it was trained with: --lora-alpha N",
             )
         return alpha / math.sqrt(rank) if self.rslora else alpha / rank
@@ -163,25 +165,26 @@ def _by_pattern(patterns: Mapping[str, _T], module: str, default: _T) -> _T:
 
 def hashes(root: Path) -> list[tuple[str, str]]:
     """Return (name, xxh3_128) of the settings files that are there: they take part in the output."""
-    return [(name, xxhash.xxh3_128_hexdigest(_read(root / name))) for name, _ in _beside(root)]
+    return [
+        (name, xxhash.xxh3_128_hexdigest(_read(root / name)))
+        for name in _beside(root)
+        # What is nobody's but an adapter's is not parsed: a checkpoint without one does not need it.
+        if name.endswith(_OF_ADAPTERS) or _told_in(root / name) is not None
+    ]
 
 
-def _beside(root: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Yield (name, settings) of the files that say how the adapter in ``root`` was trained."""
+def _beside(root: Path) -> list[str]:
+    """Return the names of the files that may say how the adapter in ``root`` was trained."""
     # Several adapters of PEFT lie in each other's folders: each has its own.
     places = (CONFIG,) if (root / CONFIG).is_file() else _PLACES
-    for name in places:
-        path = root / name
-        if not path.is_file():
-            continue
-        if path.suffix == ".yaml":
-            data = _of_bridge(path)
-        elif path.name == "args.json":
-            data = _of_swift(path)
-        else:
-            data = read_object(path)
-        if data is not None:
-            yield name, data
+    return [name for name in places if (root / name).is_file()]
+
+
+def _told_in(path: Path) -> Mapping[str, Any] | None:
+    """Return the settings of an adapter in a file, under PEFT's names; None where it has none."""
+    if path.name == "run_config.yaml":
+        return _of_bridge(path)
+    return _of_swift(path) if path.name == "args.json" else read_object(path)
 
 
 def _of_bridge(path: Path) -> Mapping[str, Any] | None:
@@ -230,7 +233,10 @@ def read_settings(root: Path, options: LoraOptions) -> Settings:
     found: dict[str, Any] = {k: v for k, v in given.items() if v is not None}
     origins = dict.fromkeys(found, _BY_USER)
     kept: dict[str, Any] = {}
-    for name, data in _beside(root):
+    for name in _beside(root):
+        data = _told_in(root / name)
+        if data is None:
+            continue
         kind = data.get("peft_type")
         if kind not in (None, "LORA"):
             raise BadInputError(
