@@ -23,6 +23,7 @@ import torch
 
 from streamconv.errors import StreamconvError
 from streamconv.files.memory_limit import share_of, within
+from streamconv.formats.deepspeed.folder import tag_folder
 from streamconv.formats.safetensors_file import FileTensor, read_folder
 from streamconv.ir.boxes import Shape
 from streamconv.ir.dtypes import BY_TORCH, DType
@@ -32,6 +33,7 @@ from streamconv.lora.names import has_adapter
 from streamconv.options import JobOptions
 from streamconv.planning.build import one_model, side_files
 from streamconv.planning.child import read_checkpoint
+from streamconv.planning.precision import chosen_weights
 from streamconv.planning.sidefiles import read_config
 from streamconv.system.children import serve
 from streamconv.system.memory import resident_bytes
@@ -42,12 +44,16 @@ from streamconv.verification.torch_files import (
     UnreadableError,
     map_bytes,
 )
+from streamconv.verification.zero_files import FlatPieces, ZeroFiles
 
 # What a tensor of a rank file takes as Python and torch objects, measured with torch 2.13.
 _OBJECT_BYTES = 3000
 _MARGIN_BYTES = 24 << 20
 _MAX_TILE_BYTES = 32 << 20
 _MIN_TILE_BYTES = 1 << 20
+
+
+Pieces = GlobalPieces | FlatPieces
 
 
 class LostValuesError(Exception):
@@ -77,7 +83,7 @@ def _check(request: dict[str, Any]) -> dict[str, Any]:
     answer = _Answer()
     wanted = list(_wanted(Plan(Path(request["plan_path"])), request["skip"]))
     format_name = formats.find_model(src, job.model).format
-    if format_name != "fsdp":
+    if format_name not in ("fsdp", "deepspeed"):
         return answer.leave(wanted, f"torch has no reader for {format_name}").to_json()
     # Untrusted files: torch sees only what the strict reader has accepted.
     with within(share_of(request["budget_bytes"], resident_bytes(str(os.getppid())))):
@@ -86,8 +92,14 @@ def _check(request: dict[str, Any]) -> dict[str, Any]:
         return answer.leave(wanted, "plain tensors on several ranks say no placement").to_json()
     if has_adapter(checkpoint.tensors):
         return answer.leave(wanted, "torch has no reader for LoRA adapters").to_json()
-    files = RankFiles([checkpoint.root / f.path for f in checkpoint.files])
+    checkpoint = chosen_weights(checkpoint, job)
+    files: RankFiles | ZeroFiles
     try:
+        if format_name == "deepspeed":
+            tag = tag_folder(checkpoint.root) or checkpoint.root
+            files = ZeroFiles(tag, masters=job.masters == "yes")
+        else:
+            files = RankFiles([checkpoint.root / f.path for f in checkpoint.files])
         folder, _ = side_files(checkpoint.root, checkpoint.side_dir, job)
         config = read_config(folder) if folder else None
         chosen, _, prefix = one_model(checkpoint, config, job, [])
@@ -291,7 +303,7 @@ class _Comparison:
         self._room = room
         self._answer = answer
 
-    def run(self, batch: Iterable[Wanted], pieces: Mapping[str, GlobalPieces]) -> None:
+    def run(self, batch: Iterable[Wanted], pieces: Mapping[str, Pieces]) -> None:
         """Check one batch, the outputs of one conversion after those of another."""
         key = self._conversion.group_of
         for _, group in itertools.groupby(batch, key):
@@ -307,7 +319,7 @@ class _Comparison:
             if converted:
                 self._converted(converted, pieces)
 
-    def _converted(self, group: Sequence[Wanted], pieces: Mapping[str, GlobalPieces]) -> None:
+    def _converted(self, group: Sequence[Wanted], pieces: Mapping[str, Pieces]) -> None:
         names = {s for w in group for s in w.sources}
         convert = self._conversion.convert
         # Once as they are, once as the conversion copies them, and room for a look at the result.
@@ -339,7 +351,7 @@ class _Comparison:
                 "converted",
             )
 
-    def _in_slices(self, wanted: Wanted, pieces: Mapping[str, GlobalPieces], way: str) -> None:
+    def _in_slices(self, wanted: Wanted, pieces: Mapping[str, Pieces], way: str) -> None:
         view = self._conversion.recipes[wanted.name].view
         source = pieces[min(wanted.sources)].dtype
         width = max(source.itemsize, wanted.dtype.itemsize)
@@ -392,7 +404,7 @@ def tiles(shape: Shape, most: int) -> Iterator[tuple[int, Shape, Shape]]:
 
 
 def evaluate(
-    view: View, lo: Shape, sizes: Shape, pieces: Mapping[str, GlobalPieces], limit: int
+    view: View, lo: Shape, sizes: Shape, pieces: Mapping[str, Pieces], limit: int
 ) -> torch.Tensor:
     """Return the elements of ``view`` in the box ``lo``, ``sizes``, as a recipe defines them.
 
@@ -449,7 +461,7 @@ def _box(
     base: SourceRef | Gather,
     lo: Shape,
     sizes: Shape,
-    pieces: Mapping[str, GlobalPieces],
+    pieces: Mapping[str, Pieces],
     limit: int,
 ) -> torch.Tensor:
     if isinstance(base, SourceRef):

@@ -194,15 +194,19 @@ class RankFiles:
         return cut
 
 
-def _load(path: Path, names: Iterable[str]) -> dict[str, torch.Tensor]:
-    """Load a rank file that our own strict reader has accepted before."""
+def load_mapped(path: Path) -> Any:
+    """Load a file that our own strict reader has accepted before; its tensors are mapped."""
     used = int(Path("/proc/self/statm").read_text().split()[0]) * mmap.PAGESIZE
     try:
         with limited_memory(used + path.stat().st_size + PARSE_BYTES):
-            state: Any = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+            return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except Exception as error:
         # Whatever torch's own reader stumbles over: classes of another release, most of all.
         raise UnreadableError(f"torch {torch.__version__} cannot load it") from error
+
+
+def _load(path: Path, names: Iterable[str]) -> dict[str, torch.Tensor]:
+    state = load_mapped(path)
     held = [state, *(v for v in state.values() if isinstance(v, dict))]
     for found in held:
         if all(isinstance(found.get(name), torch.Tensor) for name in names):
