@@ -228,3 +228,15 @@ def _weights() -> Globals:
 
 
 WEIGHTS: Globals = _weights()
+
+KEPT: Globals = {
+    **WEIGHTS,
+    **build_globals(
+        (
+            *((module, Kept, "frozenset complex bytes") for module in ("builtins", "__builtin__")),
+            ("numpy.core.multiarray", Kept, "scalar"),
+            ("numpy._core.multiarray", Kept, "scalar"),
+        )
+    ),
+}
+"""The same where other globals are only reported: then these may be keys of a dict as well."""

@@ -19,7 +19,7 @@ import xxhash
 from streamconv.errors import BadInputError, UnsafeInputError
 from streamconv.files.inputs import cannot_read, open_input, readable
 from streamconv.ir.dtypes import BY_TORCH
-from streamconv.torchfile.allowlist import STORAGE_DTYPES, WEIGHTS
+from streamconv.torchfile.allowlist import KEPT, STORAGE_DTYPES
 from streamconv.torchfile.inert import InertDict, InertStorage, RefusedPickleError
 from streamconv.torchfile.unpickle import InertUnpickler, no_garbage_collection, refusals
 from streamconv.torchfile.window import FileWindow
@@ -126,7 +126,7 @@ class _Unpickler(InertUnpickler):
     """Numbers the storages: here their keys are addresses in the memory of whoever wrote the file."""
 
     def __init__(self, stream: IO[bytes], known: dict[str, InertStorage]) -> None:
-        super().__init__(stream, WEIGHTS, "keep")
+        super().__init__(stream, KEPT, "keep")
         self._known = known
 
     def persistent_load(self, pid: object) -> InertStorage:

@@ -21,7 +21,7 @@ from typing import IO, TYPE_CHECKING, Literal, cast
 
 from streamconv.errors import BadInputError, UnsafeInputError
 from streamconv.files.memory_limit import too_much
-from streamconv.torchfile.allowlist import WEIGHTS, Globals
+from streamconv.torchfile.allowlist import KEPT, WEIGHTS, Globals
 from streamconv.torchfile.inert import (
     Frozen,
     InertStorage,
@@ -126,7 +126,9 @@ def load_inert(
             expected=f"at most {max_nbytes} bytes",
             found=f"{len(data)} bytes",
         )
-    table = WEIGHTS if extra_globals is None else {**WEIGHTS, **extra_globals}
+    table = WEIGHTS if unknown == "refuse" else KEPT
+    if extra_globals is not None:
+        table = {**table, **extra_globals}
     # A BufferedReader, because the C unpickler prefetches only from what has a peek method: reading
     # opcode by opcode from a BytesIO takes four times as long.
     stream = io.BufferedReader(io.BytesIO(data), 1 << 17)
