@@ -14,6 +14,7 @@ import pytest
 from scripts.makers import runs
 from streamconv.batch import readings, removal, retention, training
 from streamconv.batch.deletions import OutputFacts, SourceFacts, why_keep_output, why_keep_source
+from streamconv.batch.ready import Tracker
 from streamconv.batch.state import FOLDER, Record, Store, file_name, read_records
 from tests.scenes import Scene
 
@@ -167,7 +168,7 @@ def extras(scene: Scene, step: int, *names: str, data: bytes | None = None) -> N
         (["actor/extra_state_world_size_1_rank_0.pt"], "zeros"),
         (["critic/" + runs.RANK_FILE, "critic/" + OPTIM], "missing"),
         (["critic/" + runs.RANK_FILE, "critic/" + OPTIM], "cut"),
-        (["actor/zero/bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt"], "cut"),
+        (["actor/states/rng_state_0.pth"], "cut"),
         (["actor/mp_rank_00/distrib_optim.pt", "actor/mp_rank_01/distrib_optim.pt"], "missing"),
         (["actor/optimizer/dist_ckpt/__0_0.distcp"], "cut"),
         (["trainer_state.json"], "cut"),
@@ -911,13 +912,14 @@ def test_an_output_is_never_put_into_another(scene):
 # Decisions
 
 
-GOOD = SourceFacts(True, True, True, True, "", "", "", "")
+GOOD = SourceFacts(True, False, True, True, True, "", "", "", "")
 
 
 def test_a_source_goes_only_where_every_fact_allows_it():
     assert why_keep_source(GOOD) == ""
     for name in GOOD.__slots__:
-        bad = False if isinstance(getattr(GOOD, name), bool) else "why"
+        good = getattr(GOOD, name)
+        bad = not good if isinstance(good, bool) else "why"
         facts = {n: getattr(GOOD, n) for n in GOOD.__slots__} | {name: bad}
         assert why_keep_source(SourceFacts(**facts)), name
 
@@ -946,6 +948,22 @@ def test_a_record_that_the_disk_did_not_take_abandons_nothing():
     known = Record("20", "/out/20", run="r", step=20, state="done", generation=3, written_ns=5)
     lost = Record("60", "/out/60", run="r", step=60, state="done")
     assert retention.Rule(last=1).surplus([known, lost]) == []
+
+
+def test_of_steps_that_are_all_abandoned_the_one_written_last_is_kept():
+    """Step 30 was written over a day later, and the tracker says so: 40 and 60 are both behind it."""
+    day = 86_400 * 10**9
+
+    def record(step: int, generation: int) -> Record:
+        name = str(step)
+        return Record(
+            name, f"/out/{name}", run="r", step=step, generation=generation, written_ns=generation
+        )
+
+    tracker = Tracker(30, day)
+    sixty, forty, fifty = record(60, 1), record(40, 3), record(50, 2)  # training went back to 40
+    surplus = retention.Rule(last=1).surplus([forty, fifty, sixty], lambda _: tracker)
+    assert [r.step for r in surplus] == [50]
 
 
 def test_a_step_written_last_is_kept_though_others_were_seen_whole_after_it():

@@ -16,7 +16,7 @@ import streamconv
 from scripts.makers.dcp import save_alone
 from streamconv.cli.output import harmless
 from streamconv.errors import BadInputError, StreamconvError, shown
-from streamconv.formats import safetensors_folder
+from streamconv.formats.huggingface.base import read as read_base
 from streamconv.ir.planned import SideFile
 
 REFUSED = ["__metadata__", "w\ud800", "\udcff"]
@@ -57,7 +57,7 @@ def test_odd_names_are_kept_and_shown_escaped(name: str, tmp_path: Path) -> None
     source = fsdp(tmp_path / "src", name)
     streamconv.convert(source, tmp_path / "out", layout="memory", sync=False)
     assert set(load_file(tmp_path / "out" / "model.safetensors")) == {name}
-    assert set(safetensors_folder.read(tmp_path / "out", 0)[1]) == {name}
+    assert set(read_base(tmp_path / "out", 0)[1]) == {name}
 
 
 def command(*args: object) -> subprocess.CompletedProcess[bytes]:

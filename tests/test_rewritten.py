@@ -15,7 +15,7 @@ import streamconv
 from scripts.makers.dcp import save_alone
 from streamconv.errors import OutputExistsError
 from streamconv.formats import find_model
-from streamconv.formats.safetensors_folder import identify as identify_base
+from streamconv.formats.huggingface.base import identify as identify_base
 
 Write = Callable[[Path, float], Path]
 

@@ -26,13 +26,14 @@ def write_ranks(folder: Path, state: Mapping[str, torch.Tensor], *, world: int) 
         dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
         try:
             mesh = init_device_mesh("cpu", (world,), mesh_dim_names=("fsdp",))
-            held = OrderedDict((n, _piece(t, rank, world, mesh)) for n, t in state.items())
+            held = OrderedDict((n, piece(t, rank, world, mesh)) for n, t in state.items())
             torch.save(held, folder / f"model_world_size_{world}_rank_{rank}.pt")
         finally:
             dist.destroy_process_group()
 
 
-def _piece(tensor: torch.Tensor, rank: int, world: int, mesh: object) -> torch.Tensor:
+def piece(tensor: torch.Tensor, rank: int, world: int, mesh: object) -> torch.Tensor:
+    """Return the piece of ``tensor`` that FSDP2 leaves on ``rank``."""
     if tensor.dim() == 0:
         return tensor.clone()
     step = -(-tensor.shape[0] // world)

@@ -14,14 +14,16 @@ from dataclasses import dataclass
 class SourceFacts:
     """What decides about a source. A text says what is in the way, empty where nothing is.
 
-    ``is_step``: it is part of a run's step. ``verified``: its output was compared with it. ``intact``:
-    that output looks as it did then. ``unchanged``: the source looks as it did then. ``other_job``: how
-    what is in it now differs from what the output's manifest says that it was made of. ``inside``: what
-    lies in it that is not converted with it. ``training``: why training still needs it.
-    ``unfinished``: another output that is made of it.
+    ``is_step``: it is part of a run's step. ``finished``: it is a model in the format of the outputs.
+    ``verified``: its output was compared with it. ``intact``: that output looks as it did then.
+    ``unchanged``: the source looks as it did then. ``other_job``: how what is in it now differs from
+    what the output's manifest says that it was made of. ``inside``: what lies in it that is not
+    converted with it. ``training``: why training still needs it. ``unfinished``: another output that is
+    made of it.
     """
 
     is_step: bool
+    finished: bool
     verified: bool
     intact: bool
     unchanged: bool
@@ -35,6 +37,8 @@ def why_keep_source(f: SourceFacts) -> str:
     """Return why a source must stay; empty where it may go, once its output was read again."""
     if not f.is_step:
         return "it is not a step of a run"
+    if f.finished:
+        return "it is a finished model, not a checkpoint that an output stands for"
     if not f.verified:
         return "its output has not been verified against it (--verify)"
     if not f.intact:

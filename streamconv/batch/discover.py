@@ -27,9 +27,10 @@ from streamconv.batch.state import holds_batch
 from streamconv.errors import BadInputError, StreamconvError
 from streamconv.files.filesystems import real_path
 from streamconv.files.inputs import cannot_read, reading
+from streamconv.files.names import MANIFEST
 from streamconv.formats import finding
 from streamconv.formats.megatron import rank_folders
-from streamconv.formats.steps import step_number
+from streamconv.formats.steps import MARKERS, step_number
 
 # Deep enough for every run; links being left out, it ends anyway.
 _MAX_DEPTH = 24
@@ -37,6 +38,8 @@ _MOST_FOLDERS = 20_000
 # What trainers keep in folders like a model's, and what they call the folder of a model's own weights.
 _STATE = re.compile(r"optim|extra|rng|sched|dataload", re.IGNORECASE)
 _OWN = frozenset({"dist_ckpt", "model", "model/dist_ckpt"})
+_OF_A_MODEL = frozenset({"model", "huggingface", "consolidated"})
+_FINISHED = frozenset(f.NAME for f in formats.FORMATS if f.FINISHED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +50,8 @@ class Candidate:
     ``run`` is what stands before the step's folder (the root's name where nothing does),
     ``step_dir`` the step's folder and ``step`` its number, ``model`` what stands behind it
     (``actor``; empty where the step's folder is the checkpoint itself). ``beside`` is the folder with
-    config and tokenizer where that is not in ``path``.
+    config and tokenizer where that is not in ``path``. ``finished`` says that it is a model that nobody
+    trains any more, in the format of the outputs.
     """
 
     path: Path
@@ -58,6 +62,7 @@ class Candidate:
     model: str
     format: str
     beside: Path | None = None
+    finished: bool = False
 
     @property
     def run_dir(self) -> Path:
@@ -89,6 +94,11 @@ def discover(
         raise BadInputError("there is no such folder", where=str(root))
     walk = _Walk(root, {real_path(path) for path in avoid}, on_problem, on_notice)
     found = list(walk.below(root, 0))
+    trained = {c.step_dir for c in found if not c.finished}
+    beside = [c for c in found if c.finished and c.step_dir in trained]
+    for c in beside:
+        on_notice(f"{c.path}: not converted, for it is a finished model beside what was trained")
+    found = [c for c in found if c not in beside]
     walk.name_links({real_path(c.path) for c in found})
     return sorted(found, key=lambda c: (c.run, -1 if c.step is None else c.step, c.model))
 
@@ -130,7 +140,7 @@ def checkpoints_in(folder: Path) -> Iterator[Path]:
             return
         here = pending.pop()
         try:
-            if formats.detect(here) is not None:
+            if formats.detect(here, finished=False) is not None:
                 yield here
             # Thousands of these may be in a checkpoint of Megatron's, and they are no checkpoints.
             below = [here / name for name in _folders(here)]
@@ -161,6 +171,10 @@ def _weight_files(folder: Path) -> set[Path]:
     except (StreamconvError, OSError):
         return set()  # whoever reads it says why
     return {folder / f.path for f in found}
+
+
+def _is_output(folder: Path) -> bool:
+    return (folder / MANIFEST).is_file()
 
 
 def _folders(folder: Path) -> list[str]:
@@ -200,11 +214,16 @@ class _Walk:
         try:
             location = formats.detect(folder)
             if location is not None:
-                side = location.side_dir
-                yield candidate_at(self._root, folder, location.format, side)
-                self._name_inside(folder)
-                return
+                found = candidate_at(self._root, folder, location.format, location.side_dir)
+                if not found.finished:
+                    self._name_inside(folder)
+                # Of finished models those that training left: not what others made of them.
+                if not found.finished or (found.step is not None and not _is_output(folder)):
+                    yield found
+                    return
             below = _folders(folder)
+            if any((folder / name).is_file() for name in MARKERS):
+                below = [name for name in below if not finding.is_state(name)]
             self._links += [folder / name for name in _links(folder)]
             for path in folder.glob(".*"):
                 if is_aside(path.name):
@@ -273,6 +292,11 @@ def candidate_at(root: Path, path: Path, format_name: str, side: Path | None = N
     else:
         step_dir = root.joinpath(*parts[: step_at + 1])
         run_parts, model_parts = parts[:step_at], parts[step_at + 1 :]
+    finished = format_name in _FINISHED
+    if finished:
+        # verl has actor/model/huggingface, NeMo Automodel model/consolidated: the model is the actor.
+        while model_parts and model_parts[-1] in _OF_A_MODEL:
+            model_parts = model_parts[:-1]
     return Candidate(
         path,
         relative,
@@ -282,4 +306,5 @@ def candidate_at(root: Path, path: Path, format_name: str, side: Path | None = N
         "/".join(model_parts),
         format_name,
         None if side is None or side.is_relative_to(path) else side,
+        finished,
     )

@@ -5,6 +5,7 @@ directory at its end and
 
 * the tracker that trainers write last (``latest_checkpointed_iteration.txt``, DeepSpeed's
   ``latest``) names this step or a later one and is not older than the files, or
+* a marker that says that the step is whole lies in it and is not older than the files, or
 * nothing in it has changed for the settle time.
 
 How long that is, only we ourselves can say: the times of files are another machine's, and a clock may
@@ -17,6 +18,7 @@ the second half of the first rule.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Callable, Iterable
@@ -28,7 +30,7 @@ import xxhash
 from streamconv.batch.discover import Candidate
 from streamconv.batch.walk import walk
 from streamconv.errors import StreamconvError
-from streamconv.formats.steps import TRACKERS, named_step, read_tracker_file
+from streamconv.formats.steps import MARKERS, TRACKERS, named_step, read_tracker_file
 from streamconv.planning.sidefiles import candidates
 
 # By how much clocks of the machines that write and convert may differ.
@@ -110,6 +112,16 @@ def read_tracker(run_dir: Path) -> Tracker | None:
     return None
 
 
+def marked_ns(candidate: Candidate) -> int:
+    """Return when a trainer marked the checkpoint, or its step, as whole; 0 where none did."""
+    times = []
+    for folder in (candidate.path, *candidate.path.parents):
+        for name in MARKERS if folder.is_relative_to(candidate.step_dir) else ():
+            with contextlib.suppress(OSError):
+                times.append((folder / name).stat().st_mtime_ns)
+    return max(times, default=0)
+
+
 def file_clock_ns(folder: Path) -> int:
     """Return what time it is for the file system of ``folder``, or for us where that is earlier.
 
@@ -163,7 +175,7 @@ def judge(
         and candidate.step is not None
         and candidate.step <= tracker.step
         and seen.newest_ns <= tracker.mtime_ns
-    )
+    ) or seen.newest_ns <= marked_ns(candidate)
     if not settled and not tracked:
         behind = (
             tracker is not None and candidate.step is not None and candidate.step > tracker.step

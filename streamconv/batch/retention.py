@@ -86,7 +86,9 @@ class Rule:
             told = [r for r in group if not _is_behind(r, tracker(r), CLOCK_DOUBT_SECONDS)]
             kept |= self._last_written(told)
             if self.last is not None and len(live) < self.last:
+                # The rest are of what was abandoned: again the last by number, and the last written.
                 kept |= set(sorted(steps - live)[len(live) - self.last :])
+                kept |= self._last_written(group)
             surplus += [r for r in group if r.step is not None and r.step not in kept]
         return surplus
 
@@ -332,9 +334,10 @@ def _manifest_damage(record: Record) -> str:
 def _source_facts(record: Record, candidate: Candidate, around: Surroundings) -> SourceFacts:
     is_step = candidate.step is not None and candidate.relative != Path()
     verified = record.state == "done" and record.verified is True
-    cheap = is_step and verified
+    cheap = is_step and verified and not candidate.finished
     return SourceFacts(
         is_step=is_step,
+        finished=candidate.finished,
         verified=verified,
         intact=is_intact(record),
         unchanged=look_at(candidate).digest == record.snapshot,

@@ -17,6 +17,9 @@ from streamconv.errors import BadInputError, shown
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 MANIFEST = "streamconv.json"
+# Those of older models.
+BIN = "pytorch_model.bin"
+BIN_INDEX = "pytorch_model.bin.index.json"
 
 _LONGEST_PART = 255  # of one component, on all file systems that matter
 _LONGEST_PATH = 4096  # that the system takes

@@ -8,12 +8,13 @@ from pathlib import Path
 
 from streamconv.errors import BadInputError, UsageError
 from streamconv.files.names import check_file_name
-from streamconv.formats import meta_ranks, peft_folder
+from streamconv.formats import meta_ranks, peft_folder, torch_file
 from streamconv.formats.dcp import plain_dcp
 from streamconv.formats.deepspeed import checkpoint as deepspeed
 from streamconv.formats.deepspeed.folder import latest_tag
 from streamconv.formats.format import Format, Location
 from streamconv.formats.fsdp import rank_files
+from streamconv.formats.huggingface import folder, pieces
 from streamconv.formats.megatron import adapter_files, rank_folders, torch_dist
 from streamconv.formats.steps import TRACKERS, is_step, named_step, read_tracker_file, step_number
 
@@ -21,11 +22,14 @@ FORMATS: tuple[Format, ...] = (
     rank_files,
     adapter_files,  # beside a torch_dist folder of the optimizer
     torch_dist,  # a DCP folder, too: the more special format comes first
+    pieces,
     plain_dcp,
     rank_folders,
     deepspeed,  # before what lies beside it with the same weights in 16 bits
     peft_folder,
     meta_ranks,
+    folder,  # a finished model may lie beside what it was made of
+    torch_file,
 )
 
 # How deep below the folder of a model its weights may lie: policy/weights/iter_0000000 of NeMo-RL.
@@ -69,11 +73,17 @@ def find_model(path: Path, model: str | None = None) -> Location:
     if not path.exists():
         raise BadInputError("there is no such checkpoint", where=str(path))
     check_file_name(str(path.absolute()))
-    if not path.is_dir():  # a file, a pipe, a device
+    if path.is_file() and not rank_folders.is_rank_folder(path.parent):
+        alone = _file(path)
+        if alone is not None:
+            return alone
+    if not path.is_dir():  # a file of a checkpoint, a pipe, a device
         path = path.parent
     if rank_folders.is_rank_folder(path):
         path = path.parent
     here = detect(path)
+    if here and here.kind.FINISHED and (tag := latest_tag(path)) is not None:
+        here = Location(tag, deepspeed)  # its masters are finer than what was saved in 16 bits
     if here and model is None:
         return here
     tag = latest_tag(path)
@@ -102,6 +112,16 @@ def find_model(path: Path, model: str | None = None) -> Location:
             hint=f"say which: --model {'|'.join(found)}, or its folder; `convert` has --model all, too",
         )
     return _in_run(path, model)
+
+
+def _file(path: Path) -> Location | None:
+    """Return the model that one file is, unless it is a part of the checkpoint in its folder."""
+    around = detect(path.parent)
+    if around is not None and around.kind is torch_file:
+        return Location(path, torch_file)
+    if around is not None and any(around.root / f.path == path for f in around.identify()):
+        return None
+    return Location(path, torch_file) if torch_file.detect(path) else None
 
 
 def model_names(path: Path) -> tuple[str, ...]:
@@ -208,6 +228,9 @@ def _what_is_here(path: Path) -> str:
         )
     if any(n.endswith(".safetensors") for n in names):
         return "safetensors files: this is a HuggingFace model already"
+    torch_files = [n for n in names if Path(n).suffix in torch_file.SUFFIXES]
+    if torch_files:
+        return f"torch files, of which one must be named: {', '.join(torch_files[:8])}"
     if any(n.startswith("optim_world_size_") for n in names):
         return "optimizer state without the model's rank files"
     return ", ".join(names[:8]) + (" …" if len(names) > 8 else "")

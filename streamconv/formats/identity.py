@@ -9,12 +9,14 @@ identity, and samples of the bytes, for where times are coarse or were copied al
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import xxhash
 
 from streamconv.files.inputs import cannot_read, open_input
 from streamconv.ir.source import SourceFile
+from streamconv.torchfile.legacy import hash_head, is_legacy
 from streamconv.torchfile.window import FileWindow
 from streamconv.torchfile.zipdir import hash_directory
 
@@ -42,6 +44,24 @@ def identify_file(file: Path, root: Path) -> SourceFile:
         status.st_mtime_ns,
         digest,
         evidence="" if checksums else evidence_of(file),
+    )
+
+
+def identify_torch_file(file: Path, root: Path | None) -> SourceFile:
+    """Return a file of torch's as a source, be it a zip or of the old format.
+
+    Without ``root`` its path is absolute.
+    """
+    if not is_legacy(file):
+        found = identify_file(file, root or file.parent)
+        return found if root is not None else replace(found, path=str(file.absolute()))
+    status = file.stat()
+    return SourceFile(
+        str(file.absolute()) if root is None else file.relative_to(root).as_posix(),
+        status.st_size,
+        status.st_mtime_ns,
+        hash_head(file),
+        evidence=evidence_of(file),
     )
 
 

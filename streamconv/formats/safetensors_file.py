@@ -45,6 +45,14 @@ class FileTensor:
 def read_header(path: Path) -> dict[str, FileTensor]:
     """Return the tensors of a safetensors file by name, in the order of their bytes.
 
+    Raises what :func:`read_header_and_metadata` raises.
+    """
+    return read_header_and_metadata(path)[0]
+
+
+def read_header_and_metadata(path: Path) -> tuple[dict[str, FileTensor], dict[str, object]]:
+    """Return the tensors of a safetensors file, and what its writer says in ``__metadata__``.
+
     Raises :class:`BadInputError` for a damaged file, :class:`UnsafeInputError` for an oversized
     header.
     """
@@ -67,7 +75,7 @@ def read_header(path: Path) -> dict[str, FileTensor]:
         if size < 8 or len(raw) != length:
             raise ValueError("the file is cut off in its header")
         header = json.loads(raw, object_pairs_hook=unique_keys)
-        header.pop("__metadata__", None)
+        metadata = header.pop("__metadata__", None)
         tensors = [_tensor(path, n, t, 8 + length) for n, t in header.items()]
         tensors.sort(key=lambda t: (t.begin, t.end))
         at = 8 + length
@@ -83,7 +91,7 @@ def read_header(path: Path) -> dict[str, FileTensor]:
         raise BadInputError(
             "not a valid safetensors file", where=str(path), found=str(error)[:200]
         ) from error
-    return {t.name: t for t in tensors}
+    return {t.name: t for t in tensors}, metadata if isinstance(metadata, dict) else {}
 
 
 def _tensor(path: Path, name: str, entry: dict[str, Any], base: int) -> FileTensor:
@@ -121,13 +129,18 @@ def weight_files(folder: Path) -> list[Path]:
         return [single]
     if not index.is_file():
         return sorted(folder.glob("*.safetensors"))
+    return listed_files(index)
+
+
+def listed_files(index: Path) -> list[Path]:
+    """Return the files that an index names; raises :class:`BadInputError` where one is not there."""
     names = sorted(set(read_index(index)[0].values()))
-    absent = [n for n in names if Path(n).name != n or not (folder / n).is_file()]
+    absent = [n for n in names if Path(n).name != n or not (index.parent / n).is_file()]
     if absent:
         raise BadInputError(
             "the index names a file that is not there", where=str(index), found=absent[0][:200]
         )
-    return [folder / name for name in names]
+    return [index.parent / name for name in names]
 
 
 def read_folder(folder: Path, *, nested: bool = False) -> dict[str, FileTensor]:

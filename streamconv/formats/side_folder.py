@@ -13,7 +13,12 @@ from streamconv.errors import StreamconvError
 from streamconv.files.filesystems import real_path
 from streamconv.files.jsonfile import read_json
 
-_OWN = ("huggingface", "hf_config_and_tokenizer")
+_OWN = (
+    "huggingface",
+    "hf_config_and_tokenizer",
+    "hf_model",  # LLaMA-Factory
+    ".hf_metadata",  # NeMo Automodel
+)
 _CONFIG = "config.json"
 _MAX_CONFIG_NBYTES = 4 << 20
 

@@ -22,6 +22,12 @@ TRACKERS = (
 )
 """Files of a run that name its newest whole step, by its number or its folder."""
 
+MARKERS = (
+    "ckpt_contents.json",  # verl 0.9 with Megatron
+    "CHECKPOINT_COMPLETE",  # LLaMA-Factory
+)
+"""Files that a trainer writes into a step, or a model of it, when all else is whole."""
+
 _STEP = re.compile(
     r"(?:epoch[_=]?\d+[-_]?(?:epochstep\d+)?|ep\d+-)?"
     r"(global_?step|iter|iteration|step|checkpoint|ckpt|epoch|ba)[-_=]?(\d{1,18})(?:\.ckpt)?",

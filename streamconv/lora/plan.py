@@ -9,7 +9,8 @@ from pathlib import Path
 
 from streamconv.errors import BadInputError, UsageError
 from streamconv.files.durable import hash_file
-from streamconv.formats import peft_folder, safetensors_folder
+from streamconv.formats import peft_folder
+from streamconv.formats.huggingface import base as base_model
 from streamconv.ir.identity import identified
 from streamconv.ir.planned import SideFile, TextFile
 from streamconv.ir.recipe import Recipe
@@ -201,7 +202,7 @@ def adapter_inputs(root: Path, options: LoraOptions) -> list[tuple[str | int, ..
 def base_inputs(base: Path) -> list[tuple[str | int, ...]]:
     """Return what identifies a base model; its weights have no checksums to go by."""
     found: list[tuple[str | int, ...]] = [
-        (Path(f.path).name, *identified(f)[1:]) for f in safetensors_folder.identify(base)
+        (Path(f.path).name, *identified(f)[1:]) for f in base_model.identify(base)
     ]
     return found + [
         (f"base/{name}", hash_file(base / name))
@@ -325,7 +326,7 @@ def _refuse_options(checkpoint: Checkpoint, options: LoraOptions) -> None:
 
 
 def _with_base(checkpoint: Checkpoint, adapter: Adapter, base: Path) -> tuple[Checkpoint, Adapter]:
-    files, tensors = safetensors_folder.read(base, len(checkpoint.files))
+    files, tensors = base_model.read(base, len(checkpoint.files))
     # What was trained whole takes the place of the base's own, hence by the base's names.
     called = fit.called_in(adapter, tensors)
     adapter = fit.renamed(adapter, called)

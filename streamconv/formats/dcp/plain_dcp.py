@@ -18,9 +18,10 @@ from pathlib import Path
 from types import MappingProxyType
 
 from streamconv.errors import BadInputError
+from streamconv.formats import trainer_state
+from streamconv.formats.assembly import Assembler
 from streamconv.formats.dcp.folder import (
     INDEX,
-    Assembler,
     RecordReader,
     has_index,
     older_index,
@@ -42,11 +43,6 @@ FINISHED = False
 SEVERAL = True
 
 _OPTIMIZER_FOLDER = re.compile(r"optim(izer)?(_\d+)?", re.ASCII)
-_TRAINERS = "optimizer or trainer state"
-_NO_WEIGHTS = re.compile(
-    r"(^|\.)(optim|optimizer|optimizers|optimizer_state|optimizer_state_dict|optim_state_dict|"
-    r"lr_scheduler|scheduler|dataloader|train_state|rng_state|extra_state)(\.|$)"
-)
 
 
 def detect(path: Path) -> str | None:
@@ -128,8 +124,10 @@ def _notices(weights: Mapping[str, DcpTensor]) -> tuple[str, ...]:
 def _split(index: DcpIndex) -> tuple[dict[str, DcpTensor], tuple[Skipped, ...]]:
     weights: dict[str, DcpTensor] = {}
     others: Counter[str] = Counter()
+    states = {n for n in index.tensors if trainer_state.is_state(n)}
+    states |= {*trainer_state.states_of_weights([*index.tensors])}
     for name in index.tensors:
-        reason = _TRAINERS if _NO_WEIGHTS.search(name) else why_no_weight(name)
+        reason = trainer_state.STATE if name in states else why_no_weight(name)
         if reason:
             others[reason] += 1
         else:

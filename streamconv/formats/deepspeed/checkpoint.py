@@ -13,15 +13,14 @@ from pathlib import Path
 from types import MappingProxyType
 
 from streamconv.errors import BadInputError
-from streamconv.formats.dcp.folder import Assembler
+from streamconv.formats.assembly import Assembler
 from streamconv.formats.deepspeed.flat import Part
 from streamconv.formats.deepspeed.folder import list_files, tag_folder
 from streamconv.formats.deepspeed.model import read_model
 from streamconv.formats.deepspeed.ranks import Reader, Weights, in_order
-from streamconv.formats.identity import evidence_of, identify_file
+from streamconv.formats.identity import evidence_of, identify_torch_file
 from streamconv.formats.side_folder import above, side_folder
 from streamconv.ir.source import Checkpoint, GlobalTensor, Skipped, SourceFile
-from streamconv.torchfile.legacy import hash_head, is_legacy
 from streamconv.torchfile.unpickle import no_garbage_collection
 from streamconv.torchfile.zerofile import FileFacts
 
@@ -51,20 +50,7 @@ def index_file(_: Path) -> Path | None:
 
 def identify(path: Path) -> tuple[SourceFile, ...]:
     """Return the files with size, time and directory hash, their pickles unread."""
-    return tuple(_identify(file, path) for file in list_files(_tag(path)).all)
-
-
-def _identify(file: Path, root: Path) -> SourceFile:
-    if not is_legacy(file):
-        return identify_file(file, root)
-    status = file.stat()
-    return SourceFile(
-        file.relative_to(root).as_posix(),
-        status.st_size,
-        status.st_mtime_ns,
-        hash_head(file),
-        evidence=evidence_of(file),
-    )
+    return tuple(identify_torch_file(file, path) for file in list_files(_tag(path)).all)
 
 
 def _tag(path: Path) -> Path:
@@ -137,7 +123,7 @@ def _facts(weights: Weights, tag: str) -> dict[str, object]:
 
 def _source_file(path: Path, facts: FileFacts | None, root: Path) -> SourceFile:
     if facts is None:
-        return _identify(path, root)
+        return identify_torch_file(path, root)
     return SourceFile(
         path.relative_to(root).as_posix(),
         facts.nbytes,

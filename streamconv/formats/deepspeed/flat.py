@@ -12,7 +12,7 @@ from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from streamconv.formats.dcp.folder import Stored as Piece
+from streamconv.formats.assembly import Stored as Piece
 from streamconv.ir.boxes import Box, Shape, contiguous_strides, flat_boxes
 from streamconv.ir.dtypes import DType
 from streamconv.ir.source import Record

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from streamconv.errors import BadInputError
-from streamconv.formats.dcp.folder import Stored as Piece
+from streamconv.formats.assembly import Stored as Piece
 from streamconv.formats.deepspeed.flat import Part
 from streamconv.ir.boxes import Box, Shape, contiguous_strides
 

@@ -23,7 +23,7 @@ from types import MappingProxyType
 
 from streamconv.errors import BadInputError
 from streamconv.files.jsonfile import object_or_empty
-from streamconv.formats.dcp.folder import Assembler, Stored
+from streamconv.formats.assembly import Assembler, Stored
 from streamconv.formats.identity import evidence_of, identify_file
 from streamconv.formats.megatron import facts
 from streamconv.formats.megatron.experts import lift

@@ -24,7 +24,7 @@ from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 from streamconv.errors import BadInputError
-from streamconv.formats.dcp.folder import Stored as Piece
+from streamconv.formats.assembly import Stored as Piece
 from streamconv.formats.replicas import Local
 from streamconv.ir.boxes import Box, Shape
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from streamconv.errors import BadInputError
-from streamconv.formats.dcp.folder import Stored as Piece
+from streamconv.formats.assembly import Stored as Piece
 from streamconv.formats.replicas import Local
 from streamconv.ir.boxes import Box, Shape
 

@@ -20,8 +20,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from streamconv.errors import BadInputError
-from streamconv.formats.dcp.folder import Assembler
-from streamconv.formats.dcp.folder import Stored as Piece
+from streamconv.formats.assembly import Assembler
+from streamconv.formats.assembly import Stored as Piece
 from streamconv.formats.megatron.experts import ExpertKey, expert_key, lift, split_experts
 from streamconv.formats.megatron.joins import Around, Cut, cut_of, is_known, join
 from streamconv.formats.replicas import Local, Replicas

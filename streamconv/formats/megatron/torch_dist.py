@@ -15,11 +15,10 @@ from types import MappingProxyType
 
 from streamconv.errors import BadInputError
 from streamconv.files.jsonfile import object_or_empty
+from streamconv.formats.assembly import Assembler, Stored
 from streamconv.formats.dcp.folder import (
     INDEX,
-    Assembler,
     RecordReader,
-    Stored,
     has_index,
     older_index,
     read_index,

@@ -1,0 +1,61 @@
+"""A finished model in a folder: ``config.json`` and weights in safetensors files, or in torch's.
+
+To convert one is to cut it into other files, to cast it, and to check it against its config. The bytes
+of safetensors carry no checksums.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import MappingProxyType
+
+from streamconv.errors import BadInputError
+from streamconv.formats.huggingface import weights
+from streamconv.formats.side_folder import side_folder
+from streamconv.ir.source import Checkpoint, SourceFile
+
+NAME = "huggingface"
+FINISHED = True
+SEVERAL = True
+
+
+def detect(path: Path) -> str | None:
+    """Return why ``path`` looks like such a folder, or None."""
+    found = weights.find(path)
+    return found[0].name if found else None
+
+
+def side_dir(path: Path) -> Path | None:
+    """Return the folder with config and tokenizer, where it is there."""
+    return side_folder(path)
+
+
+def index_file(path: Path) -> Path | None:
+    """Return the index of the files; None for a single one."""
+    return weights.index_of(weights.find(path))
+
+
+def identify(path: Path) -> tuple[SourceFile, ...]:
+    """Return the weight files with size, time and the hash of their headers."""
+    return weights.identify(_files(path), path)
+
+
+def read(path: Path) -> Checkpoint:
+    """Read the headers of the weight files in the folder ``path``."""
+    files, tensors, skipped = weights.read(_files(path), path)
+    return Checkpoint(
+        root=path,
+        format=NAME,
+        files=files,
+        tensors=MappingProxyType(tensors),
+        side_dir=side_dir(path),
+        skipped=skipped,
+        facts=MappingProxyType({"weight_files": len(files)}),
+    )
+
+
+def _files(path: Path) -> list[Path]:
+    files = weights.find(path)
+    if not files:
+        raise BadInputError("no weights of a model here", where=str(path))
+    return files

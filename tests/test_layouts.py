@@ -1,0 +1,283 @@
+"""What trainers other than verl leave: finished models, pieces, single files, each with its answer."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+
+import streamconv
+from scripts.makers import layouts
+from scripts.makers.dcp import save_alone
+from scripts.outputs import differences, read_model
+from streamconv import formats
+from streamconv.errors import BadInputError, UsageError
+
+CONVERT = (
+    "accelerate_full",
+    "areal_dcp",
+    "composer_sharded",
+    "hf_bin_sharded_legacy",
+    "hf_safetensors_sharded",
+    "hf_writer_pieces",
+    "hf_writer_pieces_moe",
+    "lightning_ckpt",
+    "lightning_fsdp_optimizer_0",
+    "verl_automodel",
+    "verl_megatron_default",
+)
+CHOSEN = {"dcp_with_ema": {"model": "main"}}
+
+
+@pytest.fixture(scope="module")
+def llama() -> transformers.PreTrainedModel:
+    return layouts.tiny_llama()
+
+
+@pytest.fixture
+def truth(llama: transformers.PreTrainedModel, tmp_path: Path) -> Path:
+    llama.save_pretrained(tmp_path / "truth")
+    return tmp_path / "truth"
+
+
+def converted(src: Path, dst: Path, truth: Path, **options) -> None:
+    """Convert, and compare with the truth bit for bit."""
+    assert streamconv.convert(src, dst, sync=False, **options).status == "done"
+    assert not differences(read_model(dst), read_model(truth))
+
+
+@pytest.mark.parametrize("name", [*CONVERT, *CHOSEN])
+def test_real_checkpoints_become_their_models(
+    name: str, shared_checkpoints: Path, tmp_path: Path
+) -> None:
+    case = shared_checkpoints / "layouts" / name
+    converted(case / "src", tmp_path / "out", case / "truth", **CHOSEN.get(name, {}))
+    report = streamconv.verify(tmp_path / "out", source=case / "src")
+    assert not report.problems, report.problems
+
+
+# Finished models
+
+
+@pytest.mark.parametrize(("kind", "shard"), [("safe", "20KB"), ("bin", "1GB"), ("legacy", "20KB")])
+def test_a_finished_model_is_cut_anew(
+    kind: str, shard: str, llama: transformers.PreTrainedModel, truth: Path, tmp_path: Path
+) -> None:
+    src = layouts.finished(tmp_path / "src", llama, kind=kind)
+    converted(src, tmp_path / "out", truth, max_shard_size=shard)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["model_type"] == "llama"
+    assert (len(list((tmp_path / "out").glob("*.safetensors"))) > 1) == (shard == "20KB")
+
+
+def test_a_finished_model_is_cast(llama: transformers.PreTrainedModel, tmp_path: Path) -> None:
+    src = layouts.finished(tmp_path / "src", llama)
+    streamconv.convert(src, tmp_path / "out", dtype="float32", sync=False)
+    wanted = {n: t.float() for n, t in llama.state_dict().items()}
+    made = {k: t for f in (tmp_path / "out").glob("*.safetensors") for k, t in load_file(f).items()}
+    assert made.keys() == wanted.keys()
+    assert all(torch.equal(made[n], t) for n, t in wanted.items())
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "float32"
+
+
+def test_a_finished_model_is_not_converted_in_its_own_place(
+    llama: transformers.PreTrainedModel, tmp_path: Path
+) -> None:
+    src = layouts.finished(tmp_path / "src", llama)
+    before = sorted(p.name for p in src.iterdir())
+    with pytest.raises(UsageError, match="contains the source"):
+        streamconv.convert(src, src, overwrite=True, sync=False)
+    assert sorted(p.name for p in src.iterdir()) == before
+
+
+def test_a_finished_model_that_lacks_a_file_is_refused(
+    llama: transformers.PreTrainedModel, tmp_path: Path
+) -> None:
+    src = layouts.finished(tmp_path / "src", llama)
+    next(src.glob("model-00002-*")).unlink()
+    with pytest.raises(BadInputError, match="names a file that is not there"):
+        streamconv.convert(src, tmp_path / "out", sync=False)
+    with pytest.raises(BadInputError, match="names a file that is not there"):
+        streamconv.inspect(src)
+
+
+@pytest.mark.parametrize("kind", ["bin", "legacy"])
+def test_a_truncated_file_is_refused(
+    kind: str, llama: transformers.PreTrainedModel, tmp_path: Path
+) -> None:
+    src = layouts.finished(tmp_path / "src", llama, kind=kind)
+    path = next(src.glob("pytorch_model-00002-*"))
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(BadInputError):
+        streamconv.convert(src, tmp_path / "out", sync=False)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_config_of_another_model_is_refused(
+    llama: transformers.PreTrainedModel, tmp_path: Path
+) -> None:
+    src = layouts.finished(tmp_path / "src", llama)
+    path = src / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"intermediate_size": 64}))
+    with pytest.raises(BadInputError, match="shape"):
+        streamconv.convert(src, tmp_path / "out", sync=False)
+
+
+# Pieces of ranks
+
+
+@pytest.mark.parametrize("world", [1, 3])
+def test_pieces_are_joined(
+    world: int, llama: transformers.PreTrainedModel, truth: Path, tmp_path: Path
+) -> None:
+    src = layouts.pieces(tmp_path / "src", llama.state_dict(), world=world)
+    shutil.copy(truth / "config.json", src)
+    converted(src, tmp_path / "out", truth)
+
+
+@pytest.mark.parametrize("lost", [2, 4])
+def test_pieces_of_a_lost_rank_are_missed(
+    lost: int, llama: transformers.PreTrainedModel, truth: Path, tmp_path: Path
+) -> None:
+    src = layouts.pieces(tmp_path / "src", llama.state_dict(), world=4)
+    shutil.copy(truth / "config.json", src)
+    next(src.glob(f"shard-{lost:05d}-*")).unlink()
+    with pytest.raises(BadInputError):
+        streamconv.convert(src, tmp_path / "out", sync=False)
+
+
+def test_pieces_that_do_not_say_where_they_belong_are_refused(
+    llama: transformers.PreTrainedModel, truth: Path, tmp_path: Path
+) -> None:
+    src = layouts.pieces(tmp_path / "src", llama.state_dict(), world=2)
+    path = next(src.glob("shard-00002-*"))
+    layouts.write_safe(path, load_file(path))
+    with pytest.raises(BadInputError, match="does not say where its pieces belong"):
+        streamconv.convert(src, tmp_path / "out", hf_config=truth, sync=False)
+
+
+def test_what_was_joined_already_is_taken(
+    llama: transformers.PreTrainedModel, truth: Path, tmp_path: Path
+) -> None:
+    src = layouts.pieces(tmp_path / "src", llama.state_dict(), world=2)
+    shutil.copytree(truth, src / "consolidated")
+    assert formats.find_model(src).root == src / "consolidated"
+    (src / "consolidated" / "model.safetensors").unlink()
+    assert formats.find_model(src).root == src
+
+
+# Single files
+
+
+class Callback:
+    """What a trainer pickles beside the weights; nobody else can import it."""
+
+    def __init__(self) -> None:
+        self.best = {"score": 0.5}
+
+
+class Settings(dict[str, object]):
+    """A kind of dict."""
+
+
+def contents(state: dict[str, torch.Tensor]) -> dict[str, object]:
+    """Return what frameworks put into one file, by their names for it."""
+    adam = {
+        "state": {0: {"step": torch.tensor(3.0), "exp_avg": torch.ones(4)}},
+        "param_groups": [{"lr": 0.1, "params": [0]}],
+    }
+    named = {f"optimizer.state.{n}.exp_avg": t for n, t in state.items()}
+    return {
+        "plain": state,
+        "model": {"model": state, "step": 7, "args": Namespace(lr=0.1)},
+        "lightning": {
+            "state_dict": {f"model.{n}": t for n, t in state.items()},
+            "callbacks": {"ModelCheckpoint": Callback(), "settings": Settings(a=1)},
+            "optimizer_states": [adam],
+            "loops": {"fit_loop": {"epoch": torch.tensor(2)}},
+            "epoch": 1,
+        },
+        "optimizer": {"model": state, "optimizer": adam, "lr_scheduler": {"last": 1}},
+        "flat": {**{f"model.{n}": t for n, t in state.items()}, **named},
+        "wrapped": {"module": {f"_orig_mod.{n}": t for n, t in state.items()}},
+    }
+
+
+KINDS = ["plain", "model", "lightning", "optimizer", "flat", "wrapped"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "legacy"), [*((k, False) for k in KINDS), ("plain", True), ("lightning", True)]
+)
+def test_a_single_file_is_a_model(
+    kind: str, legacy: bool, llama: transformers.PreTrainedModel, truth: Path, tmp_path: Path
+) -> None:
+    """Objects of classes that we do not have lie beside the tensors, and are not called."""
+    content = contents(dict(llama.state_dict()))[kind]
+    src = layouts.write_single(tmp_path / "src" / "model.pt", content, legacy=legacy)
+    given = src if legacy else src.parent
+    converted(given, tmp_path / "out", truth, hf_config=truth)
+
+
+def test_one_of_several_files_must_be_named(
+    llama: transformers.PreTrainedModel, truth: Path, tmp_path: Path
+) -> None:
+    src = tmp_path / "src"
+    for name in ("epoch=0-step=3.ckpt", "epoch=1-step=6.ckpt"):
+        layouts.write_single(src / name, {"state_dict": llama.state_dict()})
+    with pytest.raises(BadInputError, match="no checkpoint of a known format") as caught:
+        streamconv.convert(src, tmp_path / "out", hf_config=truth, sync=False)
+    assert "epoch=0-step=3.ckpt" in str(caught.value)
+    converted(src / "epoch=0-step=3.ckpt", tmp_path / "out", truth, hf_config=truth)
+
+
+def test_two_models_in_one_file_are_asked_about(
+    llama: transformers.PreTrainedModel, truth: Path, tmp_path: Path
+) -> None:
+    state = dict(llama.state_dict())
+    other = {n: t + 1 for n, t in state.items()}
+    src = layouts.write_single(tmp_path / "model.pt", {"model": state, "ema": other})
+    with pytest.raises(UsageError, match="2 models to choose from"):
+        streamconv.convert(src, tmp_path / "out", hf_config=truth, sync=False)
+    converted(src, tmp_path / "out", truth, hf_config=truth, model="main")
+
+
+def test_a_weight_that_is_no_tensor_is_not_left_out(
+    llama: transformers.PreTrainedModel, truth: Path, tmp_path: Path
+) -> None:
+    state = dict(llama.state_dict())
+    name = "model.norm.weight"
+    src = layouts.write_single(tmp_path / "model.pt", state | {name: Callback()})
+    with pytest.raises(BadInputError, match="something other than a tensor"):
+        streamconv.convert(src, tmp_path / "out", hf_config=truth, sync=False)
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_a_file_calls_nothing(legacy: bool, tmp_path: Path) -> None:
+    class Evil:
+        def __reduce__(self) -> tuple[object, tuple[str]]:
+            return Path.touch, (tmp_path / "called",)
+
+    src = layouts.write_single(
+        tmp_path / "model.pt", {"w": torch.ones(2), "x": {"y": Evil()}}, legacy=legacy
+    )
+    streamconv.convert(src, tmp_path / "out", layout="memory", sync=False)
+    assert not (tmp_path / "called").exists()
+
+
+def test_optimizer_states_are_left_out_whatever_they_are_called(
+    llama: transformers.PreTrainedModel, truth: Path, tmp_path: Path
+) -> None:
+    state = dict(llama.state_dict())
+    adam = {
+        f"opt.{n}.{key}": torch.zeros_like(t)
+        for n, t in state.items()
+        for key in ("exp_avg", "exp_avg_sq", "step")
+    }
+    src = save_alone(tmp_path / "src", {f"model.{n}": t for n, t in state.items()} | adam)
+    converted(src, tmp_path / "out", truth, hf_config=truth)
