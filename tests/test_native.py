@@ -183,6 +183,13 @@ def test_a_model_type_without_a_map_is_refused_by_the_trainers_name(trainer: str
     assert "--hf-config" in str(refused.value.hint)
 
 
+def test_a_map_that_contradicts_its_model_is_refused() -> None:
+    model, tensors = taken_apart("torchtune", "gemma")
+    with pytest.raises(BadInputError, match="'gemma2' are not read") as refused:
+        plan(dict(model.config) | {"model_type": "gemma2"}, tensors)
+    assert "the other way round" in str(refused.value.found)
+
+
 def test_adapters_are_refused() -> None:
     model, tensors = taken_apart("torchtune", "llama")
     key = "layers.0.attn.q_proj.lora_a.weight"

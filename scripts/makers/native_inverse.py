@@ -49,6 +49,7 @@ MORE: dict[str, Tiny] = {
     "gemma3_norms": Tiny(
         "Gemma3ForCausalLM", "Gemma3TextConfig", TINY | HEAD | TIED, _norms_that_add
     ),
+    "olmo": Tiny("OlmoForCausalLM", "OlmoConfig", TINY),
     "olmo2": Tiny("Olmo2ForCausalLM", "Olmo2Config", TINY),
     "olmo3": Tiny("Olmo3ForCausalLM", "Olmo3Config", TINY),
     "flex_olmo": Tiny(
@@ -475,7 +476,7 @@ TRAINERS: dict[str, Native] = {
         litgpt,
         (
             *("llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "mixtral", "gemma", "gemma2"),
-            *("gemma3", "olmo2", "phi3", "phi", "gpt_neox"),
+            *("gemma3", "olmo", "olmo2", "phi3", "phi", "gpt_neox"),
         ),
         "model.",
     ),

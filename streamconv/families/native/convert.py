@@ -42,6 +42,14 @@ def convert(
             expected="config.json of the model that was trained, as HuggingFace has it",
             hint="--hf-config DIR names a folder that has it, and the tokenizer",
         )
+    why_not = dialect.refused.get(str(config.get("model_type")))
+    if why_not and job.family is None:
+        raise BadInputError(
+            f"{dialect.name}'s checkpoints of model type {config['model_type']!r} are not read",
+            where="config.json",
+            found=why_not,
+            hint=f"let {dialect.name} export it",
+        )
     family = families.choose(config, job.family, dialect.families, dialect.name)
     prefix = dialect.prefix(tensors) or ""
     original = {without_markers(name).removeprefix(prefix): name for name in tensors}

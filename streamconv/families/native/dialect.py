@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 
 from streamconv.families.prediction import PredictionNames
@@ -23,7 +23,7 @@ class Dialect:
     ``name`` is what to call it. ``marks`` are patterns of names that each of its checkpoints has and no
     model of HuggingFace's; the first has no number in it. ``dropped`` are patterns of tensors that are
     part of no model, with the reason why they are left out. ``prediction`` says where its layers for
-    multi-token prediction are.
+    multi-token prediction are. ``refused`` says of model types why there are no rules for them.
     """
 
     name: str
@@ -31,6 +31,7 @@ class Dialect:
     families: tuple[Family, ...]
     dropped: tuple[tuple[str, str], ...] = ()
     prediction: PredictionNames | None = None
+    refused: Mapping[str, str] = field(default_factory=dict)
 
     @cached_property
     def patterns(self) -> frozenset[str]:

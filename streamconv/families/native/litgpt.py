@@ -152,7 +152,7 @@ DIALECT = Dialect(
     families=(
         Family(
             name="llama",
-            model_types=("llama", "mistral", "gemma", "qwen2", "qwen3"),
+            model_types=("llama", "mistral", "gemma", "olmo", "qwen2", "qwen3"),
             rules=_DENSE,
         ),
         Family(
