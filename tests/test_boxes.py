@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from streamconv.ir.boxes import Box, check_tiling, contiguous_strides, find_hole, find_overlap
+from streamconv.ir.boxes import (
+    Box,
+    check_tiling,
+    contiguous_strides,
+    find_hole,
+    find_overlap,
+    flat_boxes,
+)
 
 
 @st.composite
@@ -73,3 +82,32 @@ def test_literals() -> None:
     assert check_tiling((), [Box((), ())]) is None
     assert check_tiling((), []) is not None
     assert check_tiling((0, 3), []) is None
+
+
+@given(st.lists(st.integers(0, 5), max_size=4).map(tuple), st.data())
+def test_a_flat_range_is_its_boxes_in_order(shape: tuple[int, ...], data: st.DataObject) -> None:
+    numel = math.prod(shape)
+    lo = data.draw(st.integers(0, numel))
+    hi = data.draw(st.integers(lo, numel))
+    index = np.arange(numel).reshape(shape)
+    boxes = list(flat_boxes(shape, lo, hi))
+    found = [
+        int(i)
+        for b in boxes
+        for i in index[tuple(slice(o, e) for o, e in zip(b.offsets, b.ends, strict=True))].reshape(
+            -1
+        )
+    ]
+    assert found == list(range(lo, hi))
+    assert len(boxes) <= max(1, 2 * len(shape) - 1)
+    ends = [*flat_boxes(shape, 0, lo), *boxes, *flat_boxes(shape, hi, numel)]
+    assert check_tiling(shape, ends) is None
+    if hi > lo:
+        assert check_tiling(shape, [*ends[:-1]]) is not None or hi < numel
+        assert check_tiling(shape, [*boxes, *ends]) is not None
+
+
+def test_boxes_outside_the_shape_do_not_tile_it() -> None:
+    assert check_tiling((2, 3), [Box((0, 0), (1, 3)), Box((1, 0), (1, 4))]) is not None
+    assert check_tiling((2, 3), [Box((0, 0), (1, 2)), Box((0, 2), (1, 4))]) is not None
+    assert check_tiling((4,), [Box((0, 0), (2, 2))]) is not None

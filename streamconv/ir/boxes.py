@@ -163,6 +163,8 @@ def _subtract(space: Box, hole: Box) -> Iterator[Box]:
 
 def check_tiling(shape: Shape, boxes: Sequence[Box]) -> str | None:
     """Return None when ``boxes`` cover every element of ``shape`` exactly once, else what is wrong."""
+    if _follow_each_other(shape, boxes):
+        return None
     for k, box in enumerate(boxes):
         if box.numel and not box.inside(shape):
             return f"piece {k} {box} lies outside the shape {list(shape)}"
@@ -173,3 +175,37 @@ def check_tiling(shape: Shape, boxes: Sequence[Box]) -> str | None:
     if sum(b.numel for b in boxes) != math.prod(shape):
         return f"no piece holds {find_hole(shape, boxes)} of the shape {list(shape)}"
     return None
+
+
+def _follow_each_other(shape: Shape, boxes: Sequence[Box]) -> bool:
+    """Whether each box is a stretch of elements in C order that begins where the one before ends.
+
+    So are shards of dimension 0 and pieces of a flattened tensor, of which there may be thousands.
+    """
+    strides = contiguous_strides(shape)
+    at = 0
+    for box in boxes:
+        if len(box.sizes) != len(shape):
+            return False
+        numel, wide = 1, True  # wide: all dimensions so far, from the last, are whole
+        begin = 0
+        for offset, size, whole, stride in zip(
+            reversed(box.offsets),
+            reversed(box.sizes),
+            reversed(shape),
+            reversed(strides),
+            strict=True,
+        ):
+            if not wide and size != 1:
+                return False
+            if offset + size > whole:
+                return False
+            wide = wide and size == whole
+            begin += offset * stride
+            numel *= size
+        if numel == 0:
+            continue
+        if begin != at:
+            return False
+        at += numel
+    return at == math.prod(shape)
