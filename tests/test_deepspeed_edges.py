@@ -18,6 +18,8 @@ import torch
 import streamconv
 from scripts.makers import zero
 from streamconv import formats
+from streamconv.batch.discover import discover
+from streamconv.batch.ready import read_tracker
 from streamconv.errors import BadInputError, StreamconvError, UnsafeInputError, UsageError
 from streamconv.formats.deepspeed import checkpoint
 from streamconv.ir.source import Checkpoint
@@ -122,6 +124,46 @@ def test_a_universal_folder_beside_is_not_taken_for_the_checkpoint(tmp_path: Pat
     shutil.copytree(tag, tmp_path / f"{zero.TAG}_universal")
     (tmp_path / "latest_universal").write_text(f"{zero.TAG}_universal")
     assert read(tmp_path).facts["tag"] == zero.TAG
+
+
+def test_models_of_openrlhf_are_found_by_their_folders(tmp_path: Path) -> None:
+    actor, critic = run(), run(stage=3)
+    zero.write(run(ranks=1), tmp_path / "_actor").rename(tmp_path / "_actor" / "global_step1")
+    zero.write(actor, tmp_path / "_actor")
+    zero.write(critic, tmp_path / "_critic")
+    assert formats.model_names(tmp_path) == ("_actor", "_critic")
+    found = formats.find_model(tmp_path, "_actor")
+    assert found.root == tmp_path / "_actor" / zero.TAG
+    assert_right(found.read(), actor)
+    assert_right(formats.find_model(tmp_path, "_critic").read(), critic)
+
+
+def test_batch_takes_steps_of_deepspeed_and_of_transformers(tmp_path: Path) -> None:
+    raw, trained = tmp_path / "raw", tmp_path / "trained"
+    raw.mkdir()
+    for step in (3, 6):
+        zero.write(run(stage=3), tmp_path / str(step)).rename(raw / f"global_step{step}")
+        tag = zero.write(run(), trained / f"checkpoint-{step}")
+        if step != 3:
+            tag.rename(tag.parent / f"global_step{step}")
+        (tag.parent / "latest").write_text(f"global_step{step}")
+    (raw / "latest").write_text("global_step6")
+    for place, names in (
+        (raw, ["global_step3", "global_step6"]),
+        (trained, ["checkpoint-3", "checkpoint-6"]),
+    ):
+        notices: list[str] = []
+        found = discover(place, on_notice=notices.append)
+        assert [c.relative.as_posix() for c in found] == names
+        assert [(c.step, c.model, c.format) for c in found] == [
+            (3, "", "deepspeed"),
+            (6, "", "deepspeed"),
+        ]
+        assert {c.run_dir for c in found} == {place}
+        assert notices == []
+    tracker = read_tracker(raw)
+    assert tracker is not None
+    assert tracker.step == 6
 
 
 def test_identify_names_the_files_that_are_read(tmp_path: Path) -> None:

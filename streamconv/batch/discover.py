@@ -247,9 +247,12 @@ class _Walk:
                 yield from self.below(path, depth + 1)
 
     def _name_inside(self, folder: Path) -> None:
-        for inside in _named_inside(folder):
-            if inside.relative_to(folder).as_posix() not in _OWN:
-                self._notice(f"{inside}: not converted, for it lies in another checkpoint")
+        inside = [p for p in _named_inside(folder) if p.relative_to(folder).as_posix() not in _OWN]
+        own = _weight_files(folder) if inside else set()
+        for path in inside:
+            files = _weight_files(path)
+            if not files or files - own:
+                self._notice(f"{path}: not converted, for it lies in another checkpoint")
 
     def _name_among_outputs(self, folder: Path) -> None:
         for inside in checkpoints_in(folder):

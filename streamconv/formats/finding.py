@@ -147,7 +147,7 @@ def _within(folder: Path) -> Location | None:
     """
     level = [folder]
     for _ in range(_DEPTH):
-        found = next((loc for p in level if (loc := detect(p)) is not None), None)
+        found = next((loc for p in level if (loc := _detect_latest(p)) is not None), None)
         if found is not None:
             return found
         below = [p for f in level for p in _folders(f)]
@@ -155,6 +155,16 @@ def _within(folder: Path) -> Location | None:
             p for f in level if f.name == "weights" for p in _steps(f) if step_number(p.name) == 0
         ]
     return next((loc for p in level if (loc := detect(p)) is not None), None)
+
+
+def _detect_latest(folder: Path) -> Location | None:
+    """Return the model in ``folder``, or in the newest step there, as DeepSpeed's tracker tells it.
+
+    OpenRLHF has ``ckpt/_actor/global_step20``, beside ``ckpt/_actor/latest``.
+    """
+    found = detect(folder)
+    tag = latest_tag(folder) if found is None else None
+    return found if tag is None else detect(tag)
 
 
 def _folders(path: Path) -> Iterator[Path]:
