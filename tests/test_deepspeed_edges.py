@@ -290,6 +290,17 @@ def test_files_of_another_save_are_refused(tmp_path: Path, value: dict[str, Any]
         read(tag)
 
 
+@pytest.mark.parametrize("stage", [1, 3])
+def test_optimizer_files_of_another_step_are_refused(tmp_path: Path, stage: int) -> None:
+    made = run(stage=stage)
+    tag = zero.write(made, tmp_path)
+    other = zero.write(dataclasses.replace(made, steps=6), tmp_path / "other")
+    shutil.copy(optimizer_file(other, 2), tag)
+    with pytest.raises(BadInputError, match="different saves") as error:
+        read(tag)
+    assert error.value.found == "optimizer_step 6"
+
+
 def test_two_runs_with_two_prefixes_are_refused(tmp_path: Path) -> None:
     tag = zero.write(run(), tmp_path)
     shutil.copy(optimizer_file(tag, 0), tag / "zero_pp_rank_0_mp_rank_00_optim_states.pt")

@@ -144,7 +144,9 @@ def _optimizer(run: Run, rank: int) -> dict[str, Any]:
         if not run.kept_padding:
             state["zero_stage"] = ZeroStageEnum(run.stage)
     # Moments, so that the masters are not the first record of the file.
-    state["base_optimizer_state"] = {"state": {0: {"exp_avg": torch.zeros(3)}}}
+    moments = {"step": torch.tensor(float(run.steps)), "exp_avg": torch.zeros(3)}
+    key = "optimizer_state_dict" if run.stage == 3 else "base_optimizer_state"
+    state[key] = {"state": {0: moments}, "param_groups": []}
     return {"optimizer_state_dict": state, "ds_config": {}, "ds_version": run.version}
 
 

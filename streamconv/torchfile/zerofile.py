@@ -8,7 +8,9 @@ what is needed here is looked into; every other global becomes an inert record.
 
 from __future__ import annotations
 
+import math
 import os
+import struct
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -26,6 +28,7 @@ from streamconv.torchfile.zipdir import ZipDirectory
 
 _MAX_PICKLE_NBYTES = 256 << 20  # the optimizer's tree and the trainer's own state are in there too
 _MAX_RANK = 64
+_MAX_NUMBER_NBYTES = 64
 
 # What DeepSpeed itself writes into a model file; all else is the trainer's.
 _OWN_KEYS = frozenset(
@@ -189,7 +192,7 @@ def read_optimizer_file(reader: RankReader, path: Path) -> OptimizerFile:
             stored,
             tuple(counts),
             _gaps(state.get("param_alignment_paddings"), where),
-            _said(root) | _said(state),
+            _said(root) | _said(state) | _optimizer_step(reader, directory, state),
             _shape_groups(root.get("param_shapes"), where),
         )
 
@@ -396,6 +399,33 @@ def _numbers(value: Any) -> dict[str, int]:
 def _counts(value: Any) -> tuple[int, ...]:
     values = value if type(value) is list else [value]
     return tuple(values) if all(map(_positive, values)) else ()
+
+
+def _optimizer_step(
+    reader: RankReader, directory: ZipDirectory, state: Mapping[Any, Any]
+) -> dict[str, int | str]:
+    """Return how often the optimizer has stepped, where it says so: files of one save agree."""
+    inner: Any = state.get("base_optimizer_state", state.get("optimizer_state_dict"))
+    if type(inner) is list and inner:
+        inner = inner[0]
+    states: Any = inner.get("state") if type(inner) in (dict, InertDict) else None
+    held: Any = next(iter(states.values()), None) if type(states) in (dict, InertDict) else None
+    step: Any = held.get("step") if type(held) in (dict, InertDict) else None
+    if isinstance(step, Inert) and directory.checksums:
+        contents = Contents(reader, directory, 0)
+        contents.add("step", step)
+        step = _number(directory, contents.tensors.get("step"))
+    return {"optimizer_step": step} if type(step) is int else {}
+
+
+def _number(directory: ZipDirectory, stored: Stored | None) -> int | None:
+    if stored is None or stored.spec.shape or stored.nbytes > _MAX_NUMBER_NBYTES:
+        return None
+    data = directory.read_entry(f"data/{stored.key}", max_nbytes=_MAX_NUMBER_NBYTES)
+    form = {"F32": "<f", "F64": "<d", "I64": "<q", "I32": "<i"}.get(stored.spec.dtype.name)
+    at = stored.spec.storage_offset * stored.spec.dtype.itemsize
+    value = struct.unpack_from(form, data, at)[0] if form else math.nan
+    return int(value) if math.isfinite(value) else None
 
 
 def as_plain(value: Any, depth: int = 16) -> Any:

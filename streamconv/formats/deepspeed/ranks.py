@@ -125,7 +125,7 @@ class Reader:
 
     def _share(self, path: Path) -> Share:
         file = read_optimizer_file(self._reader, path)
-        self._note(file.facts, file.said, ("ds_version",))
+        self._note(file.facts, file.said, ("ds_version", "optimizer_step"))
         return Share(self.numbers[path], file)
 
     def _missing(
