@@ -84,6 +84,16 @@ def test_the_ranks_are_joined(ranks: int, embedding: int, tmp_path: Path) -> Non
     }
 
 
+def test_files_of_the_old_format_are_joined(tmp_path: Path) -> None:
+    folder = write(tmp_path, 2)
+    for file in folder.glob("*.pth"):
+        state = torch.load(file)
+        torch.save(state, file, _use_new_zipfile_serialization=False)
+    _, tensors = model()
+    found = stored(meta_ranks.read(folder))
+    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+
+
 def test_a_missing_rank_is_named(tmp_path: Path) -> None:
     folder = write(tmp_path, 2)
     (folder / "consolidated.00.pth").unlink()

@@ -360,6 +360,40 @@ def test_a_tied_output_layer_that_is_stored(same: bool, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("planned_here")
+@pytest.mark.parametrize("nested", [True, False])
+@pytest.mark.parametrize(
+    ("trainer", "file"),
+    [("litgpt", "lit_model.pth"), ("torchtune", "torchtune_model_0.pt"), ("meta", "model.pt")],
+)
+def test_a_single_file(trainer: str, file: str, nested: bool, tmp_path: Path) -> None:
+    """With the trainer's keys around the state dict, and without any."""
+    model, tensors = taken_apart(trainer, "llama")
+    tensors = {k.removeprefix(TRAINERS[trainer].prefix): t for k, t in tensors.items()}
+    torch.save({"model": tensors, "epoch": 1} if nested else tensors, tmp_path / file)
+    with pytest.raises(BadInputError, match="names"):
+        streamconv.convert(tmp_path, tmp_path / "out", sync=False)
+    (tmp_path / "config.json").write_text(json.dumps(model.config))
+    streamconv.convert(tmp_path / file, tmp_path / "out", sync=False)
+    made = load_file(tmp_path / "out" / "model.safetensors")
+    assert made.keys() == model.state.keys()
+    assert all(torch.equal(made[k], t) for k, t in model.state.items())
+
+
+@pytest.mark.usefixtures("planned_here")
+def test_a_model_of_the_hub_may_have_such_names(tmp_path: Path) -> None:
+    """InternLM2's own code has Meta's words; its names are the Hub's."""
+    layers = ["attention.wqkv", "attention.wo", "attention_norm", "ffn_norm", "feed_forward.w1"]
+    names = ["model.tok_embeddings", "model.norm", "output"]
+    names += [f"model.layers.0.{x}" for x in layers]
+    torch.save({f"{n}.weight": torch.zeros(3) for n in names}, tmp_path / "model.pt")
+    (tmp_path / "config.json").write_text('{"model_type": "internlm2"}')
+    streamconv.convert(tmp_path / "model.pt", tmp_path / "out", sync=False)
+    assert load_file(tmp_path / "out" / "model.safetensors").keys() == {
+        f"{n}.weight" for n in names
+    }
+
+
+@pytest.mark.usefixtures("planned_here")
 def test_a_run_of_olmo_core_as_it_lies(tmp_path: Path) -> None:
     """The config.json in a step is OLMo-core's own, and the weights lie a folder deeper."""
     model, tensors = taken_apart("olmo_core", "olmo2")

@@ -10,25 +10,20 @@ them has the sizes of the model. The names become HuggingFace's in
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 
 from streamconv.errors import BadInputError
-from streamconv.formats.identity import evidence_of, identify_file
+from streamconv.formats.assembly import Assembler, Stored
+from streamconv.formats.identity import identify_torch_file
 from streamconv.formats.replicas import Local, Replicas
 from streamconv.formats.side_folder import above, side_folder
 from streamconv.ir.boxes import Box, Shape
-from streamconv.ir.source import (
-    Checkpoint,
-    GlobalTensor,
-    ShardLayout,
-    ShardTable,
-    Skipped,
-    SourceFile,
-)
-from streamconv.torchfile.rankfile import RankFile, RankReader, Stored
-from streamconv.torchfile.unpickle import no_garbage_collection
+from streamconv.ir.source import Checkpoint, GlobalTensor, Skipped, SourceFile
+from streamconv.torchfile.rankfile import Stored as LocalTensor
+from streamconv.torchfile.single import TorchFile, read_torch_file
 
 NAME = "meta"
 FINISHED = True
@@ -60,7 +55,7 @@ def index_file(_: Path) -> Path | None:
 
 def identify(path: Path) -> tuple[SourceFile, ...]:
     """Return the files with size, time and directory hash, their pickles unread."""
-    return tuple(identify_file(file, path) for file in _open_folder(path))
+    return tuple(identify_torch_file(file, path) for file in _open_folder(path))
 
 
 def read(path: Path) -> Checkpoint:
@@ -70,17 +65,17 @@ def read(path: Path) -> Checkpoint:
     several ranks has a name that does not tell how it was cut.
     """
     listed = _open_folder(path)
-    reader = RankReader()
-    with no_garbage_collection():
-        files = [reader.read(file, rank) for rank, file in enumerate(listed)]
+    files = [read_torch_file(file) for file in listed]
     replicas = Replicas(listed)
-    tensors = {}
-    for name in files[0].tensors:
-        tensors[name] = _joined(name, files, replicas)
+    assembler = Assembler()
+    tensors = {name: _joined(name, files, replicas, assembler) for name in files[0].tensors}
     return Checkpoint(
         root=path,
         format=NAME,
-        files=tuple(_source_file(f, path) for f in files),
+        files=tuple(
+            replace(identify_torch_file(file, path), entry_prefix=f.prefix)
+            for file, f in zip(listed, files, strict=True)
+        ),
         tensors=MappingProxyType(tensors),
         side_dir=side_dir(path),
         skipped=tuple(Skipped(n, r) for n, r in sorted({s for f in files for s in f.skipped})),
@@ -119,62 +114,51 @@ def _open_folder(path: Path) -> list[Path]:
     return files
 
 
-def _source_file(file: RankFile, root: Path) -> SourceFile:
-    return SourceFile(
-        file.path.relative_to(root).as_posix(),
-        file.nbytes,
-        file.mtime_ns,
-        file.directory_hash,
-        file.prefix,
-        evidence="" if file.checksums else evidence_of(file.path),
-    )
-
-
-def _joined(name: str, files: Sequence[RankFile], replicas: Replicas) -> GlobalTensor:
-    pieces = _pieces(name, files)
-    first = pieces[0].spec
+def _joined(
+    name: str, files: Sequence[TorchFile], replicas: Replicas, assembler: Assembler
+) -> GlobalTensor:
+    pieces = _pieces(name, files, replicas.paths)
+    spec = pieces[0].spec
     axis = _axis(name, files) if len(files) > 1 else None
     if axis is None:
         kept = Local.of(0, pieces[0])
-        for number, piece in enumerate(pieces[1:], 1):
-            other = Local.of(number, piece)
+        for other in (Local.of(number, p) for number, p in enumerate(pieces) if number):
             if not replicas.same(kept, other):
                 raise BadInputError(
                     "ranks that should hold the same tensor hold different ones",
-                    where=f"{name} in {files[number].path}",
-                    expected=f"what {files[0].path.name} holds",
+                    where=f"{name} in {replicas.path(other)}",
+                    expected=f"what {replicas.path(kept).name} holds",
                     hint="are the files of different models or steps?",
                 )
             replicas.drop(other)
         pieces = pieces[:1]
-    boxes: list[Box] = []
-    table = ShardTable()
-    at = 0
-    for number, piece in enumerate(pieces):
-        offsets = tuple(at if d == axis else 0 for d in range(len(first.shape)))
-        boxes.append(Box(offsets, piece.spec.shape))
-        at += piece.spec.shape[axis] if axis is not None else 0
-        table.append(number, *piece[1:])
-    shape = tuple(at if d == axis else n for d, n in enumerate(first.shape))
-    layout = ShardLayout(
+    size = spec.shape[axis] if axis is not None else 0
+    shape = tuple(n * len(pieces) if d == axis else n for d, n in enumerate(spec.shape))
+    return assembler.tensor(
+        name,
+        spec.dtype,
         shape,
-        tuple(boxes),
-        tuple(p.spec.strides for p in pieces),
-        tuple(p.spec.storage_offset for p in pieces),
+        [
+            Stored(
+                Box(tuple(k * size if d == axis else 0 for d in range(len(shape))), spec.shape),
+                piece.spec.strides,
+                piece.spec.storage_offset,
+                Local.of(k, piece).record,
+            )
+            for k, piece in enumerate(pieces)
+        ],
     )
-    placement = f"Shard({axis}) over tp={len(files)}" if axis is not None else ""
-    return GlobalTensor(name, first.dtype, layout, table, placement)
 
 
-def _pieces(name: str, files: Sequence[RankFile]) -> list[Stored]:
-    """Return what each rank holds of a tensor; they agree in all but one axis."""
-    lacking = [f.path.name for f in files if name not in f.tensors]
+def _pieces(name: str, files: Sequence[TorchFile], paths: Sequence[Path]) -> list[LocalTensor]:
+    """Return what each rank holds of a tensor, all of one shape."""
+    lacking = [p.name for p, f in zip(paths, files, strict=True) if name not in f.tensors]
     strange = [n for f in files for n in f.tensors if n not in files[0].tensors]
     if lacking or strange:
         raise BadInputError(
             "a tensor is not in the files of all ranks",
             where=name if lacking else strange[0],
-            found=f"not in {', '.join(lacking[:8] or [files[0].path.name])}",
+            found=f"not in {', '.join(lacking[:8] or [paths[0].name])}",
             hint="are the files of different models?",
         )
     pieces = [f.tensors[name] for f in files]
@@ -189,9 +173,9 @@ def _pieces(name: str, files: Sequence[RankFile]) -> list[Stored]:
     return pieces
 
 
-def _axis(name: str, files: Sequence[RankFile]) -> int | None:
+def _axis(name: str, files: Sequence[TorchFile]) -> int | None:
     """Return along which axis the ranks cut a tensor, None where each holds all of it."""
-    held: Mapping[str, Stored] = files[0].tensors
+    held = files[0].tensors
     shape: Shape = held[name].spec.shape
     if name == _EMBEDDING and _LAST_NORM in held:
         hidden = held[_LAST_NORM].spec.shape

@@ -193,12 +193,15 @@ def _dialect(
     checkpoint: Checkpoint, config: Mapping[str, Any] | None, job: JobOptions
 ) -> Dialect | None:
     """Return whose names these are, where they are a trainer's own and are to become the Hub's."""
-    if checkpoint.naming != "trainer":
+    if checkpoint.naming == "mcore":
         return None
     from streamconv.families import native
 
-    dialect = native.find(list(checkpoint.tensors))
-    if dialect is None or job.layout == "hub":
+    dialect = native.find([*checkpoint.tensors, *checkpoint.undecided])
+    # Models whose code is not transformers' may have such names on the Hub.
+    if dialect is None or (checkpoint.naming == "hf" and not dialect.knows(config)):
+        return None
+    if job.layout == "hub":
         return dialect
     if config is not None:
         raise UsageError(
@@ -222,7 +225,8 @@ def _of_dialect(
 
     wanted = job.model if job.model != checkpoint.root.absolute().name else None
     chosen, _ = strays.choose(checkpoint, dialect.has, wanted)
-    headers = {n: (t.shape, t.dtype) for n, t in chosen.tensors.items()}
+    tensors = checks.decide_plain(chosen, None)
+    headers = {n: (t.shape, t.dtype) for n, t in tensors.items()}
     found = convert(dialect, headers, config, heads_of_run(checkpoint.root), job)
     recipes = list(found.recipes)
     notices += found.notices
@@ -230,7 +234,7 @@ def _of_dialect(
         notices += checks.check_recipes(recipes, found.model, job, found.extras)
     left = chosen.skipped[len(checkpoint.skipped) :]
     return _Output(
-        dict(chosen.tensors),
+        tensors,
         found.config,
         found.model,
         found.architecture,
@@ -407,12 +411,14 @@ def _refuse_unknown_names(checkpoint: Checkpoint, made: _Output, job: JobOptions
     """Refuse names that are no model's on the Hub, or may not be, where no model tells."""
     if made.model is not None or made.recipes or job.layout == "memory":
         return
+    from streamconv.families import native
     from streamconv.tracing.hf_names import doubtful
 
-    strange = [*made.tensors] if checkpoint.naming == "trainer" else doubtful(made.tensors)
+    config = made.config
+    trainers = checkpoint.naming == "trainer" or (config is None and native.find(made.tensors))
+    strange = [*made.tensors] if trainers else doubtful(made.tensors)
     if not strange:
         return
-    config = made.config
     raise BadInputError(
         "what the Hub calls these tensors is not known: the names may be the trainer's",
         where=str(checkpoint.root),

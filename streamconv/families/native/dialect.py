@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 from streamconv.families.prediction import PredictionNames
 from streamconv.families.rules import Family
@@ -40,6 +41,11 @@ class Dialect:
         left_out = (self.dropped, *(f.dropped for f in self.families))
         dropped = (p for some in left_out for p, _ in some)
         return frozenset(map(_of_pattern, (*rules, *dropped)))
+
+    def knows(self, config: Mapping[str, Any] | None) -> bool:
+        """Whether there are rules for the model of a config.json."""
+        kind = config.get("model_type") if config is not None else None
+        return any(kind in f.model_types for f in self.families)
 
     def has(self, name: str) -> bool:
         """Whether some family of it knows a name, which has nothing in front."""
