@@ -292,7 +292,7 @@ def test_run_names_its_steps(copy: Callable[[str], Path], tmp_path: Path) -> Non
     ("files", "meaning"),
     [
         ([], "an empty folder"),
-        (["model.safetensors", "config.json"], "a HuggingFace model already"),
+        (["a.safetensors", "b.safetensors", "config.json"], "no model.safetensors.index.json"),
         (["metadata.json"], "no index (.metadata)"),
         (["optim_world_size_2_rank_0.pt"], "optimizer state without"),
         (["notes.txt"], "notes.txt"),

@@ -21,6 +21,7 @@ from streamconv.errors import BadInputError, UsageError
 
 CONVERT = (
     "accelerate_full",
+    "accelerate_nodcp_fsdp1",
     "areal_dcp",
     "composer_sharded",
     "hf_bin_sharded_legacy",
@@ -31,6 +32,7 @@ CONVERT = (
     "lightning_fsdp_optimizer_0",
     "verl_automodel",
     "verl_megatron_default",
+    "verl_veomni_ep2",
 )
 CHOSEN = {"dcp_with_ema": {"model": "main"}}
 
@@ -169,6 +171,61 @@ def test_what_was_joined_already_is_taken(
     assert formats.find_model(src).root == src / "consolidated"
     (src / "consolidated" / "model.safetensors").unlink()
     assert formats.find_model(src).root == src
+
+
+# Rank files
+
+
+def test_rank_files_of_accelerate_are_joined(
+    llama: transformers.PreTrainedModel, truth: Path, tmp_path: Path
+) -> None:
+    src = layouts.accelerate_ranks(tmp_path / "src", llama.state_dict(), world=3)
+    converted(src, tmp_path / "out", truth, hf_config=truth)
+    for lost in (0, 2):
+        path = src / f"pytorch_model_fsdp_0_rank{lost}.bin"
+        data = path.read_bytes()
+        path.unlink()
+        with pytest.raises(BadInputError):
+            streamconv.inspect(src)
+        path.write_bytes(data)
+
+
+def test_flat_parameters_are_refused_by_name(tmp_path: Path) -> None:
+    layouts.write_single(tmp_path / "pytorch_model_fsdp_rank0.bin", {"_flat_param": torch.ones(8)})
+    with pytest.raises(BadInputError, match="LOCAL_STATE_DICT"):
+        streamconv.inspect(tmp_path)
+
+
+def tiny_moe() -> transformers.PreTrainedModel:
+    torch.manual_seed(1)
+    config = transformers.Qwen3MoeConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        moe_intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_experts=4,
+        num_experts_per_tok=2,
+        vocab_size=64,
+    )
+    return transformers.Qwen3MoeForCausalLM(config).to(torch.bfloat16)
+
+
+@pytest.mark.parametrize("alike", [False, True])
+def test_experts_of_groups_of_ranks_are_joined(alike: bool, tmp_path: Path) -> None:
+    """Without checksums, and with the same experts in each group, only the model's shape tells."""
+    model = tiny_moe()
+    state = dict(model.state_dict())
+    if alike:
+        for name, tensor in state.items():
+            if ".experts." in name:
+                tensor.copy_(tensor[:2].repeat(2, 1, 1))
+    model.save_pretrained(tmp_path / "truth")
+    src = layouts.veomni_ranks(tmp_path / "src", state, world=4, groups=2)
+    with pytest.raises(BadInputError, match="nothing says which"):
+        streamconv.convert(src, tmp_path / "out", sync=False)
+    converted(src, tmp_path / "out", tmp_path / "truth", hf_config=tmp_path / "truth")
 
 
 # Single files

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -20,10 +21,10 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint import HuggingFaceStorageWriter
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from scripts.makers.ranks import piece
+from scripts.makers.ranks import piece, write_ranks
 
 State = Mapping[str, torch.Tensor]
 
@@ -87,6 +88,47 @@ def _write_as(folder: Path, state: State, rank: int) -> None:
     writer.set_up_storage_writer(rank == 0)
     plan = planner.create_local_plan()
     writer.write_data(replace(plan, storage_data={"shard_index": rank + 1}), planner).wait()
+
+
+def accelerate_ranks(folder: Path, state: State, *, world: int) -> Path:
+    """Write what Accelerate leaves of FSDP2 with ``use_dcp=False``."""
+    folder.mkdir(parents=True)
+    write_ranks(folder, state, world=world)
+    for rank in range(world):
+        made = folder / f"model_world_size_{world}_rank_{rank}.pt"
+        made.rename(folder / f"pytorch_model_fsdp_0_rank{rank}.bin")
+        torch.save({"state": {}}, folder / f"optimizer_0_rank{rank}.bin")
+    return folder
+
+
+def veomni_ranks(folder: Path, state: State, *, world: int, groups: int) -> Path:
+    """Write rank files as verl does with VeOmni: experts cut among ``groups`` of ranks, then by FSDP.
+
+    Rank r is in group r mod ``groups``; a group's ranks share its experts along dim 1.
+    """
+    logging.getLogger("torch.distributed").setLevel(logging.ERROR)
+    folder.mkdir(parents=True)
+    for rank in range(world):
+        dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
+        try:
+            whole = init_device_mesh("cpu", (world,), mesh_dim_names=("dp_shard",))
+            both = init_device_mesh(
+                "cpu", (world // groups, groups), mesh_dim_names=("ep_fsdp", "ep")
+            )
+            held = OrderedDict()
+            for name, tensor in state.items():
+                if ".experts." in name:
+                    own = tensor.chunk(groups)[rank % groups]
+                    local = own.chunk(world // groups, 1)[rank // groups].contiguous().clone()
+                    held[name] = DTensor.from_local(
+                        local, both["ep_fsdp"], [Shard(1)], run_check=False
+                    )
+                else:
+                    held[name] = piece(tensor, rank, world, whole)
+            torch.save(held, folder / f"model_world_size_{world}_rank_{rank}.pt")
+        finally:
+            dist.destroy_process_group()
+    return folder
 
 
 def write_single(path: Path, content: Any, *, legacy: bool = False) -> Path:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from streamconv.errors import BadInputError, UsageError
-from streamconv.files.names import check_file_name
+from streamconv.files.names import INDEX, check_file_name
 from streamconv.formats import meta_ranks, peft_folder, torch_file
 from streamconv.formats.dcp import plain_dcp
 from streamconv.formats.deepspeed import checkpoint as deepspeed
@@ -237,10 +237,10 @@ def _what_is_here(path: Path) -> str:
             "an adapter as PEFT saves it without adapter_config.json, which says how it was trained"
         )
     if any(n.endswith(".safetensors") for n in names):
-        return "safetensors files: this is a HuggingFace model already"
+        return f"several safetensors files, and no {INDEX} that says which are the model"
+    if any(n.startswith("optim_world_size_") for n in names):
+        return "optimizer state without the model's rank files"
     torch_files = [n for n in names if Path(n).suffix in torch_file.SUFFIXES]
     if torch_files:
         return f"torch files, of which one must be named: {', '.join(torch_files[:8])}"
-    if any(n.startswith("optim_world_size_") for n in names):
-        return "optimizer state without the model's rank files"
     return ", ".join(names[:8]) + (" …" if len(names) > 8 else "")

@@ -59,7 +59,7 @@ def decide_plain(checkpoint: Checkpoint, model: Model | None) -> dict[str, Globa
         as_pieces, as_copies = list(found.pieces.shape), list(found.copies.shape)
         diverged = " of ranks that have diverged" if found.differing else ""
         raise BadInputError(
-            f"{len(unclear)} plain tensors are either pieces or whole copies, and nothing says which",
+            f"{len(unclear)} tensors are either pieces or whole copies, and nothing says which",
             where=", ".join([fqn, *(n for n, *_ in unclear if n != fqn)][:_LISTED]),
             expected=f"{fqn}: {list(expected)}" if expected else "the model's shape of each tensor",
             found=f"{fqn}: {as_pieces} as pieces along dim 0, or {as_copies} as copies{diverged}"

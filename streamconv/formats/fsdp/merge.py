@@ -9,17 +9,18 @@ rank.
 from __future__ import annotations
 
 import math
+import re
 from array import array
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 
 from streamconv.errors import BadInputError
 from streamconv.formats.replicas import Local, Replicas
 from streamconv.ir.boxes import Box, Shape, check_tiling, find_hole
 from streamconv.ir.placements import Kind, Piece, Placement, ShardOrder, local_pieces
-from streamconv.ir.source import GlobalTensor, ShardLayout, ShardTable
+from streamconv.ir.source import GlobalTensor, ShardLayout, ShardTable, Undecided
 from streamconv.torchfile.rankfile import LocalSpec, Stored
 
 _OTHER_EXPERTS = (
@@ -27,6 +28,10 @@ _OTHER_EXPERTS = (
     "rank of expert parallelism save its own experts under this name? Those must be gathered before "
     "saving"
 )
+
+
+# The mesh dimension over which FSDP cuts what another parallelism has cut already: ep_fsdp, emb_fsdp.
+_EXTRA_PARALLEL = re.compile(r"(?!dp_)\w+_fsdp", re.ASCII)
 
 
 class Pending:
@@ -121,6 +126,43 @@ class Merger:
         if cut.rows != tuple(range(len(table))):
             table = _select(table, cut.rows)
         return GlobalTensor(fqn, spec.dtype, cut.layout, table, cut.placement)
+
+    def experts(self, fqn: str, pending: Pending) -> Undecided | None:
+        """Return the two readings of a tensor that was cut by groups of ranks; None for any other.
+
+        VeOmni cuts experts among groups along dim 0, and what a group has among its ranks. The file
+        knows the group alone: its mesh is the row ``ep_fsdp`` of a larger one, its global shape that of
+        the group's experts. A group's number is that of its first rank. Where all groups hold the same
+        bytes, or where the model wants no more than one has, they are copies.
+        """
+        groups: dict[tuple[int, ...], list[int]] = {}
+        for row, index in enumerate(pending.specs):
+            mesh = self._specs[index].mesh
+            if mesh is None or not any(map(_EXTRA_PARALLEL.fullmatch, mesh.dim_names)):
+                return None
+            groups.setdefault(mesh.ranks, []).append(row)
+        if len(groups) < 2:
+            return None
+        parts = []
+        for _, rows in sorted(groups.items(), key=lambda item: min(item[0])):
+            part = Pending()
+            part.specs = array("I", [pending.specs[r] for r in rows])
+            part.table = _select(pending.table, rows)
+            cut = self.cut(fqn, part)
+            if cut.layout is None:
+                return None  # whoever asks reports the hole
+            parts.append(self.tensor(fqn, part, cut))
+        differing = self._differing_groups(pending, [*groups.values()])
+        return Undecided(_stacked(fqn, parts), parts[0], differing)
+
+    def _differing_groups(self, pending: Pending, groups: Sequence[Sequence[int]]) -> str:
+        """Return in words which groups hold something else; empty where none does."""
+        for rows in groups[1:]:
+            for one, two in zip(groups[0], rows, strict=False):
+                kept, other = self.local(pending, one), self.local(pending, two)
+                if not self.replicas.same(kept, other):
+                    return f"{self._rank(kept)} and {self._rank(other)}"
+        return ""
 
     def whole(self, fqn: str, pending: Pending) -> GlobalTensor:
         """Return the first rank's local tensor as the whole tensor (the ranks are replicas)."""
@@ -274,6 +316,26 @@ class Merger:
 
     def _rank(self, local: Local) -> str:
         return f"rank {self._ranks[local.file]} ({self._paths[local.file].name})"
+
+
+def _stacked(fqn: str, parts: Sequence[GlobalTensor]) -> GlobalTensor:
+    """Return tensors put together along dim 0."""
+    boxes: list[Box] = []
+    strides: list[Shape] = []
+    offsets: list[int] = []
+    table = ShardTable()
+    at = 0
+    for part in parts:
+        layout = part.layout
+        boxes += [Box((at + b.offsets[0], *b.offsets[1:]), b.sizes) for b in layout.boxes]
+        strides += layout.strides
+        offsets += layout.storage_offsets
+        for record in part.shards:
+            table.append(*astuple(record))
+        at += part.shape[0]
+    whole = ShardLayout((at, *parts[0].shape[1:]), tuple(boxes), tuple(strides), tuple(offsets))
+    placement = f"{parts[0].placement}, experts in {len(parts)} groups of ranks"
+    return GlobalTensor(fqn, parts[0].dtype, whole, table, placement)
 
 
 def _pieces(spec: LocalSpec, tp_first: Callable[[], bool]) -> tuple[Piece, ...]:

@@ -1,4 +1,9 @@
-"""verl's FSDP checkpoints: a folder of ``model_world_size_W_rank_R.pt``, one state dict per rank.
+"""FSDP's checkpoints as verl and Accelerate write them: a folder of files, one state dict per rank.
+
+They are called ``model_world_size_W_rank_R.pt`` (verl) or ``pytorch_model_fsdp_0_rankR.bin``
+(Accelerate with ``use_dcp=False``), which says nothing of the world's size: it is as large as the
+highest rank says, and what a lost last rank held is missed by the shapes. Accelerate's LOCAL_STATE_DICT
+has such files too, of flat parameters whose own shapes are nowhere: it is refused.
 
 Byte layout: each file is a torch.save zip (see :mod:`streamconv.torchfile`). Beside them may lie
 ``fsdp_config.json`` (``FSDP_version``, ``world_size``), ``huggingface/`` (config, tokenizer), and files
@@ -38,8 +43,15 @@ NAME = "fsdp"
 FINISHED = False
 SEVERAL = True
 
-_RANK_FILE = re.compile(r"model_world_size_([1-9]\d*)_rank_(0|[1-9]\d*)\.pt", re.ASCII)
-_OTHER_FILE = re.compile(r"(optim|extra_state)_world_size_\d+_rank_\d+\.pt", re.ASCII)
+_RANK_FILE = re.compile(
+    r"model_world_size_(?P<world>[1-9]\d*)_rank_(?P<verl>0|[1-9]\d*)\.pt|"
+    r"(?P<stem>pytorch_model_fsdp(_\d+)?)_rank(?P<accelerate>0|[1-9]\d*)\.bin",
+    re.ASCII,
+)
+_OTHER_FILE = re.compile(
+    r"(optim|extra_state)_world_size_\d+_rank_\d+\.pt|optimizer(_\d+)?_rank\d+\.bin", re.ASCII
+)
+_FLAT = "_flat_param"
 _CONFIG = "fsdp_config.json"
 _MAX_EXAMPLES = 5
 _MAX_CONFIG_NBYTES = 1 << 20
@@ -50,7 +62,7 @@ def detect(path: Path) -> str | None:
     files = _rank_files(path)
     if not files:
         return None
-    return f"{len(files)} files model_world_size_*_rank_*.pt"
+    return f"{len(files)} rank files such as {files[0].path.name}"
 
 
 def side_dir(path: Path) -> Path | None:
@@ -124,6 +136,7 @@ def read(path: Path) -> Checkpoint:
 @dataclass(frozen=True, slots=True)
 class _Folder:
     path: Path
+    name: str
     world_size: int
     files: tuple[tuple[int, Path], ...]  # (rank, file), by rank
     missing: tuple[int, ...]
@@ -132,51 +145,70 @@ class _Folder:
     notices: tuple[str, ...]
 
     def name_of(self, rank: int) -> str:
-        return f"model_world_size_{self.world_size}_rank_{rank}.pt"
+        return self.name.format(rank=rank)
 
 
-def _rank_files(path: Path) -> list[tuple[int, int, Path]]:
-    """Return (world size, rank, file) of the rank files in ``path``."""
+@dataclass(frozen=True, slots=True, order=True)
+class _RankFile:
+    """A rank's file; ``name`` is what those of its kind are called, but for the rank."""
+
+    name: str
+    world_size: int
+    rank: int
+    path: Path
+
+
+def _rank_files(path: Path) -> list[_RankFile]:
+    """Return the rank files in ``path``, by the rank."""
     if not path.is_dir():
         return []
-    matches = ((_RANK_FILE.fullmatch(f.name), f) for f in path.iterdir())
-    found = sorted((int(m[1]), int(m[2]), f) for m, f in matches if m)
-    for _, _, file in found:
+    found = []
+    for file in path.iterdir():
+        match = _RANK_FILE.fullmatch(file.name)
+        if match is None:
+            continue
         # Opening a FIFO would wait for a writer for ever.
         if file.exists() and not file.is_file():
             raise BadInputError("a rank file that is not a regular file", where=str(file))
-    return found
+        world = int(match["world"] or 0)
+        name = f"model_world_size_{world}_rank_{{rank}}.pt"
+        if match["stem"]:
+            name = f"{match['stem']}_rank{{rank}}.bin"
+        found.append(_RankFile(name, world, int(match["verl"] or match["accelerate"]), file))
+    return sorted(found)
 
 
 def _open_folder(path: Path) -> _Folder:
     found = _rank_files(path)
-    sizes = Counter(world for world, _, _ in found)
-    if not sizes:
+    kinds = Counter(f.name for f in found)
+    if not kinds:
         raise BadInputError(
             "no rank files here", where=str(path), expected="model_world_size_*_rank_*.pt"
         )
-    if len(sizes) > 1:
+    if len(kinds) > 1:
         raise BadInputError(
-            "rank files of several world sizes in one folder: which belong together?",
+            "rank files of several world sizes or models in one folder: which belong together?",
             where=str(path),
-            expected="one world size",
-            found=", ".join(f"{n} files of world size {w}" for w, n in sorted(sizes.items())),
+            expected="files of one kind",
+            found=", ".join(f"{n} files {k.format(rank='*')}" for k, n in sorted(kinds.items())),
             hint="move the files of the other run away",
         )
-    (world,) = sizes
-    extra = [file.name for _, rank, file in found if rank >= world]
+    (name,) = kinds
+    world = found[0].world_size or 1 + max(f.rank for f in found)
+    extra = [f.path.name for f in found if f.rank >= world]
     if extra:
         raise BadInputError(
             f"a rank that a world of {world} does not have",
             where=str(path),
             found=", ".join(extra[:_MAX_EXAMPLES]),
         )
-    present = {rank for _, rank, _ in found}
+    present = {f.rank for f in found}
     version, notices = _fsdp_config(path, world)
     return _Folder(
         path,
+        name,
         world,
-        tuple((rank, file) for _, rank, file in found),
+        tuple((f.rank, f.path) for f in found),
         tuple(r for r in range(world) if r not in present),
         version,
         tuple(sorted(f.name for f in path.iterdir() if _OTHER_FILE.fullmatch(f.name))),
@@ -283,6 +315,15 @@ def _merge(
 ) -> _Merged:
     if not pending:
         raise BadInputError("the rank files hold no tensors", where=str(folder.path))
+    flat = next((n for n in pending if n.rpartition(".")[2] == _FLAT), None)
+    if flat is not None:
+        raise BadInputError(
+            "these files hold FSDP's flat parameters (LOCAL_STATE_DICT): which parameters they are "
+            "made of, and their shapes, is in no file",
+            where=str(folder.path),
+            found=flat,
+            hint="load them where they were made, and save with SHARDED_STATE_DICT or FULL_STATE_DICT",
+        )
     tensors: dict[str, GlobalTensor] = {}
     undecided: dict[str, Undecided] = {}
     lost: dict[str, Cut] = {}
@@ -293,6 +334,11 @@ def _merge(
         _check_present(folder, fqn, held)
         if all_plain:
             _decide_plain(folder, fqn, held, merger, tensors, undecided)
+            continue
+        experts = merger.experts(fqn, held)
+        if experts is not None:
+            undecided[fqn] = experts
+            held.release()
             continue
         cut = merger.cut(fqn, held)
         if cut.layout is None:
@@ -344,7 +390,7 @@ def _report_lost(folder: _Folder, lost: dict[str, Cut], total: int) -> None:
         f"the pieces of {len(lost)} of {total} tensors do not make up the whole",
         where=str(folder.path),
         found=examples,
-        hint="are all rank files of the same step of the same run?",
+        hint="are all rank files of the same step of the same run, and is none missing?",
     )
 
 
