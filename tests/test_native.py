@@ -27,7 +27,7 @@ from streamconv.errors import BadInputError, UsageError
 from streamconv.families import native
 from streamconv.families.converted import Converted
 from streamconv.families.native import convert as conversion
-from streamconv.families.native.beside import heads_of_run
+from streamconv.families.native.beside import said_of_run
 from streamconv.options import JobOptions
 from streamconv.planning import checks
 from tests.conftest import REPOSITORY
@@ -276,6 +276,35 @@ def test_heads_of_another_model_are_refused() -> None:
     assert not any("query heads" in n for n in plan(model.config, tensors, run).notices)
 
 
+@pytest.mark.usefixtures("planned_here")
+@pytest.mark.parametrize(
+    ("trainer", "name", "text", "word"),
+    [
+        (
+            "meta",
+            "params.json",
+            '{"n_heads": 6, "n_kv_heads": 2, "rope_theta": 5e5}',
+            "rotary_base",
+        ),
+        (
+            "litgpt",
+            "model_config.yaml",
+            "n_head: 6\nn_query_groups: 2\nnorm_eps: 1e-04\n",
+            "layernorm_epsilon",
+        ),
+    ],
+)
+def test_a_setting_that_no_tensor_shows_is_compared(
+    trainer: str, name: str, text: str, word: str, tmp_path: Path
+) -> None:
+    model, tensors = taken_apart(trainer, "llama")
+    step = write_dcp(tmp_path / "run", model, tensors)
+    (step.parent / name).write_text(text)
+    with pytest.raises(BadInputError, match="contradict") as refused:
+        streamconv.convert(step, tmp_path / "out", hf_config=step.parent, sync=False)
+    assert word in str(refused.value.found)
+
+
 @pytest.mark.parametrize(
     ("name", "text"),
     [
@@ -286,13 +315,14 @@ def test_heads_of_another_model_are_refused() -> None:
 def test_what_lies_beside_tells_the_heads(name: str, text: str, tmp_path: Path) -> None:
     step = tmp_path / "step"
     step.mkdir()
-    assert heads_of_run(step) == {}
+    assert said_of_run(step) == {}
     (tmp_path / name).write_text(text)
-    assert heads_of_run(step) == {"num_attention_heads": 6, "num_query_groups": 2}
+    said = said_of_run(step)
+    assert (said["num_attention_heads"], said["num_query_groups"]) == (6, 2)
     (step / name).write_text(text.replace("6", "4").replace("2", "4"))
-    assert heads_of_run(step)["num_attention_heads"] == 4
+    assert said_of_run(step)["num_attention_heads"] == 4
     (step / name).write_text("[")
-    assert heads_of_run(step)["num_attention_heads"] == 6
+    assert said_of_run(step)["num_attention_heads"] == 6
 
 
 # --- whole conversions -------------------------------------------------------------------------

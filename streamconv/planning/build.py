@@ -220,14 +220,14 @@ def _of_dialect(
     job: JobOptions,
     notices: list[str],
 ) -> _Output:
-    from streamconv.families.native.beside import heads_of_run
+    from streamconv.families.native.beside import said_of_run
     from streamconv.families.native.convert import convert
 
     wanted = job.model if job.model != checkpoint.root.absolute().name else None
     chosen, _ = strays.choose(checkpoint, dialect.has, wanted)
     tensors = checks.decide_plain(chosen, None)
     headers = {n: (t.shape, t.dtype) for n, t in tensors.items()}
-    found = convert(dialect, headers, config, heads_of_run(checkpoint.root), job)
+    found = convert(dialect, headers, config, said_of_run(checkpoint.root), job)
     recipes = list(found.recipes)
     notices += found.notices
     if found.model is not None:

@@ -14,6 +14,7 @@ from streamconv.families.engine import Headers, apply
 from streamconv.families.native.dialect import Dialect
 from streamconv.families.prediction import check_prediction
 from streamconv.families.rules import Dims, Family, compiled
+from streamconv.families.settings import check_settings
 from streamconv.ir.recipe import Recipe
 from streamconv.ir.source import Skipped
 from streamconv.options import JobOptions
@@ -32,7 +33,7 @@ def convert(
 ) -> Converted:
     """Return how ``tensors``, whose names are those of ``dialect``, become HuggingFace's.
 
-    ``run`` is what lies beside them says of the heads (:mod:`~streamconv.families.native.beside`).
+    ``run`` is what lies beside them says of it (:mod:`~streamconv.families.native.beside`).
     Raises :class:`BadInputError` where config.json is missing, is of a model that the dialect has no
     rules for, or contradicts the tensors, and where a tensor is unknown.
     """
@@ -67,6 +68,7 @@ def convert(
     dims = Dims(settings_of(model, reference, notices), run, vision)
     if run:
         dims.check_heads()
+        notices += check_settings(dims, family)
     family = _with_head(family, model)
     dropped = dict(_dropped(dialect, family, original))
     if dropped:
