@@ -1,7 +1,7 @@
 """What a trainer's own file beside the weights says of the run: Meta's params.json, litgpt's YAML.
 
-Other numbers of heads can make up the same rows, and bases and epsilons have no tensors at all: no shape
-would show a config of another model.
+Other numbers of heads can make up the same rows, and bases and epsilons have no tensors at all: no
+shape would show a config of another model.
 """
 
 from __future__ import annotations
