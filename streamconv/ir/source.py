@@ -239,7 +239,8 @@ class Checkpoint:
     tokenizer and so on, or None.
     ``naming`` says whose names the tensors have: HuggingFace's, Megatron-Core's, which a family turns
     into the former (:mod:`streamconv.families`), or those of a state dict that a trainer made up, in
-    which a model's most often lie below a key (:mod:`streamconv.tracing.hf_names` finds them).
+    which a model's most often lie below a key (:mod:`streamconv.tracing.hf_names` finds them), or which
+    has names of the trainer's own model (:mod:`streamconv.families.native`).
     ``modules`` says that every tensor is a parameter or a buffer of some module, and none a counter of
     the trainer's.
     """
