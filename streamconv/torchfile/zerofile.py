@@ -211,6 +211,18 @@ def read_tensor_file(
         return facts, _plain(contents, str(path)), tuple(contents.skipped)
 
 
+def read_masters_file(
+    reader: RankReader, path: Path
+) -> tuple[FileFacts, tuple[tuple[Stored, ...], ...], bool]:
+    """Read an expert-parallel rank's optimizer file of stage 0.
+
+    Returns what identifies it, its groups of fp32 masters, and whether these are one flat tensor each.
+    """
+    with _opened(path) as (facts, directory, root):
+        optimizer = _dict(root, "file", str(path)).get("optimizer")
+        return facts, *_stage_0(reader, directory, optimizer, str(path))
+
+
 def read_parameter_file(reader: RankReader, path: Path) -> tuple[FileFacts, Stored]:
     """Read ``fp32.pt`` of a universal checkpoint: one tensor, flat, or whole in a dict as ``param``."""
     with _opened(path) as (facts, directory, root):

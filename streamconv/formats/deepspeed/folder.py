@@ -48,7 +48,8 @@ class Files:
 
     ``models`` by model-parallel rank, ``zero_models`` and ``optimizers`` by (model-parallel,
     data-parallel rank), ``layers`` by (layer, tensor-parallel rank), ``experts`` by (layer, expert,
-    model-parallel rank), ``universal`` the files of a universal checkpoint by parameter.
+    model-parallel rank), ``expert_optimizers`` (of stage 0) by (model-parallel, expert-parallel rank),
+    ``universal`` the files of a universal checkpoint by parameter.
     """
 
     folder: Path
@@ -57,7 +58,7 @@ class Files:
     optimizers: dict[tuple[int, int], Path] = field(default_factory=dict)
     layers: dict[tuple[int, int], Path] = field(default_factory=dict)
     experts: dict[tuple[int, int, int], Path] = field(default_factory=dict)
-    expert_optimizers: list[Path] = field(default_factory=list)
+    expert_optimizers: dict[tuple[int, int], Path] = field(default_factory=dict)
     universal: dict[str, Path] = field(default_factory=dict)
 
     @property
@@ -65,7 +66,7 @@ class Files:
         """Return every file that may hold weights, in one order."""
         tables: tuple[Mapping[Any, Path], ...] = (
             *(self.models, self.zero_models, self.optimizers),
-            *(self.layers, self.experts, self.universal),
+            *(self.layers, self.experts, self.expert_optimizers, self.universal),
         )
         return [table[key] for table in tables for key in sorted(table)]
 
@@ -140,8 +141,6 @@ def list_files(folder: Path) -> Files:
                     hint="move the files of the other run away",
                 )
             table[key] = path
-        if _EXPERT_OPTIMIZER.fullmatch(path.name):
-            files.expert_optimizers.append(path)
     parameters = folder / _UNIVERSAL
     for path in sorted(parameters.iterdir()) if parameters.is_dir() else ():
         file = path / _UNIVERSAL_FILE
@@ -159,6 +158,7 @@ def _keys(files: Files, name: str) -> Iterator[tuple[dict[Any, Path], Any]]:
         (_OPTIMIZER, files.optimizers, (2, 1)),
         (_LAYER, files.layers, (1, 2)),
         (_EXPERT, files.experts, (1, 2, 3)),
+        (_EXPERT_OPTIMIZER, files.expert_optimizers, (2, 1)),
     )
     for pattern, table, order in tables:
         match = pattern.fullmatch(name)

@@ -107,25 +107,58 @@ def _tensor_parallel(reader: Reader, first: Weights, size: int) -> int:
 
 def _add_experts(reader: Reader, ranks: Sequence[Weights]) -> None:
     """Add what expert files hold, and check that there is every expert."""
-    experts: dict[int, set[int]] = {}
+    experts: dict[int, dict[int, dict[str, Part]]] = {}
     for (layer, expert, rank), path in sorted(reader.files.experts.items()):
         if rank < len(ranks):
-            experts.setdefault(layer, set()).add(expert)
-            for name, part in reader.tensors(path):
+            held = dict(reader.tensors(path))
+            experts.setdefault(layer, {}).setdefault(expert, {}).update(held)
+            for name, part in held.items():
                 _add(ranks[rank], name, part)
     expected = ranks[0].experts
     for number, layer in enumerate(sorted(experts)):
-        held = experts[layer]
-        total = expected[number] if len(expected) == len(experts) else max(held) + 1
-        missing = sorted(set(range(total)) - held)
+        held_here = experts[layer].keys()
+        total = expected[number] if len(expected) == len(experts) else max(held_here) + 1
+        missing = sorted(set(range(total)) - held_here)
         if missing:
             raise BadInputError(
                 f"the files of {len(missing)} experts are missing",
                 where=str(reader.files.folder),
                 expected=f"layer_{layer}_expert_{missing[0]}_mp_rank_00_model_states.pt",
-                found=f"{len(held)} of {total} experts of this layer",
+                found=f"{len(held_here)} of {total} experts of this layer",
                 hint=_NOT_COPIED,
             )
+    if reader.files.expert_optimizers:
+        _name_expert_masters(reader, ranks, experts)
+
+
+def _name_expert_masters(
+    reader: Reader,
+    ranks: Sequence[Weights],
+    experts: Mapping[int, Mapping[int, Mapping[str, Part]]],
+) -> None:
+    """Stage 0: each expert-parallel rank has the masters of its experts and of all else."""
+    files = {x: path for (_, x), path in sorted(reader.files.expert_optimizers.items())}
+    even = all(len(layer) % len(files) == 0 for layer in experts.values())
+    if len(ranks) > 1 or not even or sorted(files) != list(range(len(files))):
+        reader.notices.append(
+            "which fp32 master of stage 0 is whose is not known with several model-parallel ranks: the "
+            "weights are taken as the run computed with them"
+        )
+        return
+    (weights,) = ranks
+    of_experts = {n for layer in experts.values() for held in layer.values() for n in held}
+    dense = {n: p for n, p in weights.rest.items() if n not in of_experts}
+    for x, path in files.items():
+        own = {
+            name: part
+            for _, layer in sorted(experts.items())
+            for expert, held in sorted(layer.items())
+            if expert // (len(layer) // len(files)) == x
+            for name, part in held.items()
+        }
+        found = reader.expert_masters(path, {**dense, **own})
+        weights.masters |= {n: p for n, p in found.items() if n not in weights.masters}
+    weights.halves |= {n: weights.rest.pop(n) for n in weights.masters if n in weights.rest}
 
 
 def _add(weights: Weights, name: str, part: Part) -> None:

@@ -29,6 +29,7 @@ from streamconv.torchfile.zerofile import (
     FileFacts,
     ModelFile,
     Shapes,
+    read_masters_file,
     read_model_file,
     read_optimizer_file,
     read_parameter_file,
@@ -175,16 +176,9 @@ class Reader:
             weights.masters = read_masters(shares, shapes, self.cutter)
             weights.stage = int(shares[0].file.said.get("zero_stage", 1))
             weights.ranks = len(shares)
-        elif model.masters and self.files.expert_optimizers:
-            self.notices.append(
-                "the fp32 masters of a run without ZeRO and with experts are not named in its files: "
-                "the weights are taken as the run computed with them"
-            )
-        elif model.masters:
-            parameters = {n: s for n, s in stored.items() if n not in model.buffers}
-            weights.masters = name_masters(
-                model.masters, model.flat_masters, parameters, number, path, self.cutter
-            )
+        elif model.masters and not self.files.expert_optimizers:
+            parameters = {n: whole(number, s) for n, s in stored.items() if n not in model.buffers}
+            weights.masters = self.named(model.masters, model.flat_masters, parameters, number)
         elif shapes and not self.files.universal and _is_narrow(stored, trained):
             self.notices.append(
                 "there are no optimizer files: the weights are taken as the run computed with them, "
@@ -330,6 +324,22 @@ class Reader:
         return self.cutter.part(
             part.dtype, shape, Vector([(self.numbers[path], stored)]).cut(0, numel)
         )
+
+    def named(
+        self,
+        groups: Sequence[Sequence[Stored]],
+        flat: bool,
+        parameters: Mapping[str, Part],
+        number: int,
+    ) -> dict[str, Part]:
+        """Return masters without names by the names of the parameters that they are of."""
+        return name_masters(groups, flat, parameters, number, self.files.all, self.cutter)
+
+    def expert_masters(self, path: Path, parameters: Mapping[str, Part]) -> dict[str, Part]:
+        """Return the masters of an expert-parallel rank of stage 0, whose parameters these are."""
+        facts, groups, flat = read_masters_file(self._reader, path)
+        self._note(facts, {}, ())
+        return self.named(groups, flat, parameters, self.numbers[path])
 
     def tensors(self, path: Path) -> Iterator[tuple[str, Part]]:
         """Yield the tensors of a layer's or an expert's file."""

@@ -12,7 +12,9 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +23,7 @@ from streamconv.errors import BadInputError
 from streamconv.files.inputs import readable
 from streamconv.formats.deepspeed.flat import Cutter, Part, Vector, whole
 from streamconv.ir.boxes import Shape, contiguous_strides
+from streamconv.ir.dtypes import DType
 from streamconv.torchfile.rankfile import Stored
 
 _SAMPLE_NUMEL = 32
@@ -29,32 +32,34 @@ _SAMPLE_NUMEL = 32
 def name_masters(
     groups: Sequence[Sequence[Stored]],
     flat: bool,
-    parameters: Mapping[str, Stored],
+    parameters: Mapping[str, Part],
     number: int,
-    path: Path,
+    paths: Sequence[Path],
     cutter: Cutter,
 ) -> dict[str, Part]:
     """Return the masters by the names of the ``parameters`` that they belong to.
 
-    ``parameters`` are the model's in their order, each once; all lie in file ``number``, ``path``.
-    Raises :class:`BadInputError` where masters are left that are nobody's.
+    ``parameters`` are the model's in their order, each once and whole. The masters lie in file
+    ``number``, and ``paths`` are all files. Raises :class:`BadInputError` where masters are left that
+    are nobody's.
     """
     heads: list[_Group] = [
         _Flat(g[0], number, cutter) if flat else _Shaped(g, number) for g in groups if g
     ]
     found: dict[str, Part] = {}
-    with readable(path), path.open("rb") as stream:
-        fd = stream.fileno()
-        for name, stored in parameters.items():
-            group = next((h for h in heads if h.fits(stored) and h.is_like(fd, stored)), None)
+    with _Files(paths) as files:
+        for name, part in parameters.items():
+            group = next(
+                (h for h in heads if h.fits(part) and h.is_like(files, number, part)), None
+            )
             if group is not None:
-                found[name] = group.take(stored.spec.shape)
+                found[name] = group.take(part.shape)
     left = sum(h.left for h in heads)
     if left:
         raise BadInputError(
             "fp32 weights that belong to no parameter: this file does not name them, and their order "
             "is not the model's",
-            where=str(path),
+            where=str(paths[number]),
             expected=f"those of {len(parameters)} parameters, in the order of the model",
             found=f"{left} {'elements' if flat else 'tensors'} that equal no 16-bit weight in turn",
             hint="load the checkpoint in DeepSpeed and save it with ZeRO stage 1, which names them",
@@ -67,8 +72,8 @@ class _Group:
 
     left: int
 
-    def fits(self, stored: Stored) -> bool:
-        """Whether the next master may be that of ``stored``."""
+    def fits(self, part: Part) -> bool:
+        """Whether the next master may be that of ``part``."""
         raise NotImplementedError
 
     def place(self) -> tuple[Stored, int]:
@@ -79,16 +84,20 @@ class _Group:
         """Return the next master, which has ``shape``, and go on to the one behind it."""
         raise NotImplementedError
 
-    def is_like(self, fd: int, stored: Stored) -> bool:
-        """Whether the next master begins and ends as ``stored`` does, cast to its type."""
-        numel = math.prod(stored.spec.shape)
+    def is_like(self, files: _Files, number: int, part: Part) -> bool:
+        """Whether the next master begins and ends as ``part`` does, cast to its type."""
+        numel = math.prod(part.shape)
         master, at = self.place()
+        held = part.pieces[0]
+        size = min(_SAMPLE_NUMEL, numel)
         return all(
             _alike(
-                _elements(fd, master, at + k, min(_SAMPLE_NUMEL, numel)),
-                _elements(fd, stored, stored.spec.storage_offset + k, min(_SAMPLE_NUMEL, numel)),
+                files.elements(number, master.start, master.spec.dtype, at + k, size),
+                files.elements(
+                    held.record.file, held.record.start, part.dtype, held.storage_offset + k, size
+                ),
             )
-            for k in (0, max(0, numel - _SAMPLE_NUMEL))
+            for k in (0, numel - size)
         )
 
 
@@ -99,11 +108,11 @@ class _Shaped(_Group):
         self._next = 0
         self.left = len(tensors)
 
-    def fits(self, stored: Stored) -> bool:
+    def fits(self, part: Part) -> bool:
         if not self.left:
             return False
         spec = self._tensors[self._next].spec
-        return spec.shape == stored.spec.shape and spec.strides == stored.spec.strides
+        return spec.shape == part.shape and spec.strides == part.pieces[0].strides
 
     def place(self) -> tuple[Stored, int]:
         master = self._tensors[self._next]
@@ -124,10 +133,9 @@ class _Flat(_Group):
         self._at = 0
         self.left = self._vector.numel
 
-    def fits(self, stored: Stored) -> bool:
-        spec = stored.spec
-        dense = spec.strides == contiguous_strides(spec.shape)
-        return dense and math.prod(spec.shape) <= self.left
+    def fits(self, part: Part) -> bool:
+        dense = part.pieces[0].strides == contiguous_strides(part.shape)
+        return dense and math.prod(part.shape) <= self.left
 
     def place(self) -> tuple[Stored, int]:
         return self._stored, self._stored.spec.storage_offset + self._at
@@ -140,10 +148,33 @@ class _Flat(_Group):
         return self._cutter.part(self._stored.spec.dtype, shape, runs)
 
 
-def _elements(fd: int, stored: Stored, at: int, numel: int) -> npt.NDArray[np.generic]:
-    dtype = stored.spec.dtype.to_numpy()
-    data = os.pread(fd, numel * dtype.itemsize, stored.start + at * dtype.itemsize)
-    return np.frombuffer(data, dtype)
+class _Files:
+    """Reads a few elements here and there; the files are open until the end."""
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self._paths = paths
+        self._open: dict[int, IO[bytes]] = {}
+        self._stack = ExitStack()
+
+    def elements(
+        self, number: int, start: int, dtype: DType, at: int, numel: int
+    ) -> npt.NDArray[np.generic]:
+        """Return elements from ``at`` on of the record that begins at byte ``start``."""
+        path = self._paths[number]
+        with readable(path):
+            if number not in self._open:
+                self._open[number] = self._stack.enter_context(path.open("rb", buffering=0))
+            nbytes = numel * dtype.itemsize
+            data = os.pread(self._open[number].fileno(), nbytes, start + at * dtype.itemsize)
+        if len(data) < nbytes:
+            raise BadInputError("the file became shorter", where=str(path))
+        return np.frombuffer(data, dtype.to_numpy())
+
+    def __enter__(self) -> _Files:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._stack.close()
 
 
 def _alike(master: npt.NDArray[np.generic], weight: npt.NDArray[np.generic]) -> bool:
