@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ import torch
 from safetensors.torch import load_file
 
 import streamconv
+from streamconv import formats
+from streamconv.errors import BadInputError
 
 CASES = (
     "dsmoe_s2_ep2_w2",
@@ -95,3 +98,63 @@ def test_an_adapter_is_merged_and_handed_on(cases: Path, tmp_path: Path) -> None
     expected = load_file(case / "truth" / "adapter.safetensors")
     assert adapter.keys() == expected.keys()
     assert [n for n in adapter if bits(adapter[n]) != bits(expected[n])] == []
+
+
+@pytest.mark.parametrize(
+    ("name", "lost", "told"),
+    [
+        ("dsmoe_s2_ep2_w2", "layer_1_expert_3_mp_rank_00_model_states.pt", "1 experts are missing"),
+        ("dsmoe_s2_ep2_w2", "bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt", "optimizer files"),
+        ("pipe_pp2_bf16", "mp_rank_01_model_states.pt", "model file is missing"),
+        ("pipe_pp2_bf16", "bf16_zero_pp_rank_0_mp_rank_01_optim_states.pt", "optimizer files"),
+        ("tp2_s1_bf16", "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt", "optimizer files"),
+        ("tp2_s1_bf16", "mp_rank_00_model_states.pt", "model file is missing"),
+        ("s3_frozen_fp16_w2", "zero_pp_rank_1_mp_rank_00_model_states.pt", "frozen"),
+    ],
+)
+def test_a_missing_file_is_refused(
+    cases: Path, tmp_path: Path, name: str, lost: str, told: str
+) -> None:
+    copy = tmp_path / name
+    shutil.copytree(cases / name, copy)
+    (copy / "global_step3" / lost).unlink()
+    with pytest.raises(BadInputError, match=told):
+        formats.find_model(copy).read()
+
+
+def test_all_files_of_the_last_model_parallel_rank_are_missed(cases: Path, tmp_path: Path) -> None:
+    for name in ("pipe_pp2_bf16", "tp2_s1_bf16"):
+        copy = tmp_path / name
+        shutil.copytree(cases / name, copy)
+        for path in (copy / "global_step3").glob("*mp_rank_01*"):
+            path.unlink()
+        with pytest.raises(BadInputError, match="1 model-parallel ranks are missing"):
+            formats.find_model(copy).read()
+
+
+def test_a_universal_folder_misses_a_parameter(cases: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "universal"
+    shutil.copytree(cases / "universal_s3_qwen2tied", copy)
+    (copy / "global_step3_universal/zero/model.norm.weight/fp32.pt").unlink()
+    with pytest.raises(BadInputError, match="1 parameters are missing"):
+        formats.find_model(copy).read()
+
+
+@pytest.mark.parametrize(
+    "name", ["hft_s2_llama_bf16_w2", "hft_s3_qwen3_bf16_w2", "s1_frozen_bf16_w2"]
+)
+def test_torch_reads_the_same_a_second_time(cases: Path, tmp_path: Path, name: str) -> None:
+    streamconv.convert(cases / name, tmp_path / "out", dtype="bfloat16", sync=False)
+    report = streamconv.verify(tmp_path / "out", source=cases / name)
+    assert report.problems == []
+    assert any("byte by byte, read by torch.load" in line for line in report.checked)
+    assert not any("streamconv alone" in line for line in report.checked)
+
+
+@pytest.mark.parametrize("name", ["tp2_s1_bf16", "s3_qwen2tied_bf16_w3"])
+def test_lazy_tensors_are_slices_of_the_masters(cases: Path, name: str) -> None:
+    expected = load_file(cases / name / "truth" / "model.safetensors")
+    with streamconv.open(cases / name) as opened:
+        for tensor in ("model.embed_tokens.weight", "model.layers.1.mlp.down_proj.weight"):
+            rows = opened[tensor].torch(slice(3, 7))
+            assert torch.equal(rows, expected[tensor][3:7])

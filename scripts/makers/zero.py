@@ -29,7 +29,8 @@ class Run:
 
     ``frozen`` and ``buffers`` have no masters; ``shared`` maps other names to stored ones. ``aligned``
     leaves gaps between parameters (``parameter_alignment``), ``kept_padding`` is BF16_Optimizer's way,
-    ``sub_group`` the most elements of a sub-group of stage 3. ``client`` is the trainer's own state.
+    ``sub_group`` the most elements of a sub-group of stage 3, ``flat`` FP16_Optimizer's masters of
+    stage 0. ``client`` is the trainer's own state.
     """
 
     groups: Sequence[Tensors]
@@ -42,6 +43,7 @@ class Run:
     aligned: bool = False
     kept_padding: bool = False
     sub_group: int = 1 << 40
+    flat: bool = False
     client: Mapping[str, Any] = field(default_factory=dict)
     version: str = "0.19.8"
     steps: int = 3
@@ -107,7 +109,10 @@ def _model(run: Run, rank: int) -> dict[str, Any]:
         model["param_shapes"] = [OrderedDict((n, t.shape) for n, t in g.items()) for g in groups]
         model["shared_params"] = dict(run.shared) if rank == 0 else {}
     else:
-        model["optimizer"] = {"fp32_groups": [[*g.values()] for g in run.groups]}
+        groups = [[*g.values()] for g in run.groups]
+        joined = [torch.cat([t.reshape(-1) for t in g]) for g in groups]
+        key = "fp32_groups_flat" if run.flat else "fp32_groups"
+        model["optimizer"] = {key: joined if run.flat else groups}
     if run.stage >= 2:
         shapes = OrderedDict((n, t.shape) for n, t in run.frozen.items())
         cut = {n: _share(t, rank, run.ranks) for n, t in run.frozen.items()}

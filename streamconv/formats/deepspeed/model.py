@@ -38,6 +38,15 @@ def read_model(reader: Reader) -> Weights:
         )
     first = reader.weights(found[0])
     size = _world(reader, first, found)
+    without = [m for m in range(size) if not files.optimizers_of(m)]
+    if 0 < len(without) < size:
+        raise BadInputError(
+            f"the optimizer files of {len(without)} model-parallel ranks are missing",
+            where=str(files.folder),
+            expected=f"zero_pp_rank_0_mp_rank_{without[0]:02}_optim_states.pt and so on",
+            found=f"those of {size - len(without)} ranks",
+            hint=_NOT_COPIED,
+        )
     ranks = [first, *(reader.weights(rank) for rank in range(1, size))]
     _add_experts(reader, ranks)
     tp = _tensor_parallel(reader, first, size)

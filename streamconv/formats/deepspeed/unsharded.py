@@ -135,7 +135,7 @@ class _Flat(_Group):
 
     def fits(self, part: Part) -> bool:
         dense = part.pieces[0].strides == contiguous_strides(part.shape)
-        return dense and math.prod(part.shape) <= self.left
+        return dense and 0 < math.prod(part.shape) <= self.left
 
     def place(self) -> tuple[Stored, int]:
         return self._stored, self._stored.spec.storage_offset + self._at
