@@ -8,6 +8,7 @@ unknown, of another size, or of a model that the trainer's map has not.
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -19,7 +20,7 @@ import transformers
 from safetensors.torch import load_file
 
 import streamconv
-from scripts.makers.dcp import save_alone
+from scripts.makers.dcp import Pieces, save_alone
 from scripts.makers.native_inverse import TRAINERS, balancing, make
 from scripts.makers.tiny_families import State, TinyModel
 from scripts.outputs import differences, read_model
@@ -328,12 +329,13 @@ def test_what_lies_beside_tells_the_heads(name: str, text: str, tmp_path: Path) 
 # --- whole conversions -------------------------------------------------------------------------
 
 
-def write_dcp(folder: Path, model: TinyModel, tensors: State) -> Path:
+def write_dcp(folder: Path, model: TinyModel, tensors: State, *, moments: bool = True) -> Path:
     """Write a step of torch's own writer, an optimizer's state beside it, and config.json above."""
-    moments = {f"optimizer.state.{k}.exp_avg": torch.zeros_like(t) for k, t in tensors.items()}
+    names = tensors if moments else ()
+    state = {f"optimizer.state.{k}.exp_avg": torch.zeros_like(tensors[k]) for k in names}
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(model.config))
-    return save_alone(folder / "step-10", {**tensors, **moments})
+    return save_alone(folder / "step-10", {**tensors, **state})
 
 
 @pytest.mark.usefixtures("planned_here")
@@ -369,6 +371,41 @@ def test_a_step_becomes_the_model(trainer: str, name: str, tmp_path: Path) -> No
         for folder in (tmp_path / "out", reference)
     ]
     assert torch.equal(*logits)
+
+
+def cut(tensor: torch.Tensor, turn: int) -> torch.Tensor:
+    """Cut a tensor unevenly as ranks may: along the first axis, the last, or both."""
+    axes = [(0,), (tensor.ndim - 1,), (0, tensor.ndim - 1)][turn % 3]
+    ranges = [
+        [(0, n)] if d not in axes or n < 3 else [(0, n // 3), (n // 3, n - n // 3)]
+        for d, n in enumerate(tensor.shape)
+    ]
+    boxes = [tuple(zip(*box, strict=True)) for box in itertools.product(*ranges)]
+    return Pieces(tensor, [(tuple(o), tuple(s)) for o, s in boxes])
+
+
+@pytest.mark.usefixtures("planned_here")
+@pytest.mark.parametrize(
+    ("trainer", "name"),
+    [
+        ("torchtitan", "llama"),
+        ("torchtitan", "qwen3_moe"),
+        ("torchtitan", "qwen3_5_alone"),
+        ("olmo_core", "flex_olmo"),
+        ("torchtune", "phi3"),
+        ("litgpt", "gpt_neox"),
+    ],
+)
+def test_ranks_may_cut_anywhere(trainer: str, name: str, tmp_path: Path) -> None:
+    """Within a head, an expert or a pair of rows."""
+    model, tensors = taken_apart(trainer, name)
+    pieces = {k: cut(t, turn) for turn, (k, t) in enumerate(tensors.items())}
+    step = write_dcp(tmp_path / "run", model, pieces, moments=False)
+    streamconv.convert(step, tmp_path / "out", hf_config=step.parent, sync=False)
+    made = load_file(tmp_path / "out" / "model.safetensors")
+    assert made.keys() == model.state.keys()
+    for key, expected in model.state.items():
+        assert torch.equal(made[key], expected), key
 
 
 @pytest.mark.usefixtures("planned_here")
