@@ -178,6 +178,8 @@ def test_a_model_type_without_a_map_is_refused_by_the_trainers_name(trainer: str
     assert dialect.name in str(refused.value)
     assert "'glm4'" in str(refused.value)
     assert refused.value.hint
+    with pytest.raises(BadInputError, match="no model_type"):
+        plan({"model": {"d_model": 48}}, tensors)
     with pytest.raises(BadInputError, match=r"no config\.json") as refused:
         plan(None, tensors)
     assert dialect.name in str(refused.value)

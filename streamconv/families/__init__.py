@@ -62,6 +62,12 @@ def choose(
     for family in known:
         if model_type in family.model_types:
             return family
+    if model_type is None:
+        raise BadInputError(
+            "config.json is not that of a HuggingFace model: it has no model_type",
+            where="config.json",
+            hint="--hf-config DIR names a folder that has the one of the model that was trained",
+        )
     raise BadInputError(
         f"no family is known for {whose} checkpoints of model type {model_type!r}",
         where="config.json",
