@@ -307,6 +307,19 @@ def test_adapters_of_parts_of_a_fused_module(tmp_path: Path) -> None:
     assert_same(by_hand(load(tmp_path / "adapter"), made.model.state), merged)
 
 
+def test_halves_of_the_factors_of_all_experts(tmp_path: Path) -> None:
+    """Megatron-Bridge, where every expert has a tensor of its own (singleton_local_shards)."""
+    made, tensors = adapted("qwen3_moe"), {}
+    for name, tensor in made.factors.items():
+        if name.endswith("experts.linear_fc1.adapter.linear_out.weight"):
+            gate, up = tensor.chunk(2, dim=1)
+            tensors |= {f"{name}_w": gate.contiguous(), f"{name}_v": up.contiguous()}
+        else:
+            tensors[name] = tensor
+    convert(folder(tmp_path / "alone", made, tensors), tmp_path / "out", lora_alpha=ALPHA)
+    assert_same(by_hand(load(tmp_path / "out"), made.model.state), made.merged)
+
+
 RANKS = 2
 FC1 = "decoder.layers.{n}.mlp.linear_fc1"
 

@@ -22,7 +22,7 @@ _STACKED = re.compile(
 _EXPERT = re.compile(r"(\.mlp\.experts\.)experts\.(\d+)(\.)")
 # Megatron-FSDP numbers the parameters and not the modules.
 _EXPERT_WEIGHT = re.compile(r"(\.mlp\.experts\.)(linear_fc[12]\.(?:weight|bias))(\d+)$")
-_HALF = re.compile(r"(\.linear_fc1\.(?:weight|bias)\d*)_([wv])$")
+_HALF = re.compile(r"(\.linear_fc1\.(?:adapter\.linear_out\.)?(?:weight|bias)\d*)_([wv])$")
 _MTP_INNER = re.compile(r"((?:^|\.)mtp\.layers\.(?:\d+\.)?)mtp_model_layer\.")
 _WRAPPERS = re.compile(r"^(?:model\.|module\.)+")
 

@@ -249,11 +249,15 @@ class _Parts:
         self._stored_shape = shape
         self._experts: int | None = None
         self._halves = 1
+        # Of a matrix or a bias; the factor of an adapter may have an axis of experts before.
+        self._half_axis = max(0, len(shape) - 2)
 
     @property
     def shape(self) -> Shape:
         """Return the shape of the whole."""
-        shape = (self._halves * self._stored_shape[0], *self._stored_shape[1:])
+        shape, axis = self._stored_shape, self._half_axis
+        if self._halves > 1:
+            shape = (*shape[:axis], self._halves * shape[axis], *shape[axis + 1 :])
         return shape if self._experts is None else (self._experts, *shape)
 
     def add(
@@ -271,11 +275,13 @@ class _Parts:
             self._halves = 2
         if where.expert is not None:
             self._experts = max(self._experts or 0, where.expert + 1)
-        shift = shape[0] if where.half else 0
+        axis = self._half_axis
+        shift = shape[axis] if where.half else 0
         for piece in pieces:
             box, strides = piece.box, piece.strides
             if shift:
-                box = Box((box.offsets[0] + shift, *box.offsets[1:]), box.sizes)
+                at = box.offsets
+                box = Box((*at[:axis], at[axis] + shift, *at[axis + 1 :]), box.sizes)
             if where.expert is not None:
                 box = Box((where.expert, *box.offsets), (1, *box.sizes))
                 strides = (0, *strides)
