@@ -12,26 +12,21 @@ import tempfile
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict, Unpack
+from typing import TYPE_CHECKING, Any, Unpack
 
 from streamconv.errors import NoSpaceError, StreamconvError, UsageError, VerificationError
 from streamconv.files import askedfile
-from streamconv.files.inputs import local_path, reading
+from streamconv.files.inputs import StrPath, local_path, reading
 from streamconv.options import (
-    DTypeChoice,
     Event,
+    JobKeywords,
     JobOptions,
-    Layout,
-    LoraMode,
-    LoraOptions,
-    Masters,
     Notice,
     Result,
     RunOptions,
-    ValueHead,
     ignore_event,
+    job_options,
 )
 from streamconv.units import format_size, parse_size
 
@@ -40,39 +35,12 @@ if TYPE_CHECKING:
     from streamconv.ir.planfile import Plan
     from streamconv.verification.report import Report
 
-StrPath = str | PathLike[str]
-
-
-class JobKeywords(TypedDict, total=False):
-    """The options that decide the output, as :func:`convert`, :func:`plan` and :func:`open` take them.
-
-    :class:`streamconv.options.JobOptions` and :class:`streamconv.options.LoraOptions` say what they
-    mean; their defaults are those of :func:`job_options`.
-    """
-
-    layout: Layout
-    dtype: DTypeChoice
-    keep_dtype: Sequence[str]
-    strict: bool
-    hf_config: StrPath | None
-    model: str | None
-    family: str | None
-    lora: LoraMode
-    base: StrPath | None
-    lora_alpha: float | None
-    lora_rank: int | None
-    lora_rslora: bool
-    allow_zero_delta: bool
-    value_head: ValueHead
-    masters: Masters
-
 
 def convert(
     src: StrPath,
     dst: StrPath,
     *,
     max_mem: int | str | None = None,
-    max_shard_size: int | str = "5GB",
     overwrite: bool = False,
     sync: bool = True,
     direct: bool = False,
@@ -92,7 +60,7 @@ def convert(
     from streamconv.conversion.job import convert as run_job
 
     src, dst, report = local_path(src), local_path(dst), _local(report)
-    options = job_options(max_shard_size=max_shard_size, **job)
+    options = job_options(**job)
     run = run_options(max_mem, overwrite, sync, direct, source_crc, checksum, io_threads, on_event)
     with _reading(src, job, dst):
         if report is None:
@@ -203,7 +171,6 @@ def plan(
     dst: StrPath | None = None,
     *,
     max_mem: int | str | None = None,
-    max_shard_size: int | str = "5GB",
     output: StrPath | None = None,
     **job: Unpack[JobKeywords],
 ) -> Plan:
@@ -215,7 +182,7 @@ def plan(
     from streamconv.planning.child import make_plan
 
     src, dst, output = local_path(src), _local(dst), _local(output)
-    options = job_options(max_shard_size=max_shard_size, **job)
+    options = job_options(**job)
     budget = memory_bytes(max_mem)
     if output is not None:
         place = _own_file(output, askedfile.PLAN, src, dst, options)
@@ -352,44 +319,6 @@ def inspect(src: StrPath, *, model: str | None = None) -> dict[str, Any]:
     src = local_path(src)
     with reading(src):
         return inspect_checkpoint(src, model)
-
-
-def job_options(
-    *,
-    layout: Layout = "hub",
-    dtype: DTypeChoice = "keep",
-    keep_dtype: Sequence[str] = (),
-    max_shard_size: int | str = "5GB",
-    strict: bool = False,
-    hf_config: StrPath | None = None,
-    model: str | None = None,
-    family: str | None = None,
-    lora: LoraMode = "auto",
-    base: StrPath | None = None,
-    lora_alpha: float | None = None,
-    lora_rank: int | None = None,
-    lora_rslora: bool = False,
-    allow_zero_delta: bool = False,
-    value_head: ValueHead = "keep",
-    masters: Masters = "yes",
-) -> JobOptions:
-    """Return the options that decide the output; raises :class:`UsageError`."""
-    if isinstance(keep_dtype, str):
-        raise UsageError("keep_dtype must be a list of patterns", found=repr(keep_dtype))
-    folder = _local(base)
-    return JobOptions(
-        layout=layout,
-        dtype=dtype,
-        keep_dtype=tuple(keep_dtype),
-        max_shard_bytes=parse_size(max_shard_size),
-        strict=strict,
-        hf_config=_local(hf_config),
-        model=model,
-        family=family,
-        lora=LoraOptions(lora, folder, lora_alpha, lora_rank, lora_rslora, allow_zero_delta),
-        value_head=value_head,
-        masters=masters,
-    )
 
 
 def run_options(

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypedDict, Unpack, get_args
 
 from streamconv.errors import UsageError
+from streamconv.files.inputs import StrPath, local_path
+from streamconv.units import parse_size
 
 Layout = Literal["hub", "memory"]
 DTypeChoice = Literal["keep", "auto", "bfloat16", "float16", "float32"]
@@ -71,7 +74,10 @@ class JobOptions:
     ``hf_config``: a folder to take config, tokenizer and the other side files from. ``family``: whose
     rules turn Megatron's tensors into HuggingFace's; None means what config.json's model type says.
     ``value_head``: whether the head that trl adds to a causal model is written. ``masters``: whether
-    the fp32 masters are taken where a checkpoint has them beside the 16-bit weights.
+    the fp32 masters are taken where a checkpoint has them beside the 16-bit weights. ``config``: values
+    that replace config.json's, each ``KEY=VALUE``. ``strip_prefix``: what the names of the model's
+    tensors begin with, where that cannot be found out. ``keep_buffers``: write what quantization-aware
+    training measures beside the weights.
     """
 
     layout: Layout = "hub"
@@ -85,6 +91,9 @@ class JobOptions:
     lora: LoraOptions = field(default_factory=LoraOptions)
     value_head: ValueHead = "keep"
     masters: Masters = "yes"
+    config: tuple[str, ...] = ()
+    strip_prefix: str | None = None
+    keep_buffers: bool = False
 
     def __post_init__(self) -> None:
         _check_choice("value head", self.value_head, ValueHead)
@@ -93,39 +102,114 @@ class JobOptions:
         _check_choice("dtype", self.dtype, DTypeChoice)
         if self.max_shard_bytes <= 0:
             raise UsageError("the shard size must be positive")
+        if self.strip_prefix is not None and not self.strip_prefix.strip("."):
+            raise UsageError("--strip-prefix needs the prefix that names begin with")
+        for text in self.config:
+            parse_override(text)
 
     def to_json(self) -> dict[str, Any]:
         """Return the options as plain data; what goes into the job's identity."""
         return {
-            "layout": self.layout,
-            "dtype": self.dtype,
+            **asdict(self),
             "keep_dtype": list(self.keep_dtype),
-            "max_shard_bytes": self.max_shard_bytes,
-            "strict": self.strict,
+            "config": list(self.config),
             "hf_config": str(self.hf_config) if self.hf_config else None,
-            "model": self.model,
-            "family": self.family,
             "lora": self.lora.to_json(),
-            "value_head": self.value_head,
-            "masters": self.masters,
         }
 
     @staticmethod
     def from_json(data: dict[str, Any]) -> JobOptions:
-        """Rebuild the options from :meth:`to_json`."""
-        return JobOptions(
-            layout=data["layout"],
-            dtype=data["dtype"],
-            keep_dtype=tuple(data["keep_dtype"]),
-            max_shard_bytes=data["max_shard_bytes"],
-            strict=data["strict"],
-            hf_config=Path(data["hf_config"]) if data["hf_config"] else None,
-            model=data["model"],
-            family=data.get("family"),
-            lora=LoraOptions.from_json(data.get("lora", {})),
-            value_head=data.get("value_head", "keep"),
-            masters=data.get("masters", "yes"),
-        )
+        """Rebuild the options from :meth:`to_json`; what is missing takes its default."""
+        made = {
+            **data,
+            "keep_dtype": tuple(data["keep_dtype"]),
+            "config": tuple(data.get("config", ())),
+            "hf_config": Path(data["hf_config"]) if data["hf_config"] else None,
+            "lora": LoraOptions.from_json(data.get("lora", {})),
+        }
+        return JobOptions(**made)
+
+
+def parse_override(text: str) -> tuple[tuple[str, ...], Any]:
+    """Return the keys and the value of ``KEY=VALUE``; raises :class:`UsageError`.
+
+    A key's parts are joined by dots, the value is JSON, or a text where it is none.
+
+    >>> parse_override("text_config.rope_theta=1e6"), parse_override("model_type=qwen2")
+    ((('text_config', 'rope_theta'), 1000000.0), (('model_type',), 'qwen2'))
+    """
+    key, equals, value = text.partition("=")
+    keys = tuple(key.strip().split("."))
+    if not equals or not all(keys):
+        raise UsageError("--config takes KEY=VALUE", found=repr(text))
+    try:
+        return keys, json.loads(value)
+    except ValueError:
+        return keys, value
+
+
+class JobKeywords(TypedDict, total=False):
+    """The options that decide the output, as calls and commands take them.
+
+    :class:`JobOptions` and :class:`LoraOptions` say what they mean; ``base``, ``lora_alpha``,
+    ``lora_rank``, ``lora_rslora`` and ``allow_zero_delta`` are the latter's. Their defaults are there.
+    """
+
+    layout: Layout
+    dtype: DTypeChoice
+    keep_dtype: Sequence[str]
+    max_shard_size: int | str
+    strict: bool
+    hf_config: StrPath | None
+    model: str | None
+    family: str | None
+    lora: LoraMode
+    base: StrPath | None
+    lora_alpha: float | None
+    lora_rank: int | None
+    lora_rslora: bool
+    allow_zero_delta: bool
+    value_head: ValueHead
+    masters: Masters
+    config: Sequence[str]
+    strip_prefix: str | None
+    keep_buffers: bool
+
+
+_OF_LORA = {
+    "lora": "mode",
+    "base": "base",
+    "lora_alpha": "alpha",
+    "lora_rank": "rank",
+    "lora_rslora": "rslora",
+    "allow_zero_delta": "allow_zero",
+}
+_LISTS = ("keep_dtype", "config")
+
+
+def job_options(**given: Unpack[JobKeywords]) -> JobOptions:
+    """Return the options that decide the output; raises :class:`UsageError`.
+
+    Sizes may be texts (``"5GB"``), paths whatever names one.
+    """
+    job: dict[str, Any] = {}
+    lora: dict[str, Any] = {}
+    said: dict[str, Any] = {**given}
+    for name, value in said.items():
+        if name in _LISTS:
+            if isinstance(value, str):
+                raise UsageError(f"{name} must be a list", found=repr(value))
+            job[name] = tuple(value or ())
+        elif name == "max_shard_size":
+            job["max_shard_bytes"] = parse_size(value)
+        elif name in ("hf_config", "base"):
+            path = None if value is None else local_path(value)
+            (lora if name == "base" else job)[name] = path
+        elif name in _OF_LORA:
+            lora[_OF_LORA[name]] = value
+        else:
+            job[name] = value
+    return JobOptions(**job, lora=LoraOptions(**lora))
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
 from streamconv.batch import metrics
 from streamconv.batch.discover import Candidate, checkpoint_inside, discover
@@ -22,6 +23,7 @@ from streamconv.batch.schedule import Cron, Every, local_now, parse_schedule
 from streamconv.batch.selection import Filter, named, namer, parse_steps
 from streamconv.batch.settings import BatchSettings, RunSettings, load, settings
 from streamconv.batch.state import Record
+from streamconv.cli.commands import app
 from streamconv.errors import BadInputError, BudgetError, UsageError
 from streamconv.options import JobOptions, RunOptions
 from streamconv.units import format_duration, parse_duration
@@ -629,6 +631,23 @@ def test_a_job_file(tmp_path):
     assert made.run[1].job_options().max_shard_bytes == 2 * 10**9
     assert made.run[1].job_options().hf_config == tmp_path / "config"
     assert made.run[1].job_options().lora.base == tmp_path / "model"
+
+
+def test_what_is_said_beside_a_job_file_counts_though_it_is_the_default(tmp_path, monkeypatch):
+    file = tmp_path / "jobs.toml"
+    file.write_text('jobs = 4\nretries = 9\n[[run]]\nroot = "a"\noutput = "b"\n')
+    seen = []
+
+    class Stub:
+        def __init__(self, settings, _):
+            seen.append(settings)
+
+        def round(self):
+            raise UsageError("enough")
+
+    monkeypatch.setattr("streamconv.batch.cycle.Batch", Stub)
+    CliRunner().invoke(app, ["batch", str(file), "--jobs", "1", "--io-threads", "1"])
+    assert (seen[0].jobs, seen[0].retries, seen[0].io_threads) == (1, 9, 1)
 
 
 @pytest.mark.parametrize("text", ["max-mem =", "\xff"])

@@ -338,3 +338,62 @@ def test_optimizer_states_are_left_out_whatever_they_are_called(
     }
     src = save_alone(tmp_path / "src", {f"model.{n}": t for n, t in state.items()} | adam)
     converted(src, tmp_path / "out", truth, hf_config=truth)
+
+
+# What the user says of it
+
+
+def test_values_are_put_into_config_json(
+    llama: transformers.PreTrainedModel, truth: Path, tmp_path: Path
+) -> None:
+    src = layouts.finished(tmp_path / "src", llama)
+    overrides = ["rope_theta=500000.0", "max_position_embeddings=4096", "note=as it is"]
+    converted(src, tmp_path / "out", truth, config=overrides)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (config["rope_theta"], config["max_position_embeddings"]) == (500000.0, 4096)
+    assert config["note"] == "as it is"
+    told = " ".join(json.loads((tmp_path / "out" / "streamconv.json").read_text())["notices"])
+    assert "max_position_embeddings is 4096, as --config says (it was 2048)" in told
+    assert not streamconv.verify(tmp_path / "out", source=src).problems
+
+
+@pytest.mark.parametrize("text", ["rope_theta", "=3", "a..b=1", "model_type.x=1"])
+def test_a_value_that_does_not_fit_is_refused(
+    text: str, llama: transformers.PreTrainedModel, tmp_path: Path
+) -> None:
+    src = layouts.finished(tmp_path / "src", llama)
+    with pytest.raises(UsageError):
+        streamconv.plan(src, config=[text])
+
+
+def test_a_value_without_a_config_is_refused(tmp_path: Path) -> None:
+    src = layouts.write_single(tmp_path / "model.pt", {"w": torch.ones(2)})
+    with pytest.raises(UsageError, match=r"no config\.json"):
+        streamconv.plan(src, layout="memory", config=["a=1"])
+
+
+def test_a_prefix_is_stripped(
+    llama: transformers.PreTrainedModel, truth: Path, tmp_path: Path
+) -> None:
+    """Where no model tells what is whose, the user does."""
+    state = dict(llama.state_dict())
+    src = layouts.write_single(
+        tmp_path / "model.pt",
+        {**{f"net.inner.{n}": t for n, t in state.items()}, "net.other.weight": torch.ones(3)},
+    )
+    converted(src, tmp_path / "out", truth, strip_prefix="net.inner", layout="memory")
+    with pytest.raises(UsageError, match="no tensor's name begins"):
+        streamconv.plan(src, strip_prefix="inner", layout="memory")
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_what_quantization_aware_training_measured_is_left_out(
+    keep: bool, llama: transformers.PreTrainedModel, truth: Path, tmp_path: Path
+) -> None:
+    measured = {
+        f"model.layers.0.self_attn.q_proj.{name}": torch.ones(1)
+        for name in ("input_global_scale", "input_amax")
+    }
+    src = layouts.write_single(tmp_path / "model.pt", {**llama.state_dict(), **measured})
+    streamconv.convert(src, tmp_path / "out", hf_config=truth, keep_buffers=keep, sync=False)
+    assert (measured.keys() <= read_model(tmp_path / "out").keys()) == keep

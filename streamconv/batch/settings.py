@@ -33,12 +33,14 @@ from streamconv.files.filesystems import real_path
 from streamconv.files.inputs import local_path
 from streamconv.options import (
     DTypeChoice,
+    JobKeywords,
     JobOptions,
     Layout,
     LoraMode,
-    LoraOptions,
     Masters,
     ValueHead,
+    job_options,
+    parse_override,
 )
 from streamconv.units import parse_duration, parse_size
 
@@ -119,6 +121,9 @@ class RunSettings(_Strict):
     allow_zero_delta: bool = False
     value_head: ValueHead = "keep"
     masters: Masters = "yes"
+    config: tuple[Annotated[str, _parsed_by(parse_override)], ...] = ()
+    strip_prefix: str | None = None
+    keep_buffers: bool = False
     overwrite: bool = False
 
     @property
@@ -134,25 +139,8 @@ class RunSettings(_Strict):
 
     def job_options(self) -> JobOptions:
         """Return what decides the outputs; the source of each names its model already."""
-        return JobOptions(
-            layout=self.layout,
-            dtype=self.dtype,
-            keep_dtype=self.keep_dtype,
-            max_shard_bytes=parse_size(self.max_shard_size),
-            strict=self.strict,
-            hf_config=self.hf_config,
-            family=self.family,
-            lora=LoraOptions(
-                self.lora,
-                self.base,
-                self.lora_alpha,
-                self.lora_rank,
-                self.lora_rslora,
-                self.allow_zero_delta,
-            ),
-            value_head=self.value_head,
-            masters=self.masters,
-        )
+        names = JobKeywords.__annotations__.keys() - {"model"}
+        return job_options(**{name: getattr(self, name) for name in names})
 
 
 class BatchSettings(_Strict):

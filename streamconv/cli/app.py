@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import Annotated
 
 import typer
 
 from streamconv._version import __version__
+from streamconv.cli.job_options import NONE, JobOptions, Model, with_job_options
 from streamconv.cli.output import columns, say, say_json
 from streamconv.cli.verl import app as verl_app
 from streamconv.errors import shown
 from streamconv.files.inputs import local_path
-
-if TYPE_CHECKING:
-    from streamconv.options import DTypeChoice, Layout, LoraMode, Masters, ValueHead
 
 app = typer.Typer(
     add_completion=False,
@@ -42,106 +40,6 @@ MaxMem = Annotated[
         "--max-mem",
         metavar="SIZE",
         help="Memory for the whole process tree: 32GB, 32GiB, 80%. Default: what the machine can give.",
-    ),
-]
-MaxShard = Annotated[
-    str,
-    typer.Option(
-        "--max-shard-size", metavar="SIZE", help="Size of an output file; a tensor is never split."
-    ),
-]
-DTypeOption = Annotated[
-    str,
-    typer.Option(
-        "--dtype", metavar="DTYPE", help="keep, auto (config.json's), bfloat16, float16 or float32."
-    ),
-]
-KeepDType = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--keep-dtype",
-        metavar="PATTERN",
-        help="Output names that --dtype leaves alone, such as '*.gate.*'; may be repeated.",
-    ),
-]
-LayoutOption = Annotated[
-    str,
-    typer.Option(
-        "--layout",
-        metavar="LAYOUT",
-        help="hub: the names the Hub expects; memory: the state dict's.",
-    ),
-]
-Strict = Annotated[
-    bool, typer.Option("--strict", help="Refuse tensors that the model does not know.")
-]
-HfConfig = Annotated[
-    Path | None,
-    typer.Option(
-        "--hf-config",
-        parser=local_path,
-        metavar="DIR",
-        help="Take config, tokenizer and the other side files from this folder.",
-    ),
-]
-Model = Annotated[
-    str | None,
-    typer.Option(
-        "--model",
-        metavar="NAME",
-        help="Which model of a step folder (actor, critic, or all) or of a checkpoint (ema).",
-    ),
-]
-Lora = Annotated[
-    str,
-    typer.Option(
-        "--lora",
-        metavar="MODE",
-        help="LoRA adapters: merge, adapter (a PEFT folder), both; auto merges where base weights are.",
-    ),
-]
-Base = Annotated[
-    Path | None,
-    typer.Option(
-        "--base",
-        parser=local_path,
-        metavar="DIR",
-        help="Merge a checkpoint of adapters alone into this model folder.",
-    ),
-]
-LoraAlpha = Annotated[
-    float | None,
-    typer.Option("--lora-alpha", metavar="N", help="The lora_alpha that it was trained with."),
-]
-LoraRank = Annotated[
-    int | None, typer.Option("--lora-rank", metavar="N", help="The rank that it must have.")
-]
-LoraRslora = Annotated[
-    bool, typer.Option("--lora-rslora", help="Scale by alpha / sqrt(rank), as rsLoRA does.")
-]
-ValueHeadOption = Annotated[
-    str,
-    typer.Option(
-        "--value-head", metavar="KEEP", help="keep or drop the v_head that trl adds to a model."
-    ),
-]
-MastersOption = Annotated[
-    str,
-    typer.Option(
-        "--masters",
-        metavar="YES",
-        help="no takes the 16-bit weights where a checkpoint (DeepSpeed) has fp32 masters beside them.",
-    ),
-]
-AllowZeroDelta = Annotated[
-    bool, typer.Option("--allow-zero-delta", help="Take an adapter that changes nothing.")
-]
-FamilyOption = Annotated[
-    str | None,
-    typer.Option(
-        "--family",
-        metavar="NAME",
-        help="Whose rules name the tensors of Megatron or a trainer's own. Default: by config.json.",
     ),
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace another job's output.")]
@@ -203,26 +101,13 @@ def _root(
 
 
 @app.command()
+@with_job_options
 def convert(
+    context: typer.Context,
     src: Source,
     dst: Target,
     max_mem: MaxMem = None,
-    max_shard_size: MaxShard = "5GB",
-    dtype: DTypeOption = "keep",
-    keep_dtype: KeepDType = None,
-    layout: LayoutOption = "hub",
-    strict: Strict = False,
-    hf_config: HfConfig = None,
-    model: Model = None,
-    family: FamilyOption = None,
-    lora: Lora = "auto",
-    base: Base = None,
-    lora_alpha: LoraAlpha = None,
-    lora_rank: LoraRank = None,
-    lora_rslora: LoraRslora = False,
-    allow_zero_delta: AllowZeroDelta = False,
-    value_head: ValueHeadOption = "keep",
-    masters: MastersOption = "yes",
+    job: JobOptions = NONE,
     overwrite: Overwrite = False,
     no_sync: NoSync = False,
     direct: Direct = False,
@@ -240,23 +125,8 @@ def convert(
     from streamconv.cli.conversion import convert as run_conversion
 
     options = {
+        **job,
         "max_mem": max_mem,
-        "layout": layout,
-        "dtype": dtype,
-        "keep_dtype": keep_dtype or (),
-        "max_shard_size": max_shard_size,
-        "strict": strict,
-        "hf_config": hf_config,
-        "model": model,
-        "family": family,
-        "lora": lora,
-        "base": base,
-        "lora_alpha": lora_alpha,
-        "lora_rank": lora_rank,
-        "lora_rslora": lora_rslora,
-        "allow_zero_delta": allow_zero_delta,
-        "value_head": value_head,
-        "masters": masters,
         "overwrite": overwrite,
         "sync": not no_sync,
         "direct": direct,
@@ -271,7 +141,9 @@ def convert(
 
 
 @app.command()
+@with_job_options
 def plan(
+    context: typer.Context,
     src: Source,
     dst: Annotated[
         Path | None, typer.Argument(parser=local_path, metavar="DST", help="Whose disk to look at.")
@@ -287,22 +159,7 @@ def plan(
         ),
     ] = None,
     max_mem: MaxMem = None,
-    max_shard_size: MaxShard = "5GB",
-    dtype: DTypeOption = "keep",
-    keep_dtype: KeepDType = None,
-    layout: LayoutOption = "hub",
-    strict: Strict = False,
-    hf_config: HfConfig = None,
-    model: Model = None,
-    family: FamilyOption = None,
-    lora: Lora = "auto",
-    base: Base = None,
-    lora_alpha: LoraAlpha = None,
-    lora_rank: LoraRank = None,
-    lora_rslora: LoraRslora = False,
-    allow_zero_delta: AllowZeroDelta = False,
-    value_head: ValueHeadOption = "keep",
-    masters: MastersOption = "yes",
+    job: JobOptions = NONE,
     json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -311,27 +168,7 @@ def plan(
     from streamconv import api
     from streamconv.cli.report import plan_report, render_plan
 
-    made = api.plan(
-        src,
-        max_mem=max_mem,
-        layout=cast("Layout", layout),
-        dtype=cast("DTypeChoice", dtype),
-        keep_dtype=keep_dtype or (),
-        max_shard_size=max_shard_size,
-        strict=strict,
-        hf_config=hf_config,
-        model=model,
-        family=family,
-        lora=cast("LoraMode", lora),
-        base=base,
-        lora_alpha=lora_alpha,
-        lora_rank=lora_rank,
-        lora_rslora=lora_rslora,
-        allow_zero_delta=allow_zero_delta,
-        value_head=cast("ValueHead", value_head),
-        masters=cast("Masters", masters),
-        output=output,
-    )
+    made = api.plan(src, max_mem=max_mem, output=output, **job)
     report = plan_report(made, dst, api.memory_bytes(max_mem))
     if json:
         say_json(report, indent=2)

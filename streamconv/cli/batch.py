@@ -10,35 +10,20 @@ from typing import Annotated, Any
 import typer
 
 from streamconv.cli.app import (
-    AllowZeroDelta,
-    Base,
     Checksum,
     Debug,
     Direct,
-    DTypeOption,
-    FamilyOption,
-    HfConfig,
     IoThreads,
     Json,
-    KeepDType,
-    LayoutOption,
-    Lora,
-    LoraAlpha,
-    LoraRank,
-    LoraRslora,
-    MastersOption,
     MaxMem,
-    MaxShard,
-    Model,
     NoSourceCrc,
     NoSync,
     Overwrite,
     Quiet,
     Report,
-    Strict,
-    ValueHeadOption,
     app,
 )
+from streamconv.cli.job_options import NONE, JobOptions, given, with_job_options
 from streamconv.cli.output import say, say_json, tell
 from streamconv.errors import BadInputError, UsageError
 from streamconv.files.inputs import local_path
@@ -49,7 +34,9 @@ def _option(flag: str, text: str, metavar: str | None = None) -> Any:
 
 
 @app.command()
+@with_job_options
 def batch(
+    context: typer.Context,
     root: Annotated[
         Path,
         typer.Argument(
@@ -64,7 +51,6 @@ def batch(
     jobs: Annotated[
         int | None, _option("--jobs", "Conversions at once, within one --max-mem.", "N")
     ] = None,
-    model: Model = None,
     every: Annotated[str | None, _option("--every", "Only steps that N divides.", "N")] = None,
     steps: Annotated[
         str | None, _option("--steps", "Only these steps: 100:900, 500: or 100,200.", "RANGE")
@@ -136,21 +122,7 @@ def batch(
         ),
     ] = None,
     report: Report = None,
-    max_shard_size: MaxShard = "5GB",
-    dtype: DTypeOption = "keep",
-    keep_dtype: KeepDType = None,
-    layout: LayoutOption = "hub",
-    strict: Strict = False,
-    hf_config: HfConfig = None,
-    family: FamilyOption = None,
-    lora: Lora = "auto",
-    base: Base = None,
-    lora_alpha: LoraAlpha = None,
-    lora_rank: LoraRank = None,
-    lora_rslora: LoraRslora = False,
-    allow_zero_delta: AllowZeroDelta = False,
-    value_head: ValueHeadOption = "keep",
-    masters: MastersOption = "yes",
+    job: JobOptions = NONE,
     overwrite: Overwrite = False,
     no_sync: NoSync = False,
     direct: Direct = False,
@@ -162,15 +134,15 @@ def batch(
     debug: Debug = False,
 ) -> None:
     """Convert every checkpoint of a run that is whole and not converted yet."""
-    given = dict(locals())
-    for key in ("root", "dst", "json", "quiet", "debug"):
-        del given[key]
+    own = dict(locals())
+    for key in ("context", "root", "dst", "job", "json", "quiet", "debug"):
+        del own[key]
     from streamconv.batch.cycle import Batch
     from streamconv.batch.cycle import watch as keep_watching
     from streamconv.batch.round import Round
     from streamconv.cli.batch_report import BatchLines, json_lines, render_round, round_json
 
-    settings = _settings(root, dst, given)
+    settings = _settings(root, dst, {**given(context, own), **job})
     listener = json_lines if json else BatchLines(quiet=quiet)
     work = Batch(settings, listener)
 
@@ -202,20 +174,11 @@ def batch(
 
 def _settings(root: Path, dst: Path | None, options: Mapping[str, Any]) -> Any:
     """Return the settings that a command line amounts to, or a job file with some of it on top."""
-    from streamconv.batch.settings import BatchSettings, RunSettings, load, settings
+    from streamconv.batch.settings import BatchSettings, load, settings
 
     # What may be said beside a job file, which says the rest.
     shared_keys = BatchSettings.model_fields.keys() - {"run"}
-    fields = RunSettings.model_fields | BatchSettings.model_fields
-    # An option that says what goes without saying was most likely not given.
-    defaults = {key: field.default for key, field in fields.items()}
-    given = {
-        key: value
-        for key, value in options.items()
-        # Not "in (None, False)": a 0 is equal to False, and no less said.
-        if value is not None and value is not False and value not in ([], defaults.get(key))
-    }
-    every = given.get("every")
+    every = options.get("every")
     if every is not None and not every.isdecimal():
         raise UsageError(
             f"--every takes a number of steps, not {every!r}",
@@ -224,22 +187,22 @@ def _settings(root: Path, dst: Path | None, options: Mapping[str, Any]) -> Any:
     if root.is_file():
         if dst is not None:
             raise UsageError("a job file names its outputs itself", found=str(dst))
-        wrong = sorted(f"--{k.replace('_', '-')}" for k in given if k not in shared_keys)
+        wrong = sorted(f"--{k.replace('_', '-')}" for k in options if k not in shared_keys)
         if wrong:
             raise UsageError(
                 "options of a single run beside a job file",
                 found=", ".join(wrong),
                 hint=f"say them in a [[run]] of {root}",
             )
-        return load(root, given)
+        return load(root, options)
     if dst is None and root.suffix == ".toml":
         raise BadInputError("there is no such job file", where=str(root))
     if dst is None:
         raise UsageError(
             "where to? a run needs an output folder", hint=f"streamconv batch {root} DST"
         )
-    shared = {k: v for k, v in given.items() if k in shared_keys}
-    run = {k: v for k, v in given.items() if k not in shared_keys}
+    shared = {k: v for k, v in options.items() if k in shared_keys}
+    run = {k: v for k, v in options.items() if k not in shared_keys}
     return settings({**shared, "run": [{**run, "root": root, "output": dst}]})
 
 

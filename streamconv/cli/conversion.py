@@ -33,7 +33,7 @@ def convert(
 
     if upload_to is not None:
         check_upload(upload_to)
-    model = options.pop("model") or _choose(src, ask=not (json or quiet))
+    model = options.pop("model", None) or _choose(src, ask=not (json or quiet))
     with listen(json=json, quiet=quiet) as on_event:
         if model == ALL:
             results = api.convert_all(src, dst, **options, on_event=on_event)

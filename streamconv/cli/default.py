@@ -18,6 +18,8 @@ VALUE_OPTIONS = frozenset(
         "--layout",
         "--family",
         "--hf-config",
+        "--config",
+        "--strip-prefix",
         "--model",
         "--lora",
         "--base",

@@ -36,6 +36,7 @@ from streamconv.planning.sidefiles import (
     left_out,
     list_side_files,
     missing_code,
+    overridden,
     read_config,
 )
 from streamconv.quantization import scales
@@ -55,6 +56,8 @@ def build_plan(
     :class:`BadInputError` for what is missing, contradictory or cannot be written.
     """
     checkpoint = chosen_weights(checkpoint, job)
+    if job.strip_prefix is not None:
+        checkpoint = strays.stripped(checkpoint, job.strip_prefix)
     notices = list(checkpoint.notices)
     folder, side = side_files(checkpoint.root, checkpoint.side_dir, job)
     notices += missing_code(side)
@@ -66,7 +69,7 @@ def build_plan(
             where=str(checkpoint.root),
             hint="run it again once nobody writes to it",
         )
-    config = read_config(folder) if folder else None
+    config, overrides = overridden(read_config(folder) if folder else None, job.config)
     _check_config(folder, side)
     translate = _translation(checkpoint, config, job, notices)
     lora = plan_lora(checkpoint, job.lora, translate)
@@ -78,6 +81,7 @@ def build_plan(
     done = lora is not None and translate is not None and checkpoint.naming != "mcore"
     as_named = dataclasses.replace(job, family=None) if done else job
     made = _sources(checkpoint, config, as_named, notices)
+    made.config_changes = (*overrides, *made.config_changes)
     if lora is not None:
         lora = lora.fitted(made.model)
     if lora is not None and not lora.merge:
@@ -86,7 +90,9 @@ def build_plan(
         _refuse_unknown_names(checkpoint, made, job)
         _plan_model(made, lora, job, {s.name for s in side}, notices)
         made.skipped += (
-            left_out(folder, checkpoint.root) if folder and folder != job.lora.base else ()
+            left_out(folder, checkpoint.root, {checkpoint.root / f.path for f in checkpoint.files})
+            if folder and folder != job.lora.base
+            else ()
         )
     if lora is not None:
         _plan_adapter(made, lora, job, notices)
@@ -224,7 +230,7 @@ def _of_dialect(
     from streamconv.families.native.convert import convert
 
     wanted = job.model if job.model != checkpoint.root.absolute().name else None
-    chosen, _ = strays.choose(checkpoint, dialect.has, wanted)
+    chosen, _ = strays.choose(checkpoint, dialect.has, wanted, keep_buffers=job.keep_buffers)
     tensors = checks.decide_plain(chosen, None)
     headers = {n: (t.shape, t.dtype) for n, t in tensors.items()}
     found = convert(dialect, headers, config, said_of_run(checkpoint.root), job)
@@ -254,7 +260,12 @@ def one_model(
     """
     model = _model(config, [*checkpoint.tensors, *checkpoint.undecided], job.layout, notices)
     wanted = job.model if job.model != checkpoint.root.absolute().name else None
-    chosen, prefix = strays.choose(checkpoint, model.has if model is not None else None, wanted)
+    chosen, prefix = strays.choose(
+        checkpoint,
+        model.has if model is not None else None,
+        wanted,
+        keep_buffers=job.keep_buffers,
+    )
     if model is not None and chosen is not checkpoint:
         # Heads of the others must not betray a critic.
         model = _model(config, [*chosen.tensors, *chosen.undecided], job.layout, [])

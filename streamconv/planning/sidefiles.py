@@ -10,11 +10,11 @@ import errno
 import fnmatch
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any
 
-from streamconv.errors import BadInputError, StreamconvError, UnsafeInputError
+from streamconv.errors import BadInputError, StreamconvError, UnsafeInputError, UsageError
 from streamconv.files.durable import hash_file
 from streamconv.files.filesystems import real_path
 from streamconv.files.inputs import cannot_read, check_regular
@@ -23,6 +23,7 @@ from streamconv.files.names import MANIFEST
 from streamconv.ir.dtypes import BY_TORCH, DType
 from streamconv.ir.planned import SideFile, TextFile
 from streamconv.ir.source import Skipped
+from streamconv.options import parse_override
 from streamconv.planning import version_4
 from streamconv.planning.custom_code import code_of
 
@@ -82,6 +83,40 @@ def read_config(folder: Path) -> dict[str, Any] | None:
             found=repr(config["model_type"])[:80],
         )
     return config
+
+
+def overridden(
+    config: Mapping[str, Any] | None, overrides: Sequence[str]
+) -> tuple[Mapping[str, Any] | None, list[str]]:
+    """Return config.json with the values that the user puts into it, and what was changed.
+
+    Raises :class:`UsageError` where there is nothing to put them into.
+    """
+    if not overrides:
+        return config, []
+    if config is None:
+        raise UsageError(
+            "--config is given, and there is no config.json to put it into",
+            found=", ".join(overrides),
+            hint="--hf-config DIR names a folder that has one",
+        )
+    changed = json.loads(json.dumps(config))
+    told = []
+    for text in overrides:
+        keys, value = parse_override(text)
+        part = changed
+        for key in keys[:-1]:
+            part = part.setdefault(key, {})
+            if not isinstance(part, dict):
+                raise UsageError(
+                    f"config.json has no settings below {key!r}", found=f"--config {text}"
+                )
+        was = json.dumps(part[keys[-1]]) if keys[-1] in part else "nothing"
+        part[keys[-1]] = value
+        told.append(
+            f"config.json: {'.'.join(keys)} is {json.dumps(value)}, as --config says (it was {was})"
+        )
+    return changed, told
 
 
 def list_side_files(folder: Path, *, root: Path, named: bool = False) -> Iterator[SideFile]:
@@ -165,11 +200,16 @@ def missing_code(side: Sequence[SideFile]) -> list[str]:
     ]
 
 
-def left_out(folder: Path, root: Path) -> Iterator[Skipped]:
-    """Yield what lies in ``folder`` and is not copied: weights above all, the rank files are newer."""
+def left_out(folder: Path, root: Path, sources: Collection[Path]) -> Iterator[Skipped]:
+    """Yield what lies in ``folder`` and is not copied: weights above all, the rank files are newer.
+
+    ``sources`` are the files that the output is made of.
+    """
     inside = folder.glob("*.safetensors") if holds_weights(folder, root) else folder.rglob("*")
     for path in sorted(inside):
         inner = path.relative_to(folder).as_posix()
+        if path in sources:
+            continue
         if path.is_file() and _is_weights(path.name):
             reason = "weights beside the config; the output's come from the rank files"
         elif path.is_file() and inner == _ADAPTER:

@@ -34,6 +34,8 @@ _DEEPEST = 3
 # So much of a model makes another one of it; the rest may be tied, or buffers that are not averaged.
 _MUCH = 0.8
 _MAIN = "main"
+_MEASURED = (".input_global_scale", ".input_amax")  # a number for each linear layer
+_PACKED = (".weight_packed", ".weight_scale", ".weight_scale_inv")
 ANOTHERS = "another model's, not the one that --model names"
 """Why a tensor is skipped where the user has named one of several models in one checkpoint."""
 
@@ -144,14 +146,17 @@ def choose(
     checkpoint: Checkpoint,
     resolves: Resolves | None,
     wanted: str | None,
+    *,
+    keep_buffers: bool = False,
 ) -> tuple[Checkpoint, str]:
     """Return the checkpoint with one model in it and no counters, and the prefix of its names.
 
     ``wanted`` is the model that the user has named, where that is not the folder. Raises
-    :class:`UsageError` where there are several, or not this one.
+    :class:`UsageError` where there are several, or not this one. ``keep_buffers``: what
+    quantization-aware training measured stays.
     """
     tensors = {**{n: u.copies for n, u in checkpoint.undecided.items()}, **checkpoint.tensors}
-    skipped = {} if checkpoint.modules else dict(_counters(tensors, resolves))
+    skipped = {} if checkpoint.modules else dict(_counters(tensors, resolves, keep_buffers))
     several = models_in([n for n in tensors if n not in skipped], resolves)
     labels = {prefix.rstrip(".") or _MAIN: prefix for prefix in several}
     if wanted is not None and wanted not in labels:
@@ -185,11 +190,53 @@ def choose(
     return kept, prefix
 
 
+def stripped(checkpoint: Checkpoint, prefix: str) -> Checkpoint:
+    """Return the tensors whose names begin with ``prefix``, without it; the others are skipped.
+
+    Raises :class:`UsageError` where there are none.
+    """
+    prefix = prefix if prefix.endswith(".") else f"{prefix}."
+    names = [*checkpoint.tensors, *checkpoint.undecided]
+    others = [n for n in names if not n.startswith(prefix)]
+    if len(others) == len(names):
+        raise UsageError(
+            f"no tensor's name begins with {prefix!r}, which --strip-prefix names",
+            where=str(checkpoint.root),
+            found=", ".join(names[:5]),
+        )
+
+    def renamed(name: str, tensor: GlobalTensor) -> GlobalTensor:
+        return dataclasses.replace(tensor, fqn=name.removeprefix(prefix))
+
+    tensors = {
+        t.fqn: t
+        for t in (renamed(n, t) for n, t in checkpoint.tensors.items() if n.startswith(prefix))
+    }
+    undecided = {
+        n.removeprefix(prefix): dataclasses.replace(
+            u, pieces=renamed(n, u.pieces), copies=renamed(n, u.copies)
+        )
+        for n, u in checkpoint.undecided.items()
+        if n.startswith(prefix)
+    }
+    left = Skipped(f"{len(others)} tensors", f"their names do not begin with {prefix}")
+    return dataclasses.replace(
+        checkpoint,
+        tensors=MappingProxyType(tensors),
+        undecided=MappingProxyType(undecided),
+        skipped=(*checkpoint.skipped, *([left] if others else [])),
+    )
+
+
 def _counters(
-    tensors: Mapping[str, GlobalTensor], resolves: Resolves | None
+    tensors: Mapping[str, GlobalTensor], resolves: Resolves | None, keep_buffers: bool
 ) -> Iterator[tuple[str, str]]:
+    # Beside packed weights such a scale is a part of them.
+    measured = not keep_buffers and not any(n.endswith(_PACKED) for n in tensors)
     for name, tensor in tensors.items():
         reason = trainer_state(name, tensor.shape, tensor.dtype.name)
+        if measured and name.endswith(_MEASURED) and tensor.layout.shape in ((), (1,)):
+            reason = "measured by quantization-aware training (--keep-buffers writes it)"
         if reason is not None and not (resolves is not None and resolves(name)):
             yield name, reason
 

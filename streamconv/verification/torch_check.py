@@ -34,7 +34,7 @@ from streamconv.options import JobOptions
 from streamconv.planning.build import one_model, side_files
 from streamconv.planning.child import read_checkpoint
 from streamconv.planning.precision import chosen_weights
-from streamconv.planning.sidefiles import read_config
+from streamconv.planning.sidefiles import overridden, read_config
 from streamconv.system.children import serve
 from streamconv.system.memory import resident_bytes
 from streamconv.verification.torch_files import (
@@ -90,6 +90,8 @@ def _check(request: dict[str, Any]) -> dict[str, Any]:
         checkpoint = read_checkpoint(src, job.model)
     if checkpoint.undecided or (len(checkpoint.files) > 1 and _all_plain(checkpoint.facts)):
         return answer.leave(wanted, "plain tensors on several ranks say no placement").to_json()
+    if job.strip_prefix is not None:
+        return answer.leave(wanted, "--strip-prefix gave the tensors other names").to_json()
     if has_adapter(checkpoint.tensors):
         return answer.leave(wanted, "torch has no reader for LoRA adapters").to_json()
     checkpoint = chosen_weights(checkpoint, job)
@@ -101,7 +103,7 @@ def _check(request: dict[str, Any]) -> dict[str, Any]:
         else:
             files = RankFiles([checkpoint.root / f.path for f in checkpoint.files])
         folder, _ = side_files(checkpoint.root, checkpoint.side_dir, job)
-        config = read_config(folder) if folder else None
+        config, _ = overridden(read_config(folder) if folder else None, job.config)
         chosen, _, prefix = one_model(checkpoint, config, job, [])
         headers = files.headers(list(chosen.tensors))
         conversion = _Conversion(config, headers, job, prefix)

@@ -1,0 +1,198 @@
+"""The options that decide the output: declared once, and given to every command that takes them."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Annotated, Any, get_type_hints
+
+import typer
+
+from streamconv.files.inputs import local_path
+
+MaxShard = Annotated[
+    str,
+    typer.Option(
+        "--max-shard-size", metavar="SIZE", help="Size of an output file; a tensor is never split."
+    ),
+]
+DTypeOption = Annotated[
+    str,
+    typer.Option(
+        "--dtype", metavar="DTYPE", help="keep, auto (config.json's), bfloat16, float16 or float32."
+    ),
+]
+KeepDType = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--keep-dtype",
+        metavar="PATTERN",
+        help="Output names that --dtype leaves alone, such as '*.gate.*'; may be repeated.",
+    ),
+]
+LayoutOption = Annotated[
+    str,
+    typer.Option(
+        "--layout",
+        metavar="LAYOUT",
+        help="hub: the names the Hub expects; memory: the state dict's.",
+    ),
+]
+Strict = Annotated[
+    bool, typer.Option("--strict", help="Refuse tensors that the model does not know.")
+]
+HfConfig = Annotated[
+    Path | None,
+    typer.Option(
+        "--hf-config",
+        parser=local_path,
+        metavar="DIR",
+        help="Take config, tokenizer and the other side files from this folder.",
+    ),
+]
+ConfigOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--config",
+        metavar="KEY=VALUE",
+        help="Put this value into config.json, such as rope_theta=1e6; may be repeated.",
+    ),
+]
+Model = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        metavar="NAME",
+        help="Which model of a step folder (actor, critic, or all) or of a checkpoint (ema).",
+    ),
+]
+StripPrefix = Annotated[
+    str | None,
+    typer.Option(
+        "--strip-prefix",
+        metavar="PREFIX",
+        help="What the names of the model's tensors begin with, where that cannot be found out.",
+    ),
+]
+FamilyOption = Annotated[
+    str | None,
+    typer.Option(
+        "--family",
+        metavar="NAME",
+        help="Whose rules name the tensors of Megatron or a trainer's own. Default: by config.json.",
+    ),
+]
+MastersOption = Annotated[
+    str,
+    typer.Option(
+        "--masters",
+        metavar="YES",
+        help="no takes the 16-bit weights where a checkpoint (DeepSpeed) has fp32 masters beside them.",
+    ),
+]
+Lora = Annotated[
+    str,
+    typer.Option(
+        "--lora",
+        metavar="MODE",
+        help="LoRA adapters: merge, adapter (a PEFT folder), both; auto merges where base weights are.",
+    ),
+]
+Base = Annotated[
+    Path | None,
+    typer.Option(
+        "--base",
+        parser=local_path,
+        metavar="DIR",
+        help="Merge a checkpoint of adapters alone into this model folder.",
+    ),
+]
+LoraAlpha = Annotated[
+    float | None,
+    typer.Option("--lora-alpha", metavar="N", help="The lora_alpha that it was trained with."),
+]
+LoraRank = Annotated[
+    int | None, typer.Option("--lora-rank", metavar="N", help="The rank that it must have.")
+]
+LoraRslora = Annotated[
+    bool, typer.Option("--lora-rslora", help="Scale by alpha / sqrt(rank), as rsLoRA does.")
+]
+AllowZeroDelta = Annotated[
+    bool, typer.Option("--allow-zero-delta", help="Take an adapter that changes nothing.")
+]
+ValueHeadOption = Annotated[
+    str,
+    typer.Option(
+        "--value-head", metavar="KEEP", help="keep or drop the v_head that trl adds to a model."
+    ),
+]
+KeepBuffers = Annotated[
+    bool,
+    typer.Option(
+        "--keep-buffers",
+        help="Write what quantization-aware training measured beside the weights, too.",
+    ),
+]
+
+_JOB: Mapping[str, tuple[Any, Any]] = {
+    "max_shard_size": (MaxShard, "5GB"),
+    "dtype": (DTypeOption, "keep"),
+    "keep_dtype": (KeepDType, None),
+    "layout": (LayoutOption, "hub"),
+    "strict": (Strict, False),
+    "hf_config": (HfConfig, None),
+    "config": (ConfigOption, None),
+    "model": (Model, None),
+    "strip_prefix": (StripPrefix, None),
+    "family": (FamilyOption, None),
+    "masters": (MastersOption, "yes"),
+    "lora": (Lora, "auto"),
+    "base": (Base, None),
+    "lora_alpha": (LoraAlpha, None),
+    "lora_rank": (LoraRank, None),
+    "lora_rslora": (LoraRslora, False),
+    "allow_zero_delta": (AllowZeroDelta, False),
+    "value_head": (ValueHeadOption, "keep"),
+    "keep_buffers": (KeepBuffers, False),
+}
+_PARAMETER = "job"
+JobOptions = Mapping[str, Any]
+NONE: JobOptions = MappingProxyType({})
+
+
+def given(context: typer.Context, names: Mapping[str, Any]) -> dict[str, Any]:
+    """Return those of a command's parameters that were said, not those that go without saying."""
+
+    def is_said(name: str) -> bool:
+        source = context.get_parameter_source(name)
+        return source is not None and source.name != "DEFAULT"
+
+    return {name: value for name, value in names.items() if is_said(name)}
+
+
+def with_job_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Return ``command`` with these options in place of its parameter ``job``: those that were said.
+
+    The command takes its ``context``, too.
+    """
+    hints = get_type_hints(command, include_extras=True)
+    parameters: list[inspect.Parameter] = []
+    for parameter in inspect.signature(command).parameters.values():
+        if parameter.name == _PARAMETER:
+            parameters += [
+                parameter.replace(name=name, annotation=kind, default=default)
+                for name, (kind, default) in _JOB.items()
+            ]
+        else:
+            parameters.append(parameter.replace(annotation=hints[parameter.name]))
+
+    def taking(context: typer.Context, **values: Any) -> None:
+        job = given(context, {name: values.pop(name) for name in _JOB})
+        command(context, **values, **{_PARAMETER: job})
+
+    taking.__name__, taking.__doc__ = command.__name__, command.__doc__
+    taking.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    taking.__annotations__ = {p.name: p.annotation for p in parameters}
+    return taking
