@@ -76,6 +76,22 @@ def test_megatron_bridge_alone(bridge: Path, tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("enabled", [True, False])
+def test_nemo_rl(enabled: bool, bridge: Path, tmp_path: Path) -> None:
+    """Its own config.yaml has the settings that it makes Megatron-Bridge's of."""
+    weights = tmp_path / "step_10/policy/weights/iter_0000000"
+    shutil.copytree(bridge / "only/iter_0000001", weights)
+    peft = f"{{enabled: {str(enabled).lower()}, dim: 8, alpha: 16}}"
+    text = f"policy:\n  peft: {{alpha: 99}}\n  megatron_cfg:\n    peft: {peft}\n"
+    (tmp_path / "step_10/config.yaml").write_text(text)
+    if enabled:
+        convert(tmp_path / "step_10", tmp_path / "out", base=bridge / "base_hf")
+        assert_same(load(tmp_path / "out"), load(bridge / "merged_hf"))
+    else:
+        with pytest.raises(BadInputError, match="lora_alpha is not known"):
+            convert(tmp_path / "step_10", tmp_path / "out", base=bridge / "base_hf")
+
+
 @pytest.mark.parametrize("beside", ["", ".."], ids=["in the folder", "above it"])
 def test_ms_swift(beside: str, shared_checkpoints: Path, tmp_path: Path) -> None:
     root = shared_checkpoints / "megatron_cases/lora_peft_names"

@@ -42,9 +42,11 @@ _PLACES = (
     "../adapter_config.json",
     "run_config.yaml",  # Megatron-Bridge
     "../run_config.yaml",
+    "../../../config.yaml",  # NeMo-RL, of step_N/policy/weights/iter_0000000
     "args.json",  # ms-swift
     "../args.json",
 )
+_BELOW = {"run_config.yaml": ("peft",), "config.yaml": ("policy", "megatron_cfg", "peft")}
 _OF_ADAPTERS = (CONFIG, FILES[0])
 _BY_USER = "the command line"
 _MAX_NBYTES = 1 << 20
@@ -148,8 +150,8 @@ class Settings:
         if alpha is None:
             raise BadInputError(
                 "the adapter's lora_alpha is not known, and a guess would give another model",
-                expected=f"it in {', '.join(FILES)}, run_config.yaml (Megatron-Bridge) or args.json "
-                "(ms-swift) beside the weights",
+                expected=f"it in {', '.join(FILES)}, run_config.yaml (Megatron-Bridge), config.yaml "
+                "(NeMo-RL) or args.json (ms-swift) near the weights",
                 hint="say what it was trained with: --lora-alpha N",
             )
         return alpha / math.sqrt(rank) if self.rslora else alpha / rank
@@ -182,15 +184,15 @@ def _beside(root: Path) -> list[str]:
 
 def _told_in(path: Path) -> Mapping[str, Any] | None:
     """Return the settings of an adapter in a file, under PEFT's names; None where it has none."""
-    if path.name == "run_config.yaml":
-        return _of_bridge(path)
+    if path.suffix == ".yaml":
+        return _of_bridge(path, _BELOW[path.name])
     return _of_swift(path) if path.name == "args.json" else read_object(path)
 
 
-def _of_bridge(path: Path) -> Mapping[str, Any] | None:
-    """Return PEFT's names for what Megatron-Bridge's run_config.yaml says; None without an adapter."""
-    told = settings_below(path, ("peft",), {"dim", "alpha", "normalize_moe_lora"})
-    if not _is_alpha(told.get("alpha")):
+def _of_bridge(path: Path, keys: tuple[str, ...]) -> Mapping[str, Any] | None:
+    """Return PEFT's names for Megatron-Bridge's settings below ``keys``; None without an adapter."""
+    told = settings_below(path, keys, {"dim", "alpha", "normalize_moe_lora", "enabled"})
+    if not _is_alpha(told.get("alpha")) or told.get("enabled") is False:
         return None
     # With it the experts have a rank of their own, by which their alpha is divided.
     rank = told.get("dim") if _is_rank(told.get("dim")) else None
