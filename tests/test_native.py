@@ -221,10 +221,11 @@ def test_another_order_of_rotary_rows_is_refused() -> None:
 
 
 @pytest.mark.parametrize("new", [True, False])
-def test_a_bias_that_only_balances_experts_is_left_out(new: bool) -> None:
-    model, tensors = taken_apart("torchtitan" if new else "torchtitan_0.2", "qwen3_moe")
+@pytest.mark.parametrize(("name", "layers"), [("qwen3_moe", 3), ("deepseek_v2", 2)])
+def test_a_bias_that_only_balances_experts_is_left_out(name: str, layers: int, new: bool) -> None:
+    model, tensors = taken_apart("torchtitan" if new else "torchtitan_0.2", name)
     biases = balancing(tensors, 3, 5, new=new)
-    assert len(biases) == 3
+    assert len(biases) == layers
     made = plan(model.config, tensors | biases)
     assert {s.name for s in made.skipped} == set(biases)
     assert any("balances the load" in n for n in made.notices)

@@ -110,6 +110,9 @@ _DEEPSEEK_LAYER = (
     *_EXPERTS,
     *_ROUTER,
     *_SHARED,
+)
+_CORRECTED_LAYER = (
+    *_DEEPSEEK_LAYER,
     *(rule(bias, L + "mlp.gate.e_score_correction_bias", ops.copy) for bias in _BIASES),
 )
 
@@ -266,10 +269,16 @@ DIALECT = Dialect(
         ),
         Family(
             name="deepseek",
-            model_types=("deepseek_v2", "deepseek_v3", "kimi_k2"),
-            rules=(*_TOP, *_DEEPSEEK_LAYER, *_prediction(_DEEPSEEK_LAYER)),
+            model_types=("deepseek_v3", "kimi_k2"),
+            rules=(*_TOP, *_CORRECTED_LAYER, *_prediction(_CORRECTED_LAYER)),
             extras=("model.layers.{mtp_layer}.{rest}",),
             reference=as_deepseek_v3,
+        ),
+        Family(
+            name="deepseek_v2",
+            model_types=("deepseek_v2",),
+            rules=(*_TOP, *_DEEPSEEK_LAYER),
+            dropped=_UNBIASED,
         ),
         Family(name="llama4", model_types=("llama4_text",), rules=_LLAMA4, dropped=_UNBIASED),
         Family(
