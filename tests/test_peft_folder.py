@@ -8,12 +8,13 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from safetensors.torch import load_file
+import transformers
+from safetensors.torch import load_file, save_file
 
 import streamconv
 from streamconv.errors import BadInputError, UsageError
 from streamconv.formats import find_model
-from tests.test_lora import convert, load, trained
+from tests.test_lora import convert, load, logits, trained
 
 PREFIX = "base_model.model."
 
@@ -67,6 +68,48 @@ def test_it_is_written_again(kind, made, tmp_path):
     assert (config["lora_alpha"], config["r"]) == (expected["lora_alpha"], expected["r"])
 
 
+def test_what_was_trained_whole_is_no_base_weight(tmp_path):
+    """In its own file PEFT calls it as the base model does."""
+    _, base, model = trained(tmp_path, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    model.save_pretrained(tmp_path / "peft", save_embedding_layers=False)
+    truth = load_file(tmp_path / "peft/adapter_model.safetensors")
+    assert f"{PREFIX}lm_head.weight" in truth
+    for options in ({"hf_config": base}, {"base": base}):
+        convert(tmp_path / "peft", tmp_path / "out", lora="adapter", overwrite=True, **options)
+        found = load(tmp_path / "out")
+        assert found.keys() == truth.keys()
+        assert all(torch.equal(found[n], truth[n]) for n in truth)
+    config = json.loads((tmp_path / "out/adapter_config.json").read_text())
+    assert config["modules_to_save"] == ["lm_head"]
+    convert(tmp_path / "peft", tmp_path / "merged", base=base)
+    assert torch.equal(
+        load(tmp_path / "merged")["lm_head.weight"], truth[f"{PREFIX}lm_head.weight"]
+    )
+    plain = transformers.AutoModelForCausalLM.from_pretrained(base)
+    adapted = peft.PeftModel.from_pretrained(plain, tmp_path / "out").eval()
+    assert torch.equal(logits(adapted), logits(model))
+
+
+def test_an_embedding_that_peft_saved_with_its_adapter(tmp_path):
+    _, base, model = trained(tmp_path, target_modules=["q_proj", "embed_tokens"])
+    model.save_pretrained(tmp_path / "peft", save_embedding_layers=True)
+    held = load_file(tmp_path / "peft/adapter_model.safetensors")
+    assert any("embed_tokens.base_layer" in n for n in held)
+    convert(tmp_path / "peft", tmp_path / "out", base=base)
+    expected = model.merge_and_unload().state_dict()
+    for name, tensor in load(tmp_path / "out").items():
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-6, atol=1e-7)
+
+
+def test_biases_that_were_trained_have_no_place(made, tmp_path):
+    src = _changed(made[0], tmp_path / "src")
+    factors = load_file(src / "adapter_model.safetensors")
+    bias = {f"{PREFIX}model.layers.0.self_attn.q_proj.bias": torch.ones(64)}
+    save_file(factors | bias, src / "adapter_model.safetensors")
+    with pytest.raises(BadInputError, match="biases were trained too"):
+        convert(src, tmp_path / "out", lora="adapter", base=made[2])
+
+
 def test_without_its_base_model_the_way_is_named(made, tmp_path):
     with pytest.raises(UsageError, match="with its base model only") as caught:
         convert(made[0], tmp_path / "out")
@@ -74,6 +117,18 @@ def test_without_its_base_model_the_way_is_named(made, tmp_path):
     with pytest.raises(BadInputError, match="does not hold the weight") as caught:
         convert(made[0], tmp_path / "out", lora="merge")
     assert "--base DIR" in str(caught.value.hint)
+
+
+def test_without_its_config_alpha_is_asked_for(made, tmp_path):
+    src = _changed(made[0], tmp_path / "src")
+    settings = json.loads((src / "adapter_config.json").read_text())
+    (src / "adapter_config.json").unlink()
+    with pytest.raises(BadInputError, match="lora_alpha is not known"):
+        convert(src, tmp_path / "out", base=made[2])
+    convert(src, tmp_path / "out", base=made[2], lora_alpha=settings["lora_alpha"])
+    convert(made[0], tmp_path / "expected", base=made[2])
+    found, expected = load(tmp_path / "out"), load(tmp_path / "expected")
+    assert all(torch.equal(found[n], t) for n, t in expected.items())
 
 
 def test_names_that_the_base_lacks(made, tmp_path):
@@ -121,8 +176,6 @@ def test_beside_a_checkpoint_it_is_no_model_to_choose(made, tmp_path):
 
 
 def _changed(src: Path, path: Path, *, names=lambda n: n, settings=None) -> Path:
-    from safetensors.torch import save_file
-
     path.mkdir()
     tensors = load_file(src / "adapter_model.safetensors")
     save_file({names(n): t for n, t in tensors.items()}, path / "adapter_model.safetensors")

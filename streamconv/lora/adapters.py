@@ -164,6 +164,34 @@ def _once(table: dict[str, Any], key: str, value: object) -> None:
     table[key] = value
 
 
+def with_trained(adapter: Adapter, others: Mapping[str, GlobalTensor]) -> Adapter:
+    """Return an adapter that was saved alone, ``others`` beside its factors: they were trained whole.
+
+    In its own file PEFT calls what ``modules_to_save`` names as the base model does. What belongs to an
+    adapted module is the base model's own, and so is trl's value head, which no base model has.
+    """
+    saved = {
+        name: tensor
+        for name, tensor in others.items()
+        if name not in adapter.saved
+        and name.removesuffix(".weight") not in adapter.targets
+        and "v_head" not in name.split(".")
+    }
+    wrapped = adapter.wrapped | {name.rpartition(".")[0] for name in saved}
+    return dataclasses.replace(adapter, saved={**adapter.saved, **saved}, wrapped=wrapped)
+
+
+def refuse_biases(adapter: Adapter) -> None:
+    """Raise :class:`BadInputError` for biases of adapted modules: PEFT's folder has no such place."""
+    biases = [n for n in adapter.saved if n.removesuffix(".bias") in adapter.targets]
+    if biases:
+        raise BadInputError(
+            "the model's biases were trained too, and an adapter's folder would lack them",
+            where=biases[0],
+            hint="merge it: --lora merge (and --base DIR where there are no base weights)",
+        )
+
+
 def settle(settings: Settings, adapter: Adapter) -> Settings:
     """Return the settings with what the tensors themselves show; raises where the two disagree."""
     for module, target in adapter.targets.items():

@@ -239,13 +239,17 @@ def plan_lora(
         return None
     found, adapter = adapters.separate(checkpoint)
     held = [m for m in adapter.targets if _weight_of(m) in found.tensors]
+    # PEFT saves an embedding that it adapts, or that has grown, with its adapter.
+    alone = not held or checkpoint.format == peft_folder.NAME
     if translate is not None:
         adapter = translate(adapter, checkpoint)
-        if not held or options.mode == "adapter":
+        if alone or options.mode == "adapter":
             found = _without_base(found, adapter)
+    elif alone:
+        adapter = adapters.with_trained(adapter, found.tensors)
     settings = adapters.settle(adapter_config.read_settings(checkpoint.root, options), adapter)
     if options.base is not None:
-        if held:
+        if not alone:
             raise UsageError(
                 "--base is for a checkpoint without base weights; this one has them",
                 where=str(checkpoint.root),
@@ -262,10 +266,11 @@ def plan_lora(
             "writes the adapter again, checked",
         )
     if mode == "auto":
-        mode = "merge" if held or options.base is not None else "adapter"
+        mode = "adapter" if alone and options.base is None else "merge"
     if mode != "merge":
         settings.check_biases()
-    if mode != "adapter" and not held and options.base is None:
+        adapters.refuse_biases(adapter)
+    if mode != "adapter" and alone and options.base is None:
         raise adapters.no_weight(next(iter(adapter.targets)))
     paths = [checkpoint.root / f.path for f in checkpoint.files]
     if not options.allow_zero and adapters.changes_nothing(adapter, paths):
