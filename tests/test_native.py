@@ -309,6 +309,17 @@ def test_a_setting_that_no_tensor_shows_is_compared(
     assert word in str(refused.value.found)
 
 
+@pytest.mark.usefixtures("planned_here")
+def test_a_default_of_litgpts_is_told(tmp_path: Path) -> None:
+    """Its own config of Gemma 2 has another epsilon than Gemma 2: nobody chose it."""
+    model, tensors = taken_apart("litgpt", "gemma2")
+    step = write_dcp(tmp_path / "run", model, tensors)
+    text = "n_head: 6\nn_query_groups: 2\nhead_size: 12\nnorm_eps: 1.0e-05\n"
+    (step.parent / "model_config.yaml").write_text(text)
+    planned = streamconv.plan(step, tmp_path / "plan", hf_config=step.parent)
+    assert any("which is litgpt's default" in n for n in planned.head.notices)
+
+
 @pytest.mark.parametrize(
     ("name", "text"),
     [

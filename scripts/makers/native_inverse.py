@@ -354,7 +354,7 @@ def litgpt(config: Config, state: State, *, legacy: bool = False) -> State:
     n, g = config["num_attention_heads"], config.get("num_key_value_heads", 0)
     g = g or n
     width = config.get("head_dim") or config["hidden_size"] // n
-    around = kind in ("gemma2", "gemma3_text")
+    around = kind in ("gemma2", "gemma3_text", "olmo2")
     modules = {
         "input_layernorm": "norm_1",
         "post_attention_layernorm": "post_attention_norm" if around else "norm_2",

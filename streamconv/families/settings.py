@@ -59,10 +59,10 @@ class Setting:
         return all(any(self.same(value, own) for own in ours) for value in values)
 
 
-def check_settings(dims: Dims, family: Family) -> tuple[str, ...]:
+def check_settings(dims: Dims, family: Family, whose: str = "Megatron") -> tuple[str, ...]:
     """Compare what the run tells of itself with config.json and the family; return what to tell.
 
-    Raises :class:`BadInputError` that lists the contradictions.
+    ``whose`` the defaults are. Raises :class:`BadInputError` that lists the contradictions.
     """
     wrong: list[tuple[str, str]] = []
     notices: list[str] = []
@@ -78,9 +78,8 @@ def check_settings(dims: Dims, family: Family) -> tuple[str, ...]:
         default = any(_same(run, value) for value in setting.defaults)
         if default and (setting.often_unset or not dims.megatron.get(OF_MODEL)):
             notices.append(
-                f"the checkpoint's arguments say {name} {_shown(run)}, which is Megatron's default, "
-                f"and {_owner(setting, family)} says {told}: the model is right only if that was "
-                "trained"
+                f"the checkpoint's arguments say {name} {_shown(run)}, which is {whose}'s default, and "
+                f"{_owner(setting, family)} says {told}: the model is right only if that was trained"
             )
         elif setting.fixed:
             notices.append(

@@ -36,12 +36,13 @@ def said_of_run(root: Path) -> dict[str, object]:
     """Return what is told, by the names of Megatron's arguments; empty where nothing is."""
     for folder in (root, root.absolute().parent):
         found = _named(object_or_empty(folder / "params.json", most_bytes=1 << 20), _META)
-        found = found or _named(
-            settings_below(folder / "model_config.yaml", (), frozenset(_LITGPT.values())), _LITGPT
-        )
         if "num_attention_heads" in found:
-            found.setdefault("num_query_groups", found["num_attention_heads"])
-            return {**found, OF_MODEL: True}
+            return {"num_query_groups": found["num_attention_heads"], **found, OF_MODEL: True}
+        said = settings_below(folder / "model_config.yaml", (), frozenset(_LITGPT.values()))
+        found = _named(said, _LITGPT)
+        if "num_attention_heads" in found:
+            # Some of litgpt's own configs leave an epsilon at its default that the model's is not.
+            return {"num_query_groups": found["num_attention_heads"], **found}
     return {}
 
 

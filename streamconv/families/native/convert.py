@@ -68,7 +68,7 @@ def convert(
     dims = Dims(settings_of(model, reference, notices), run, vision)
     if run:
         dims.check_heads()
-        notices += check_settings(dims, family)
+        notices += check_settings(dims, family, dialect.name)
     family = _with_head(family, model)
     dropped = dict(_dropped(dialect, family, original))
     if dropped:

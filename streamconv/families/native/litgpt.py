@@ -77,7 +77,10 @@ _AROUND = moved(
 _BEHIND = moved(
     S,
     L,
-    {"norm_2": "post_attention_layernorm", "post_mlp_norm": "post_feedforward_layernorm"},
+    {
+        "post_attention_norm": "post_attention_layernorm",
+        "post_mlp_norm": "post_feedforward_layernorm",
+    },
     ops.copy,
 )
 
