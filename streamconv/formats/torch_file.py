@@ -91,7 +91,7 @@ def _file(path: Path) -> Path | None:
 
 
 def _files(path: Path) -> list[Path]:
-    if not path.is_dir():
+    if not path.is_dir() or path.name.startswith("mp_rank_"):  # a rank of Megatron's
         return []
     return sorted(p for p in path.iterdir() if _MODEL.fullmatch(p.name) and p.is_file())
 
