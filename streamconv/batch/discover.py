@@ -69,6 +69,14 @@ class Candidate:
         """Return the folder that holds the steps, where a trainer's tracker lies."""
         return self.step_dir.parent
 
+    @property
+    def place(self) -> Path:
+        """Return what to call it below the root: for a finished model, as its training's is called."""
+        place = self.relative
+        while self.finished and place.name in _OF_A_MODEL and place.parent != Path():
+            place = place.parent
+        return place
+
     def is_called(self, model: str | None) -> bool:
         """Whether ``model`` names it, with all that stands behind the step or the first of that."""
         return model in (self.model, self.model.split("/")[0])
@@ -94,7 +102,7 @@ def discover(
         raise BadInputError("there is no such folder", where=str(root))
     walk = _Walk(root, {real_path(path) for path in avoid}, on_problem, on_notice)
     found = list(walk.below(root, 0))
-    trained = {c.step_dir for c in found if not c.finished}
+    trained = {c.step_dir for c in found if not (c.finished or is_state(c.model))}
     beside = [c for c in found if c.finished and c.step_dir in trained]
     for c in beside:
         on_notice(f"{c.path}: not converted, for it is a finished model beside what was trained")

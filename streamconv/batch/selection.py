@@ -101,7 +101,7 @@ def namer(template: str | None, filtered_model: str | None) -> Callable[[Candida
             step="none" if c.step is None else c.step,
             step_dir=c.step_dir.name,
             model=c.model or "model",
-            path=c.path.name if c.relative == Path() else c.relative.as_posix(),
+            path=c.path.name if c.relative == Path() else c.place.as_posix(),
             step_path=step_path.as_posix(),
             format=c.format,
         )
