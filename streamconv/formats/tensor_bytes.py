@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
+import numpy.typing as npt
 
 from streamconv.errors import BadInputError
 from streamconv.files.inputs import readable
@@ -46,3 +49,39 @@ def is_finite(dtype: DType, data: Iterable[bytes]) -> bool:
     return mask is None or not any(
         bool(((np.frombuffer(piece, mask.dtype) & mask) == mask).any()) for piece in data
     )
+
+
+class ElementReader:
+    """Reads a few elements here and there in ``paths``; the files are open until the end."""
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self._paths = paths
+        self._open: dict[int, IO[bytes]] = {}
+        self._stack = ExitStack()
+
+    def read(
+        self, file: int, start: int, dtype: DType, at: int, numel: int
+    ) -> npt.NDArray[np.generic]:
+        """Return ``numel`` elements from ``at`` on of the record that begins at byte ``start``."""
+        path = self._paths[file]
+        with readable(path):
+            if file not in self._open:
+                self._open[file] = self._stack.enter_context(path.open("rb", buffering=0))
+            nbytes = numel * dtype.itemsize
+            data = os.pread(self._open[file].fileno(), nbytes, start + at * dtype.itemsize)
+        if len(data) < nbytes:
+            raise BadInputError("the file became shorter", where=str(path))
+        return np.frombuffer(data, dtype.to_numpy())
+
+    def __enter__(self) -> ElementReader:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._stack.close()
+
+
+def rounds_to(wide: npt.NDArray[np.generic], narrow: npt.NDArray[np.generic]) -> bool:
+    """Whether each element of ``narrow`` is that of ``wide``, cast; a NaN is a NaN."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        cast = wide.astype(narrow.dtype)
+    return bool(np.all((cast == narrow) | ((cast != cast) & (narrow != narrow))))

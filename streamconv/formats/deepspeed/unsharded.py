@@ -10,20 +10,13 @@ each one's. Frozen parameters have none.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from pathlib import Path
-from typing import IO
-
-import numpy as np
-import numpy.typing as npt
 
 from streamconv.errors import BadInputError
-from streamconv.files.inputs import readable
 from streamconv.formats.deepspeed.flat import Cutter, Part, Vector, whole
+from streamconv.formats.tensor_bytes import ElementReader, rounds_to
 from streamconv.ir.boxes import Shape, contiguous_strides
-from streamconv.ir.dtypes import DType
 from streamconv.torchfile.rankfile import Stored
 
 _SAMPLE_NUMEL = 32
@@ -47,7 +40,7 @@ def name_masters(
         _Flat(g[0], number, cutter) if flat else _Shaped(g, number) for g in groups if g
     ]
     found: dict[str, Part] = {}
-    with _Files(paths) as files:
+    with ElementReader(paths) as files:
         for name, part in parameters.items():
             group = next(
                 (h for h in heads if h.fits(part) and h.is_like(files, number, part)), None
@@ -84,16 +77,16 @@ class _Group:
         """Return the next master, which has ``shape``, and go on to the one behind it."""
         raise NotImplementedError
 
-    def is_like(self, files: _Files, number: int, part: Part) -> bool:
+    def is_like(self, files: ElementReader, number: int, part: Part) -> bool:
         """Whether the next master begins and ends as ``part`` does, cast to its type."""
         numel = math.prod(part.shape)
         master, at = self.place()
         held = part.pieces[0]
         size = min(_SAMPLE_NUMEL, numel)
         return all(
-            _alike(
-                files.elements(number, master.start, master.spec.dtype, at + k, size),
-                files.elements(
+            rounds_to(
+                files.read(number, master.start, master.spec.dtype, at + k, size),
+                files.read(
                     held.record.file, held.record.start, part.dtype, held.storage_offset + k, size
                 ),
             )
@@ -146,38 +139,3 @@ class _Flat(_Group):
         self._at += numel
         self.left -= numel
         return self._cutter.part(self._stored.spec.dtype, shape, runs)
-
-
-class _Files:
-    """Reads a few elements here and there; the files are open until the end."""
-
-    def __init__(self, paths: Sequence[Path]) -> None:
-        self._paths = paths
-        self._open: dict[int, IO[bytes]] = {}
-        self._stack = ExitStack()
-
-    def elements(
-        self, number: int, start: int, dtype: DType, at: int, numel: int
-    ) -> npt.NDArray[np.generic]:
-        """Return elements from ``at`` on of the record that begins at byte ``start``."""
-        path = self._paths[number]
-        with readable(path):
-            if number not in self._open:
-                self._open[number] = self._stack.enter_context(path.open("rb", buffering=0))
-            nbytes = numel * dtype.itemsize
-            data = os.pread(self._open[number].fileno(), nbytes, start + at * dtype.itemsize)
-        if len(data) < nbytes:
-            raise BadInputError("the file became shorter", where=str(path))
-        return np.frombuffer(data, dtype.to_numpy())
-
-    def __enter__(self) -> _Files:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._stack.close()
-
-
-def _alike(master: npt.NDArray[np.generic], weight: npt.NDArray[np.generic]) -> bool:
-    with np.errstate(over="ignore", invalid="ignore"):
-        cast = master.astype(weight.dtype)
-    return bool(np.all((cast == weight) | ((cast != cast) & (weight != weight))))
