@@ -166,6 +166,26 @@ def test_batch_takes_steps_of_deepspeed_and_of_transformers(tmp_path: Path) -> N
     assert tracker.step == 6
 
 
+def test_a_universal_folder_has_masters_of_what_was_trained_alone(tmp_path: Path) -> None:
+    made = run(frozen=FROZEN, shared={"other.name": "a.weight"})
+    tag = zero.write(made, tmp_path)
+    for rank in range(3):
+        optimizer_file(tag, rank).unlink()
+    universal = tag.rename(tmp_path / f"{zero.TAG}_universal")
+    (tmp_path / "latest").rename(tmp_path / "latest_universal")
+    (tmp_path / "latest_universal").write_text(universal.name)
+    trained = {n: t for g in made.groups for n, t in g.items()}
+    upcast = {
+        n: t.bfloat16().float() for n, t in {**FROZEN, "other.name": trained["a.weight"]}.items()
+    }
+    for name, tensor in {**trained, **upcast}.items():
+        (universal / "zero" / name).mkdir(parents=True)
+        zero.save({"param": tensor, "cat_dim": 0}, universal / "zero" / name / "fp32.pt")
+    found = read(tmp_path)
+    assert_right(found, made)
+    assert found.halves.keys() == {*trained, "other.name"}
+
+
 def test_identify_names_the_files_that_are_read(tmp_path: Path) -> None:
     zero.write(run(stage=3, frozen=FROZEN), tmp_path)
     location = formats.find_model(tmp_path)

@@ -59,7 +59,10 @@ def read_model(reader: Reader) -> Weights:
 
 
 def _add_universal(reader: Reader, weights: Weights, shapes: Mapping[str, Shape], tp: int) -> None:
-    """Take the masters of a universal checkpoint; what it upcast (frozen weights) is as it was."""
+    """Take the masters of a universal checkpoint.
+
+    It holds frozen weights and the other names of shared ones as well, cast up: these are as they were.
+    """
     missing = [n for n in shapes if n not in reader.files.universal]
     if missing:
         raise BadInputError(
@@ -69,7 +72,7 @@ def _add_universal(reader: Reader, weights: Weights, shapes: Mapping[str, Shape]
             hint=_NOT_COPIED,
         )
     for name in reader.files.universal:
-        if name in weights.rest and name not in shapes:
+        if name not in shapes and (name in weights.rest or name in weights.aliases):
             continue
         part = reader.parameter(name, shapes.get(name) if tp == 1 else None)
         weights.masters[name] = part
