@@ -146,6 +146,18 @@ def test_what_veomni_saves(made, tmp_path):
     assert all(torch.equal(found[n], t) for n, t in expected.items())
 
 
+def test_what_accelerate_saves_of_what_was_trained_whole(made, tmp_path):
+    """It saves what PEFT would: the head under the name that the base model has for it."""
+    _, base, _, truth = made
+    state = {f"model.{n}": t for n, t in truth.items()}
+    assert f"model.{PREFIX}lm_head.weight" in state
+    dcp.save(state, checkpoint_id=tmp_path / "dcp", no_dist=True)
+    convert(tmp_path / "dcp", tmp_path / "out", hf_config=base, lora_alpha=LORA_ALPHA)
+    found = load(tmp_path / "out")
+    assert found.keys() == truth.keys()
+    assert all(torch.equal(found[n], t) for n, t in truth.items())
+
+
 def test_what_accelerate_saves(shared_checkpoints, tmp_path):
     root = shared_checkpoints / "layouts/accelerate_peft_fsdp"
     convert(root / "src", tmp_path / "out", base=root / "base", lora_alpha=16)
