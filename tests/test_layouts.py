@@ -17,7 +17,7 @@ from scripts.makers import layouts
 from scripts.makers.dcp import save_alone
 from scripts.outputs import differences, read_model
 from streamconv import formats
-from streamconv.errors import BadInputError, UsageError
+from streamconv.errors import BadInputError, UnsafeInputError, UsageError
 
 CONVERT = (
     "accelerate_full",
@@ -397,3 +397,21 @@ def test_what_quantization_aware_training_measured_is_left_out(
     src = layouts.write_single(tmp_path / "model.pt", {**llama.state_dict(), **measured})
     streamconv.convert(src, tmp_path / "out", hf_config=truth, keep_buffers=keep, sync=False)
     assert (measured.keys() <= read_model(tmp_path / "out").keys()) == keep
+
+
+def test_a_snapshot_in_the_hubs_cache_is_a_source(
+    llama: transformers.PreTrainedModel, truth: Path, tmp_path: Path
+) -> None:
+    """Its files are links into a folder beside it; a link to anywhere else is refused."""
+    made = layouts.finished(tmp_path / "made", llama)
+    snapshot = tmp_path / "models--a--b" / "snapshots" / "abc"
+    blobs = tmp_path / "models--a--b" / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for number, path in enumerate(sorted(made.iterdir())):
+        path.rename(blobs / str(number))
+        (snapshot / path.name).symlink_to(f"../../blobs/{number}")
+    converted(snapshot, tmp_path / "out", truth)
+    (snapshot / "vocab.json").symlink_to("/etc/hostname")
+    with pytest.raises(UnsafeInputError, match="leads out of the checkpoint"):
+        streamconv.plan(snapshot)

@@ -131,6 +131,8 @@ def list_side_files(folder: Path, *, root: Path, named: bool = False) -> Iterato
         within = real_path(root)
     if holds_weights(folder, root):
         within = real_path(folder)
+    if folder.parent.name == "snapshots":  # of the Hub's cache: links into blobs/ beside it
+        within = real_path(folder.parent.parent)
     for path in candidates(folder, root):
         name = path.relative_to(folder)
         if any(part.startswith(".") or part == "__pycache__" for part in name.parts):
