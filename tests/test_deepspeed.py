@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from safetensors.torch import load_file
 import streamconv
 from streamconv import formats
 from streamconv.errors import BadInputError
+from tests.stored import stored
 
 CASES = (
     "dsmoe_s2_ep2_w2",
@@ -158,3 +160,62 @@ def test_lazy_tensors_are_slices_of_the_masters(cases: Path, name: str) -> None:
         for tensor in ("model.embed_tokens.weight", "model.layers.1.mlp.down_proj.weight"):
             rows = opened[tensor].torch(slice(3, 7))
             assert torch.equal(rows, expected[tensor][3:7])
+
+
+def with_tensor_parallel_info(
+    case: Path, copy: Path, change: Callable[[dict[str, Any]], Any]
+) -> Path:
+    """Return a copy of a case whose model files say something else of tensor parallelism."""
+    shutil.copytree(case, copy)
+    for path in (copy / "global_step3").glob("mp_rank_*_model_states.pt"):
+        held = torch.load(path, weights_only=False)
+        held["universal_checkpoint_info"] = change(held["universal_checkpoint_info"])
+        torch.save(held, path)
+    return copy
+
+
+def test_patterns_tell_the_cuts_where_there_is_no_map(cases: Path, tmp_path: Path) -> None:
+    case = cases / "tp2_s1_bf16"
+    copy = with_tensor_parallel_info(
+        case, tmp_path / "case", lambda info: {**info, "affine_map": None}
+    )
+    expected = load_file(case / "truth" / "model.safetensors")
+    made = stored(formats.find_model(copy).read())
+    assert made.keys() == expected.keys()
+    assert all(torch.equal(made[n], expected[n]) for n in expected)
+
+
+NAME = r"^model\.layers\.0\.mlp\.down_proj\.weight$"
+
+
+def changed(info: dict[str, Any], **values: Any) -> dict[str, Any]:
+    entry = info["affine_map"]["params"][NAME]
+    piece = entry["ranks"][0]["pieces"][0]
+    entry.update({k: v for k, v in values.items() if k in entry})
+    piece.update({k: v for k, v in values.items() if k in piece})
+    return info
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda info: None,
+        lambda info: {**info, "affine_map": None, "parameter_with_sub_params": [{"patterns": "x"}]},
+        lambda info: changed(info, logical_shape=[48]),
+        lambda info: changed(info, logical_shape=[48, 87]),
+        lambda info: changed(info, logical_shape="48"),
+        lambda info: changed(info, ranks={}),
+        lambda info: changed(info, source=[7, [88, 1]]),
+        lambda info: changed(info, source=[0, [1, 48]]),
+        lambda info: changed(info, source=[-1, [88, 1]]),
+        lambda info: changed(info, dest=[1 << 70, [44, 1]]),
+        lambda info: changed(info, shape=[48, 43]),
+        lambda info: changed(info, shape=[48, 1 << 70]),
+    ],
+)
+def test_cuts_that_are_not_known_are_refused(
+    cases: Path, tmp_path: Path, change: Callable[[dict[str, Any]], Any]
+) -> None:
+    copy = with_tensor_parallel_info(cases / "tp2_s1_bf16", tmp_path / "case", change)
+    with pytest.raises(BadInputError):
+        formats.find_model(copy).read()

@@ -74,11 +74,12 @@ class ShardMap:
                 return self._by_map(entry, shapes)
             except (KeyError, TypeError, ValueError, IndexError):
                 raise self._bad(name, "an affine map of a form that is not known") from None
-        if any(p.fullmatch(name) for p in self._replicated):
+        if any(p.fullmatch(name) for p in self._replicated) and len(set(shapes)) == 1:
             return shapes[0], [[_Piece(Box.whole(s), (0,) * len(s))] for s in shapes]
-        if not self._known or self._sub or not shapes[0]:
-            raise self._bad(name, "no word of how it is cut")
         dim = 1 if any(p.fullmatch(name) for p in self._rows) else 0
+        others = {(*s[:dim], *s[dim + 1 :]) for s in shapes}
+        if not self._known or self._sub or any(len(s) <= dim for s in shapes) or len(others) > 1:
+            raise self._bad(name, "no word of how it is cut")
         sizes = [s[dim] for s in shapes]
         whole = (*shapes[0][:dim], sum(sizes), *shapes[0][dim + 1 :])
         starts = [sum(sizes[:k]) for k in range(len(sizes))]
@@ -96,15 +97,13 @@ class ShardMap:
             said = entry["ranks"][rank]
             if _sizes(said["shard_shape"]) != shape:
                 raise ValueError("another shard")
-            made.append(
-                [
-                    _Piece(
-                        Box(_start(p["dest"], shape), _sizes(p["shape"])),
-                        _start(p["source"], whole),
-                    )
-                    for p in said["pieces"]
-                ]
-            )
+            pieces = []
+            for p in said["pieces"]:
+                box = Box(_start(p["dest"], shape), _sizes(p["shape"]))
+                if not box.inside(shape):
+                    raise ValueError("a piece outside its shard")
+                pieces.append(_Piece(box, _start(p["source"], whole)))
+            made.append(pieces)
         return whole, made
 
     def _bad(self, name: str, found: str) -> BadInputError:
