@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import streamconv
 from scripts.makers import zero
@@ -23,6 +24,7 @@ from streamconv.batch.ready import read_tracker
 from streamconv.errors import BadInputError, StreamconvError, UnsafeInputError, UsageError
 from streamconv.formats.deepspeed import checkpoint
 from streamconv.ir.source import Checkpoint
+from streamconv.options import Event, Progress
 from tests.stored import stored
 
 
@@ -533,6 +535,33 @@ def test_each_byte_of_a_flat_group_is_read_once(tmp_path: Path) -> None:
     result = streamconv.convert(tag, tmp_path / "out", layout="memory", sync=False)
     weights = sum(4 * t.numel() for t in made.truth.values())
     assert weights <= result.read_bytes < weights * 1.05
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_stopped_conversion_goes_on_within_a_flat_group(tmp_path: Path, stage: int) -> None:
+    made = run(ranks=3, stage=stage)
+    made.groups = [{f"w{k}": torch.randn(700, 301) for k in range(6)}]
+    tag = zero.write(made, tmp_path / "src")
+    options: dict[str, Any] = {"layout": "memory", "sync": False, "max_shard_size": "900KB"}
+
+    class StopError(Exception):
+        pass
+
+    def stop(event: Event) -> None:
+        if isinstance(event, Progress) and event.done_bytes > event.total_bytes // 2:
+            raise StopError
+
+    with pytest.raises(StopError):
+        streamconv.convert(tag, tmp_path / "out", on_event=stop, **options)
+    result = streamconv.convert(tag, tmp_path / "out", **options)
+    weights = sum(4 * t.numel() for t in made.truth.values())
+    assert 0 < result.reused_bytes < weights
+    # The checksums of what was read before are remembered: nothing is read for them again.
+    assert result.read_bytes <= weights - result.reused_bytes + weights // 10
+    files = sorted((tmp_path / "out").glob("*.safetensors"))
+    values = {n: t for f in files for n, t in load_file(f).items()}
+    assert values.keys() == made.truth.keys()
+    assert all(torch.equal(values[n], t) for n, t in made.truth.items())
 
 
 def test_masters_no_is_refused_where_there_are_masters_alone(tmp_path: Path) -> None:
