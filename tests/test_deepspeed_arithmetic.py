@@ -80,3 +80,31 @@ def test_a_parameter_smaller_than_its_ranks(
     zero.write(run, tmp_path)
     made = stored(checkpoint.read(tmp_path / zero.TAG))
     assert {n: made[n].tolist() for n in made} == {n: t.tolist() for n, t in run.truth.items()}
+
+
+@given(
+    st.lists(SHAPES, min_size=1, max_size=3),
+    st.integers(1, 3),
+    st.integers(1, 3),
+    st.integers(1, 3),
+    st.integers(1, 3),
+)
+@settings(max_examples=60, deadline=None)
+def test_experts_of_all_ranks_are_put_together(
+    shapes: list[tuple[int, ...]], layers: int, ep: int, each: int, sharing: int
+) -> None:
+    dense = {"a.weight": tensor((5, 3), 1), "gate": tensor((7,), 2)}
+    experts = [
+        [
+            {f"{k}.weight": tensor(s, 1000 * layer + 100 * e + k) for k, s in enumerate(shapes)}
+            for e in range(ep * each)
+        ]
+        for layer in range(layers)
+    ]
+    with tempfile.TemporaryDirectory() as place:
+        truth = zero.write_experts(Path(place), dense, experts, ep * sharing, ep)
+        found = checkpoint.read(Path(place) / zero.TAG)
+        made = stored(found)
+    assert made.keys() == truth.keys()
+    assert all(torch.equal(made[n], t) and made[n].dtype == t.dtype for n, t in truth.items())
+    assert found.halves.keys() == truth.keys()

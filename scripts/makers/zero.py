@@ -72,6 +72,50 @@ def write(run: Run, root: Path) -> Path:
     return folder
 
 
+EXPERTS = "deepspeed_moe.experts.deepspeed_experts"
+
+
+def write_experts(
+    root: Path, dense: Tensors, layers: Sequence[Sequence[Tensors]], ranks: int, ep: int
+) -> dict[str, torch.Tensor]:
+    """Write a run of deepspeed.moe in stage 2, and return what must come out.
+
+    ``layers`` has for each MoE layer all experts, of which each of ``ep`` expert ranks has as many.
+    """
+    folder = root / TAG
+    folder.mkdir(parents=True)
+    run = Run([dense], ranks=ranks)
+    local = [
+        {
+            f"moe{k}.{EXPERTS}.{j}.{name}": tensor
+            for k, experts in enumerate(layers)
+            for j, expert in enumerate(experts[e * len(experts) // ep :][: len(experts) // ep])
+            for name, tensor in expert.items()
+        }
+        for e in range(ep)
+    ]
+    model = _model(run, 0)
+    model["param_shapes"].append(OrderedDict((n, tuple(t.shape)) for n, t in local[0].items()))
+    model["num_experts"] = [len(experts) for experts in layers]
+    save(model, folder / "mp_rank_00_model_states.pt")
+    truth = dict(dense)
+    for k, experts in enumerate(layers):
+        for number, expert in enumerate(experts):
+            named = {f"moe{k}.{EXPERTS}.{number}.{n}": t for n, t in expert.items()}
+            truth |= named
+            halves = OrderedDict((n, t.to(run.dtype)) for n, t in named.items())
+            save(halves, folder / f"layer_{k}_expert_{number}_mp_rank_00_model_states.pt")
+    sharing = Run([], ranks=ranks // ep)
+    for rank in range(ranks):
+        held = _optimizer(run, rank)
+        state = held["optimizer_state_dict"]
+        piece, _ = _cut(sharing, local[rank % ep], rank // ep)
+        state["single_partition_of_fp32_groups"].append(piece)
+        state["partition_count"].append(ranks // ep)
+        save(held, folder / f"bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")
+    return truth
+
+
 def save(value: object, path: Path, legacy: bool = False) -> None:
     """Write a file as torch.save does; ``legacy`` without a zip."""
     with deepspeed_names():
