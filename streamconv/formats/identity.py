@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 from pathlib import Path
+from typing import Protocol
 
 import xxhash
 
@@ -44,6 +45,42 @@ def identify_file(file: Path, root: Path) -> SourceFile:
         status.st_mtime_ns,
         digest,
         evidence="" if checksums else evidence_of(file),
+    )
+
+
+class Read(Protocol):
+    """What a file said of itself when it was read."""
+
+    @property
+    def nbytes(self) -> int:
+        """Return its size."""
+
+    @property
+    def mtime_ns(self) -> int:
+        """Return its time of change."""
+
+    @property
+    def directory_hash(self) -> str:
+        """Return the hash of its directory."""
+
+    @property
+    def prefix(self) -> str:
+        """Return what precedes the names of its entries."""
+
+    @property
+    def checksums(self) -> bool:
+        """Return whether its directory holds the CRC-32 of every record."""
+
+
+def source_file(path: Path, read: Read, root: Path) -> SourceFile:
+    """Return a torch file that was read as a source of the checkpoint in ``root``."""
+    return SourceFile(
+        path.relative_to(root).as_posix(),
+        read.nbytes,
+        read.mtime_ns,
+        read.directory_hash,
+        read.prefix,
+        evidence="" if read.checksums else evidence_of(path),
     )
 
 

@@ -18,7 +18,7 @@ from streamconv.formats.deepspeed.flat import Part
 from streamconv.formats.deepspeed.folder import list_files, tag_folder
 from streamconv.formats.deepspeed.model import read_model
 from streamconv.formats.deepspeed.ranks import Reader, Weights, in_order
-from streamconv.formats.identity import evidence_of, identify_torch_file
+from streamconv.formats.identity import identify_torch_file, source_file
 from streamconv.formats.side_folder import above, side_folder
 from streamconv.ir.source import Checkpoint, GlobalTensor, Skipped, SourceFile
 from streamconv.torchfile.unpickle import no_garbage_collection
@@ -124,11 +124,4 @@ def _facts(weights: Weights, tag: str) -> dict[str, object]:
 def _source_file(path: Path, facts: FileFacts | None, root: Path) -> SourceFile:
     if facts is None:
         return identify_torch_file(path, root)
-    return SourceFile(
-        path.relative_to(root).as_posix(),
-        facts.nbytes,
-        facts.mtime_ns,
-        facts.directory_hash,
-        facts.prefix,
-        evidence="" if facts.checksums else evidence_of(path),
-    )
+    return source_file(path, facts, root)

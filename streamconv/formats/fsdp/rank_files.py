@@ -31,7 +31,7 @@ from types import MappingProxyType
 from streamconv.errors import BadInputError, StreamconvError
 from streamconv.files.jsonfile import object_or_empty, read_json
 from streamconv.formats.fsdp.merge import Cut, Merger, Pending
-from streamconv.formats.identity import evidence_of, identify_file
+from streamconv.formats.identity import identify_file, source_file
 from streamconv.formats.side_folder import side_folder
 from streamconv.ir.source import Checkpoint, GlobalTensor, Skipped, SourceFile, Undecided
 from streamconv.torchfile.meshes import Mesh
@@ -101,7 +101,7 @@ def read(path: Path) -> Checkpoint:
     skipped: dict[str, str] = {}
     with no_garbage_collection():
         for number, contents in enumerate(read_rank_files(reader, folder.files)):
-            sources.append(_source_file(contents))
+            sources.append(source_file(contents.path, contents, path))
             facts.add(contents)
             skipped.update(contents.skipped)
             for fqn, stored in contents.tensors.items():
@@ -267,17 +267,6 @@ class _FileFacts:
                 "cannot be verified"
             )
         return result
-
-
-def _source_file(file: RankFile) -> SourceFile:
-    return SourceFile(
-        file.path.name,
-        file.nbytes,
-        file.mtime_ns,
-        file.directory_hash,
-        file.prefix,
-        evidence="" if file.checksums else evidence_of(file.path),
-    )
 
 
 def _cut_tp_first(folder: _Folder, facts: _FileFacts) -> bool:

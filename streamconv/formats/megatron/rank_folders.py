@@ -24,7 +24,7 @@ from types import MappingProxyType
 
 from streamconv.errors import BadInputError
 from streamconv.files.jsonfile import object_or_empty
-from streamconv.formats.identity import evidence_of, identify_file
+from streamconv.formats.identity import identify_file, source_file
 from streamconv.formats.megatron import facts
 from streamconv.formats.megatron.names import why_no_weight
 from streamconv.formats.megatron.run import EMBEDDING, SIZES, Run, check_claim, is_final_norm
@@ -155,7 +155,7 @@ def read(path: Path) -> Checkpoint:
     return Checkpoint(
         root=path,
         format=NAME,
-        files=tuple(_source_file(f, path) for f in files),
+        files=tuple(source_file(f.path, f, path) for f in files),
         tensors=MappingProxyType(model.tensors),
         side_dir=side,
         skipped=(
@@ -178,17 +178,6 @@ def read(path: Path) -> Checkpoint:
             }
         ),
         naming="mcore",
-    )
-
-
-def _source_file(file: StageFile, root: Path) -> SourceFile:
-    return SourceFile(
-        file.path.relative_to(root).as_posix(),
-        file.nbytes,
-        file.mtime_ns,
-        file.directory_hash,
-        file.prefix,
-        evidence="" if file.checksums else evidence_of(file.path),
     )
 
 
