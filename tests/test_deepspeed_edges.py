@@ -482,6 +482,7 @@ def test_a_weight_that_is_a_call_is_refused_and_not_made(tmp_path: Path) -> None
         ("module", [1, 2]),
         ("mp_world_size", 0),
         ("mp_world_size", 5),
+        ("mp_world_size", 1 << 19),
     ],
 )
 def test_values_that_no_release_writes_are_refused(tmp_path: Path, key: str, value: Any) -> None:
@@ -498,6 +499,7 @@ def test_values_that_no_release_writes_are_refused(tmp_path: Path, key: str, val
         ("partition_count", ["3", "3"]),
         ("partition_count", [1 << 40, 3]),
         ("partition_count", None),
+        ("partition_count", [(1 << 31) - 1, 3]),
         ("partition_count", [2, 3]),
         ("single_partition_of_fp32_groups", {"a": 1}),
         ("single_partition_of_fp32_groups", [torch.zeros(2, 2), torch.zeros(2)]),

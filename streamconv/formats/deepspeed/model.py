@@ -130,12 +130,13 @@ def _add_experts(reader: Reader, ranks: Sequence[Weights]) -> None:
     for number, layer in enumerate(sorted(experts)):
         held_here = experts[layer].keys()
         total = expected[number] if len(expected) == len(experts) else max(held_here) + 1
-        missing = sorted(set(range(total)) - held_here)
-        if missing:
+        lost = total - sum(e < total for e in held_here)
+        if lost:
+            first = next(e for e in range(total) if e not in held_here)
             raise BadInputError(
-                f"the files of {len(missing)} experts are missing",
+                f"the files of {lost} experts are missing",
                 where=str(reader.files.folder),
-                expected=f"layer_{layer}_expert_{missing[0]}_mp_rank_00_model_states.pt",
+                expected=f"layer_{layer}_expert_{first}_mp_rank_00_model_states.pt",
                 found=f"{len(held_here)} of {total} experts of this layer",
                 hint=_NOT_COPIED,
             )

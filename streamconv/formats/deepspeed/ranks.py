@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -106,7 +107,7 @@ class Reader:
         if not paths:
             return []
         if 0 not in paths:
-            raise self._missing([0], rank, len(paths))
+            raise self._missing(1, [0], rank, len(paths))
         first = self._share(paths[0])
         ranks = max(first.file.partition_count)
         stale = [d for d in paths if d >= ranks]
@@ -116,9 +117,11 @@ class Reader:
                 f"this save did not have: it was written on {ranks}. They are left over from another, "
                 "and not used"
             )
-        missing = [d for d in range(ranks) if d not in paths]
-        if missing:
-            raise self._missing(missing, rank, len(paths), ranks)
+        present = sum(d < ranks for d in paths)
+        if present < ranks:
+            # As many as a file may say: only some are looked for.
+            missing = [*islice((d for d in range(ranks) if d not in paths), _MAX_EXAMPLES)]
+            raise self._missing(ranks - present, missing, rank, len(paths), ranks)
         shares = [first, *(self._share(paths[d]) for d in range(1, ranks))]
         for share in shares[1:]:
             _check_same(first, share)
@@ -130,14 +133,17 @@ class Reader:
         return Share(self.numbers[path], file)
 
     def _missing(
-        self, missing: Sequence[int], rank: int, found: int, ranks: int | None = None
+        self,
+        count: int,
+        missing: Sequence[int],
+        rank: int,
+        found: int,
+        ranks: int | None = None,
     ) -> BadInputError:
-        names = ", ".join(
-            f"zero_pp_rank_{d}_mp_rank_{rank:02}_optim_states.pt" for d in missing[:_MAX_EXAMPLES]
-        )
-        more = f" and {len(missing) - _MAX_EXAMPLES} more" if len(missing) > _MAX_EXAMPLES else ""
+        names = ", ".join(f"zero_pp_rank_{d}_mp_rank_{rank:02}_optim_states.pt" for d in missing)
+        more = f" and {count - len(missing)} more" if count > len(missing) else ""
         return BadInputError(
-            f"{len(missing)} optimizer files are missing: {names}{more}",
+            f"{count} optimizer files are missing: {names}{more}",
             where=str(self.files.folder),
             expected="the files of all ranks" if ranks is None else f"those of {ranks} ranks",
             found=f"{found}",
