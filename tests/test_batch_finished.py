@@ -94,9 +94,13 @@ def test_a_finished_model_beside_a_checkpoint_or_outside_a_step_is_passed_over(
     runs.add_step(run, 10, lone_rank_file)
     finished(run / "global_step_10" / "merged")
     finished(run / "base")
+    (run / "wandb").mkdir()
+    torch.save({"w": torch.ones(2)}, run / "wandb" / "model.pt")
     own = finished(run / "global_step_20" / "made")
     (own / "streamconv.json").write_text(json.dumps({}))
     told: list[str] = []
     found = discover(run, on_notice=told.append)
     assert [c.relative.as_posix() for c in found] == ["global_step_10/actor"]
+    (run / "wandb").rename(run / "global_step_30")
+    assert [c.step for c in discover(run)] == [10, 30]
     assert ["beside what was trained" in t for t in told] == [True]

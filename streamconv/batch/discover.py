@@ -28,7 +28,7 @@ from streamconv.errors import BadInputError, StreamconvError
 from streamconv.files.filesystems import real_path
 from streamconv.files.inputs import cannot_read, reading
 from streamconv.files.names import MANIFEST
-from streamconv.formats import finding
+from streamconv.formats import finding, torch_file
 from streamconv.formats.megatron import rank_folders
 from streamconv.formats.steps import MARKERS, step_number
 
@@ -40,6 +40,7 @@ _STATE = re.compile(r"optim|extra|rng|sched|dataload", re.IGNORECASE)
 _OWN = frozenset({"dist_ckpt", "model", "model/dist_ckpt"})
 _OF_A_MODEL = frozenset({"model", "huggingface", "consolidated"})
 _FINISHED = frozenset(f.NAME for f in formats.FORMATS if f.FINISHED)
+_COMMON = _FINISHED | {torch_file.NAME}
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,8 +226,9 @@ class _Walk:
                 found = candidate_at(self._root, folder, location.format, location.side_dir)
                 if not found.finished:
                     self._name_inside(folder)
-                # Of finished models those that training left: not what others made of them.
-                if not found.finished or (found.step is not None and not _is_output(folder)):
+                # What others make and keep is called so as well: only what training left in a step.
+                common = found.format in _COMMON
+                if not common or (found.step is not None and not _is_output(folder)):
                     yield found
                     return
             below = _folders(folder)
