@@ -163,12 +163,35 @@ def test_pieces_that_do_not_say_where_they_belong_are_refused(
         streamconv.convert(src, tmp_path / "out", hf_config=truth, sync=False)
 
 
-def test_what_was_joined_already_is_taken(
+def test_a_file_that_no_rank_has_is_missed(
     llama: transformers.PreTrainedModel, truth: Path, tmp_path: Path
 ) -> None:
     src = layouts.pieces(tmp_path / "src", llama.state_dict(), world=2)
+    for path in src.iterdir():
+        path.rename(src / path.name.replace("00001-of-00001", "00001-of-00002"))
+    with pytest.raises(BadInputError, match="missing on every rank"):
+        streamconv.inspect(src)
+    shutil.copy(truth / "config.json", src)
+    assert any("model-00002-of-00002" in n for n in streamconv.inspect(src)["notices"])
+
+
+def test_what_was_joined_already_is_taken(
+    llama: transformers.PreTrainedModel, truth: Path, tmp_path: Path
+) -> None:
+    """With the config that lies beside the pieces, and only where it is what they make."""
+    src = layouts.pieces(tmp_path / "src", llama.state_dict(), world=2)
     shutil.copytree(truth, src / "consolidated")
+    (src / "consolidated" / "config.json").rename(src / "config.json")
     assert formats.find_model(src).root == src / "consolidated"
+    assert formats.find_model(src).side_dir == src
+    checkpoint = formats.find_model(src).read()
+    assert "consolidated/ is taken" in checkpoint.notices[0]
+    made = load_file(src / "consolidated" / "model.safetensors")
+    layouts.write_safe(
+        src / "consolidated" / "model.safetensors", made | {"lm_head.weight": torch.ones(8, 4)}
+    )
+    with pytest.raises(BadInputError, match="is not what the pieces beside it make"):
+        formats.find_model(src).read()
     (src / "consolidated" / "model.safetensors").unlink()
     assert formats.find_model(src).root == src
 
@@ -348,16 +371,21 @@ def test_values_are_put_into_config_json(
 ) -> None:
     src = layouts.finished(tmp_path / "src", llama)
     overrides = ["rope_theta=500000.0", "max_position_embeddings=4096", "note=as it is"]
+    assert llama.config.rope_parameters["rope_theta"] == 10000.0
     converted(src, tmp_path / "out", truth, config=overrides)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert (config["rope_theta"], config["max_position_embeddings"]) == (500000.0, 4096)
     assert config["note"] == "as it is"
     told = " ".join(json.loads((tmp_path / "out" / "streamconv.json").read_text())["notices"])
     assert "max_position_embeddings is 4096, as --config says (it was 2048)" in told
+    loaded = transformers.AutoConfig.from_pretrained(tmp_path / "out")
+    assert loaded.rope_parameters["rope_theta"] == 500000.0
     assert not streamconv.verify(tmp_path / "out", source=src).problems
 
 
-@pytest.mark.parametrize("text", ["rope_theta", "=3", "a..b=1", "model_type.x=1"])
+@pytest.mark.parametrize(
+    "text", ["rope_theta", "=3", "a..b=1", "model_type.x=1", "rope_scaling=null"]
+)
 def test_a_value_that_does_not_fit_is_refused(
     text: str, llama: transformers.PreTrainedModel, tmp_path: Path
 ) -> None:

@@ -191,9 +191,10 @@ def _in_run(path: Path, model: str | None) -> Location:
     raise BadInputError(
         "no checkpoint of a known format",
         where=str(path),
-        expected="model_world_size_N_rank_R.pt files (verl FSDP), .metadata beside .distcp files "
-        "(torch DCP, Megatron torch_dist), mp_rank_* folders (Megatron) or *_states.pt (DeepSpeed), "
-        "here or in a folder such as actor/",
+        expected="model_world_size_N_rank_R.pt files (verl FSDP) or Accelerate's, .metadata beside "
+        ".distcp files (torch DCP, Megatron torch_dist), "
+        "mp_rank_* folders (Megatron), *_states.pt (DeepSpeed), a finished model, its pieces, an "
+        "adapter or one torch file, here or in a folder such as actor/",
         found=_what_is_here(path),
     )
 

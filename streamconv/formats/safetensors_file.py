@@ -137,8 +137,11 @@ def listed_files(index: Path) -> list[Path]:
     names = sorted(set(read_index(index)[0].values()))
     absent = [n for n in names if Path(n).name != n or not (index.parent / n).is_file()]
     if absent:
+        outside = "/" in absent[0]
         raise BadInputError(
-            "the index names a file that is not there", where=str(index), found=absent[0][:200]
+            f"the index names a file that is not {'in its folder' if outside else 'there'}",
+            where=str(index),
+            found=absent[0][:200],
         )
     return [index.parent / name for name in names]
 

@@ -66,6 +66,7 @@ _ADAPTER = "adapter_config.json"
 _MAX_CONFIG_BYTES = 4 << 20
 # transformers 5 writes ``dtype``, 4 wrote ``torch_dtype``; both read both.
 _DTYPE_KEYS = ("dtype", "torch_dtype")
+_ROPE = "rope_parameters"
 
 
 def read_config(folder: Path) -> dict[str, Any] | None:
@@ -104,6 +105,7 @@ def overridden(
     told = []
     for text in overrides:
         keys, value = parse_override(text)
+        keys = _as_version_5(changed, keys, text)
         part = changed
         for key in keys[:-1]:
             part = part.setdefault(key, {})
@@ -113,10 +115,47 @@ def overridden(
                 )
         was = json.dumps(part[keys[-1]]) if keys[-1] in part else "nothing"
         part[keys[-1]] = value
+        if _ROPE in keys[:-1]:
+            _set_older(changed, keys, value)
         told.append(
             f"config.json: {'.'.join(keys)} is {json.dumps(value)}, as --config says (it was {was})"
         )
     return changed, told
+
+
+def _set_older(config: dict[str, Any], keys: tuple[str, ...], value: Any) -> None:
+    """Set what version 4 reads as well, where that is there."""
+    part = config
+    for key in keys[: keys.index(_ROPE)]:
+        part = part[key]
+    if keys[-1] in part:
+        part[keys[-1]] = value
+
+
+def _as_version_5(config: Mapping[str, Any], keys: tuple[str, ...], text: str) -> tuple[str, ...]:
+    """Return the keys by which transformers 5 finds a setting that version 4 kept one level higher.
+
+    It reads the settings of the rotary embedding from ``rope_parameters`` where that is there, and
+    passes over the old keys. Raises :class:`UsageError` where one old key stands for several new ones.
+    """
+    part: Any = config
+    for key in keys[:-1]:
+        part = part.get(key) if isinstance(part, dict) else None
+    new = part.get(_ROPE) if isinstance(part, dict) else None
+    if not isinstance(new, dict):
+        return keys
+    by_layer_type = [
+        k for k, v in new.items() if isinstance(v, dict) and keys[-1] in {"rope_scaling", *v}
+    ]
+    where = ".".join((*keys[:-1], _ROPE))
+    if keys[-1] == "rope_scaling" or by_layer_type:
+        inner = f"{by_layer_type[0]}." if by_layer_type else ""
+        raise UsageError(
+            f"transformers 5 does not read {keys[-1]} where config.json has {_ROPE}",
+            found=f"--config {text}",
+            hint=f"name its settings one by one, such as {where}.{inner}rope_theta=1e6",
+        )
+    return (*keys[:-1], _ROPE, keys[-1]) if keys[-1] in new else keys
 
 
 def list_side_files(folder: Path, *, root: Path, named: bool = False) -> Iterator[SideFile]:
@@ -213,7 +252,7 @@ def left_out(folder: Path, root: Path, sources: Collection[Path]) -> Iterator[Sk
         if path in sources:
             continue
         if path.is_file() and _is_weights(path.name):
-            reason = "weights beside the config; the output's come from the rank files"
+            reason = "weights beside the config; the output is made of others"
         elif path.is_file() and inner == _ADAPTER:
             # With it transformers would look for an adapter, and find none.
             reason = "an adapter's config; the output is a whole model"

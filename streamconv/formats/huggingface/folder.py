@@ -6,13 +6,14 @@ of safetensors carry no checksums.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 
 from streamconv.errors import BadInputError
-from streamconv.formats.huggingface import weights
-from streamconv.formats.side_folder import side_folder
-from streamconv.ir.source import Checkpoint, SourceFile
+from streamconv.formats.huggingface import pieces, weights
+from streamconv.formats.side_folder import above, side_folder
+from streamconv.ir.source import Checkpoint, GlobalTensor, SourceFile
 
 NAME = "huggingface"
 FINISHED = True
@@ -27,7 +28,12 @@ def detect(path: Path) -> str | None:
 
 def side_dir(path: Path) -> Path | None:
     """Return the folder with config and tokenizer, where it is there."""
-    return side_folder(path)
+    return side_folder(*((path, above(path)) if _of_pieces(path) else (path,)))
+
+
+def _of_pieces(path: Path) -> bool:
+    """Whether this is what the pieces in the folder above were joined to."""
+    return path.name == pieces.JOINED and pieces.holds(above(path))
 
 
 def index_file(path: Path) -> Path | None:
@@ -43,6 +49,10 @@ def identify(path: Path) -> tuple[SourceFile, ...]:
 def read(path: Path) -> Checkpoint:
     """Read the headers of the weight files in the folder ``path``."""
     files, tensors, skipped = weights.read(_files(path), path)
+    notices: tuple[str, ...] = ()
+    if _of_pieces(path):
+        _check_pieces(path, tensors)
+        notices = (f"{path.name}/ is taken, which the pieces beside it were joined to",)
     return Checkpoint(
         root=path,
         format=NAME,
@@ -50,8 +60,23 @@ def read(path: Path) -> Checkpoint:
         tensors=MappingProxyType(tensors),
         side_dir=side_dir(path),
         skipped=skipped,
+        notices=notices,
         facts=MappingProxyType({"weight_files": len(files)}),
     )
+
+
+def _check_pieces(path: Path, tensors: Mapping[str, GlobalTensor]) -> None:
+    """Raise :class:`BadInputError` where what was joined is not of the shapes of its pieces."""
+    for name, tensor in pieces.read(above(path)).tensors.items():
+        joined = tensors.get(name)
+        if joined is not None and (joined.shape, joined.dtype) != (tensor.shape, tensor.dtype):
+            raise BadInputError(
+                f"{path.name}/ is not what the pieces beside it make",
+                where=f"{path}, {name}",
+                expected=f"{tensor.dtype} {list(tensor.shape)}",
+                found=f"{joined.dtype} {list(joined.shape)}",
+                hint="move away what is not wanted",
+            )
 
 
 def _files(path: Path) -> list[Path]:

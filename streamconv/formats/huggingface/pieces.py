@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
@@ -31,16 +31,26 @@ NAME = "huggingface_pieces"
 FINISHED = False
 SEVERAL = False
 
-_PIECES = re.compile(r"shard-\d{5}-model-\d{5}-of-(\d{5})\.safetensors", re.ASCII)
+_PIECES = re.compile(r"shard-\d{5}-model-(?P<file>\d{5})-of-(?P<of>\d{5})\.safetensors", re.ASCII)
+_UNSEEN = (
+    "whether the last rank's pieces are missing cannot be seen without config.json (--hf-config DIR "
+    "names a folder that has it)"
+)
 _SHARDING = "DCP_SHARDING_INFO"
-_JOINED = "consolidated"
+JOINED = "consolidated"
+"""The folder in which NeMo Automodel and transformers join them."""
 _OWN = ".hf_metadata"  # NeMo Automodel's folder with config and tokenizer
+
+
+def holds(path: Path) -> bool:
+    """Whether pieces lie in ``path``."""
+    return bool(_files(path))
 
 
 def detect(path: Path) -> str | None:
     """Return why ``path`` looks like such a folder, or None; where they were joined, that is taken."""
     files = _files(path)
-    if not files or weights.find(path / _JOINED):
+    if not files or weights.find(path / JOINED):
         return None
     return f"{len(files)} files shard-*-model-*.safetensors"
 
@@ -94,11 +104,33 @@ def read(path: Path) -> Checkpoint:
         files=weights.identify(files, path),
         tensors=MappingProxyType(tensors_made),
         side_dir=side,
-        notices=()
-        if side is not None
-        else ("no config.json: that the last rank's pieces are missing could not be seen",),
+        notices=_notices(files, path, side),
         facts=MappingProxyType({"ranks": len({f.name[:11] for f in files})}),
     )
+
+
+def _notices(files: Sequence[Path], path: Path, side: Path | None) -> tuple[str, ...]:
+    """Return what the names of files tell to be missing, which config.json would prove.
+
+    Raises :class:`BadInputError` where there is no config.json.
+    """
+    found = [m for f in files if (m := _PIECES.fullmatch(f.name))]
+    most = max(int(m["of"]) for m in found)
+    missing = sorted({*range(1, most + 1)} - {int(m["file"]) for m in found})
+    names = ", ".join(f"shard-*-model-{n:05d}-of-{most:05d}.safetensors" for n in missing[:5])
+    if missing and side is None:
+        raise BadInputError(
+            f"{len(missing)} of {most} files are missing on every rank",
+            where=str(path),
+            expected=names,
+            hint="copy the missing files, or put config.json beside the others: it tells whether the "
+            "model is whole without them",
+        )
+    if missing:
+        return (f"no rank has {names}: config.json tells whether the model is whole without them",)
+    if side is None:
+        return (_UNSEEN,)
+    return ()
 
 
 def _files(path: Path) -> list[Path]:
