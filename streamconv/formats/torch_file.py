@@ -63,8 +63,7 @@ def read(path: Path) -> Checkpoint:
     file = _one(path)
     contents = read_torch_file(file)
     names = contents.tensors
-    states = {n for n in names if trainer_state.is_state(n)}
-    states |= {*trainer_state.states_of_weights(names)}
+    states = trainer_state.states(names)
     others = Counter(reason for _, reason in contents.skipped)
     if states:
         others[trainer_state.STATE] += len(states)

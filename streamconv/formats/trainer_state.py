@@ -26,6 +26,11 @@ def is_state(name: str) -> bool:
     return _BY_COMPONENT.search(name) is not None
 
 
+def states(names: Collection[str]) -> set[str]:
+    """Return the names of tensors that are a trainer's."""
+    return {n for n in names if is_state(n)} | {*states_of_weights(names)}
+
+
 def states_of_weights(names: Collection[str]) -> Iterator[str]:
     """Yield the names of tensors that an optimizer keeps of weights that are there, too.
 

@@ -277,6 +277,26 @@ class Contents:
             ) from None
         self.tensors[name] = stored
 
+    def refuse_others(self) -> None:
+        """Raise :class:`BadInputError` for what was no tensor: a weight must not vanish."""
+        for name, reason in self.skipped:
+            raise BadInputError(
+                "a weight is stored as something other than a plain tensor",
+                where=f"{self._where}, {name[:200]}",
+                found=reason,
+            )
+
+    def plain(self, whose: str) -> dict[str, Stored]:
+        """Return the tensors; raises :class:`BadInputError` for what ``whose`` files do not hold."""
+        for name, stored in self.tensors.items():
+            if stored.spec.kind != "plain":
+                raise BadInputError(
+                    f"a tensor of a kind that {whose} do not hold",
+                    where=f"{self._where}, {name[:200]}",
+                    found=stored.spec.kind,
+                )
+        return self.tensors
+
     def _store(self, spec: LocalSpec, storage: InertStorage) -> Stored:
         entry = self._entries.get("data/" + storage.key)
         if entry is None:

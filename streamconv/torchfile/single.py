@@ -14,9 +14,9 @@ from typing import Any
 
 from streamconv.errors import BadInputError
 from streamconv.torchfile.inert import Inert, InertDict
-from streamconv.torchfile.legacy import is_legacy, read_legacy
-from streamconv.torchfile.rankfile import Contents, RankReader, Stored, open_archive
-from streamconv.torchfile.unpickle import MAX_PICKLE_NBYTES, load_inert, no_garbage_collection
+from streamconv.torchfile.opened import opened
+from streamconv.torchfile.rankfile import Contents, RankReader, Stored
+from streamconv.torchfile.unpickle import MAX_PICKLE_NBYTES
 from streamconv.torchfile.values import TENSOR_CALLS, name_of
 from streamconv.torchfile.zipdir import ZipDirectory
 
@@ -45,12 +45,7 @@ def read_torch_file(path: Path) -> TorchFile:
     Raises :class:`BadInputError` for a damaged file or one without tensors, :class:`UnsafeInputError`
     for a hostile one.
     """
-    if is_legacy(path):
-        _, directory, root = read_legacy(path, max_nbytes=MAX_PICKLE_NBYTES)
-        return _contents(root, directory)
-    with open_archive(path) as (_, directory), no_garbage_collection():
-        data = directory.read_entry("data.pkl", max_nbytes=MAX_PICKLE_NBYTES)
-        root = load_inert(data, str(path), unknown="keep")
+    with opened(path, max_pickle_nbytes=MAX_PICKLE_NBYTES) as (_, directory, root):
         return _contents(root, directory)
 
 

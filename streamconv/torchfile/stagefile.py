@@ -73,8 +73,8 @@ def read_stage_file(
                     skipped[reason] += 1
                 else:
                     contents.add(name, value)
-            _check_tensors(contents, where)
-            stages.append(contents.tensors)
+            contents.refuse_others()
+            stages.append(contents.plain("Megatron's rank files"))
         args = _plain_args(root)
     return StageFile(
         path,
@@ -125,23 +125,6 @@ def _state_dicts(
             hint="convert it to Megatron-Core with that release's tools/checkpoint/convert.py first",
         )
     return stages
-
-
-def _check_tensors(contents: Contents, where: str) -> None:
-    """A weight that is stored as something else must not vanish."""
-    for name, reason in contents.skipped:
-        raise BadInputError(
-            "a weight is stored as something other than a plain tensor",
-            where=f"{where}, {name[:200]}",
-            found=reason,
-        )
-    for name, stored in contents.tensors.items():
-        if stored.spec.kind != "plain":
-            raise BadInputError(
-                "a tensor of a kind that Megatron's rank files do not hold",
-                where=f"{where}, {name[:200]}",
-                found=stored.spec.kind,
-            )
 
 
 def _plain_args(root: Any) -> dict[str, object]:

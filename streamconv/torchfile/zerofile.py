@@ -20,14 +20,14 @@ from typing import Any
 from streamconv.errors import BadInputError, UnsafeInputError
 from streamconv.ir.boxes import Shape
 from streamconv.torchfile.inert import Inert, InertDict, InertSize
-from streamconv.torchfile.legacy import is_legacy, read_legacy
-from streamconv.torchfile.rankfile import Contents, RankReader, Stored, open_archive
-from streamconv.torchfile.unpickle import load_inert, no_garbage_collection
+from streamconv.torchfile.opened import opened
+from streamconv.torchfile.rankfile import Contents, RankReader, Stored
 from streamconv.torchfile.values import name_of
 from streamconv.torchfile.zipdir import ZipDirectory
 
 _MAX_PICKLE_NBYTES = 256 << 20  # the optimizer's tree and the trainer's own state are in there too
 _MAX_RANK = 64
+_WHOSE = "DeepSpeed's files"
 _MAX_NUMBER_NBYTES = 64
 
 # What DeepSpeed itself writes into a model file; all else is the trainer's.
@@ -132,17 +132,17 @@ def read_model_file(reader: RankReader, path: Path, *, module: bool = True) -> M
             root.get("frozen_param_fragments"), "fragments", where, True
         ).items():
             frozen.add(name, value)
-        _only_tensors(frozen, where)
+        frozen.refuse_others()
         optimizer: Any = root.get("optimizer")
-        masters, flat = _stage_0(reader, directory, optimizer, where)
+        masters, flat = _stage_0(reader, directory, optimizer)
         shapes = root.get("param_shapes")
         return ModelFile(
             facts,
-            _plain(contents, where),
+            contents.plain(_WHOSE),
             frozenset(_names(root.get("buffer_names"), where)),
             _shape_groups(shapes, where),
             _shapes(root.get("frozen_param_shapes"), where),
-            _plain(frozen, where),
+            frozen.plain(_WHOSE),
             _shared(root.get("shared_params"), where),
             masters,
             flat,
@@ -172,8 +172,8 @@ def read_optimizer_file(reader: RankReader, path: Path) -> OptimizerFile:
         contents = Contents(reader, directory, 0)
         for number, value in enumerate(groups):
             contents.add(f"{key}[{number}]", value)
-        _only_tensors(contents, where)
-        stored = tuple(_plain(contents, where).values())
+        contents.refuse_others()
+        stored = tuple(contents.plain(_WHOSE).values())
         for name, s in contents.tensors.items():
             spec = s.spec
             if len(spec.shape) != 1 or (spec.shape[0] > 1 and spec.strides != (1,)):
@@ -208,7 +208,7 @@ def read_tensor_file(
         contents = Contents(reader, directory, 0)
         for name, value in _dict(root, "file", str(path)).items():
             contents.add(name, value)
-        return facts, _plain(contents, str(path)), tuple(contents.skipped)
+        return facts, contents.plain(_WHOSE), tuple(contents.skipped)
 
 
 def read_masters_file(
@@ -220,7 +220,7 @@ def read_masters_file(
     """
     with _opened(path) as (facts, directory, root):
         optimizer = _dict(root, "file", str(path)).get("optimizer")
-        return facts, *_stage_0(reader, directory, optimizer, str(path))
+        return facts, *_stage_0(reader, directory, optimizer)
 
 
 def read_parameter_file(reader: RankReader, path: Path) -> tuple[FileFacts, Stored]:
@@ -228,24 +228,13 @@ def read_parameter_file(reader: RankReader, path: Path) -> tuple[FileFacts, Stor
     with _opened(path) as (facts, directory, root):
         contents = Contents(reader, directory, 0)
         contents.add("param", root.get("param") if type(root) in (dict, InertDict) else root)
-        _only_tensors(contents, str(path))
-        return facts, _plain(contents, str(path))["param"]
+        contents.refuse_others()
+        return facts, contents.plain(_WHOSE)["param"]
 
 
 @contextmanager
 def _opened(path: Path) -> Iterator[tuple[FileFacts, ZipDirectory, Any]]:
-    if is_legacy(path):
-        with no_garbage_collection():
-            status, directory, root = read_legacy(path, max_nbytes=_MAX_PICKLE_NBYTES)
-            yield _facts(path, status, directory), directory, root
-        return
-    with open_archive(path) as (status, directory), no_garbage_collection():
-        root = load_inert(
-            directory.read_entry("data.pkl", max_nbytes=_MAX_PICKLE_NBYTES),
-            str(path),
-            unknown="keep",
-            max_nbytes=_MAX_PICKLE_NBYTES,
-        )
+    with opened(path, max_pickle_nbytes=_MAX_PICKLE_NBYTES) as (status, directory, root):
         yield _facts(path, status, directory), directory, root
 
 
@@ -276,7 +265,7 @@ def _no_masters(state: Mapping[Any, Any], where: str) -> BadInputError:
 
 
 def _stage_0(
-    reader: RankReader, directory: ZipDirectory, optimizer: Any, where: str
+    reader: RankReader, directory: ZipDirectory, optimizer: Any
 ) -> tuple[tuple[tuple[Stored, ...], ...], bool]:
     """Return the groups of fp32 weights that a run without ZeRO keeps in its model file."""
     if type(optimizer) not in (dict, InertDict):
@@ -292,8 +281,8 @@ def _stage_0(
         contents = Contents(reader, directory, 0)
         for k, value in enumerate(group):
             contents.add(f"fp32_groups[{number}][{k}]", value)
-        _only_tensors(contents, where)
-        found.append(tuple(_plain(contents, where).values()))
+        contents.refuse_others()
+        found.append(tuple(contents.plain(_WHOSE).values()))
     return tuple(found), optimizer.get("fp32_groups") is None
 
 
@@ -309,26 +298,6 @@ def _dict(value: Any, what: str, where: str, or_none: bool = False) -> dict[Any,
         )
     found: dict[Any, Any] = value
     return found
-
-
-def _only_tensors(contents: Contents, where: str) -> None:
-    for name, reason in contents.skipped:
-        raise BadInputError(
-            "a weight is stored as something other than a plain tensor",
-            where=f"{where}, {name[:200]}",
-            found=reason,
-        )
-
-
-def _plain(contents: Contents, where: str) -> dict[str, Stored]:
-    for name, stored in contents.tensors.items():
-        if stored.spec.kind != "plain":
-            raise BadInputError(
-                "a tensor of a kind that DeepSpeed's files do not hold",
-                where=f"{where}, {name[:200]}",
-                found=stored.spec.kind,
-            )
-    return contents.tensors
 
 
 def _names(value: Any, where: str) -> list[str]:

@@ -124,8 +124,7 @@ def _notices(weights: Mapping[str, DcpTensor]) -> tuple[str, ...]:
 def _split(index: DcpIndex) -> tuple[dict[str, DcpTensor], tuple[Skipped, ...]]:
     weights: dict[str, DcpTensor] = {}
     others: Counter[str] = Counter()
-    states = {n for n in index.tensors if trainer_state.is_state(n)}
-    states |= {*trainer_state.states_of_weights([*index.tensors])}
+    states = trainer_state.states([*index.tensors])
     for name in index.tensors:
         reason = trainer_state.STATE if name in states else why_no_weight(name)
         if reason:

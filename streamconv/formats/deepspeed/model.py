@@ -85,7 +85,7 @@ def _world(reader: Reader, first: Weights, found: Sequence[int]) -> int:
     size = first.said.get("mp_world_size", len(found))
     folder = reader.files.folder
     if type(size) is not int or not 0 < size <= 1 << 20:
-        raise BadInputError("mp_world_size is no number of ranks", where=str(folder))
+        raise BadInputError("mp_world_size is not a number of ranks", where=str(folder))
     missing = [m for m in range(size) if m not in found]
     if missing:
         raise BadInputError(

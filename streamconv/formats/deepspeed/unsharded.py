@@ -10,6 +10,7 @@ each one's. Frozen parameters have none.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -60,22 +61,22 @@ def name_masters(
     return found
 
 
-class _Group:
+class _Group(ABC):
     """The masters of one parameter group, of which one after the other is taken."""
 
     left: int
 
+    @abstractmethod
     def fits(self, part: Part) -> bool:
         """Whether the next master may be that of ``part``."""
-        raise NotImplementedError
 
+    @abstractmethod
     def place(self) -> tuple[Stored, int]:
         """Return the tensor that holds the next master, and its first storage element."""
-        raise NotImplementedError
 
+    @abstractmethod
     def take(self, shape: Shape) -> Part:
         """Return the next master, which has ``shape``, and go on to the one behind it."""
-        raise NotImplementedError
 
     def is_like(self, files: ElementReader, number: int, part: Part) -> bool:
         """Whether the next master begins and ends as ``part`` does, cast to its type."""
