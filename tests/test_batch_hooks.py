@@ -12,8 +12,12 @@ from pathlib import Path
 import pytest
 
 from streamconv.batch import hooks
+from streamconv.batch.ledger import Ledger
 from streamconv.batch.runner import Runner
-from streamconv.batch.state import FOLDER, Record, read_records
+from streamconv.batch.settings import settings
+from streamconv.batch.state import FOLDER, Record, Store, read_records
+from streamconv.batch.survey import Survey
+from streamconv.errors import StreamconvError
 from streamconv.files.lockfile import locked_file
 from tests.scenes import Scene, start, wait_for
 
@@ -29,7 +33,25 @@ def says(told: Path, *names: str, then: str = "true") -> str:
 
 
 def note(scene: Scene, step: int = 10) -> Path:
-    return scene.out / FOLDER / "hooks" / f"global_step_{step}.json"
+    """Where it is noted that the hook of an output is due, as its record says."""
+    name = f"global_step_{step}"
+    known = [r for r in read_records(scene.out) if r.name == name] if scene.out.exists() else []
+    return hooks.note_path(known[0] if known else Record(name, str(scene.out / name)))
+
+
+def lock(scene: Scene) -> Path:
+    return scene.out / FOLDER / "hooks" / "global_step_10.lock"
+
+
+def surveyed(scene: Scene, **run) -> Survey:
+    """What a batch has seen that another one is ahead of."""
+    data = {"root": scene.run, "output": scene.out, "model": "actor", **run}
+    made = settings({"max-mem": "4GB", "run": [data]}).run[0]
+    store = Store(made.output)
+    store.begin()
+    survey = Survey(made, store, {}, {})
+    survey.look()
+    return survey
 
 
 def test_one_that_fails_is_repeated_with_the_count_until_it_succeeds(scene, told):
@@ -83,8 +105,7 @@ def test_a_batch_that_ends_while_one_runs(scene, told, how):
         assert scene.round(shared=quick).counts == {"done": 1}
         assert told.read_text() == "1\n", "the one that was left behind is at it still"
         os.kill(int(pids.read_text()), signal.SIGKILL)
-        lock = note(scene).with_suffix(".lock")
-        with locked_file(lock, scene.out, wait_seconds=10):  # until it is dead
+        with locked_file(lock(scene), scene.out, wait_seconds=10):  # until it is dead
             pass
     assert scene.round(shared=quick).counts == {"done": 1}
     assert told.read_text() == "1\n2\n"
@@ -122,7 +143,7 @@ def test_what_it_leaves_running_holds_nobody_up(scene, told):
     assert scene.round(shared={"on-done": hook}).counts == {"converted": 1}
     record = read_records(scene.out)[0]
     assert hooks.awaits_hook(record) == ""
-    with locked_file(note(scene).with_suffix(".lock"), scene.out, wait_seconds=0):
+    with locked_file(lock(scene), scene.out, wait_seconds=0):
         pass
     os.kill(int(Path(f"{told}.pid").read_text()), signal.SIGKILL)
 
@@ -130,7 +151,7 @@ def test_what_it_leaves_running_holds_nobody_up(scene, told):
 def test_one_that_another_batch_runs_is_left_to_it(scene, told):
     scene.step(10)
     note(scene).parent.mkdir(parents=True)
-    with locked_file(note(scene).with_suffix(".lock"), scene.out):
+    with locked_file(lock(scene), scene.out):
         assert scene.round(shared={"on-done": says(told, "STEP")}).exit_code == 0
     assert not told.exists()
     assert hooks.awaits_hook(read_records(scene.out)[0]) != ""
@@ -177,7 +198,7 @@ def test_a_batch_that_looked_earlier_forgets_nothing_that_another_expects(scene,
     """Its record says that retention left the output out; another batch has begun to make it."""
     output = scene.out / "global_step_10"
     record = Record("global_step_10", str(output), step=10, state="running")
-    hooks.Hooks("true", None, 60).expect(record)
+    hooks.Hooks("true", None, 60).expect(record, lambda _: None)
     hooks.Hooks("true", None, 60).resume([replace(record, state="pruned")])
     assert hooks.awaits_hook(record)
 
@@ -192,3 +213,59 @@ def test_what_retention_leaves_out_awaits_nothing(scene, told):
     scene.round(keep_last=1, shared=shared)
     assert scene.states()[10] == "pruned"
     assert not note(scene).exists()
+
+
+def test_one_of_the_output_before_leaves_that_of_the_next_due(scene, told):
+    """It still runs while another batch begins to replace the output that it was for."""
+    record = Record("global_step_10", str(scene.out / "global_step_10"), step=10, state="done")
+    one = hooks.Hooks(
+        says(told, "STEP", then=f"while [ ! -e {told}.go ]; do sleep 0.01; done"), "", 60
+    )
+    one.expect(record, lambda _: None)
+    one.add(record)
+    wait_for(told.exists)
+    hooks.Hooks("true", None, 60).expect(record, lambda _: None)
+    Path(f"{told}.go").touch()
+    one.finish()
+    assert hooks.awaits_hook(record)
+
+
+def test_one_that_waits_for_its_turn_is_dropped_when_its_output_is_replaced(scene, told):
+    record = Record("global_step_10", str(scene.out / "global_step_10"), step=10, state="done")
+    one = hooks.Hooks(says(told, "STEP"), None, 60)
+    one.expect(record, lambda _: None)
+    replaced = replace(record)
+    hooks.Hooks("true", None, 60).expect(replaced, lambda _: None)
+    one.resume([record])
+    one.finish()
+    assert not told.exists()
+    assert hooks.awaits_hook(replaced)
+
+
+def test_a_lost_record_keeps_its_hook_due(scene, told):
+    scene.step(10)
+    scene.batch(fake=False, shared={"on-done": says(told, "HOOK_ATTEMPT", then="false")}).round()
+    (scene.out / FOLDER / "jobs" / "global_step_10.json").unlink()
+    made = scene.round(fake=False, shared={"on-done": says(told, "HOOK_ATTEMPT")})
+    assert (made.counts, told.read_text()) == ({"done": 1}, "1\n2\n")
+
+
+def test_what_another_batch_has_done_meanwhile_is_not_noted_as_left_out(scene, told):
+    """One batch surveys, the other converts, and then the first says what retention leaves out."""
+    scene.step(10, 20)
+    survey = surveyed(scene, keep_last=1)
+    scene.round(steps="10")
+    while survey.next_tasks():
+        pass
+    assert scene.states()[10] == "done"
+
+
+def test_what_another_batch_has_done_meanwhile_is_not_noted_as_failed(scene, told):
+    scene.step(10)
+    survey = surveyed(scene)
+    scene.round(shared={"on-done": says(told, "STEP")})
+    survey.tasks[0].refused = StreamconvError("in the way")
+    runner = Runner(Ledger(4 << 30, 0, 1 << 20, 1), hooks.Hooks(None, None, 60), lambda *_: None)
+    runner.run(survey.next_tasks())
+    assert scene.states() == {10: "done"}
+    assert runner.outcomes == {"elsewhere": 1}

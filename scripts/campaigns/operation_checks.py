@@ -150,7 +150,7 @@ def check_hooks(scene: Scene) -> None:
     for out in set(scene.outs):
         for path in (out / ".streamconv-batch" / "jobs").glob("*.json"):
             record = json.loads(path.read_text())
-            due = out / ".streamconv-batch" / "hooks" / path.name
+            due = path.parents[1] / "hooks" / f"{path.stem}.{record.get('due', '')}.json"
             there = record["state"] == "done" and (out / record["name"]).exists()
             if there and f"done {record['name']}" not in told and not due.exists():
                 scene.breach(f"no hook ran, and none is due: {record['name']}")

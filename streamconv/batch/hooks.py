@@ -1,9 +1,11 @@
 """Commands of the user's that run when an output is done, has failed or is gone.
 
 Each runs at least once for each output. What is due is noted before the conversion begins, in
-``.streamconv-batch/hooks/NAME.json`` of the output folder, and the note goes when the command has
-succeeded; so whatever is killed meanwhile, the next round makes up for it. A command that fails is
-repeated by the rounds that follow, with growing pauses.
+``.streamconv-batch/hooks/NAME.DUE.json`` of the output folder, and the note goes when the command has
+succeeded; so whatever is killed meanwhile, the next round makes up for it. Each conversion has a note
+of its own, whose name its record holds: a command that was begun for the output before it can only
+remove the note of that one. A command that fails is repeated by the rounds that follow, with growing
+pauses.
 
 The facts are in the environment, so that no name of a checkpoint is ever part of a shell command.
 One runs at a time, beside the conversions: an upload must not hold up the reading of their events.
@@ -13,9 +15,10 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
@@ -32,6 +35,7 @@ _POLL_SECONDS = 0.05
 # What execve takes of one variable is 128 kB.
 _MAX_FACT_CHARS = 1 << 14
 _MAX_NOTE_BYTES = 1 << 16
+_DUE_BYTES = 4
 MOST_ATTEMPTS = 20
 _PROMPT_ATTEMPTS = 3
 _PAUSE_SECONDS = 60.0
@@ -92,8 +96,19 @@ def _folder(record: Record) -> Path:
     return Path(record.output).parents[depth - 1] / FOLDER / "hooks"
 
 
-def _note_path(record: Record) -> Path:
-    return _folder(record) / f"{file_name(record.name)}.json"
+def note_path(record: Record) -> Path:
+    """Return where it is noted that a command is due for the last conversion of an output."""
+    folder, name = _folder(record), file_name(record.name)
+    if record.due:
+        return folder / f"{name}.{record.due}.json"
+    # Of a record that was lost: the note that is there.
+    found = sorted(folder.glob(f"{name}.{'[0-9a-f]' * 2 * _DUE_BYTES}.json"))
+    return found[0] if found else folder / f"{name}.json"
+
+
+def lock_path(record: Record) -> Path:
+    """Return the lock that the command of an output holds as long as it runs."""
+    return _folder(record) / f"{file_name(record.name)}.lock"
 
 
 def _read(path: Path) -> _Note | None:
@@ -106,7 +121,7 @@ def _read(path: Path) -> _Note | None:
 
 def awaits_hook(record: Record) -> str:
     """Return why an output must stay for the sake of a command that reads it, or nothing."""
-    path = _note_path(record)
+    path = note_path(record)
     try:
         age = time.time() - path.lstat().st_mtime
     except OSError:
@@ -120,7 +135,7 @@ def forget_hook(record: Record) -> None:
     Without the lock another batch may be at work on it: what it has just noted would be lost.
     """
     with suppress(OSError):
-        _note_path(record).unlink()
+        note_path(record).unlink()
 
 
 @dataclass(slots=True)
@@ -145,11 +160,24 @@ class Hooks:
         self._running: _Running | None = None
         self.problems: list[str] = []
 
-    def expect(self, record: Record) -> None:
-        """Note that a command will be due when this output is finished, however this process ends."""
+    def expect(self, record: Record, save: Callable[[Record], None]) -> None:
+        """Note that a command will be due when this output is finished, however this process ends.
+
+        ``save`` keeps the record, which is told the name of the note; the caller holds the output's
+        lock. What was due for the output that is to be replaced is no more.
+        """
         if not any(self._commands.values()):
+            save(record)
             return
-        path = _note_path(record)
+        before = note_path(record)
+        record.due = secrets.token_hex(_DUE_BYTES)
+        self._note(record)
+        save(record)
+        with suppress(OSError):
+            before.unlink()
+
+    def _note(self, record: Record) -> None:
+        path = note_path(record)
         try:
             if _read(path) is None:
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -157,20 +185,24 @@ class Hooks:
         except OSError as error:
             self._problem(record, f"could not be noted as due: {error.strerror}")
 
+    def settle(self, record: Record) -> None:
+        """Forget what is due where no command is for how a conversion ended; its lock is held."""
+        ended = record.state in ("done", "gone") and any(self._commands.values())
+        if ended and not self._commands[record.state]:
+            forget_hook(record)
+
     def add(self, record: Record) -> None:
         """Take up a finished record: its command is due now."""
         if self._commands.get(record.state):
-            self.expect(record)
+            self._note(record)
             self._waiting.append(replace(record))
-        elif any(self._commands.values()) and record.state in ("done", "gone"):
-            forget_hook(record)
         self.poll()
 
     def resume(self, records: Iterable[Record]) -> None:
         """Take up what an earlier round left undone."""
         for record in records:
             if self._commands.get(record.state):
-                note, now = _read(_note_path(record)), time.time()
+                note, now = _read(note_path(record)), time.time()
                 # A later one is of a clock that was ahead.
                 if note is not None and not now < note.not_before <= now + _MAX_PAUSE_SECONDS:
                     self._waiting.append(replace(record))
@@ -196,18 +228,18 @@ class Hooks:
             self._running = None
             if code is None:
                 running.process.end()
-            self._settle(running, code)
+            self._end(running, code)
         while self._waiting and self._running is None:
             self._start(self._waiting.popleft())
 
     def _start(self, record: Record) -> None:
-        """Run the command of a record, unless another batch does or did."""
-        path = _note_path(record)
+        """Run the command of a record, unless another batch does, or did, or replaces the output."""
+        path = note_path(record)
         note, lock, fd = _Note(), ExitStack(), None
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             # The command inherits it, and so holds it as long as it lives, also when we are killed.
-            held = locked_file(path.with_suffix(".lock"), Path(record.output), wait_seconds=0.0)
+            held = locked_file(lock_path(record), Path(record.output), wait_seconds=0.0)
             fd = lock.enter_context(held)
             found = _read(path)
             if found is None:
@@ -229,7 +261,7 @@ class Hooks:
             return
         self._running = _Running(process, record, note, lock, time.monotonic() + self._limit)
 
-    def _settle(self, running: _Running, code: int | None) -> None:
+    def _end(self, running: _Running, code: int | None) -> None:
         said = running.process.last_line()
         record, attempts = running.record, running.note.attempts
         if code == 0 or attempts >= MOST_ATTEMPTS:

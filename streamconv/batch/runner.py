@@ -36,6 +36,7 @@ from streamconv.conversion.job import identify
 from streamconv.errors import LockedError, StreamconvError
 from streamconv.system.signals import how_it_ended
 
+_DONE_MEANWHILE = "another batch has done it"
 _PASSING = frozenset({errno.EIO, errno.ESTALE, errno.ETIMEDOUT})
 _BACKOFF_SECONDS = 2.0
 _BACKOFF_FACTOR = 4.0
@@ -149,6 +150,9 @@ class Runner:
         """Note a failure that needed no process."""
         try:
             with task.store.holding(task.record.name):
+                if self._is_done_meanwhile(task):
+                    self._end(task, "elsewhere", _DONE_MEANWHILE)
+                    return
                 _failed(task.record, error.to_json())
                 task.store.save(task.record)
         except LockedError as held:
@@ -171,22 +175,18 @@ class Runner:
         except LockedError as error:
             self._end(task, "elsewhere", error.what)
             return False
-        wanted = task.record
-        task.record = record = task.store.reload(wanted.name)
-        same = (record.snapshot, record.options) == (wanted.snapshot, wanted.options)
-        verified = record.verified is True or not task.verify
-        if record.state == "done" and same and verified and is_intact(record):
+        if self._is_done_meanwhile(task):
             lock.release()
-            self._end(task, "elsewhere", "another batch has done it")
+            self._end(task, "elsewhere", _DONE_MEANWHILE)
             return False
+        record = task.record
         task.tries += 1
         record.state, record.reason = "running", ""
         record.started_at, record.finished_at = time.time(), None
         record.done_bytes = record.total_bytes = 0
         record.budget_bytes = share
         record.host, record.pid = socket.gethostname(), os.getpid()
-        self._hooks.expect(record)
-        task.store.save(record)
+        self._hooks.expect(record, task.store.save)
         self._tell("started", task, "")
         try:
             process, err = self._worker()
@@ -212,6 +212,14 @@ class Runner:
         self._running[task.key] = running
         self._selector.register(process.stdout, selectors.EVENT_READ, running)
         return True
+
+    def _is_done_meanwhile(self, task: Task) -> bool:
+        """Take up the record as another batch may have left it: whether that one has done it."""
+        wanted = task.record
+        task.record = record = task.store.reload(wanted.name)
+        same = (record.snapshot, record.options) == (wanted.snapshot, wanted.options)
+        verified = record.verified is True or not task.verify
+        return record.state == "done" and same and verified and is_intact(record)
 
     def _worker(self) -> tuple[subprocess.Popen[bytes], IO[bytes]]:
         """Start a worker; return it and the file with what it says on stderr."""
@@ -381,6 +389,7 @@ class Runner:
         """Save the record while its lock is still held, then give everything back."""
         task = running.task
         task.store.save(task.record)
+        self._hooks.settle(task.record)
         if running.process.stdout is not None:
             running.process.stdout.close()
         running.err.close()

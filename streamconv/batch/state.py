@@ -59,7 +59,8 @@ class Record:
     digest of what decides the output, ``job`` that of the conversion that was to be made last,
     ``content`` that of the last source that was whole. ``generation`` counts the looks at the folder:
     that content appeared in this one, written at ``written_ns``. ``evidence`` is what a finished output
-    looked like: see :func:`output_evidence`.
+    looked like: see :func:`output_evidence`. ``due`` tells the note of its hook from those of the
+    outputs before it.
     ``seconds`` is how long all of it took, planning included, ``bytes_per_second`` how fast bytes
     moved. Times are seconds since the epoch.
     """
@@ -99,6 +100,7 @@ class Record:
     verified: bool | None = None
     notices: list[str] = field(default_factory=list)
     error: dict[str, Any] | None = None
+    due: str = ""
     host: str = ""
     pid: int = 0
 

@@ -329,14 +329,16 @@ class Survey:
     def _leave_out(self, tasks: Collection[Task]) -> None:
         """Note what retention would remove as soon as it is there; what is there, it will remove."""
         self.left_out = len(tasks)
-        for record in (task.record for task in tasks):
-            if record.state != "pruned":
-                with suppress(LockedError), self._store.holding(record.name):
-                    if not take_over_finished(record, record.job, record.reason):
-                        record.state = "pruned"
-                        record.reason = "not converted: retention does not keep it"
-                        forget_hook(record)
-                    self._store.save(record)
+        for name in [task.record.name for task in tasks if task.record.state != "pruned"]:
+            with suppress(LockedError), self._store.holding(name):
+                record = self._store.reload(name)
+                if record.state == "done" and is_intact(record):
+                    continue  # by another batch, meanwhile
+                if not take_over_finished(record, record.job, record.reason):
+                    record.state = "pruned"
+                    record.reason = "not converted: retention does not keep it"
+                    forget_hook(record)
+                self._store.save(record)
 
     def _note_vanished(self) -> None:
         """Say of what was to be done, but has no source any more, that it is gone."""
