@@ -198,7 +198,7 @@ def test_a_batch_that_looked_earlier_forgets_nothing_that_another_expects(scene,
     """Its record says that retention left the output out; another batch has begun to make it."""
     output = scene.out / "global_step_10"
     record = Record("global_step_10", str(output), step=10, state="running")
-    hooks.Hooks("true", None, 60).expect(record, lambda _: None)
+    hooks.Hooks("true", None, 60).expect(record, lambda _: True)
     hooks.Hooks("true", None, 60).resume([replace(record, state="pruned")])
     assert hooks.awaits_hook(record)
 
@@ -221,10 +221,10 @@ def test_one_of_the_output_before_leaves_that_of_the_next_due(scene, told):
     one = hooks.Hooks(
         says(told, "STEP", then=f"while [ ! -e {told}.go ]; do sleep 0.01; done"), "", 60
     )
-    one.expect(record, lambda _: None)
+    one.expect(record, lambda _: True)
     one.add(record)
     wait_for(told.exists)
-    hooks.Hooks("true", None, 60).expect(record, lambda _: None)
+    hooks.Hooks("true", None, 60).expect(record, lambda _: True)
     Path(f"{told}.go").touch()
     one.finish()
     assert hooks.awaits_hook(record)
@@ -233,9 +233,9 @@ def test_one_of_the_output_before_leaves_that_of_the_next_due(scene, told):
 def test_one_that_waits_for_its_turn_is_dropped_when_its_output_is_replaced(scene, told):
     record = Record("global_step_10", str(scene.out / "global_step_10"), step=10, state="done")
     one = hooks.Hooks(says(told, "STEP"), None, 60)
-    one.expect(record, lambda _: None)
+    one.expect(record, lambda _: True)
     replaced = replace(record)
-    hooks.Hooks("true", None, 60).expect(replaced, lambda _: None)
+    hooks.Hooks("true", None, 60).expect(replaced, lambda _: True)
     one.resume([record])
     one.finish()
     assert not told.exists()
@@ -269,3 +269,17 @@ def test_what_another_batch_has_done_meanwhile_is_not_noted_as_failed(scene, tol
     runner.run(survey.next_tasks())
     assert scene.states() == {10: "done"}
     assert runner.outcomes == {"elsewhere": 1}
+
+
+@pytest.mark.parametrize("refused", ["the note", "the record"])
+def test_what_a_full_disk_does_not_take_leaves_the_hook_due(scene, told, monkeypatch, refused):
+    """As the record on the disk has it, which the next batch reads."""
+    record = Record("global_step_10", str(scene.out / "global_step_10"), step=10, state="done")
+    hooks.Hooks("true", None, 60).expect(record, lambda _: True)
+    on_disk = replace(record)
+    one = hooks.Hooks("true", None, 60)
+    if refused == "the note":
+        monkeypatch.setattr(one, "_write", lambda *_: (_ for _ in ()).throw(OSError(28, "full")))
+    one.expect(record, lambda _: refused == "the note")
+    assert hooks.awaits_hook(record)
+    assert hooks.awaits_hook(on_disk)

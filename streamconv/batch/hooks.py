@@ -160,23 +160,23 @@ class Hooks:
         self._running: _Running | None = None
         self.problems: list[str] = []
 
-    def expect(self, record: Record, save: Callable[[Record], None]) -> None:
+    def expect(self, record: Record, save: Callable[[Record], bool]) -> None:
         """Note that a command will be due when this output is finished, however this process ends.
 
-        ``save`` keeps the record, which is told the name of the note; the caller holds the output's
-        lock. What was due for the output that is to be replaced is no more.
+        ``save`` keeps the record, which is told the name of the note, and returns whether the disk took
+        it; the caller holds the output's lock. What was due for the output that is to be replaced is
+        due no more.
         """
-        if not any(self._commands.values()):
-            save(record)
-            return
-        before = note_path(record)
-        record.due = secrets.token_hex(_DUE_BYTES)
-        self._note(record)
-        save(record)
-        with suppress(OSError):
-            before.unlink()
+        before, due = note_path(record), record.due
+        if any(self._commands.values()):
+            record.due = secrets.token_hex(_DUE_BYTES)
+            if not self._note(record):
+                record.due = due
+        if save(record) and record.due != due:
+            with suppress(OSError):
+                before.unlink()
 
-    def _note(self, record: Record) -> None:
+    def _note(self, record: Record) -> bool:
         path = note_path(record)
         try:
             if _read(path) is None:
@@ -184,6 +184,8 @@ class Hooks:
                 self._write(path, _Note())
         except OSError as error:
             self._problem(record, f"could not be noted as due: {error.strerror}")
+            return False
+        return True
 
     def settle(self, record: Record) -> None:
         """Forget what is due where no command is for how a conversion ended; its lock is held."""

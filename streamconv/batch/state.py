@@ -188,8 +188,8 @@ class Store:
             self._records[name] = read
         return self.get(name)
 
-    def save(self, record: Record) -> None:
-        """Make a record appear on disk, whole.
+    def save(self, record: Record) -> bool:
+        """Make a record appear on disk, whole; return whether the disk took it.
 
         Where the disk takes none it is still known here, and ``trouble`` says why: no conversion is
         ended for the sake of what is remembered of it.
@@ -199,6 +199,7 @@ class Store:
         del data["output"]  # where it lies now, its name and the folder say
         taken = self._write(self._path(record.name), data)
         (self._unsaved.discard if taken else self._unsaved.add)(record.name)
+        return taken
 
     def _write(
         self,
