@@ -93,9 +93,11 @@ class Look:
     def at(scene: Scene) -> Look:
         sources, weights = set(), set()
         for run in scene.runs:
-            for (step, model), item in [*run.whole.items(), *run.untrainable.items()]:
+            # One that training has broken off may have left a file of an item that is no more.
+            for item in run.order:
                 scene.items.setdefault(item.payload, item)
                 scene.seen_in.setdefault(item, scene.number)
+            for (step, model), item in [*run.whole.items(), *run.untrainable.items()]:
                 folder = run.folder(step, model)
                 want = {folder / RANK_FILE, folder / OPTIMIZER}
                 if all(p.is_file() and p.read_bytes() == run.files.get(p) for p in want):
