@@ -15,15 +15,21 @@ if TYPE_CHECKING:
     from streamconv.api import (
         convert,
         convert_all,
+        diff,
+        doctor,
         inspect,
         open,  # noqa: A004 - meant to be qualified
         plan,
+        run,
         upload,
         verify,
     )
+    from streamconv.batch.calls import convert_run, status
+    from streamconv.conversion.lazy import LazyCheckpoint, LazyTensor
     from streamconv.errors import (
         BadInputError,
         BudgetError,
+        CancelledError,
         LockedError,
         NoSpaceError,
         OutputExistsError,
@@ -34,20 +40,48 @@ if TYPE_CHECKING:
         UsageError,
         VerificationError,
     )
-    from streamconv.options import Event, JobOptions, Notice, Phase, Progress, Result, RunOptions
+    from streamconv.ir.planfile import Plan
+    from streamconv.options import (
+        Cancel,
+        Event,
+        JobOptions,
+        Notice,
+        Phase,
+        Progress,
+        Result,
+        RunOptions,
+    )
+    from streamconv.verification.report import Report
 
 _HOME = {
     **dict.fromkeys(
-        ("convert", "convert_all", "inspect", "open", "plan", "upload", "verify"), "streamconv.api"
+        (
+            "convert",
+            "convert_all",
+            "diff",
+            "doctor",
+            "inspect",
+            "open",
+            "plan",
+            "run",
+            "upload",
+            "verify",
+        ),
+        "streamconv.api",
     ),
+    **dict.fromkeys(("convert_run", "status"), "streamconv.batch.calls"),
+    **dict.fromkeys(("LazyCheckpoint", "LazyTensor"), "streamconv.conversion.lazy"),
+    "Plan": "streamconv.ir.planfile",
+    "Report": "streamconv.verification.report",
     **dict.fromkeys(
-        ("Event", "JobOptions", "Notice", "Phase", "Progress", "Result", "RunOptions"),
+        ("Cancel", "Event", "JobOptions", "Notice", "Phase", "Progress", "Result", "RunOptions"),
         "streamconv.options",
     ),
     **dict.fromkeys(
         (
             "BadInputError",
             "BudgetError",
+            "CancelledError",
             "LockedError",
             "NoSpaceError",
             "OutputExistsError",
@@ -62,17 +96,25 @@ _HOME = {
     ),
 }
 
+_CALLS = ("streamconv.api", "streamconv.batch.calls")
+
 __all__ = [
     "BadInputError",
     "BudgetError",
+    "Cancel",
+    "CancelledError",
     "Event",
     "JobOptions",
+    "LazyCheckpoint",
+    "LazyTensor",
     "LockedError",
     "NoSpaceError",
     "Notice",
     "OutputExistsError",
     "Phase",
+    "Plan",
     "Progress",
+    "Report",
     "Result",
     "RunOptions",
     "SourceChangedError",
@@ -84,9 +126,14 @@ __all__ = [
     "__version__",
     "convert",
     "convert_all",
+    "convert_run",
+    "diff",
+    "doctor",
     "inspect",
     "open",
     "plan",
+    "run",
+    "status",
     "upload",
     "verify",
 ]
@@ -96,6 +143,10 @@ def __getattr__(name: str) -> object:
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value: object = getattr(import_module(_HOME[name]), name)
+    if _HOME[name] in _CALLS:
+        from streamconv.errors import speaking_python
+
+        value = speaking_python(value)
     globals()[name] = value
     return value
 

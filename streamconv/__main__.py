@@ -17,7 +17,7 @@ def main() -> None:
 
 
 def _run(arguments: list[str]) -> int:
-    if arguments == ["--version"]:
+    if arguments in (["--version"], ["-V"]):
         sys.stdout.write(f"streamconv {__version__}\n")
         return 0
     from streamconv.system.signals import heeded
@@ -25,10 +25,9 @@ def _run(arguments: list[str]) -> int:
     debug = "--debug" in arguments
     try:
         with heeded():
-            from streamconv.cli.commands import app
-            from streamconv.cli.default import with_command
+            from streamconv.cli.commands import run
 
-            app(args=with_command(arguments), prog_name="streamconv")
+            return run(arguments)
     except SystemExit as end:
         return _exit_code(end)
     except StreamconvError as error:
@@ -55,7 +54,6 @@ def _run(arguments: list[str]) -> int:
         tell(f"error: internal: {type(error).__name__}: {error}")
         tell("  next: run the same command with --debug and report what it prints")
         return 1
-    return 0
 
 
 def _report(error: StreamconvError, arguments: list[str]) -> int:

@@ -6,6 +6,7 @@ available (``"80%"``). Every function raises the errors of :mod:`streamconv.erro
 
 from __future__ import annotations
 
+import logging
 import math
 import shutil
 import tempfile
@@ -19,16 +20,20 @@ from streamconv.errors import NoSpaceError, StreamconvError, UsageError, Verific
 from streamconv.files import askedfile
 from streamconv.files.inputs import StrPath, local_path, reading
 from streamconv.options import (
+    Cancel,
     Event,
     JobKeywords,
     JobOptions,
     Notice,
+    Phase,
     Result,
     RunOptions,
     ignore_event,
     job_options,
 )
 from streamconv.units import format_size, parse_size
+
+_LOG = logging.getLogger("streamconv")
 
 if TYPE_CHECKING:
     from streamconv.conversion.lazy import LazyCheckpoint
@@ -48,20 +53,24 @@ def convert(
     checksum: str | None = None,
     io_threads: int = 1,
     on_event: Callable[[Event], None] = ignore_event,
+    cancel: Cancel | None = None,
     report: StrPath | None = None,
     **job: Unpack[JobKeywords],
 ) -> Result:
     """Convert the checkpoint ``src`` into the HuggingFace folder ``dst``.
 
     ``max_mem`` is the budget of the whole process tree (bytes, ``"32GB"``, ``"80%"``; None: what the
-    machine can give). After an error ``dst`` is as it was; the same call again resumes. ``report``
-    is an HTML file to write about it, ``job`` what decides the output: see :class:`JobKeywords`.
+    machine can give). After an error ``dst`` is as it was; the same call again resumes, output file by
+    output file. ``on_event`` hears how it goes, ``cancel`` ends it from another thread. ``report`` is
+    an HTML file to write about it, ``job`` what decides the output: see :class:`JobKeywords`.
     """
     from streamconv.conversion.job import convert as run_job
 
     src, dst, report = local_path(src), local_path(dst), _local(report)
     options = job_options(**job)
-    run = run_options(max_mem, overwrite, sync, direct, source_crc, checksum, io_threads, on_event)
+    run = run_options(
+        max_mem, overwrite, sync, direct, source_crc, checksum, io_threads, on_event, cancel
+    )
     with _reading(src, job, dst):
         if report is None:
             return run_job(src, dst, options, run)
@@ -129,6 +138,41 @@ def convert_all(src: StrPath, dst: StrPath, **options: Any) -> dict[str, Result]
         name: convert(src, dst / name, **{**options, "model": name}, report=pages[name])
         for name in names
     }
+
+
+def run(
+    plan: StrPath,
+    dst: StrPath,
+    *,
+    max_mem: int | str | None = None,
+    overwrite: bool = False,
+    sync: bool = True,
+    direct: bool = False,
+    source_crc: bool = True,
+    checksum: str | None = None,
+    io_threads: int = 1,
+    on_event: Callable[[Event], None] = ignore_event,
+    cancel: Cancel | None = None,
+    report: StrPath | None = None,
+) -> Result:
+    """Execute the plan in the file ``plan`` into the folder ``dst``: torch is not loaded.
+
+    The plan is what :func:`plan` wrote to its ``output``; the other options are those of
+    :func:`convert`. Raises :class:`DamagedPlanError` for a file that is not a plan.
+    """
+    from streamconv.conversion.job import run_plan
+
+    plan, dst, page = local_path(plan), local_path(dst), _local(report)
+    how = run_options(
+        max_mem, overwrite, sync, direct, source_crc, checksum, io_threads, on_event, cancel
+    )
+    with reading(plan, but=dst):
+        if page is None:
+            return run_plan(plan, dst, how)
+        from streamconv.report.conversion import convert_reported
+
+        page = _own_file(page, askedfile.PAGE, plan, dst, JobOptions())
+        return convert_reported(page, lambda watched: run_plan(plan, dst, watched), how)
 
 
 def upload(
@@ -233,8 +277,9 @@ def verify(
     logits_atol: float | None = None,
     hf_config: StrPath | None = None,
     max_mem: int | str | None = None,
+    report: StrPath | None = None,
 ) -> Report:
-    """Check an output folder; the report says what was checked and lists every problem.
+    """Check an output folder; what is returned is true where nothing differs, and lists every problem.
 
     Against its manifest, unless only another model is asked about. ``source`` compares every tensor
     with the checkpoint, planned with the options of the manifest, but with the config in
@@ -243,6 +288,7 @@ def verify(
     ``token_ids``; ``reference`` then is run, too, and the logits are compared and not the tensors
     (``logits_atol``; None: 1e-5 of the largest logit, 0.05 where the dtypes differ). ``base`` is the
     model that an adapter's folder belongs to: its names are checked there, and it is run on it.
+    ``report`` is an HTML file to write about it.
     """
     from streamconv.files.names import MANIFEST
     from streamconv.system.memory import available_bytes
@@ -265,7 +311,10 @@ def verify(
         raise UsageError("--logits-atol needs --reference")
     if hf_config is not None and source is None:
         raise UsageError("--hf-config needs --source")
-    report = Report()
+    page = _local(report)
+    if page is not None:
+        page = _own_file(page, askedfile.PAGE, here, None, JobOptions())
+    found = Report()
     budget = memory_bytes(max_mem)
     if model is not None and not (model / "config.json").is_file():
         raise UsageError("no config.json in the base model's folder", where=str(model))
@@ -273,17 +322,17 @@ def verify(
         check_room([here, *([other] if other is not None else [])], budget or available_bytes()[0])
         foreign = forward and not (here / MANIFEST).is_file()
         if foreign and source is None:
-            report.checked.append(
+            found.checked.append(
                 f"note: no {MANIFEST} here, so the files themselves are not checked"
             )
         elif source is not None or other is None or forward:
-            report.extend(verify_output(here, base=model))
-        if truth is not None and report.passed:
-            report.extend(verify_source(here, truth, hf_config=config, max_mem_bytes=budget))
+            found.extend(verify_output(here, base=model))
+        if truth is not None and found.passed:
+            found.extend(verify_source(here, truth, hf_config=config, max_mem_bytes=budget))
         if other is not None and not forward:
-            report.extend(verify_reference(here, other, atol=atol, rtol=rtol))
-        if forward and report.passed:
-            report.extend(
+            found.extend(verify_reference(here, other, atol=atol, rtol=rtol))
+        if forward and found.passed:
+            found.extend(
                 verify_forward(
                     here,
                     reference=other,
@@ -294,7 +343,40 @@ def verify(
                     max_mem_bytes=budget,
                 )
             )
-    return report
+    if page is not None:
+        from streamconv.report.verification import write_report
+
+        write_report(page, here, found)
+    return found
+
+
+def diff(
+    one: StrPath,
+    other: StrPath,
+    *,
+    atol: float = 0.0,
+    rtol: float = 0.0,
+    max_mem: int | str | None = None,
+) -> Report:
+    """Compare two model folders tensor by tensor; what is returned is true where they agree.
+
+    Tensors may differ by ``atol + rtol * |other|``. :func:`verify` with ``forward`` and ``reference``
+    compares what the two answer.
+    """
+    return verify(one, reference=other, atol=atol, rtol=rtol, max_mem=max_mem)
+
+
+def doctor(
+    src: StrPath | None = None, dst: StrPath | None = None, *, model: str | None = None
+) -> dict[str, Any]:
+    """Return what this machine can do, and whether ``src`` can be read and ``dst`` written here.
+
+    ``problems`` lists what would keep a conversion from working; it is empty where one works, and
+    ``exit_code`` is what the conversion would end with. Sizes are in bytes.
+    """
+    from streamconv.environment.doctor import examine
+
+    return examine(_local(src), model, _local(dst))
 
 
 def _check_forward_options(
@@ -330,6 +412,7 @@ def run_options(
     checksum: str | None,
     io_threads: int,
     on_event: Callable[[Event], None],
+    cancel: Cancel | None = None,
 ) -> RunOptions:
     """Return the options that decide how it is run; raises :class:`UsageError`."""
     if checksum not in (None, "sha256"):
@@ -344,8 +427,24 @@ def run_options(
         source_crc=source_crc,
         sha256=checksum == "sha256",
         io_threads=io_threads,
-        on_event=on_event,
+        on_event=_logged(on_event),
+        cancel=cancel,
     )
+
+
+def _logged(on_event: Callable[[Event], None]) -> Callable[[Event], None]:
+    """Return a listener that also logs what it hears, under ``streamconv``."""
+
+    def listener(event: Event) -> None:
+        if isinstance(event, Notice):
+            _LOG.info("notice: %s", event.text)
+        elif isinstance(event, Phase):
+            _LOG.info("phase: %s", event.name)
+        else:
+            _LOG.debug("%s of %s bytes, %s", event.done_bytes, event.total_bytes, event.file)
+        on_event(event)
+
+    return listener
 
 
 def memory_bytes(max_mem: int | str | None) -> int | None:

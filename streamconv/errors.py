@@ -7,6 +7,8 @@ and are printed one to a line in a fixed order, so that a script can read them t
 from __future__ import annotations
 
 import errno
+import functools
+import re
 from typing import Any, ClassVar
 
 # A name in a file can be as long as the file. A path cannot, and all of it is of use.
@@ -193,6 +195,61 @@ class LockedError(StreamconvError):
 
     exit_code = 11
     kind = "locked"
+
+
+class CancelledError(StreamconvError):
+    """A conversion was ended by its ``cancel``; the same call again goes on (exit code 130)."""
+
+    exit_code = 130
+    kind = "cancelled"
+
+
+# What follows an option in a message and is its value: a number, a choice, a word for any value.
+_CHOICES = "merge|adapter|both|auto|memory|hub|keep|drop|no|yes"
+_VALUE = rf"[A-Z]+(?:=[A-Z]+)?\b|[\w.%-]*\d[\w.%]*|\w+(?:\|\w+)+|{_CHOICES}"
+_OPTION = re.compile(rf"--([a-z][a-z0-9-]+)(?:[ =]({_VALUE})(?![\w/]))?")
+_SWITCHED_OFF = {"no-sync": "sync=False", "no-source-crc": "source_crc=False"}
+_SWITCHES = frozenset(
+    {"overwrite", "strict", "direct", "allow-zero-delta", "lora-rslora", "keep-buffers", "private"}
+)
+
+
+def in_python(text: str) -> str:
+    """Return a message with options of the command line as keyword arguments.
+
+    >>> in_python("--max-mem 490MB works, or --overwrite; see --family")
+    "max_mem='490MB' works, or overwrite=True; see family"
+    """
+
+    def keyword(found: re.Match[str]) -> str:
+        flag, value = found[1], found[2]
+        if flag in _SWITCHED_OFF:
+            return _SWITCHED_OFF[flag] + (f" {value}" if value else "")
+        name = flag.replace("-", "_")
+        if flag in _SWITCHES:
+            return f"{name}=True" + (f" {value}" if value else "")
+        if value is None:
+            return name
+        return f"{name}={value}" if value.isalpha() and value.isupper() else f"{name}={value!r}"
+
+    return _OPTION.sub(keyword, text)
+
+
+def speaking_python(function: Any) -> Any:
+    """Return a function whose errors name keyword arguments, not options of the command line."""
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return function(*args, **kwargs)
+        except StreamconvError as error:
+            error.what = in_python(error.what)
+            error.args = (error.what,)
+            error.hint = error.hint and in_python(error.hint)
+            error.expected = error.expected and in_python(error.expected)
+            raise
+
+    return call
 
 
 def shown(text: str) -> str:

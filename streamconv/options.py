@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypedDict, Unpack, get_args
 
-from streamconv.errors import UsageError
+from streamconv.errors import CancelledError, UsageError
 from streamconv.files.inputs import StrPath, local_path
-from streamconv.units import parse_size
+from streamconv.units import format_size, parse_size
 
 Layout = Literal["hub", "memory"]
 DTypeChoice = Literal["keep", "auto", "bfloat16", "float16", "float32"]
+# As hands type them; everything else knows the long names only.
+ShortDType = Literal["bf16", "fp16", "fp32"]
+SHORT_DTYPES: dict[str, DTypeChoice] = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 ValueHead = Literal["keep", "drop"]
 Masters = Literal["yes", "no"]
 LoraMode = Literal["auto", "merge", "adapter", "both"]
@@ -156,7 +159,7 @@ class JobKeywords(TypedDict, total=False):
     """
 
     layout: Layout
-    dtype: DTypeChoice
+    dtype: DTypeChoice | ShortDType
     keep_dtype: Sequence[str]
     max_shard_size: int | str
     strict: bool
@@ -187,6 +190,47 @@ _OF_LORA = {
 _LISTS = ("keep_dtype", "config")
 
 
+def differing_flags(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Return in words which options differ between two jobs, each as :meth:`JobOptions.to_json` has it.
+
+    >>> differing_flags({"dtype": "keep"}, {"dtype": "bfloat16"})
+    ['--dtype keep, now --dtype bfloat16']
+    """
+    said = []
+    for old, new in zip(_flags(before, now), _flags(now, before), strict=True):
+        if old != new:
+            said.append(f"{old}, now {new}")
+    return said
+
+
+def _flags(options: Mapping[str, Any], others: Mapping[str, Any]) -> list[str]:
+    defaults = JobOptions().to_json()
+    flags = []
+    for key in sorted(defaults.keys() | options.keys() | others.keys()):
+        value, default = options.get(key, defaults.get(key)), defaults.get(key)
+        if isinstance(value, dict):
+            names = {v: k for k, v in _OF_LORA.items()}
+            flags += [
+                _flag(names.get(k, k), value.get(k, d)) for k, d in (default or value).items()
+            ]
+        else:
+            name = "max_shard_size" if key == "max_shard_bytes" else key
+            text = format_size(value) if key == "max_shard_bytes" else value
+            flags.append(_flag(name, text))
+    return flags
+
+
+def _flag(name: str, value: Any) -> str:
+    flag = f"--{name.replace('_', '-')}"
+    if value is True:
+        return flag
+    if value in (False, None, []):
+        return f"no {flag}"
+    if isinstance(value, list):
+        return " ".join(f"{flag} {v}" for v in value)
+    return f"{flag} {value}"
+
+
 def job_options(**given: Unpack[JobKeywords]) -> JobOptions:
     """Return the options that decide the output; raises :class:`UsageError`.
 
@@ -200,6 +244,8 @@ def job_options(**given: Unpack[JobKeywords]) -> JobOptions:
             if isinstance(value, str):
                 raise UsageError(f"{name} must be a list", found=repr(value))
             job[name] = tuple(value or ())
+        elif name == "dtype":
+            job[name] = SHORT_DTYPES.get(value, value)
         elif name == "max_shard_size":
             job["max_shard_bytes"] = parse_size(value)
         elif name in ("hf_config", "base"):
@@ -261,6 +307,32 @@ class Notice:
 Event = Phase | Progress | Notice
 
 
+class Cancel:
+    """Ends a conversion that another thread runs: give it as ``cancel`` and call :meth:`set`.
+
+    The conversion then raises :class:`streamconv.errors.CancelledError` within a window's time; the
+    same call again goes on with what was finished.
+    """
+
+    def __init__(self) -> None:
+        self._is_set = False
+
+    def set(self) -> None:
+        """Ask for the end; may be called by any thread, and more than once."""
+        self._is_set = True
+
+    def is_set(self) -> bool:
+        """Whether the end was asked for."""
+        return self._is_set
+
+    def check(self) -> None:
+        """Raise :class:`streamconv.errors.CancelledError` where the end was asked for."""
+        if self._is_set:
+            raise CancelledError(
+                "cancelled", hint="the same call again goes on with what is finished"
+            )
+
+
 def ignore_event(_: Event) -> None:
     """Listen to nothing."""
 
@@ -272,7 +344,8 @@ class RunOptions:
     ``max_mem_bytes``: the budget for the whole process tree; None means what the machine can give.
     ``sync``: make the output durable. ``direct``: write past the page cache (O_DIRECT) where the file
     system can. ``source_crc``: check every source record's CRC-32.
-    ``sha256``: add sha256 digests to the manifest. ``io_threads``: readers at work at once.
+    ``sha256``: add sha256 digests to the manifest. ``io_threads``: readers at work at once. ``cancel``
+    ends it from another thread.
     """
 
     max_mem_bytes: int | None = None
@@ -283,6 +356,7 @@ class RunOptions:
     sha256: bool = False
     io_threads: int = 1
     on_event: Callable[[Event], None] = ignore_event
+    cancel: Cancel | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ from streamconv import errors
 from streamconv.errors import StreamconvError
 
 CODES = {
+    "CancelledError": 130,
     "StreamconvError": 1,
     "UsageError": 2,
     "ClosedError": 2,

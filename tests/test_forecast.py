@@ -198,7 +198,10 @@ def test_doctor_says_what_would_keep_a_conversion_from_ending(tmp_path):
     assert found["default_budget_from"] == "the limit of `ulimit -v`"
     assert found["default_budget_bytes"] <= 400_000 * 1024
     refused, too_small = found["problems"]
-    assert refused == f"the output cannot be written: {taken} is not a folder"
+    assert (
+        refused
+        == f"the output cannot be written: {taken} is not a folder\n  next: choose another folder"
+    )
     assert f"at least {format_size(budget.PLANNING_FLOOR_BYTES)}" in too_small
     assert done.returncode == 1
 

@@ -17,7 +17,7 @@ import streamconv
 from scripts.outputs import cast, differences, read_model, read_truth
 from streamconv.cli import conversion
 from streamconv.cli.app import app
-from streamconv.errors import BadInputError, OutputExistsError, UsageError
+from streamconv.errors import BadInputError, UsageError
 
 pytestmark = pytest.mark.usefixtures("planned_here")
 
@@ -202,7 +202,7 @@ def test_quantised_weights_and_their_scales_pass_through(checkpoints, tmp_path):
         assert found[name].data == raw
 
 
-def test_advice_can_be_followed(tmp_path):
+def test_advice_can_be_followed_and_an_older_output_is_replaced(tmp_path):
     """verl's words have no --keep-dtype and no --hf-config: the advice names the command that has."""
     src, out = tmp_path / "actor", tmp_path / "out"
     src.mkdir()
@@ -219,11 +219,7 @@ def test_advice_can_be_followed(tmp_path):
     save(1.0)
     assert command(*merge).exit_code == 0
     save(2.0)
-    with pytest.raises(OutputExistsError) as caught:
-        command(*merge)
-    assert "--overwrite" in caught.value.hint
-    assert "streamconv convert" not in caught.value.hint, "it is an option here, too"
-    assert command(*merge, "--overwrite").exit_code == 0
+    assert command(*merge).exit_code == 0, "as verl does, it writes over what it wrote before"
     assert (
         read_model(out)["a.weight"].data
         == torch.tensor([2.0]).bfloat16().view(torch.uint8).numpy().tobytes()

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import socket
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -137,6 +139,28 @@ class Batch:
         made.problems += [_refused(trouble) for trouble in troubles if trouble is not None]
         return made
 
+    def preview(self) -> Round:
+        """Return what a round would do: ``tasks``, ``removals``. Nothing is written or deleted."""
+        made = Round(budget_bytes=self.budget_bytes)
+        with tempfile.TemporaryDirectory(prefix="streamconv-") as scratch:
+            runs = []
+            for number, (run, known) in enumerate(
+                zip(self._settings.run, self._stores, strict=True)
+            ):
+                # Of its own, with a copy of what is remembered: no look may leave a trace.
+                store = Store(known.output, Path(scratch) / str(number))
+                with suppress(FileNotFoundError):
+                    shutil.copytree(known.folder / "jobs", store.folder / "jobs")
+                runs.append(Surveyed(run, store, self._look(run, store, made, dry=True)))
+            surveys = [one.survey for one in runs if one.survey is not None]
+            made.tasks += [task for survey in surveys for task in survey.next_tasks()]
+            made.counts += _left_out(surveys)
+            try:
+                made.removals += tidy(runs, self._read, apply=False)
+            except StreamconvError as error:
+                made.problems.append(error)
+        return made
+
     def _tell_readings(self, made: Round, surveys: Sequence[Survey]) -> None:
         """Tell what reading the later steps, in favour of which sources go, came to."""
         for readings in (t.readings for survey in surveys for t in survey.training.values()):
@@ -162,7 +186,9 @@ class Batch:
         except (OSError, StreamconvError) as error:
             self._trouble = error
 
-    def _look(self, run: RunSettings, store: Store, made: Round) -> Survey | None:
+    def _look(
+        self, run: RunSettings, store: Store, made: Round, *, dry: bool = False
+    ) -> Survey | None:
         s = self._settings
         options = {
             "sync": not s.no_sync,
@@ -176,9 +202,10 @@ class Batch:
             askedfile.checked(run.output / STATUS, askedfile.STATUS)
             store.begin()
             rule = Rule(run.keep_last, run.keep_every)
-            if rule.active and store.folder not in self._rules:
+            if rule.active and not dry and store.folder not in self._rules:
                 self._rules[store.folder] = claim_rule(store.folder, rule)
-            made.removals += resume_removals(store, run.root.absolute(), apply=s.apply)
+            if not dry:
+                made.removals += resume_removals(store, run.root.absolute(), apply=s.apply)
             survey = Survey(
                 run,
                 store,
@@ -188,6 +215,7 @@ class Batch:
                 own_files=lambda name: self._own_files(store, name),
                 pin_folder=self._pins.folder,
                 stillness=self._stillness,
+                dry=dry,
             )
             survey.look()
         except StreamconvError as error:

@@ -32,6 +32,7 @@ from streamconv.errors import BadInputError, UsageError
 from streamconv.files.filesystems import real_path
 from streamconv.files.inputs import local_path
 from streamconv.options import (
+    SHORT_DTYPES,
     DTypeChoice,
     JobKeywords,
     JobOptions,
@@ -71,6 +72,7 @@ def _no_nul(path: Path) -> Path:
     return path
 
 
+_DType = Annotated[DTypeChoice, BeforeValidator(lambda v: SHORT_DTYPES.get(v, v))]
 _Count = Annotated[int, Field(gt=0), BeforeValidator(_no_flag)]
 _Path = Annotated[Path, AfterValidator(_no_nul), _parsed_by(local_path)]
 _Size = Annotated[str, _parsed_by(parse_size)]
@@ -107,7 +109,7 @@ class RunSettings(_Strict):
     keep_every: _Count | None = None
     delete_sources: bool = False
     layout: Layout = "hub"
-    dtype: DTypeChoice = "keep"
+    dtype: _DType = "keep"
     keep_dtype: tuple[str, ...] = ()
     max_shard_size: _Size = "5GB"
     strict: bool = False

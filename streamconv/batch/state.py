@@ -146,12 +146,12 @@ class Store:
     """The records of one output folder.
 
     ``trouble`` is what the system refused when one was saved or locked, ``newer`` how many records are
-    there that a later release wrote: they and their outputs are left alone.
+    there that a later release wrote: they and their outputs are left alone. ``folder`` holds them.
     """
 
-    def __init__(self, output: Path) -> None:
+    def __init__(self, output: Path, folder: Path | None = None) -> None:
         self.output = output
-        self.folder = output / FOLDER
+        self.folder = folder or output / FOLDER
         self._records: dict[str, Record] = {}
         self._unsaved: set[str] = set()
         self.trouble: OSError | StreamconvError | None = None
@@ -162,7 +162,7 @@ class Store:
         self.trouble = None
         for name in ("jobs", "locks"):
             (self.folder / name).mkdir(parents=True, exist_ok=True)
-        records, self.newer = _read_all(self.output)
+        records, self.newer = _read_all(self.output, self.folder)
         self._records = {r.name: r for r in records}
         self._unsaved = set()
 
@@ -296,9 +296,9 @@ def read_records(output: Path) -> list[Record]:
     return _read_all(output)[0]
 
 
-def _read_all(output: Path) -> tuple[list[Record], int]:
+def _read_all(output: Path, folder: Path | None = None) -> tuple[list[Record], int]:
     """Return the records, and how many more a later release wrote."""
-    folder = output / FOLDER / "jobs"
+    folder = (folder or output / FOLDER) / "jobs"
     output = output.absolute()
     records, newer = [], 0
     for path in sorted(folder.glob("*.json")) if folder.is_dir() else []:

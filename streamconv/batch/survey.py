@@ -55,7 +55,7 @@ class Survey:
     what the batch writes on account of an output, and what each file is; ``pin_folder`` where it keeps
     pins below a place. ``training`` are the steps of each run in it, where sources are to be deleted.
     ``hopeless`` are outputs whose conversion failed for good in this process, with what :func:`scene`
-    said then: nothing is gained by trying the same again.
+    said then: nothing is gained by trying the same again. ``dry``: nothing is tidied up on the way.
     """
 
     def __init__(
@@ -69,8 +69,10 @@ class Survey:
         own_files: Callable[[str], Mapping[Path, str]] = lambda _: {},
         pin_folder: Callable[[Path], Path] = lambda place: place,
         stillness: Stillness | None = None,
+        dry: bool = False,
     ) -> None:
         self._run = run
+        self._dry = dry
         self._store = store
         self._run_options = {**run_options, "overwrite": run.overwrite}
         self._hopeless = hopeless
@@ -102,8 +104,9 @@ class Survey:
         run = self._run
         if run.hf_config is not None and not run.hf_config.is_dir():
             raise UsageError("--hf-config names no folder", where=str(run.hf_config))
-        for place in (self._store.folder, run.root / FOLDER):
-            pins.remove_left_behind(place)
+        if not self._dry:
+            for place in (self._store.folder, run.root / FOLDER):
+                pins.remove_left_behind(place)
         # Absolute: records and hooks are read from other working folders.
         all_found = discover(
             run.root.absolute(),
@@ -111,7 +114,8 @@ class Survey:
             on_problem=self.problems.append,
             on_notice=self.notices.append,
         )
-        self.notices += [put_aside(path) for path in asides_of(self._store)]
+        if not self._dry:
+            self.notices += [put_aside(path) for path in asides_of(self._store)]
         found = run.filter.choose(models_of(all_found, run.model, self.notices.append))
         self.candidates = named(found, self._name)
         own = {

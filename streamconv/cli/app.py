@@ -3,24 +3,36 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from streamconv._version import __version__
+from streamconv.cli.command import OUTPUT, SPEED, Command, Group
 from streamconv.cli.job_options import NONE, JobOptions, Model, with_job_options
 from streamconv.cli.output import columns, say, say_json
 from streamconv.cli.verl import app as verl_app
 from streamconv.errors import shown
 from streamconv.files.inputs import local_path
 
+
+class _Root(Group):
+    usage = ("streamconv SRC DST [--max-mem 32GB] [OPTIONS]", "streamconv COMMAND [ARGS]...")
+    main_options = ("--max-mem", "--dtype", "--max-shard-size", "--hf-config", "--model", "--lora")
+
+
 app = typer.Typer(
-    add_completion=False,
+    cls=_Root,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-    help="Convert distributed training checkpoints to HuggingFace models, in bounded memory.\n\n"
+    no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    help="Convert distributed training checkpoints (verl, FSDP, Megatron, DeepSpeed, torch DCP) to "
+    "Hugging Face models on a CPU, within a memory limit you choose.\n\n"
     "`streamconv SRC DST` is short for `streamconv convert SRC DST`.",
+    epilog="streamconv global_step_100/actor my-model --max-mem 32GB\n"
+    "streamconv plan global_step_100/actor\n"
+    "streamconv batch runs/grpo models/grpo --model actor --watch 10m",
 )
 
 Source = Annotated[
@@ -39,25 +51,61 @@ MaxMem = Annotated[
     typer.Option(
         "--max-mem",
         metavar="SIZE",
+        envvar="STREAMCONV_MAX_MEM",
+        show_envvar=True,
         help="Memory for the whole process tree: 32GB, 32GiB, 80%. Default: what the machine can give.",
     ),
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace another job's output.")]
 NoSync = Annotated[
-    bool, typer.Option("--no-sync", help="Faster, but a power cut may lose the output.")
+    bool,
+    typer.Option(
+        "--no-sync",
+        envvar="STREAMCONV_NO_SYNC",
+        show_envvar=True,
+        help="Faster, but a power cut may lose the output.",
+        rich_help_panel=SPEED,
+    ),
 ]
 Direct = Annotated[
-    bool, typer.Option("--direct", help="Write past the page cache where the file system can.")
+    bool,
+    typer.Option(
+        "--direct",
+        envvar="STREAMCONV_DIRECT",
+        show_envvar=True,
+        help="Write past the page cache where the file system can.",
+        rich_help_panel=SPEED,
+    ),
 ]
 NoSourceCrc = Annotated[
-    bool, typer.Option("--no-source-crc", help="Do not check the checksums of the source.")
+    bool,
+    typer.Option(
+        "--no-source-crc",
+        help="Do not check the checksums of the source.",
+        rich_help_panel=SPEED,
+    ),
 ]
 Checksum = Annotated[
     str | None,
-    typer.Option("--checksum", metavar="KIND", help="sha256: add such digests to the manifest."),
+    typer.Option(
+        "--checksum",
+        metavar="KIND",
+        envvar="STREAMCONV_CHECKSUM",
+        show_envvar=True,
+        help="sha256: add such digests to the manifest.",
+        rich_help_panel=SPEED,
+    ),
 ]
 IoThreads = Annotated[
-    int, typer.Option("--io-threads", metavar="N", help="Readers at work at once.")
+    int,
+    typer.Option(
+        "--io-threads",
+        metavar="N",
+        envvar="STREAMCONV_IO_THREADS",
+        show_envvar=True,
+        help="Readers at work at once.",
+        rich_help_panel=SPEED,
+    ),
 ]
 Report = Annotated[
     Path | None,
@@ -74,9 +122,36 @@ UploadPath = Annotated[
     ),
 ]
 Private = Annotated[bool, typer.Option("--private", help="Upload into a private repository only.")]
-Json = Annotated[bool, typer.Option("--json", help="JSON on stdout, for programs.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
+Json = Annotated[
+    bool, typer.Option("--json", help="JSON on stdout, for programs.", rich_help_panel=OUTPUT)
+]
+Quiet = Annotated[
+    bool,
+    typer.Option("--quiet", "-q", help="Print nothing but errors.", rich_help_panel=OUTPUT),
+]
+
+AdapterBase = Annotated[
+    Path | None,
+    typer.Option(
+        "--base", parser=local_path, metavar="DIR", help="The model that an adapter belongs to."
+    ),
+]
+Atol = Annotated[float, typer.Option("--atol", help="Tolerated absolute difference.")]
+Rtol = Annotated[float, typer.Option("--rtol", help="Tolerated relative difference.")]
+Prompt = Annotated[
+    str | None, typer.Option("--prompt", metavar="TEXT", help="What to run the model on.")
+]
+TokenIds = Annotated[
+    str | None,
+    typer.Option("--token-ids", metavar="IDS", help="What to run it on as ids: 1,2,3."),
+]
+LogitsAtol = Annotated[
+    float | None,
+    typer.Option(
+        "--logits-atol",
+        help="Tolerated difference of logits. Default: 1e-5 of the largest; other dtypes: 0.05.",
+    ),
+]
 
 
 def _version(value: bool) -> None:
@@ -85,22 +160,25 @@ def _version(value: bool) -> None:
         raise typer.Exit
 
 
-app.add_typer(verl_app, name="verl")
-
-
 @app.callback()
 def _root(
     version: Annotated[
         bool,
         typer.Option(
-            "--version", is_eager=True, callback=_version, help="Show the version and exit."
+            "--version", "-V", is_eager=True, callback=_version, help="Show the version and exit."
         ),
     ] = False,
 ) -> None:
     pass
 
 
-@app.command()
+@app.command(
+    cls=Command,
+    epilog="streamconv global_step_100/actor my-model --max-mem 32GB\n"
+    "streamconv global_step_100/actor my-model --dtype bf16 --report report.html\n"
+    "streamconv iter_0000500 my-model --hf-config Qwen3-30B-A3B      # Megatron-LM\n"
+    "streamconv global_step_100/actor my-model --lora adapter        # for PEFT and vLLM",
+)
 @with_job_options
 def convert(
     context: typer.Context,
@@ -119,7 +197,6 @@ def convert(
     private: Private = False,
     json: Json = False,
     quiet: Quiet = False,
-    debug: Debug = False,
 ) -> None:
     """Convert the checkpoint SRC into the HuggingFace folder DST."""
     from streamconv.cli.conversion import convert as run_conversion
@@ -140,7 +217,11 @@ def convert(
     )
 
 
-@app.command()
+@app.command(
+    cls=Command,
+    epilog="streamconv plan global_step_100/actor my-model    # how long, how much memory and disk\n"
+    "streamconv plan global_step_100/actor -o plan.jsonl && streamconv run plan.jsonl my-model",
+)
 @with_job_options
 def plan(
     context: typer.Context,
@@ -162,14 +243,15 @@ def plan(
     job: JobOptions = NONE,
     json: Json = False,
     quiet: Quiet = False,
-    debug: Debug = False,
 ) -> None:
     """Show what converting SRC would do: tensors, files, disk, memory, and with DST the time."""
     from streamconv import api
+    from streamconv.cli.progress import working
     from streamconv.cli.report import plan_report, render_plan
 
-    made = api.plan(src, max_mem=max_mem, output=output, **job)
-    report = plan_report(made, dst, api.memory_bytes(max_mem))
+    with working("planning", json=json, quiet=quiet):
+        made = api.plan(src, max_mem=max_mem, output=output, **job)
+        report = plan_report(made, dst, api.memory_bytes(max_mem))
     if json:
         say_json(report, indent=2)
     elif not quiet:
@@ -181,7 +263,11 @@ def plan(
         api.check_disk(made, dst)
 
 
-@app.command()
+@app.command(
+    cls=Command,
+    epilog="streamconv plan global_step_100/actor -o plan.jsonl\n"
+    "streamconv run plan.jsonl my-model --max-mem 64MB",
+)
 def run(
     plan: Annotated[
         Path,
@@ -195,33 +281,38 @@ def run(
     no_source_crc: NoSourceCrc = False,
     checksum: Checksum = None,
     io_threads: IoThreads = 1,
+    report: Report = None,
     json: Json = False,
     quiet: Quiet = False,
-    debug: Debug = False,
 ) -> None:
     """Execute a plan made before: needs far less memory than planning does."""
     from streamconv import api
+    from streamconv.cli.conversion import told_when_stopped
     from streamconv.cli.progress import listen, summarize
-    from streamconv.conversion.job import run_plan
-    from streamconv.files.inputs import reading
 
-    with listen(json=json, quiet=quiet) as on_event:
-        options = api.run_options(
-            max_mem,
-            overwrite,
-            not no_sync,
-            direct,
-            not no_source_crc,
-            checksum,
-            io_threads,
-            on_event,
+    with listen(json=json, quiet=quiet) as on_event, told_when_stopped(dst):
+        result = api.run(
+            plan,
+            dst,
+            max_mem=max_mem,
+            overwrite=overwrite,
+            sync=not no_sync,
+            direct=direct,
+            source_crc=not no_source_crc,
+            checksum=checksum,
+            io_threads=io_threads,
+            on_event=on_event,
+            report=report,
         )
-        with reading(plan, but=dst):
-            result = run_plan(plan, dst, options)
     summarize(result, json=json, quiet=quiet)
 
 
-@app.command()
+@app.command(
+    cls=Command,
+    epilog="streamconv verify my-model                                   # against its manifest\n"
+    "streamconv verify my-model --source global_step_100/actor    # every tensor\n"
+    "streamconv verify my-model --forward --prompt 'Once upon'    # run it",
+)
 def verify(
     folder: Annotated[
         Path, typer.Argument(parser=local_path, metavar="DST", help="What streamconv wrote.")
@@ -244,34 +335,18 @@ def verify(
             help="Compare with another model folder.",
         ),
     ] = None,
-    base: Annotated[
-        Path | None,
-        typer.Option(
-            "--base", parser=local_path, metavar="DIR", help="The model that an adapter belongs to."
-        ),
-    ] = None,
-    atol: Annotated[float, typer.Option("--atol", help="Tolerated absolute difference.")] = 0.0,
-    rtol: Annotated[float, typer.Option("--rtol", help="Tolerated relative difference.")] = 0.0,
+    base: AdapterBase = None,
+    atol: Atol = 0.0,
+    rtol: Rtol = 0.0,
     forward: Annotated[
         bool,
         typer.Option(
             "--forward", help="Run the model; with --reference, compare logits and not tensors."
         ),
     ] = False,
-    prompt: Annotated[
-        str | None, typer.Option("--prompt", metavar="TEXT", help="What to run the model on.")
-    ] = None,
-    token_ids: Annotated[
-        str | None,
-        typer.Option("--token-ids", metavar="IDS", help="What to run it on as ids: 1,2,3."),
-    ] = None,
-    logits_atol: Annotated[
-        float | None,
-        typer.Option(
-            "--logits-atol",
-            help="Tolerated difference of logits. Default: 1e-5 of the largest; other dtypes: 0.05.",
-        ),
-    ] = None,
+    prompt: Prompt = None,
+    token_ids: TokenIds = None,
+    logits_atol: LogitsAtol = None,
     hf_config: Annotated[
         Path | None,
         typer.Option(
@@ -282,15 +357,12 @@ def verify(
         ),
     ] = None,
     max_mem: MaxMem = None,
+    report: Report = None,
     json: Json = False,
     quiet: Quiet = False,
-    debug: Debug = False,
 ) -> None:
     """Check DST against its manifest, its source or another model; run it with --forward."""
-    from streamconv import api
-    from streamconv.cli.report import render_verification
-
-    report = api.verify(
+    _verify(
         folder,
         source=source,
         reference=reference,
@@ -299,16 +371,75 @@ def verify(
         rtol=rtol,
         forward=forward,
         prompt=prompt,
-        token_ids=_ids(token_ids),
+        token_ids=token_ids,
         logits_atol=logits_atol,
         hf_config=hf_config,
         max_mem=max_mem,
+        report=report,
+        json=json,
+        quiet=quiet,
     )
+
+
+@app.command(
+    cls=Command,
+    epilog="streamconv diff my-model other-model\n"
+    "streamconv diff my-model other-model --atol 1e-3    # a tolerance\n"
+    "streamconv diff my-model other-model --forward      # the logits that both give",
+)
+def diff(
+    one: Annotated[Path, typer.Argument(parser=local_path, metavar="A", help="A model folder.")],
+    other: Annotated[
+        Path,
+        typer.Argument(parser=local_path, metavar="B", help="The model folder to compare it with."),
+    ],
+    atol: Atol = 0.0,
+    rtol: Rtol = 0.0,
+    forward: Annotated[
+        bool,
+        typer.Option("--forward", help="Run both and compare their logits, not their tensors."),
+    ] = False,
+    prompt: Prompt = None,
+    token_ids: TokenIds = None,
+    logits_atol: LogitsAtol = None,
+    base: AdapterBase = None,
+    max_mem: MaxMem = None,
+    report: Report = None,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Compare two model folders tensor by tensor, or by what they answer; exit code 5: they differ."""
+    _verify(
+        one,
+        reference=other,
+        base=base,
+        atol=atol,
+        rtol=rtol,
+        forward=forward,
+        prompt=prompt,
+        token_ids=token_ids,
+        logits_atol=logits_atol,
+        max_mem=max_mem,
+        report=report,
+        json=json,
+        quiet=quiet,
+    )
+
+
+def _verify(
+    folder: Path, *, token_ids: str | None, report: Path | None, json: bool, quiet: bool, **how: Any
+) -> None:
+    from streamconv import api
+    from streamconv.cli.progress import working
+    from streamconv.cli.report import render_verification
+
+    with working("verifying", json=json, quiet=quiet):
+        found = api.verify(folder, token_ids=_ids(token_ids), report=report, **how)
     if json:
-        say_json(report.to_json(), indent=2)
-    elif not (quiet and report.passed):
-        say(render_verification(report))
-    if not report.passed:
+        say_json(found.to_json(), indent=2)
+    elif not (quiet and found.passed):
+        say(render_verification(found))
+    if not found.passed:
         raise typer.Exit(5)
 
 
@@ -323,20 +454,38 @@ def _ids(text: str | None) -> list[int] | None:
         raise UsageError("not a list of token ids", found=text, expected="such as 1,2,3") from error
 
 
-@app.command()
-def inspect(src: Source, model: Model = None, json: Json = False, debug: Debug = False) -> None:
+@app.command(
+    cls=Command,
+    epilog="streamconv inspect global_step_100/actor --summary\n"
+    "streamconv inspect global_step_100/actor --json | jq '.tensors | length'",
+)
+def inspect(
+    src: Source,
+    model: Model = None,
+    summary: Annotated[
+        bool, typer.Option("--summary", help="The facts alone, without the list of tensors.")
+    ] = False,
+    json: Json = False,
+) -> None:
     """Show what is in SRC: format, who wrote it, mesh, placements, tensors."""
     from streamconv import api
+    from streamconv.cli.progress import working
     from streamconv.cli.report import render_inspection
 
-    found = api.inspect(src, model=model)
+    with working("reading", json=json):
+        found = api.inspect(src, model=model)
+    if summary:
+        del found["tensors"]
     if json:
         say_json(found, indent=2)
     else:
         say(render_inspection(found))
 
 
-@app.command()
+@app.command(
+    cls=Command,
+    epilog="streamconv doctor global_step_100/actor /models",
+)
 def doctor(
     src: Annotated[
         Path | None,
@@ -348,17 +497,31 @@ def doctor(
     ] = None,
     model: Model = None,
     json: Json = False,
-    debug: Debug = False,
 ) -> None:
     """Show versions, memory, limits and disks, and whether SRC can be read here."""
-    from streamconv.environment.doctor import examine, rows
-    from streamconv.files.inputs import reading
+    from streamconv import api
+    from streamconv.cli.progress import working
+    from streamconv.environment.doctor import rows, verdict
 
-    with reading(src, but=dst):
-        found = examine(src, model, dst)
+    with working("measuring", json=json):
+        found = api.doctor(src, dst, model=model)
     if json:
         say_json(found, indent=2)
     else:
         say(columns([(label, shown(value)) for label, value in rows(found)]))
+        say("\n" + verdict(found))
     if found["problems"]:
         raise typer.Exit(found["exit_code"])
+
+
+app.add_typer(verl_app, name="verl")
+
+
+@app.command("help", cls=Command)
+def help_(
+    command: Annotated[
+        list[str] | None, typer.Argument(metavar="[COMMAND]", help="Which command.")
+    ] = None,
+) -> None:
+    """Show the commands, or how to use one of them."""
+    # `help COMMAND` has become `COMMAND --help` before it gets here (cli.default).

@@ -11,7 +11,6 @@ import typer
 
 from streamconv.cli.app import (
     Checksum,
-    Debug,
     Direct,
     IoThreads,
     Json,
@@ -23,17 +22,23 @@ from streamconv.cli.app import (
     Report,
     app,
 )
+from streamconv.cli.command import HOOKS, KEEP, WHICH, Command
 from streamconv.cli.job_options import NONE, JobOptions, given, with_job_options
 from streamconv.cli.output import say, say_json, tell
 from streamconv.errors import BadInputError, UsageError
 from streamconv.files.inputs import local_path
 
 
-def _option(flag: str, text: str, metavar: str | None = None) -> Any:
-    return typer.Option(flag, metavar=metavar, help=text)
+def _option(flag: str, text: str, metavar: str | None = None, group: str | None = None) -> Any:
+    return typer.Option(flag, metavar=metavar, help=text, rich_help_panel=group)
 
 
-@app.command()
+@app.command(
+    cls=Command,
+    epilog="streamconv batch runs/grpo models/grpo --model actor --max-mem 64GB\n"
+    "streamconv batch runs/grpo models/grpo --watch 10m --keep-last 3 --apply\n"
+    "streamconv batch jobs.toml --dry-run",
+)
 @with_job_options
 def batch(
     context: typer.Context,
@@ -51,11 +56,16 @@ def batch(
     jobs: Annotated[
         int | None, _option("--jobs", "Conversions at once, within one --max-mem.", "N")
     ] = None,
-    every: Annotated[str | None, _option("--every", "Only steps that N divides.", "N")] = None,
-    steps: Annotated[
-        str | None, _option("--steps", "Only these steps: 100:900, 500: or 100,200.", "RANGE")
+    every: Annotated[
+        str | None, _option("--every", "Only steps that N divides.", "N", group=WHICH)
     ] = None,
-    last: Annotated[int | None, _option("--last", "Only the N latest of these.", "N")] = None,
+    steps: Annotated[
+        str | None,
+        _option("--steps", "Only these steps: 100:900, 500: or 100,200.", "RANGE", group=WHICH),
+    ] = None,
+    last: Annotated[
+        int | None, _option("--last", "Only the N latest of these.", "N", group=WHICH)
+    ] = None,
     name: Annotated[
         str | None,
         _option(
@@ -63,6 +73,7 @@ def batch(
             "What outputs are called, such as {run}/{step}; fields: run, step, step_dir, model, path, "
             "format. Default: as below ROOT.",
             "TEMPLATE",
+            group=WHICH,
         ),
     ] = None,
     settle: Annotated[
@@ -71,15 +82,22 @@ def batch(
             "--settle",
             "Without a tracker file, a checkpoint is whole when unchanged for so long (5m).",
             "TIME",
+            group=WHICH,
         ),
     ] = None,
     pin: Annotated[
-        bool, _option("--pin", "Hard-link sources meanwhile, so that rotation cannot take them.")
+        bool,
+        _option(
+            "--pin", "Hard-link sources meanwhile, so that rotation cannot take them.", group=WHICH
+        ),
     ] = False,
     watch: Annotated[
         str | None,
         _option("--watch", "Again and again: 10m, or a cron expression '*/10 * * * *'.", "WHEN"),
     ] = None,
+    dry_run: Annotated[
+        bool, _option("--dry-run", "Show what would be converted and deleted; write nothing.")
+    ] = False,
     retries: Annotated[
         int | None, _option("--retries", "How often a passing I/O error is tried again (3).", "N")
     ] = None,
@@ -87,30 +105,38 @@ def batch(
         bool, _option("--verify", "Compare each output with its source, tensor by tensor.")
     ] = False,
     keep_last: Annotated[
-        int | None, _option("--keep-last", "Keep the outputs of the N latest steps.", "N")
+        int | None,
+        _option("--keep-last", "Keep the outputs of the N latest steps.", "N", group=KEEP),
     ] = None,
     keep_every: Annotated[
-        int | None, _option("--keep-every", "Keep outputs of steps that N divides.", "N")
+        int | None,
+        _option("--keep-every", "Keep outputs of steps that N divides.", "N", group=KEEP),
     ] = None,
     delete_sources: Annotated[
         bool,
         _option(
             "--delete-sources",
             "Delete sources whose outputs are verified, never a run's newest step.",
+            group=KEEP,
         ),
     ] = False,
     apply: Annotated[
-        bool, _option("--apply", "Actually delete. Without it, deletions are only listed.")
+        bool,
+        _option("--apply", "Actually delete. Without it, deletions are only listed.", group=KEEP),
     ] = False,
     on_done: Annotated[
         str | None,
-        _option("--on-done", "Run this for each output; facts are in $STREAMCONV_….", "CMD"),
+        _option(
+            "--on-done", "Run this for each output; facts are in $STREAMCONV_….", "CMD", group=HOOKS
+        ),
     ] = None,
     on_error: Annotated[
-        str | None, _option("--on-error", "Run this for each that failed or is gone.", "CMD")
+        str | None,
+        _option("--on-error", "Run this for each that failed or is gone.", "CMD", group=HOOKS),
     ] = None,
     hook_limit: Annotated[
-        str | None, _option("--hook-limit", "How long such a command may take (1h).", "TIME")
+        str | None,
+        _option("--hook-limit", "How long such a command may take (1h).", "TIME", group=HOOKS),
     ] = None,
     prometheus: Annotated[
         Path | None,
@@ -119,6 +145,7 @@ def batch(
             parser=local_path,
             metavar="FILE",
             help="Keep metrics in this text file.",
+            rich_help_panel=HOOKS,
         ),
     ] = None,
     report: Report = None,
@@ -131,20 +158,37 @@ def batch(
     io_threads: IoThreads = 1,
     json: Json = False,
     quiet: Quiet = False,
-    debug: Debug = False,
 ) -> None:
     """Convert every checkpoint of a run that is whole and not converted yet."""
     own = dict(locals())
-    for key in ("context", "root", "dst", "job", "json", "quiet", "debug"):
+    for key in ("context", "root", "dst", "job", "dry_run", "json", "quiet"):
         del own[key]
     from streamconv.batch.cycle import Batch
     from streamconv.batch.cycle import watch as keep_watching
     from streamconv.batch.round import Round
-    from streamconv.cli.batch_report import BatchLines, json_lines, render_round, round_json
+    from streamconv.cli.batch_report import (
+        BatchLines,
+        json_lines,
+        preview_json,
+        render_preview,
+        render_round,
+        round_json,
+    )
 
     settings = _settings(root, dst, {**given(context, own), **job})
     listener = json_lines if json else BatchLines(quiet=quiet)
     work = Batch(settings, listener)
+    if dry_run:
+        preview = work.preview()
+        if json:
+            say_json(preview_json(preview))
+        else:
+            for problem in preview.problems:
+                tell(f"error: {problem}")
+            say(render_preview(preview))
+        if preview.problems:
+            raise typer.Exit(3)
+        return
 
     def show(made: Round, following: str | None) -> None:
         if json:
@@ -206,13 +250,15 @@ def _settings(root: Path, dst: Path | None, options: Mapping[str, Any]) -> Any:
     return settings({**shared, "run": [{**run, "root": root, "output": dst}]})
 
 
-@app.command()
+@app.command(
+    cls=Command,
+    epilog="streamconv status models/grpo --watch 5s",
+)
 def status(
     dst: Annotated[
         Path, typer.Argument(parser=local_path, metavar="DST", help="The output folder of a batch.")
     ],
     json: Json = False,
-    debug: Debug = False,
 ) -> None:
     """Show how the conversions of a batch stand."""
     from streamconv.batch.state import FOLDER, read_records

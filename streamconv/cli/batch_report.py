@@ -36,8 +36,13 @@ def _rate(record: Record) -> str:
     return f"{rate / 1e9:.2f} GB/s" if rate else ""
 
 
+def _line(text: str) -> None:
+    """Tell a line with the time: a batch runs for days."""
+    tell(f"{datetime.now():%H:%M:%S} {text}")  # noqa: DTZ005 - local time, for people
+
+
 class BatchLines:
-    """Tells on stderr what happens to each output."""
+    """Tells on stderr what happens to each output, and when."""
 
     def __init__(self, *, quiet: bool) -> None:
         self._quiet = quiet
@@ -48,31 +53,31 @@ class BatchLines:
         """Tell a line, or keep silent."""
         record, name, text = task.record, shown(task.record.name), shown(text)
         if what == "failed":
-            tell(f"error: {name}: {text}")
+            _line(f"error: {name}: {text}")
         elif self._quiet:
             return
         elif what == "started":
             self._last[name] = time.monotonic()
-            tell(f"{name}: converting within {format_size(record.budget_bytes)}")
+            _line(f"{name}: converting within {format_size(record.budget_bytes)}")
         elif what == "progress":
             self._progress(name, record)
         elif what == "done":
             speed = f" in {format_duration(record.seconds)}" if record.seconds else ""
             verified = ", verified" if record.verified else ""
-            tell(f"{name}: done, {format_size(record.write_bytes)}{speed}{verified}")
+            _line(f"{name}: done, {format_size(record.write_bytes)}{speed}{verified}")
             # Once each: the checkpoints of a run have the same to say.
             for notice in [n for n in record.notices if n not in self._noticed]:
                 self._noticed.add(notice)
-                tell(f"{name}: notice: {shown(notice)}")
+                _line(f"{name}: notice: {shown(notice)}")
         else:
-            tell(f"{name}: {what if what != 'elsewhere' else 'left to another'}: {text}")
+            _line(f"{name}: {what if what != 'elsewhere' else 'left to another'}: {text}")
 
     def _progress(self, name: str, record: Record) -> None:
         now = time.monotonic()
         if now - self._last.get(name, now) >= _LINE_EVERY_SECONDS and record.total_bytes:
             self._last[name] = now
             done, total = record.done_bytes, record.total_bytes
-            tell(f"{name}: {format_size(done)} of {format_size(total)} ({100 * done // total}%)")
+            _line(f"{name}: {format_size(done)} of {format_size(total)} ({100 * done // total}%)")
 
 
 def json_lines(what: What, task: Task, text: str) -> None:
@@ -124,6 +129,27 @@ def render_round(made: Round, *, applied: bool) -> str:
             f"of {format_size(made.budget_bytes)}"
         )
     return "\n".join([*lines, text])
+
+
+def preview_json(made: Round) -> dict[str, Any]:
+    """Return what a round would do as plain data."""
+    tasks = [
+        {"name": t.record.name, "source": t.record.source, "output": t.record.output}
+        for t in made.tasks
+    ]
+    return {"event": "preview", "convert": tasks, **round_json(made)}
+
+
+def render_preview(made: Round) -> str:
+    """Return what a round would do as text."""
+    lines = [
+        f"would convert {shown(t.record.source)} to {shown(t.record.output)}" for t in made.tasks
+    ]
+    lines += [shown(f"notice: {notice}") for notice in made.notices]
+    lines += [shown(str(removal)) for removal in made.removals]
+    counts = [f"{len(made.tasks)} to convert"]
+    counts += [f"{made.counts[key]} {word}" for key, word in _COUNTED if made.counts[key]]
+    return "\n".join([*lines, f"{', '.join(counts)}; nothing was written"])
 
 
 def _record_json(record: Record) -> dict[str, Any]:

@@ -1,8 +1,38 @@
-"""All commands together: importing the modules declares them."""
+"""All commands together: importing the modules declares them. :func:`run` runs one."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
+import typer.main
+
 from streamconv.cli import batch as _batch  # noqa: F401 - declares its commands
 from streamconv.cli.app import app
+from streamconv.cli.command import ParseError, as_ours
+from streamconv.cli.default import with_command
+from streamconv.cli.output import tell
 
-__all__ = ["app"]
+__all__ = ["app", "root", "run"]
+
+
+def root() -> Any:
+    """Return the tree of commands."""
+    return typer.main.get_command(app)
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run the command that ``arguments`` ask for and return the exit code; raises what it raises."""
+    top = root()
+    try:
+        code = top.main(
+            args=with_command(arguments, top.commands),
+            prog_name="streamconv",
+            standalone_mode=False,
+        )
+    except ParseError as error:
+        if not arguments:  # the list of commands is what to say then
+            tell(str(error))
+            return 2
+        raise as_ours(error) from None
+    return code if isinstance(code, int) else 0

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from streamconv.cli.output import say, say_json, tell
+from streamconv.cli.output import harmless, say, say_json, tell
 from streamconv.cli.progress import listen, summarize
-from streamconv.errors import shown
+from streamconv.errors import UsageError, shown
 from streamconv.options import Event, Notice
+from streamconv.units import format_size
 
 ALL = "all"
+_STEP = re.compile(r"(global_step|iter|checkpoint|step|epoch|global_step_)[_-]?\d+", re.ASCII)
+_SIGNALLED = (130, 143)
 
 
 def convert(
@@ -33,8 +39,10 @@ def convert(
 
     if upload_to is not None:
         check_upload(upload_to)
-    model = options.pop("model", None) or _choose(src, ask=not (json or quiet))
-    with listen(json=json, quiet=quiet) as on_event:
+    ask = not (json or quiet) and sys.stdin.isatty() and sys.stderr.isatty()
+    _check_place(src, dst, ask=ask)
+    model = options.pop("model", None) or _choose(src, ask=ask)
+    with listen(json=json, quiet=quiet) as on_event, told_when_stopped(dst):
         if model == ALL:
             results = api.convert_all(src, dst, **options, on_event=on_event)
         else:
@@ -63,12 +71,73 @@ def convert(
                 say(f"uploaded: {url}")
 
 
+def _check_place(src: Path, dst: Path, *, ask: bool) -> None:
+    """Refuse an output place that is surely a slip, and ask about one that may be one."""
+    if str(dst) == "-":
+        raise UsageError(
+            "the output is a folder: it cannot be written to stdout",
+            found="-",
+            hint="name a folder; one that is called - is ./-",
+        )
+    if not ask or dst.exists():
+        return
+    missing = [p for p in dst.absolute().parents if not p.exists()]
+    run = _run_of(src)
+    if len(missing) > 1:
+        question = f"{missing[-1]} does not exist: make {len(missing)} folders for the output?"
+    elif run is not None and dst.resolve().is_relative_to(run):
+        question = f"{dst} lies in the training run {run}, which may rotate it away: go on?"
+    else:
+        return
+    sys.stderr.write(f"{harmless(question)} [y/N] ")
+    sys.stderr.flush()
+    if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+        raise UsageError("nothing was done", where=str(dst), hint="choose another output folder")
+
+
+def _run_of(src: Path) -> Path | None:
+    """Return the folder of the training run that ``src`` is a step of, or lies in a step of."""
+    place = src.resolve()
+    steps = (p for p in (place, *place.parents) if _STEP.fullmatch(p.name))
+    step = next(steps, None)
+    return None if step is None else step.parent
+
+
+@contextmanager
+def told_when_stopped(dst: Path) -> Iterator[None]:
+    """Where a signal ends a conversion, say what is kept and how to go on."""
+    try:
+        yield
+    except SystemExit as end:
+        if end.code in _SIGNALLED:
+            tell(_what_is_kept(dst))
+        raise
+
+
+def _what_is_kept(dst: Path) -> str:
+    from streamconv.output.staging import staging_path
+
+    staged = staging_path(dst)
+    finished = [p for p in (staged / "files").rglob("*.safetensors") if p.is_file()]
+    again = "the same command goes on from there"
+    if not staged.is_dir():
+        return "stopped: nothing was written"
+    if not finished:
+        return f"stopped before the first file was finished: {again}, without planning again"
+    size = format_size(sum(p.stat().st_size for p in finished))
+    count = "1 file is" if len(finished) == 1 else f"{len(finished)} files are"
+    return (
+        f"stopped: {count} finished ({size}) and kept in {shown(str(staged))}; {again} "
+        "(the file that was being written is begun anew)"
+    )
+
+
 def _choose(src: Path, *, ask: bool) -> str | None:
     """Ask on a terminal which of several models is meant; None leaves the question to the error."""
     from streamconv.files.inputs import reading
     from streamconv.formats import model_names
 
-    if not (ask and sys.stdin.isatty() and sys.stderr.isatty()):
+    if not ask:
         return None
     with reading(src):
         names = model_names(src)

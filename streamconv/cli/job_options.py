@@ -10,6 +10,7 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
+from streamconv.cli.command import LORA, MODEL
 from streamconv.files.inputs import local_path
 
 MaxShard = Annotated[
@@ -21,7 +22,9 @@ MaxShard = Annotated[
 DTypeOption = Annotated[
     str,
     typer.Option(
-        "--dtype", metavar="DTYPE", help="keep, auto (config.json's), bfloat16, float16 or float32."
+        "--dtype",
+        metavar="DTYPE",
+        help="keep, auto (config.json's), bfloat16 (bf16), float16 (fp16), float32 (fp32).",
     ),
 ]
 KeepDType = Annotated[
@@ -30,6 +33,7 @@ KeepDType = Annotated[
         "--keep-dtype",
         metavar="PATTERN",
         help="Output names that --dtype leaves alone, such as '*.gate.*'; may be repeated.",
+        rich_help_panel=MODEL,
     ),
 ]
 LayoutOption = Annotated[
@@ -38,10 +42,14 @@ LayoutOption = Annotated[
         "--layout",
         metavar="LAYOUT",
         help="hub: the names the Hub expects; memory: the state dict's.",
+        rich_help_panel=MODEL,
     ),
 ]
 Strict = Annotated[
-    bool, typer.Option("--strict", help="Refuse tensors that the model does not know.")
+    bool,
+    typer.Option(
+        "--strict", help="Refuse tensors that the model does not know.", rich_help_panel=MODEL
+    ),
 ]
 HfConfig = Annotated[
     Path | None,
@@ -58,6 +66,7 @@ ConfigOption = Annotated[
         "--config",
         metavar="KEY=VALUE",
         help="Put this value into config.json, such as rope_theta=1e6; may be repeated.",
+        rich_help_panel=MODEL,
     ),
 ]
 Model = Annotated[
@@ -74,6 +83,7 @@ StripPrefix = Annotated[
         "--strip-prefix",
         metavar="PREFIX",
         help="What the names of the model's tensors begin with, where that cannot be found out.",
+        rich_help_panel=MODEL,
     ),
 ]
 FamilyOption = Annotated[
@@ -82,6 +92,7 @@ FamilyOption = Annotated[
         "--family",
         metavar="NAME",
         help="Whose rules name the tensors of Megatron or a trainer's own. Default: by config.json.",
+        rich_help_panel=MODEL,
     ),
 ]
 MastersOption = Annotated[
@@ -90,6 +101,7 @@ MastersOption = Annotated[
         "--masters",
         metavar="YES",
         help="no takes the 16-bit weights where a checkpoint (DeepSpeed) has fp32 masters beside them.",
+        rich_help_panel=MODEL,
     ),
 ]
 Lora = Annotated[
@@ -98,6 +110,7 @@ Lora = Annotated[
         "--lora",
         metavar="MODE",
         help="LoRA adapters: merge, adapter (a PEFT folder), both; auto merges where base weights are.",
+        rich_help_panel=LORA,
     ),
 ]
 Base = Annotated[
@@ -107,25 +120,43 @@ Base = Annotated[
         parser=local_path,
         metavar="DIR",
         help="Merge a checkpoint of adapters alone into this model folder.",
+        rich_help_panel=LORA,
     ),
 ]
 LoraAlpha = Annotated[
     float | None,
-    typer.Option("--lora-alpha", metavar="N", help="The lora_alpha that it was trained with."),
+    typer.Option(
+        "--lora-alpha",
+        metavar="N",
+        help="The lora_alpha that it was trained with.",
+        rich_help_panel=LORA,
+    ),
 ]
 LoraRank = Annotated[
-    int | None, typer.Option("--lora-rank", metavar="N", help="The rank that it must have.")
+    int | None,
+    typer.Option(
+        "--lora-rank", metavar="N", help="The rank that it must have.", rich_help_panel=LORA
+    ),
 ]
 LoraRslora = Annotated[
-    bool, typer.Option("--lora-rslora", help="Scale by alpha / sqrt(rank), as rsLoRA does.")
+    bool,
+    typer.Option(
+        "--lora-rslora", help="Scale by alpha / sqrt(rank), as rsLoRA does.", rich_help_panel=LORA
+    ),
 ]
 AllowZeroDelta = Annotated[
-    bool, typer.Option("--allow-zero-delta", help="Take an adapter that changes nothing.")
+    bool,
+    typer.Option(
+        "--allow-zero-delta", help="Take an adapter that changes nothing.", rich_help_panel=LORA
+    ),
 ]
 ValueHeadOption = Annotated[
     str,
     typer.Option(
-        "--value-head", metavar="KEEP", help="keep or drop the v_head that trl adds to a model."
+        "--value-head",
+        metavar="KEEP",
+        help="keep or drop the v_head that trl adds to a model.",
+        rich_help_panel=MODEL,
     ),
 ]
 KeepBuffers = Annotated[
@@ -133,6 +164,7 @@ KeepBuffers = Annotated[
     typer.Option(
         "--keep-buffers",
         help="Write what quantization-aware training measured beside the weights, too.",
+        rich_help_panel=MODEL,
     ),
 ]
 

@@ -5,24 +5,48 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
+from datetime import UTC, datetime
+from typing import Any, Protocol
 
+from streamconv.cli import log
 from streamconv.errors import StreamconvError, shown
 
 # What JSON leaves as it is, and a terminal does not; and what is no text.
 _UNSEEN = re.compile("[\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
+class Line(Protocol):
+    """A line at the bottom of the terminal that is drawn again and again."""
+
+    def clear(self) -> None:
+        """Remove it, so that others can write there; it comes back by itself."""
+
+
+class _Bottom:
+    line: Line | None = None
+
+
+# There is one terminal: whoever writes to it must know whether a line is to be removed first.
+bottom = _Bottom()
+
+
 def say(text: str) -> None:
     """Write lines of the result to stdout."""
+    if bottom.line is not None:
+        bottom.line.clear()
     sys.stdout.write(harmless(text) + "\n")
 
 
-def tell(text: str) -> None:
-    """Write lines about the way there to stderr."""
-    sys.stderr.write(harmless(text) + "\n")
+def tell(text: str, *, logged: bool = True) -> None:
+    """Write lines about the way there to stderr, and to the log file where there is one."""
+    if bottom.line is not None:
+        bottom.line.clear()
+    text = harmless(text)
+    sys.stderr.write(text + "\n")
     sys.stderr.flush()
+    if logged:
+        log.printed(text)
 
 
 def harmless(text: str) -> str:
@@ -34,7 +58,13 @@ def harmless(text: str) -> str:
 
 
 def say_json(data: Mapping[str, Any], *, indent: int | None = None) -> None:
-    """Write one JSON object to stdout, at once: somebody may be waiting for the line."""
+    """Write one JSON object to stdout, at once: somebody may be waiting for the line.
+
+    An event says when it was.
+    """
+    if "event" in data:
+        now = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+        data = {"event": data["event"], "time": now, **data}
     text = json.dumps(data, indent=indent, ensure_ascii=False)
     sys.stdout.write(_UNSEEN.sub(lambda found: f"\\u{ord(found[0]):04x}", text) + "\n")
     sys.stdout.flush()
@@ -43,6 +73,20 @@ def say_json(data: Mapping[str, Any], *, indent: int | None = None) -> None:
 def render_error(error: StreamconvError) -> str:
     """Return an error as the lines that people see; the first begins with ``error:``."""
     return f"error: {error}"
+
+
+# What stands in nearly every output: how the files beside the weights were made to suit both versions.
+_ROUTINE = "for transformers 4"
+
+
+def sorted_notices(notices: Iterable[str]) -> tuple[list[str], str]:
+    """Return the notices that a user should read, and one line about those that come always."""
+    told = [n for n in notices if not n.endswith(_ROUTINE)]
+    routine = {n.partition(":")[0] for n in notices if n.endswith(_ROUTINE)}
+    if not routine:
+        return told, ""
+    names = " and ".join(sorted(map(shown, routine)))
+    return told, f"{names}: also readable by transformers 4 (streamconv.json lists the changes)"
 
 
 def columns(rows: list[tuple[str, str]], *, indent: str = "") -> str:

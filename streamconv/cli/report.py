@@ -10,9 +10,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from streamconv.cli.output import columns
+from streamconv.cli.output import columns, sorted_notices
 from streamconv.errors import shown
-from streamconv.files.names import shown_all
+from streamconv.files.names import in_words, shown_all
 from streamconv.ir.planfile import Plan
 from streamconv.units import format_duration, format_size
 
@@ -84,7 +84,7 @@ def _forecast_rows(told: Mapping[str, Any]) -> list[tuple[str, str]]:
     speeds = f"reads {rate(told['read_rate'])}, writes {rate(told['write_rate'])}"
     time = "a moment" if seconds is None else f"about {format_duration(max(1.0, seconds))}"
     return [("time", f"{time} to move the bytes ({speeds})")] + [
-        ("mind", warning) for warning in told["warnings"]
+        ("warning", warning) for warning in told["warnings"]
     ]
 
 
@@ -119,6 +119,7 @@ def render_plan(report: Mapping[str, Any]) -> str:
         rows += _forecast_rows(report["forecast"])
     if totals["unverifiable_bytes"]:
         rows.append(("no checksum", format_size(totals["unverifiable_bytes"])))
+    rows.append(("resumes", "by output file: a file that is not finished is written again"))
     outputs = [
         f"{o['name']}  {format_size(o['nbytes'])}, {o['tensors']} tensors"
         for o in report["outputs"]
@@ -127,26 +128,29 @@ def render_plan(report: Mapping[str, Any]) -> str:
     parts.append(_list("written", report["written_files"]))
     parts.append(_list("copied byte for byte", [s["name"] for s in report["side_files"]]))
     parts.append(_skipped(report["skipped"]))
-    parts.append(_list("notices", report["notices"], longest=None))
+    told, routine = sorted_notices(report["notices"])
+    parts.append(_list("notices", told, longest=None))
+    parts.append(routine)
     return "\n".join(p for p in parts if p)
 
 
 def render_inspection(found: Mapping[str, Any]) -> str:
     """Return what is in a checkpoint as text."""
     found = shown_all(found)
-    tensors = found["tensors"]
+    tensors = found.get("tensors")
     files = found["files"]
     rows = [
         ("format", str(found["format"])),
         ("root", str(found["root"])),
         ("side files", str(found.get("side_dir") or "none (no config, no tokenizer)")),
         ("files", f"{len(files)}, {format_size(sum(f['nbytes'] for f in files))}"),
-        *((name.replace("_", " "), _fact(value)) for name, value in found["facts"].items()),
-        ("tensors", f"{len(tensors)}"),
+        *((name.replace("_", " "), in_words(value)) for name, value in found["facts"].items()),
     ]
+    if tensors is not None:
+        rows.append(("tensors", f"{len(tensors)}"))
     table = [
-        (t["name"], f"{t['dtype']}  {t['shape']}  {t['placement']}  {t['shards']} shards")
-        for t in tensors
+        (t["name"], f"{t['dtype']}  {_shape(t['shape'])}  {t['placement']}  {_shards(t['shards'])}")
+        for t in tensors or ()
     ]
     parts = [columns(rows), "", columns(table, indent="  ") if table else ""]
     parts.append(_skipped(found["skipped"]))
@@ -154,8 +158,12 @@ def render_inspection(found: Mapping[str, Any]) -> str:
     return "\n".join(p for i, p in enumerate(parts) if p or i == 1)
 
 
-def _fact(value: object) -> str:
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+def _shape(shape: list[int]) -> str:
+    return " × ".join(map(str, shape)) or "scalar"
+
+
+def _shards(count: int) -> str:
+    return "1 shard" if count == 1 else f"{count} shards"
 
 
 def _histogram(nbytes: Mapping[str, int]) -> str:

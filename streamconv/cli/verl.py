@@ -15,12 +15,15 @@ from typing import Annotated, Any
 
 import typer
 
+from streamconv.cli.command import Command, Group
 from streamconv.cli.output import say, say_json, tell
 from streamconv.errors import StreamconvError, UsageError, shown
 from streamconv.files.inputs import local_path
 
 app = typer.Typer(
+    cls=Group,
     add_completion=False,
+    no_args_is_help=True,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
     help="verl's own command line: `python -m verl.model_merger` becomes `streamconv verl`.",
@@ -63,10 +66,9 @@ MaxMem = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="JSON on stdout, for programs.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
 
 
-@app.command()
+@app.command(cls=Command)
 def merge(
     context: typer.Context,
     backend: Backend,
@@ -96,11 +98,10 @@ def merge(
     max_mem: MaxMem = None,
     overwrite: Annotated[
         bool,
-        typer.Option("--overwrite", help="Replace another output; verl writes into any folder."),
+        typer.Option("--overwrite", help="Not needed: as verl does, an older output is replaced."),
     ] = False,
     json: Json = False,
     quiet: Quiet = False,
-    debug: Debug = False,
 ) -> None:
     """Merge a checkpoint into a bfloat16 HuggingFace folder, as `verl.model_merger merge` does."""
     from streamconv.cli.conversion import convert
@@ -111,7 +112,7 @@ def merge(
     command += ["--hf-upload-path", hf_upload_path] if hf_upload_path else []
     command += ["--private"] if private else []
     command += ["--max-mem", max_mem] if max_mem else []
-    command += ["--overwrite"] if overwrite else []
+    command += ["--overwrite"]  # verl writes into a folder that is there, too
     if not (json or quiet):
         tell(f"this is: {shown(shlex.join(command))}")
     options: dict[str, Any] = {
@@ -119,7 +120,7 @@ def merge(
         "hf_config": hf_model_path,
         "max_mem": max_mem,
         "model": None,
-        "overwrite": overwrite,
+        "overwrite": True,
     }
     with _advice(context, command):
         convert(
@@ -148,7 +149,7 @@ def _advice(context: typer.Context, command: list[str]) -> Iterator[None]:
         raise
 
 
-@app.command("test")
+@app.command("test", cls=Command)
 def compare(
     backend: Backend,
     local_dir: LocalDir,
@@ -168,7 +169,6 @@ def compare(
     trust_remote_code: TrustRemoteCode = False,
     use_cpu_initialization: UseCpuInitialization = False,
     json: Json = False,
-    debug: Debug = False,
 ) -> None:
     """Compare a checkpoint, as bfloat16, with a HuggingFace folder: `verl.model_merger test`."""
     from streamconv.conversion.comparison import compare_with_model

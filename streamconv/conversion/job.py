@@ -500,6 +500,8 @@ class _Progress:
         self._told = 0.0
 
     def add(self, nbytes: int, file: str) -> None:
+        if self._job.run.cancel is not None:
+            self._job.run.cancel.check()
         self.done += nbytes
         now = time.monotonic()
         if now - self._told < self._EVERY_SECONDS and self.done < self._total:

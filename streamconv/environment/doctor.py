@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
 import os
 import platform
 import resource
 import shutil
+import stat
 import sys
 from importlib import metadata
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 
 from streamconv._version import __version__
 from streamconv.errors import BudgetError, StreamconvError
+from streamconv.files.names import in_words
 from streamconv.units import format_size
 
 _LIBRARIES = ("torch", "transformers", "safetensors", "numpy", "isal", "xxhash", "ml_dtypes")
@@ -41,12 +43,16 @@ def examine(
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     problems: list[str] = []
     versions = {name: _version(name) for name in _LIBRARIES}
-    problems += [f"{name} is not installed" for name, version in versions.items() if not version]
+    problems += [
+        f"{name} is not installed\n  next: pip install {name}"
+        for name, version in versions.items()
+        if not version
+    ]
     if soft < _FEW_OPEN_FILES:
-        problems.append(f"only {soft} files may be open at once: `ulimit -n 1024` raises it")
+        problems.append(f"only {soft} files may be open at once\n  next: `ulimit -n 1024`")
     refused = why_not_writable(dst) if dst is not None else None
     if refused is not None:
-        problems.append(f"the output cannot be written: {refused}")
+        problems.append(f"the output cannot be written: {refused}\n  next: choose another folder")
     code = 1 if problems else 0
     try:
         check_planning(memory)
@@ -81,6 +87,13 @@ def examine(
     return found
 
 
+def _is_there(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # in a folder that this user may not look into
+        return False
+
+
 def _filesystems(src: Path | None, dst: Path | None) -> list[dict[str, Any]]:
     """Return the file systems of the paths in question, each measured the way it is used."""
     from streamconv.environment.speed import read_speed, write_speed
@@ -89,7 +102,7 @@ def _filesystems(src: Path | None, dst: Path | None) -> list[dict[str, Any]]:
     places = [("working folder", Path.cwd()), ("source", src), ("output", dst)]
     measured = []
     for role, path in places:
-        if path is None or (role == "source" and not path.exists()):
+        if path is None or (role == "source" and not _is_there(path)):
             continue
         system = filesystem_of(path)
         if role == "source":
@@ -114,8 +127,16 @@ def _filesystems(src: Path | None, dst: Path | None) -> list[dict[str, Any]]:
 
 def _large_files(path: Path, most: int = 64) -> list[Path]:
     """Return some of the largest files of a checkpoint: those whose reading takes the time."""
-    files = [p for p in path.rglob("*") if p.is_file()] if path.is_dir() else [path]
-    return sorted(files, key=lambda p: -p.stat().st_size)[:most]
+    sizes = []
+    names = (
+        [path] if not path.is_dir() else [Path(at, n) for at, _, ns in os.walk(path) for n in ns]
+    )
+    for name in names:
+        with contextlib.suppress(OSError):  # why it cannot be read, the reading itself says
+            status = name.stat()
+            if stat.S_ISREG(status.st_mode) and os.access(name, os.R_OK):
+                sizes.append((status.st_size, name))
+    return [name for _, name in sorted(sizes, reverse=True)[:most]]
 
 
 def _filesystem_rows(systems: list[dict[str, Any]]) -> list[tuple[str, str]]:
@@ -152,10 +173,12 @@ def _cpu() -> str:
 
 
 def _try(src: Path, model: str | None) -> tuple[dict[str, Any], StreamconvError | None]:
+    from streamconv.files.inputs import reading
     from streamconv.planning.child import inspect_checkpoint
 
     try:
-        inspection = inspect_checkpoint(src, model)
+        with reading(src):
+            inspection = inspect_checkpoint(src, model)
     except StreamconvError as error:
         return {"path": str(src), "readable": False, "error": error.to_json()}, error
     return {
@@ -168,12 +191,6 @@ def _try(src: Path, model: str | None) -> tuple[dict[str, Any], StreamconvError 
         "tensors": len(inspection["tensors"]),
         "notices": inspection["notices"],
     }, None
-
-
-def _fact(value: object) -> str:
-    if isinstance(value, list):
-        return ", ".join(str(v) for v in value)
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def _loaders(found: dict[str, Any]) -> str:
@@ -204,9 +221,20 @@ def rows(found: dict[str, Any]) -> list[tuple[str, str]]:
     if source is not None and source["readable"]:
         facts = f"{source['format']}, {source['files']} files, {source['tensors']} tensors"
         table.append(("source", f"{source['root']}: readable, {facts}"))
-        table += [(name.replace("_", " "), _fact(value)) for name, value in source["facts"].items()]
+        table += [
+            (name.replace("_", " "), in_words(value)) for name, value in source["facts"].items()
+        ]
         table += [("notice", text) for text in source["notices"]]
     elif source is not None:
         table.append(("source", f"{source['path']}: not readable here"))
-    table += [("problem", text) for text in found["problems"]]
     return table
+
+
+def verdict(found: dict[str, Any]) -> str:
+    """Return whether a conversion works here, and if not, why and what to do about it."""
+    problems = found["problems"]
+    if not problems:
+        source = found["source"]
+        return "verdict: ready" + ("" if source is None else f" to convert {source['root']}")
+    count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+    return "\n".join([f"verdict: not ready, {count}", *(f"error: {text}" for text in problems)])

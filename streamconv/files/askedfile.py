@@ -40,6 +40,7 @@ PAGE = Kind(
 )
 PLAN = Kind("plan", b'{"streamconv_plan"')
 METRICS = Kind("metrics", b"# HELP streamconv_checkpoints ")
+LOG = Kind("log", b"# streamconv log\n")
 STATUS = Kind("status", b'{\n "streamconv": "')
 
 

@@ -61,6 +61,21 @@ def shown_all(data: Any) -> Any:
     return data
 
 
+def in_words(value: Any) -> str:
+    """Return a fact about a checkpoint as people read it.
+
+    >>> in_words({"tp": 2, "pp": [1, 2]}), in_words(False), in_words(None)
+    ('tp 2, pp 1, 2', 'no', 'unknown')
+    """
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {in_words(v)}" for key, v in value.items()) or "none"
+    if isinstance(value, list | tuple):
+        return ", ".join(map(in_words, value)) or "none"
+    return "unknown" if value is None else str(value)
+
+
 def check_tensor_name(name: str) -> None:
     """Raise :class:`BadInputError` for a name that no safetensors file can hold."""
     if name == _METADATA:

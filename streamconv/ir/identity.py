@@ -15,7 +15,7 @@ import xxhash
 
 from streamconv.files.jsonfile import COUNT, TEXT, Leaf, mismatches
 from streamconv.ir.source import SourceFile
-from streamconv.options import JobOptions
+from streamconv.options import JobOptions, differing_flags
 
 if TYPE_CHECKING:
     from streamconv.ir.planned import SideFile
@@ -133,11 +133,14 @@ def why_another(before: Mapping[str, Any], job: JobIdentity) -> str:
     """Return in words in what two jobs differ, as far as a user can tell from it what to do."""
     now = job.to_json()
     other = "another job's"
-    if any(before.get(k) != now.get(k) for k in ("schema", "format", "options", "side")):
-        return other
+    differing = _differing(before, now)
+    if differing:
+        return f"{other}: {'; '.join(differing)}"
+    if before.get("schema") != now.get("schema"):
+        return f"{other}: that of another release"
     files = [[*j.get("source", ()), *j.get("inputs", ())] for j in (before, now)]
     if [f[:-1] for f in files[0]] != [f[:-1] for f in files[1]]:
-        return other
+        return f"{other}: it was made of another checkpoint, whose files have other names or sizes"
     anew = [(old[-1], new[-1]) for old, new in zip(*files, strict=True) if old != new]
     if all(str(old).partition(" ")[0] == str(new).partition(" ")[0] for old, new in anew):
         # Then it is the evidence that differs.
@@ -150,6 +153,20 @@ def why_another(before: Mapping[str, Any], job: JobIdentity) -> str:
         "of another checkpoint with files of these names and sizes, or of this checkpoint before its "
         "files were rewritten"
     )
+
+
+def _differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Return in words which options, kinds of checkpoint and side files differ."""
+    options = [j.get("options") or {} for j in (before, now)]
+    words = [f"made with {text}" for text in differing_flags(*options)]
+    if before.get("format") != now.get("format"):
+        words.append(f"made of a {before.get('format')} checkpoint, now {now.get('format')}")
+    side = [dict(j.get("side") or ()) for j in (before, now)]
+    names = [n for n in sorted(side[0].keys() | side[1].keys()) if side[0].get(n) != side[1].get(n)]
+    if names:
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        words.append(f"made with another {', '.join(names[:3])}{more}")
+    return words
 
 
 def job_identity(
