@@ -205,7 +205,7 @@ class CancelledError(StreamconvError):
 
 
 # What follows an option in a message and is its value: a number, a choice, a word for any value.
-_CHOICES = "merge|adapter|both|auto|memory|hub|keep|drop|no|yes"
+_CHOICES = "bfloat16|float16|float32|merge|adapter|both|auto|memory|hub|keep|drop|no|yes"
 _VALUE = rf"[A-Z]+(?:=[A-Z]+)?\b|[\w.%-]*\d[\w.%]*|\w+(?:\|\w+)+|{_CHOICES}"
 _OPTION = re.compile(rf"--([a-z][a-z0-9-]+)(?:[ =]({_VALUE})(?![\w/]))?")
 _SWITCHED_OFF = {"no-sync": "sync=False", "no-source-crc": "source_crc=False"}
