@@ -2,8 +2,8 @@
 
     python scripts/check_answers.py FOLDER
 
-An answer is a HuggingFace model folder called ``hf_answer`` or ``hf``; what lies beside it is converted
-with the answer's config. One line a checkpoint; the exit code is the number of those that differ.
+An answer is a HuggingFace model folder called ``hf_answer``, ``hf`` or ``hf_truth``; what lies beside
+it is converted with the answer's config. One line a checkpoint; the exit code is the number of those that differ.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import streamconv
 from streamconv.errors import StreamconvError
 from streamconv.formats import find_model
 
-ANSWERS = ("hf_answer", "hf")
+ANSWERS = ("hf_answer", "hf", "hf_truth")
 
 
 def checkpoints(root: Path) -> Iterator[tuple[Path, Path]]:

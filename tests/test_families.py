@@ -34,6 +34,9 @@ CASES = [
     Case("qwen2_5_vl", KEPT_TOWER),
     Case("qwen3_5_vl", KEPT_TOWER),
     Case("gemma3_vl", KEPT_TOWER),
+    Case("deepseek_v32_wide", (("variant", "indexer of slime"),)),
+    Case("olmoe", (("variant", "wide norms"),)),
+    Case("glm4", (("variant", "norms of ms-swift"),)),
 ]
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
 
@@ -219,3 +222,23 @@ def test_what_megatron_bridge_wrote_becomes_the_model_it_came_from(
         dtype="auto",  # Bridge wrote float32 of a bfloat16 model where it has a vision tower
     )
     assert differences(read_model(tmp_path / "out"), read_truth(root / "hf")) == []
+
+
+# --- and others, with the model they came from -----------------------------------------------------
+
+
+REAL = {
+    "family_deepseek_v32": "hf",
+    "family_hy_v3": "hf",
+}
+
+
+@pytest.mark.parametrize("name", REAL)
+@pytest.mark.usefixtures("planned_here")
+def test_real_checkpoints_become_the_model_they_came_from(
+    name: str, shared_checkpoints: Path, tmp_path: Path
+) -> None:
+    root = shared_checkpoints / "megatron_cases" / name
+    answer = root / REAL[name]
+    streamconv.convert(root / "iter_0000001", tmp_path / "out", hf_config=answer, sync=False)
+    assert differences(read_model(tmp_path / "out"), read_truth(answer)) == []

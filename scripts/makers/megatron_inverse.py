@@ -64,7 +64,14 @@ def latent_attention(w: Walk, mg: str, hf: str) -> None:
         w.copy(f"{mg}{key}.weight", f"{hf}{name}.weight", optional=name.startswith("q_"))
     for x in ("q", "kv"):
         key, name = f"{mg}linear_{x}_up_proj.layer_norm_weight", f"{hf}{x}_a_layernorm.weight"
+        if w.config.get("index_n_heads"):  # of sparse attention nothing is fused
+            key = f"{mg}{x}_layernorm.weight"
         w.copy(key, name, optional=True)
+    if w.has(hf + "indexer.wk.weight"):
+        mg, hf = mg + "core_attention.indexer.", hf + "indexer."
+        for x in ("wq_b", "wk", "weights_proj"):
+            w.copy(f"{mg}linear_{x}.weight", f"{hf}{x}.weight")
+        w.copy_both(mg + "k_norm", hf + "k_norm")
 
 
 def gated_delta_net(w: Walk, mg: str, hf: str) -> None:
@@ -120,6 +127,7 @@ def mlp(w: Walk, mg: str, hf: str, norm: str = "post_attention_layernorm") -> No
 
 
 EXPERT_BIASES = (
+    "mlp.expert_bias",
     "mlp.gate.e_score_correction_bias",
     "block_sparse_moe.e_score_correction_bias",
     "mlp.moe_statics.e_score_correction_bias",
@@ -131,10 +139,11 @@ def moe(w: Walk, mg: str, hf: str) -> None:
     block, names = "mlp.", ("gate_proj", "up_proj", "down_proj")
     if w.has(hf + "block_sparse_moe.gate.weight"):
         block, names = "block_sparse_moe.", ("w1", "w3", "w2")
-    if not w.has(f"{hf}{block}gate.weight"):  # a dense layer of a mixed model
+    router = "router.gate" if w.has(f"{hf}{block}router.gate.weight") else "gate"
+    if not w.has(f"{hf}{block}{router}.weight"):  # a dense layer of a mixed model
         return mlp(w, mg, hf)
     w.copy(mg + "pre_mlp_layernorm.weight", hf + "post_attention_layernorm.weight")
-    w.copy(mg + "mlp.router.weight", f"{hf}{block}gate.weight")
+    w.copy(mg + "mlp.router.weight", f"{hf}{block}{router}.weight")
     for name in EXPERT_BIASES:
         if w.has(hf + name):
             w.put(mg + "mlp.router.expert_bias", w.take(hf + name).flatten())
@@ -152,7 +161,7 @@ def moe(w: Walk, mg: str, hf: str) -> None:
         first, second = torch.stack(fc1), torch.stack(fc2)
     w.put(mg + "mlp.experts.experts.linear_fc1.weight", first, gated=True)
     w.put(mg + "mlp.experts.experts.linear_fc2.weight", second)
-    for name in ("shared_expert", "shared_experts"):
+    for name in ("shared_expert", "shared_experts", "shared_mlp"):
         shared, key = f"{hf}mlp.{name}", mg + "mlp.shared_experts."
         if w.has(shared + ".down_proj.weight"):
             gate_up(w, key + "linear_fc1", shared + ".")
@@ -229,7 +238,8 @@ def deepseek(w: Walk, attend: Part = latent_attention) -> None:
     language_model(w, attend, moe)
     if w.has(hf + "enorm.weight"):
         names = {x: hf + x for x in ("enorm", "hnorm", "eh_proj")}
-        names["final_layernorm"] = hf + "shared_head.norm"
+        behind = "shared_head.norm" if w.has(hf + "shared_head.norm.weight") else "final_layernorm"
+        names["final_layernorm"] = hf + behind
         prediction(w, attend, moe, names, "", hf)
 
 
@@ -307,6 +317,10 @@ def gemma3_vl(w: Walk, vision: dict[str, Any], *, megatron_tower: bool = True) -
 BY_TYPE: dict[str, Callable[..., None]] = {
     "deepseek_v2": deepseek,
     "deepseek_v3": deepseek,
+    "deepseek_v32": deepseek,
+    "glm_moe_dsa": deepseek,
+    "glm4_moe_lite": deepseek,
+    "hy_v3": glm4_moe,
     "kimi_k2": deepseek,
     "glm4": lambda w: language_model(w, feed=mlp_of_glm4),
     "glm4_moe": glm4_moe,
@@ -327,10 +341,45 @@ BY_TYPE: dict[str, Callable[..., None]] = {
 """Every other type is a plain language model, dense or with softmax routing."""
 
 
-def invert(config: dict[str, Any], state: State, **options: Any) -> Walk:
+def indexer_of_slime(w: Walk) -> None:
+    """Slime's own module has the indexer's parts elsewhere, each head's second half first."""
+    inside = ".core_attention.indexer."
+    for key in [k for k in w.made if inside in k]:
+        name, tensor = key.replace(inside, ".").replace(".linear_w", ".w"), w.made.pop(key)
+        if ".weights_proj." not in name:
+            first, second = tensor.unflatten(0, (-1, 128)).split(64, 1)
+            tensor = torch.cat([second, first], 1).flatten(0, 1)
+        w.put(name, tensor)
+
+
+def wide_norms(w: Walk) -> None:
+    """Norms over all heads under HuggingFace's names, as slime and ms-swift have them."""
+    for key in [
+        k for k in w.made if "self_attention.q_layer" in k or "self_attention.k_layer" in k
+    ]:
+        w.put(key.replace("_layernorm", "_norm"), w.made.pop(key))
+
+
+def norms_of_swift(w: Walk) -> None:
+    """GLM-4's outer norms within attention and MLP."""
+    for key in [k for k in w.made if ".post_" in k]:
+        layer, _, name = key.rpartition(".post_")
+        home = "self_attention" if name.startswith("self_attn") else "mlp"
+        w.put(f"{layer}.{home}.post_{name}", w.made.pop(key))
+
+
+VARIANTS: dict[str, Callable[[Walk], None]] = {
+    "indexer of slime": indexer_of_slime,
+    "wide norms": wide_norms,
+    "norms of ms-swift": norms_of_swift,
+}
+
+
+def invert(config: dict[str, Any], state: State, *, variant: str = "", **options: Any) -> Walk:
     """Return the walk whose ``made`` is what Megatron keeps of ``state``.
 
-    ``options`` go to the family (``megatron_tower`` of qwen2_5_vl, qwen3_5 and gemma3).
+    ``variant`` is a trainer's way of its own (:data:`VARIANTS`), ``options`` go to the family
+    (``megatron_tower`` of qwen2_5_vl, qwen3_5 and gemma3).
     """
     walk = Walk(config.get("text_config", config), dict(state))
     family = BY_TYPE.get(config["model_type"], lambda w: language_model(w, feed=moe))
@@ -338,5 +387,9 @@ def invert(config: dict[str, Any], state: State, **options: Any) -> Walk:
         family(walk, config["vision_config"], **options)
     else:
         family(walk, **options)
+    if variant:
+        before = set(walk.made)
+        VARIANTS[variant](walk)
+        assert before != set(walk.made)
     assert not walk.left, f"not inverted: {sorted(walk.left)}"
     return walk

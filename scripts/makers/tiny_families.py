@@ -60,6 +60,7 @@ LATENT = {
     "qk_rope_head_dim": 4,
     "v_head_dim": 12,
 }
+INDEXED = {"index_n_heads": 3, "index_head_dim": 8, "index_topk": 4}
 LINEAR = {
     "num_hidden_layers": 4,
     "linear_num_key_heads": 2,
@@ -155,6 +156,31 @@ def head_alone(state: State, config: dict[str, Any]) -> None:
     config["architectures"] = ["Qwen3ForCausalLM"]
     for name in ("num_labels", "id2label", "label2id"):
         config.pop(name, None)
+
+
+def prediction_of_hy_v3(state: State, config: dict[str, Any]) -> None:
+    """The same in Hunyuan 3, which repeats nothing."""
+    prediction_of_deepseek(state, config)
+    prefix = f"model.layers.{config['num_hidden_layers']}."
+    state[prefix + "final_layernorm.weight"] = state.pop(prefix + "shared_head.norm.weight")
+    del state[prefix + "embed_tokens.weight"], state[prefix + "shared_head.head.weight"]
+
+
+def deepseek_v1(state: State, config: dict[str, Any]) -> None:
+    """DeepSeek's first model with experts, whose class is on the Hub only: no bias of experts."""
+    for name in [n for n in state if n.endswith("e_score_correction_bias")]:
+        del state[name]
+    config["model_type"] = "deepseek"
+    config["architectures"] = ["DeepseekForCausalLM"]
+    config["auto_map"] = {"AutoModelForCausalLM": "modeling_deepseek.DeepseekForCausalLM"}
+
+
+def internlm3(state: State, config: dict[str, Any]) -> None:
+    del state
+    config["model_type"] = "internlm3"
+    config["architectures"] = ["InternLM3ForCausalLM"]
+    config["auto_map"] = {"AutoModelForCausalLM": "modeling_internlm3.InternLM3ForCausalLM"}
+    config["qkv_bias"], config["bias"] = config.pop("attention_bias"), config.pop("mlp_bias")
 
 
 def kimi(state: State, config: dict[str, Any]) -> None:
@@ -302,6 +328,52 @@ FAMILIES: dict[str, Tiny] = {
         "DeepseekV3Config",
         TINY | ROUTED | LATENT,
         kimi,
+        loads=False,
+    ),
+    "deepseek_v1": Tiny(
+        "Glm4MoeForCausalLM", "Glm4MoeConfig", TINY | ROUTED | HEAD, deepseek_v1, loads=False
+    ),
+    "deepseek_v32": Tiny(
+        "DeepseekV32ForCausalLM",
+        "DeepseekV32Config",
+        TINY | ROUTED | LATENT | INDEXED | {"num_hidden_layers": 4},
+        prediction_of_deepseek,
+        MTP_LAST,
+    ),
+    "deepseek_v32_wide": Tiny(
+        "DeepseekV32ForCausalLM",
+        "DeepseekV32Config",
+        TINY | ROUTED | LATENT | INDEXED | {"index_head_dim": 128},
+    ),
+    "glm_moe_dsa": Tiny(
+        "GlmMoeDsaForCausalLM",
+        "GlmMoeDsaConfig",
+        TINY | ROUTED | LATENT | INDEXED | {"indexer_types": ["full", "full", "shared"]},
+    ),
+    "glm4_moe_lite": Tiny(
+        "Glm4MoeLiteForCausalLM",
+        "Glm4MoeLiteConfig",
+        TINY | ROUTED | LATENT | {"num_hidden_layers": 4},
+        prediction_of_deepseek,
+        MTP_LAST,
+    ),
+    "dots1": Tiny("Dots1ForCausalLM", "Dots1Config", TINY | ROUTED | HEAD),
+    "hy_v3": Tiny(
+        "HYV3ForCausalLM",
+        "HYV3Config",
+        TINY | MOE | HEAD | {"num_hidden_layers": 4},
+        prediction_of_hy_v3,
+        MTP_LAST,
+    ),
+    "seed_oss": Tiny("SeedOssForCausalLM", "SeedOssConfig", TINY | HEAD),
+    "smollm3": Tiny(
+        "SmolLM3ForCausalLM", "SmolLM3Config", TINY | HEAD | TIED | {"no_rope_layers": [1, 0, 1]}
+    ),
+    "internlm3": Tiny(
+        "LlamaForCausalLM",
+        "LlamaConfig",
+        TINY | HEAD | {"attention_bias": True, "mlp_bias": True},
+        internlm3,
         loads=False,
     ),
     "glm4": Tiny("Glm4ForCausalLM", "Glm4Config", TINY | HEAD | {"attention_bias": True}),

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 
 from streamconv.families import ops
 from streamconv.families.ops import Tensor
-from streamconv.families.rules import Dims, Rule, renamed, rule
+from streamconv.families.rules import Dims, Rule, moved, renamed, rule
 
 D = "decoder.layers.{layer}."
 L = "model.layers.{layer}."
@@ -43,6 +43,12 @@ OUT = tuple(
 
 QK_NORM = tuple(
     rule(f"{D}self_attention.{p}_layernorm.weight", f"{L}self_attn.{p}_norm.weight", ops.copy)
+    for p in "qk"
+)
+
+# Norms over all heads at once, which slime and ms-swift build beside Megatron's attention.
+WIDE_QK_NORM = tuple(
+    rule(f"{D}self_attention.{p}_norm.weight", f"{L}self_attn.{p}_norm.weight", ops.copy)
     for p in "qk"
 )
 
@@ -133,6 +139,28 @@ MLA = (
 )
 
 
+# The indexer of DeepSeek's sparse attention (DSA), which chooses what a token attends to.
+_INDEXER = L + "self_attn.indexer."
+INDEXER = (
+    *(
+        rule(f"{D}self_attention.core_attention.indexer.{source}", _INDEXER + target, ops.copy)
+        for source, target in (
+            ("linear_wq_b.weight", "wq_b.weight"),
+            ("linear_wk.weight", "wk.weight"),
+            ("k_norm.weight", "k_norm.weight"),
+            ("k_norm.bias", "k_norm.bias"),
+            ("linear_weights_proj.weight", "weights_proj.weight"),
+        )
+    ),
+    # slime's own module has the part with rotary positions first.
+    *(
+        rule(f"{D}self_attention.{name}", _INDEXER + name, ops.swapped_index_heads)
+        for name in ("wq_b.weight", "wk.weight", "k_norm.weight", "k_norm.bias")
+    ),
+    rule(D + "self_attention.weights_proj.weight", _INDEXER + "weights_proj.weight", ops.copy),
+)
+
+
 def mtp(layer_rules: Iterable[Rule]) -> tuple[Rule, ...]:
     """Return the rules of layers for multi-token prediction, kept as layers after the last one.
 
@@ -153,6 +181,19 @@ def mtp(layer_rules: Iterable[Rule]) -> tuple[Rule, ...]:
             (target + "shared_head.norm.weight", target + "shared_head.head.weight"),
             _with_vocab,
         ),
+        *mtp_layer(layer_rules, target),
+    )
+
+
+def plain_mtp(layer_rules: Iterable[Rule], target: str, behind: str) -> tuple[Rule, ...]:
+    """The same where nothing is repeated; ``behind`` is the name of the norm after the layer.
+
+    ``target`` is the prefix of such a layer in HuggingFace's names.
+    """
+    source = "mtp.layers.{mtp}."
+    same = {name: name for name in ("enorm", "hnorm", "eh_proj")}
+    return (
+        *moved(source, target, same | {"final_layernorm": behind}, ops.copy),
         *mtp_layer(layer_rules, target),
     )
 

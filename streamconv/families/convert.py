@@ -11,11 +11,12 @@ from typing import Any
 from streamconv import families
 from streamconv.errors import BadInputError, UsageError
 from streamconv.families import causes
+from streamconv.families.alike import check_alike
 from streamconv.families.converted import Converted, extras, put_together, settings_of
 from streamconv.families.engine import Headers, apply
 from streamconv.families.ops import copy
 from streamconv.families.prediction import check_prediction
-from streamconv.families.rules import Dims, Family, rule
+from streamconv.families.rules import Dims, Family, compiled, rule
 from streamconv.families.settings import check_settings
 from streamconv.options import JobOptions
 from streamconv.tracing.hf import MetaModel, build_meta
@@ -58,9 +59,12 @@ def convert(
     _check_layers(dims, tensors)
     _check_output(dims, tensors)
     notices += check_run(described, tensors)
-    notices += _flat_rows(config)
+    notices += _flat_rows(config, tensors)
     notices += _cut_rows(dims, tensors)
-    notices += check_prediction({name: shape for name, (shape, _) in tensors.items()}, dims)
+    shapes = {name: shape for name, (shape, _) in tensors.items()}
+    notices += check_prediction(shapes, dims)
+    if model is None:
+        check_alike(shapes, dims)
     return put_together(
         apply(family, dims, tensors),
         model,
@@ -122,6 +126,8 @@ def describe(
     head = [m[1] for name in tensors if (m := _OUTPUT.fullmatch(name))] if changes.head else []
     reference = family.reference(config)
     model = build_meta(reference, [f"score.{kind}" for kind in head])
+    if model is not None:
+        model.forgo([compiled(pattern) for pattern in family.lacks])
     settings = settings_of(model, reference, notices)
     vision = config.get("vision_config") if model is None else model.vision_settings
     dims = Dims(settings, megatron, vision)
@@ -184,9 +190,12 @@ def _untold_heads(dims: Dims, tensors: Headers) -> tuple[str, ...]:
     return (notice,)
 
 
-def _flat_rows(config: Mapping[str, Any]) -> tuple[str, ...]:
-    """Tell of other rows under the same name and of the same shape."""
-    if config.get("model_type") != "olmoe":
+def _flat_rows(config: Mapping[str, Any], tensors: Headers) -> tuple[str, ...]:
+    """Tell of other rows under the same name and of the same shape.
+
+    With the other rows went another name of the norms.
+    """
+    if config.get("model_type") != "olmoe" or any(".q_norm." in name for name in tensors):
         return ()
     notice = (
         "linear_qkv is read group by group, as Megatron keeps it. Releases of ms-swift before "

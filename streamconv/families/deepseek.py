@@ -1,13 +1,14 @@
-"""DeepSeek V2 and V3, Kimi-K2, Moonlight: latent attention, dense first layers, shared experts."""
+"""DeepSeek V2 to V3.2, Kimi-K2, Moonlight, GLM-4.7-Flash, GLM-5: latent attention, shared experts.
+
+The first layers are dense. V3.2 and GLM-5 choose what a token attends to (DSA).
+"""
 
 from __future__ import annotations
-
-from collections.abc import Mapping
-from typing import Any
 
 from streamconv.families.blocks import (
     EXPERT_BIAS,
     EXPERTS,
+    INDEXER,
     MLA,
     MLP,
     ROUTER,
@@ -15,24 +16,27 @@ from streamconv.families.blocks import (
     TOP,
     mtp,
 )
-from streamconv.families.rules import Family
+from streamconv.families.rules import Family, borrowing
 
-_LAYER = (*MLA, *MLP, *ROUTER, *EXPERT_BIAS, *EXPERTS, *SHARED_EXPERTS)
+_LAYER = (*MLA, *INDEXER, *MLP, *ROUTER, *EXPERT_BIAS, *EXPERTS, *SHARED_EXPERTS)
 
 
-def as_deepseek_v3(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Kimi-K2 is DeepSeek-V3 under a model type of its own, which transformers lacks."""
-    if config.get("model_type") != "kimi_k2":
-        return config
-    return {k: v for k, v in config.items() if k != "auto_map"} | {"model_type": "deepseek_v3"}
-
+# DeepSeek-V3 under a model type of its own, which transformers lacks.
+KIMI = borrowing({"kimi_k2": ("deepseek_v3", "DeepseekV3ForCausalLM")})
 
 FAMILIES = (
     Family(
         name="deepseek",
-        model_types=("deepseek_v2", "deepseek_v3", "kimi_k2"),
+        model_types=(
+            "deepseek_v2",
+            "deepseek_v3",
+            "deepseek_v32",
+            "kimi_k2",
+            "glm4_moe_lite",
+            "glm_moe_dsa",
+        ),
         rules=(*TOP, *_LAYER, *mtp(_LAYER)),
         extras=("model.layers.{mtp_layer}.{rest}",),
-        reference=as_deepseek_v3,
+        reference=KIMI,
     ),
 )

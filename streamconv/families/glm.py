@@ -1,4 +1,7 @@
-"""GLM-4 (dense) and GLM-4.5, 4.6 (experts)."""
+"""GLM-4 (dense), GLM-4.5 and 4.6 (experts), and others with their layers: dots.llm1, Hunyuan 3.
+
+DeepSeek's first model with experts has them, too: nothing in common with what followed it.
+"""
 
 from __future__ import annotations
 
@@ -15,27 +18,59 @@ from streamconv.families.blocks import (
     D,
     L,
     mtp,
+    plain_mtp,
 )
-from streamconv.families.rules import Family, rule
+from streamconv.families.rules import Family, borrowing, renamed, rule
 
 # The first rule that matches counts, so that what differs from a table stands before it.
 _GLM4 = (
     rule(D + "mlp.linear_fc1.weight", L + "mlp.gate_up_proj.weight", ops.copy),
     *(
-        rule(D + name, L + name, ops.copy)
-        for name in ("post_self_attn_layernorm.weight", "post_mlp_layernorm.weight")
+        rule(D + module + name, L + name, ops.copy)
+        for home, name in (
+            ("self_attention.", "post_self_attn_layernorm.weight"),
+            ("mlp.", "post_mlp_layernorm.weight"),
+        )
+        for module in ("", home)  # ms-swift hangs them on the modules before them
     ),
     *DENSE,
 )
 
 _GLM4_MOE = (*ATTENTION, *MLP, *ROUTER, *EXPERT_BIAS, *EXPERTS, *SHARED_EXPERTS)
 
+# Hunyuan 3's names for a router and the shared experts.
+_HY_V3 = renamed(
+    _GLM4_MOE,
+    targets={
+        "mlp.gate.weight": "mlp.router.gate.weight",
+        "mlp.gate.e_score_correction_bias": "mlp.expert_bias",
+        "mlp.shared_experts.": "mlp.shared_mlp.",
+    },
+)
+
 FAMILIES = (
     Family(name="glm4", model_types=("glm4",), rules=_GLM4),
     Family(
         name="glm4_moe",
-        model_types=("glm4_moe",),
+        model_types=("glm4_moe", "dots1"),
         rules=(*TOP, *_GLM4_MOE, *mtp(_GLM4_MOE)),
+        extras=("model.layers.{mtp_layer}.{rest}",),
+    ),
+    Family(
+        name="deepseek_v1",
+        model_types=("deepseek",),
+        rules=(*TOP, *_GLM4_MOE),
+        reference=borrowing({"deepseek": ("glm4_moe", "Glm4MoeForCausalLM")}),
+        lacks=(L + "mlp.gate.e_score_correction_bias",),
+    ),
+    Family(
+        name="hy_v3",
+        model_types=("hy_v3",),
+        rules=(
+            *TOP,
+            *_HY_V3,
+            *plain_mtp(_HY_V3, "model.layers.{mtp_layer}.", "final_layernorm"),
+        ),
         extras=("model.layers.{mtp_layer}.{rest}",),
     ),
 )

@@ -2,23 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from streamconv.families import ops
 from streamconv.families.blocks import ATTENTION, DENSE, MLP, mtp_layer
-from streamconv.families.rules import Family, rule
+from streamconv.families.rules import Family, borrowing, rule
 
 _M = "mtp.layers.{mtp}."
 _L = "model.mtp_layers.{mtp}."
-
-
-def _as_qwen2(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The class is on the Hub only; without its extra layers it is Qwen2's."""
-    return {k: v for k, v in config.items() if k != "auto_map"} | {
-        "model_type": "qwen2",
-        "architectures": ["Qwen2ForCausalLM"],
-    }
 
 
 FAMILIES = (
@@ -35,6 +24,7 @@ FAMILIES = (
             *mtp_layer((*ATTENTION, *MLP), _L),
         ),
         extras=("model.mtp_layers.{mtp}.{rest}",),
-        reference=_as_qwen2,
+        # Without its extra layers it is Qwen2.
+        reference=borrowing({"mimo": ("qwen2", "Qwen2ForCausalLM")}),
     ),
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from streamconv.families import ops
-from streamconv.families.blocks import MOE, D, L
+from streamconv.families.blocks import MOE, WIDE_QK_NORM, D, L
 from streamconv.families.moe import MIXTRAL_NAMES
 from streamconv.families.rules import Family, renamed, rule
 
@@ -18,13 +18,7 @@ FAMILIES = (
                 L + "block_sparse_moe.e_score_correction_bias",
                 ops.copy,
             ),
-            # slime calls Megatron's modules as HuggingFace does.
-            *(
-                rule(
-                    f"{D}self_attention.{p}_norm.weight", f"{L}self_attn.{p}_norm.weight", ops.copy
-                )
-                for p in "qk"
-            ),
+            *WIDE_QK_NORM,
         ),
     ),
 )

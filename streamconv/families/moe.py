@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from streamconv.families.blocks import GATED_SHARED_EXPERT, MOE
+from streamconv.families.blocks import GATED_SHARED_EXPERT, MOE, WIDE_QK_NORM
 from streamconv.families.rules import Family, renamed
 
 # Mixtral's names for a layer's router and experts; MiniMax-M2 has them too.
@@ -14,7 +14,8 @@ MIXTRAL_NAMES = {
 }
 
 FAMILIES = (
-    Family(name="qwen3_moe", model_types=("qwen3_moe", "olmoe"), rules=MOE),
+    Family(name="qwen3_moe", model_types=("qwen3_moe",), rules=MOE),
+    Family(name="olmoe", model_types=("olmoe",), rules=(*MOE, *WIDE_QK_NORM)),
     Family(name="qwen2_moe", model_types=("qwen2_moe",), rules=(*MOE, *GATED_SHARED_EXPERT)),
     Family(name="mixtral", model_types=("mixtral",), rules=renamed(MOE, targets=MIXTRAL_NAMES)),
 )

@@ -110,6 +110,15 @@ def swapped_halves(_: Dims, tensor: Tensor) -> Tensor:
     return torch.cat((second, first), dim=1)
 
 
+def swapped_index_heads(dims: Dims, tensor: Tensor) -> Tensor:
+    """``[heads·128, …]`` of an indexer with the two halves of each head in the other order."""
+    dims.expect(
+        "the width of an indexer's head, which slime takes for", dims.get("index_head_dim"), 128
+    )
+    heads = tensor.reshape(-1, 2, 64, *tensor.shape[1:])
+    return torch.stack((heads[:, 1], heads[:, 0]), dim=1).flatten(0, 2)
+
+
 def row(_: Dims, tensor: Tensor) -> Tensor:
     """``[E]`` → ``[1, E]``."""
     return tensor[None]

@@ -43,7 +43,8 @@ class Family:
     ``model_types`` are those of config.json. ``extras`` are patterns (as a rule's targets) of
     tensors that the released models have and transformers' class has not, such as layers for
     multi-token prediction. ``reference`` turns the config into one that transformers knows, for a
-    model whose class is not part of it. ``zero_centred_norms`` says that HuggingFace's class adds 1
+    model whose class is not part of it, and ``lacks`` are patterns of what that model has and this one
+    has not. ``zero_centred_norms`` says that HuggingFace's class adds 1
     to the weights of its norms. ``dropped`` are patterns of tensors that are left out because
     HuggingFace's model has no such thing, each with the reason.
     """
@@ -53,8 +54,30 @@ class Family:
     rules: tuple[Rule, ...]
     extras: tuple[str, ...] = ()
     reference: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict
+    lacks: tuple[str, ...] = ()
     zero_centred_norms: bool = False
     dropped: tuple[tuple[str, str], ...] = ()
+
+
+def borrowing(
+    classes: Mapping[str, tuple[str, str]], renamed_settings: Mapping[str, str] | None = None
+) -> Callable[[Mapping[str, Any]], Mapping[str, Any]]:
+    """Return a family's ``reference``: models whose code is on the Hub borrow a known model's class.
+
+    ``classes`` are the known (model type, class) by the model type that borrows; ``renamed_settings``
+    tell what the known config calls a setting.
+    """
+
+    def reference(config: Mapping[str, Any]) -> Mapping[str, Any]:
+        found = classes.get(str(config.get("model_type")))
+        if found is None:
+            return config
+        model_type, architecture = found
+        names = renamed_settings or {}
+        settings = {names.get(k, k): v for k, v in config.items() if k != "auto_map"}
+        return settings | {"model_type": model_type, "architectures": [architecture]}
+
+    return reference
 
 
 def rule(sources: str | tuple[str, ...], targets: str | tuple[str, ...], how: How) -> Rule:

@@ -93,6 +93,14 @@ class MetaModel:
         self._by_memory = {n: k for k, g in enumerate(self._groups) for n in g.memory}
         self._by_hub = {n: k for k, g in enumerate(self._groups) for n in g.hub}
         self.tied: tuple[tuple[str, str], ...] = tuple(self._tied())
+        self._forgone: set[str] = set()
+
+    def forgo(self, patterns: Iterable[re.Pattern[str]]) -> None:
+        """Expect no Hub tensors with names of these ``patterns``: the class only stands in."""
+        found = [n for n in self.hub_shapes if any(p.fullmatch(n) for p in patterns)]
+        for name in found:
+            self._forgone.update(self._memory_names(name))
+            del self.hub_shapes[name]
 
     @cached_property
     def settings(self) -> Mapping[str, Any]:
@@ -137,7 +145,7 @@ class MetaModel:
     def _may_miss(self) -> Callable[[str], bool]:
         missing = _any_of(self._model._keys_to_ignore_on_load_missing)
         unsaved = set(self._model._keys_to_ignore_on_save or ())
-        return lambda name: name in unsaved or missing(name)
+        return lambda name: name in unsaved or name in self._forgone or missing(name)
 
     def is_optional_unexpected(self, name: str) -> bool:
         """Whether transformers ignores a tensor of this name that the model does not have."""

@@ -14,7 +14,7 @@ import torch
 
 from streamconv.families import ops
 from streamconv.families.blocks import L
-from streamconv.families.deepseek import as_deepseek_v3
+from streamconv.families.deepseek import KIMI
 from streamconv.families.native.dialect import Dialect
 from streamconv.families.ops import Tensor
 from streamconv.families.prediction import PredictionNames
@@ -272,7 +272,7 @@ DIALECT = Dialect(
             model_types=("deepseek_v3", "kimi_k2"),
             rules=(*_TOP, *_CORRECTED_LAYER, *_prediction(_CORRECTED_LAYER)),
             extras=("model.layers.{mtp_layer}.{rest}",),
-            reference=as_deepseek_v3,
+            reference=KIMI,
         ),
         Family(
             name="deepseek_v2",
