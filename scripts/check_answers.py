@@ -3,7 +3,8 @@
     python scripts/check_answers.py FOLDER
 
 An answer is a HuggingFace model folder called ``hf_answer``, ``hf`` or ``hf_truth``; what lies beside
-it is converted with the answer's config. One line a checkpoint; the exit code is the number of those that differ.
+it is converted with the answer's config. One line a checkpoint; the exit code is the number of those
+that differ.
 """
 
 from __future__ import annotations
