@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from streamconv.api import (
         convert,
         convert_all,
+        convert_async,
         diff,
         doctor,
         inspect,
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
         verify,
     )
     from streamconv.batch.calls import convert_run, status
+    from streamconv.conversion.display import ProgressBar
     from streamconv.conversion.lazy import LazyCheckpoint, LazyTensor
     from streamconv.errors import (
         BadInputError,
@@ -58,6 +60,7 @@ _HOME = {
         (
             "convert",
             "convert_all",
+            "convert_async",
             "diff",
             "doctor",
             "inspect",
@@ -71,6 +74,7 @@ _HOME = {
     ),
     **dict.fromkeys(("convert_run", "status"), "streamconv.batch.calls"),
     **dict.fromkeys(("LazyCheckpoint", "LazyTensor"), "streamconv.conversion.lazy"),
+    "ProgressBar": "streamconv.conversion.display",
     "Plan": "streamconv.ir.planfile",
     "Report": "streamconv.verification.report",
     **dict.fromkeys(
@@ -114,6 +118,7 @@ __all__ = [
     "Phase",
     "Plan",
     "Progress",
+    "ProgressBar",
     "Report",
     "Result",
     "RunOptions",
@@ -126,6 +131,7 @@ __all__ = [
     "__version__",
     "convert",
     "convert_all",
+    "convert_async",
     "convert_run",
     "diff",
     "doctor",

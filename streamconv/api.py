@@ -6,6 +6,7 @@ available (``"80%"``). Every function raises the errors of :mod:`streamconv.erro
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import shutil
@@ -21,6 +22,7 @@ from streamconv.files import askedfile
 from streamconv.files.inputs import StrPath, local_path, reading
 from streamconv.options import (
     Cancel,
+    ConvertKeywords,
     Event,
     JobKeywords,
     JobOptions,
@@ -114,7 +116,28 @@ def _own_file(
     return place
 
 
-def convert_all(src: StrPath, dst: StrPath, **options: Any) -> dict[str, Result]:
+async def convert_async(src: StrPath, dst: StrPath, **options: Unpack[ConvertKeywords]) -> Result:
+    """Convert as :func:`convert` does, in a thread, while other tasks go on.
+
+    When the task is cancelled the conversion ends within a window's time, and what it has finished is
+    kept for the next call. ``on_event`` is called in that thread.
+    """
+    import asyncio
+
+    cancel = Cancel()
+    work = asyncio.ensure_future(asyncio.to_thread(convert, src, dst, cancel=cancel, **options))
+    try:
+        return await asyncio.shield(work)
+    except asyncio.CancelledError:
+        cancel.set()
+        with contextlib.suppress(StreamconvError):
+            await work
+        raise
+
+
+def convert_all(
+    src: StrPath, dst: StrPath, *, cancel: Cancel | None = None, **options: Unpack[ConvertKeywords]
+) -> dict[str, Result]:
     """Convert every model of a training step (actor, critic) into a folder of its own below ``dst``.
 
     ``options`` are those of :func:`convert`; of a ``report`` each model gets its own, ``report.html``
@@ -134,10 +157,12 @@ def convert_all(src: StrPath, dst: StrPath, **options: Any) -> dict[str, Result]
     for path in pages.values():  # before the first of the models is converted
         if path is not None:
             askedfile.checked(path, askedfile.PAGE)
-    return {
-        name: convert(src, dst / name, **{**options, "model": name}, report=pages[name])
-        for name in names
-    }
+    results = {}
+    for name in names:
+        each = options.copy()
+        each["model"], each["report"] = name, pages[name]
+        results[name] = convert(src, dst / name, cancel=cancel, **each)
+    return results
 
 
 def run(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import functools
+import inspect
 import re
 from typing import Any, ClassVar
 
@@ -238,18 +239,34 @@ def in_python(text: str) -> str:
 def speaking_python(function: Any) -> Any:
     """Return a function whose errors name keyword arguments, not options of the command line."""
 
+    if inspect.iscoroutinefunction(function):
+
+        @functools.wraps(function)
+        async def wait(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return await function(*args, **kwargs)
+            except StreamconvError as error:
+                _speak_python(error)
+                raise
+
+        return wait
+
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         try:
             return function(*args, **kwargs)
         except StreamconvError as error:
-            error.what = in_python(error.what)
-            error.args = (error.what,)
-            error.hint = error.hint and in_python(error.hint)
-            error.expected = error.expected and in_python(error.expected)
+            _speak_python(error)
             raise
 
     return call
+
+
+def _speak_python(error: StreamconvError) -> None:
+    error.what = in_python(error.what)
+    error.args = (error.what,)
+    error.hint = error.hint and in_python(error.hint)
+    error.expected = error.expected and in_python(error.expected)
 
 
 def shown(text: str) -> str:

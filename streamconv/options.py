@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from html import escape
 from pathlib import Path
 from typing import Any, Literal, TypedDict, Unpack, get_args
 
@@ -177,6 +178,20 @@ class JobKeywords(TypedDict, total=False):
     config: Sequence[str]
     strip_prefix: str | None
     keep_buffers: bool
+
+
+class ConvertKeywords(JobKeywords, total=False):
+    """All keywords of :func:`streamconv.convert` but ``cancel``: its docstring says what they mean."""
+
+    max_mem: int | str | None
+    overwrite: bool
+    sync: bool
+    direct: bool
+    source_crc: bool
+    checksum: str | None
+    io_threads: int
+    on_event: Callable[[Event], None]
+    report: StrPath | None
 
 
 _OF_LORA = {
@@ -375,3 +390,16 @@ class Result:
     tensors: int = 0
     unverifiable_bytes: int = 0
     notices: tuple[str, ...] = ()
+
+    def _repr_html_(self) -> str:
+        rows = [
+            ("output", str(self.output)),
+            ("status", self.status),
+            ("tensors", f"{self.tensors:,} in {self.files} files"),
+            ("written", format_size(self.write_bytes)),
+            ("time", f"{self.seconds:.1f} s"),
+            ("peak memory", f"{format_size(self.peak_bytes)} of {format_size(self.budget_bytes)}"),
+            *(("notice", notice) for notice in self.notices),
+        ]
+        cells = "".join(f"<tr><th>{a}</th><td>{escape(b)}</td></tr>" for a, b in rows)
+        return f"<table>{cells}</table>"

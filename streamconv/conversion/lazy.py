@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import operator
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from html import escape
+from itertools import islice
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,11 +25,17 @@ from streamconv.ir.dtypes import DType
 from streamconv.ir.lowering import clip_box
 from streamconv.ir.planfile import Plan
 from streamconv.ir.planned import PlannedTensor
+from streamconv.ir.source import SourceFile
 from streamconv.options import JobOptions
 from streamconv.planning.child import make_plan
+from streamconv.units import format_size
 
 if TYPE_CHECKING:
     import torch
+
+_SHOWN_ROWS = 50
+# Of tensors that were pickled, in the process that unpickles them: the checkpoints that stay open.
+_SOURCES_KEPT = 8
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -66,7 +76,7 @@ class LazyTensor:
 
     @property
     def dtype(self) -> DType:
-        """Return the element type."""
+        """Return the element type: ``.torch`` is torch's name of it, ``.to_numpy()`` numpy's dtype."""
         return self._tensor.dtype
 
     @property
@@ -76,6 +86,9 @@ class LazyTensor:
 
     def __repr__(self) -> str:
         return f"LazyTensor({self.name!r}, shape={list(self.shape)}, dtype={self.dtype})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _unpickled, (self._tensor, self._reader.root, tuple(self._reader.files))
 
     def __len__(self) -> int:
         if not self.shape:
@@ -117,7 +130,7 @@ class LazyTensor:
         return result
 
     def numpy(self) -> Array:
-        """Read the whole tensor."""
+        """Read the whole tensor as numpy has it; bfloat16 and fp8 are types of ml_dtypes."""
         return self[...]
 
     def torch(self, index: Any = ...) -> torch.Tensor:
@@ -180,20 +193,63 @@ class LazyCheckpoint(Mapping[str, LazyTensor]):
     """The tensors of a checkpoint under their output names. Close it, or use it in a ``with``.
 
     Several threads may read at once. What is being read when it is closed ends in
-    :class:`ClosedError`, as does whatever is read later.
+    :class:`ClosedError`, as does whatever is read later. A tied tensor that the output leaves out
+    (``lm_head.weight``) is not a part of the mapping, but can be asked for; ``tied`` says which repeats
+    which. A tensor can be pickled: where it is unpickled the files are opened again.
     """
 
     def __init__(
-        self, plan: Plan, tensors: Mapping[str, PlannedTensor], reader: SourceReader
+        self,
+        plan: Plan,
+        tensors: Mapping[str, PlannedTensor],
+        reader: SourceReader,
+        tied: Mapping[str, str],
     ) -> None:
         self.plan = plan
+        self.tied = MappingProxyType(dict(tied))
         self._tensors = tensors
         self._reader = reader
-        checks = RecordChecks(reader, check_crc=False)
-        self._filler = WindowFiller(reader, checks, max_bytes=4 << 20)
+        self._filler = _filler(reader)
 
     def __getitem__(self, name: str) -> LazyTensor:
-        return LazyTensor(self._tensors[name], self._filler, self._reader)
+        planned = self._tensors[self.tied.get(name, name)]
+        return LazyTensor(planned, self._filler, self._reader)
+
+    def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield names and torch tensors, each read when asked for: what vLLM and SGLang load.
+
+        That is the argument of their models' ``load_weights``.
+        """
+        from streamconv.conversion.inference import weights
+
+        return weights(self)
+
+    def load_model(self, **settings: Any) -> Any:
+        """Return the transformers model, its weights read from the checkpoint one after another.
+
+        ``settings`` go to ``from_pretrained``: ``dtype``, ``device_map`` and so on. Raises
+        :class:`streamconv.BadInputError` where there is no config.json.
+        """
+        from streamconv.conversion.inference import load_model
+
+        return load_model(self, **settings)
+
+    def __repr__(self) -> str:
+        nbytes = sum(t.nbytes for t in self._tensors.values())
+        return (
+            f"LazyCheckpoint({self.plan.head.root!r}, {len(self)} tensors, {format_size(nbytes)})"
+        )
+
+    def _repr_html_(self) -> str:
+        rows = "".join(
+            f"<tr><td>{escape(name)}</td><td>{t.dtype.torch}</td>"
+            f"<td>{escape(str(list(t.shape)))}</td><td>{format_size(t.nbytes)}</td></tr>"
+            for name, t in islice(self._tensors.items(), _SHOWN_ROWS)
+        )
+        more = len(self) - _SHOWN_ROWS
+        rest = f"<p>and {more} more</p>" if more > 0 else ""
+        head = "<tr><th>tensor</th><th>dtype</th><th>shape</th><th>size</th></tr>"
+        return f"<p>{escape(repr(self))}</p><table>{head}{rows}</table>{rest}"
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._tensors)
@@ -218,5 +274,22 @@ def open_checkpoint(src: Path, job: JobOptions) -> LazyCheckpoint:
     """Plan ``src`` and return its tensors; no weight is read before a tensor is indexed."""
     with tempfile.TemporaryDirectory(prefix="streamconv-") as folder:
         plan = make_plan(src, job, Path(folder) / "plan.jsonl")
-        tensors = {t.name: t for _, section in plan.sections() for t in section if not t.same_as}
-    return LazyCheckpoint(plan, tensors, SourceReader(Path(plan.head.root), plan.head.files))
+        planned = [t for _, section in plan.sections() for t in section]
+    tensors = {t.name: t for t in planned if not t.same_as}
+    tied = {t.name: t.same_as for t in planned if t.same_as}
+    reader = SourceReader(Path(plan.head.root), plan.head.files)
+    return LazyCheckpoint(plan, tensors, reader, tied)
+
+
+def _filler(reader: SourceReader) -> WindowFiller:
+    return WindowFiller(reader, RecordChecks(reader, check_crc=False), max_bytes=4 << 20)
+
+
+@functools.lru_cache(maxsize=_SOURCES_KEPT)
+def _opened_again(root: Path, files: tuple[SourceFile, ...]) -> tuple[WindowFiller, SourceReader]:
+    reader = SourceReader(root, files)
+    return _filler(reader), reader
+
+
+def _unpickled(tensor: PlannedTensor, root: Path, files: tuple[SourceFile, ...]) -> LazyTensor:
+    return LazyTensor(tensor, *_opened_again(root, files))

@@ -64,6 +64,11 @@ class SourceReader:
         self.read_bytes = 0
         self.reads = 0
 
+    @property
+    def root(self) -> Path:
+        """Return the folder that the files lie in."""
+        return self._root
+
     def path(self, file: int) -> Path:
         """Return where file number ``file`` lies."""
         return self._paths[file]

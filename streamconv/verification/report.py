@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from html import escape
 from typing import Any
 
 
@@ -27,6 +28,11 @@ class Report:
 
     def __bool__(self) -> bool:
         return self.passed
+
+    def _repr_html_(self) -> str:
+        verdict = "verified" if self.passed else f"{len(self.problems)} problems"
+        items = "".join(f"<li>{escape(text)}</li>" for text in self.problems or self.checked)
+        return f"<p><b>{verdict}</b></p><ul>{items}</ul>"
 
     def extend(self, other: Report) -> None:
         """Add what another check found."""

@@ -1,0 +1,95 @@
+"""A checkpoint in a model that runs, with no folder in between: each tensor is read when asked for."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from streamconv.conversion.lazy import LazyCheckpoint, LazyTensor
+from streamconv.errors import BadInputError, UsageError
+
+if TYPE_CHECKING:
+    import torch
+
+_CONFIG = "config.json"
+
+
+class _Slice:
+    """A lazy tensor as transformers takes those of safetensors: nothing is read before ``[...]``."""
+
+    def __init__(self, tensor: LazyTensor) -> None:
+        self._tensor = tensor
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        return self._tensor.torch(index)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self._tensor.shape
+
+    def get_shape(self) -> list[int]:
+        return list(self._tensor.shape)
+
+    def get_dtype(self) -> str:
+        return self._tensor.dtype.name
+
+
+def weights(checkpoint: LazyCheckpoint) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield names and tensors, one after another: what ``load_weights`` of vLLM and SGLang take.
+
+    A tensor is read when it is asked for, and forgotten with its last use.
+    """
+    for name, tensor in checkpoint.items():
+        yield name, tensor.torch()
+
+
+def load_model(checkpoint: LazyCheckpoint, **settings: Any) -> Any:
+    """Return the transformers model that the output would be, filled from the checkpoint.
+
+    ``settings`` go to ``from_pretrained`` (``dtype``, ``device_map``, …). Raises
+    :class:`BadInputError` where there is no config, :class:`UsageError` for an adapter.
+    """
+    import transformers
+
+    with tempfile.TemporaryDirectory(prefix="streamconv-") as scratch:
+        folder = Path(scratch)
+        for name, text in _side_texts(checkpoint).items():
+            (folder / name).write_text(text, encoding="utf-8")
+        if not (folder / _CONFIG).is_file():
+            raise BadInputError(
+                f"there is no {_CONFIG}: which model the tensors belong to is not known",
+                where=checkpoint.plan.head.root,
+                hint="name a folder that has one: --hf-config DIR",
+            )
+        config = transformers.AutoConfig.from_pretrained(folder)
+        kind = _model_class(transformers, config)
+        settings.setdefault("dtype", getattr(config, "dtype", None) or "auto")
+        slices = {name: _Slice(tensor) for name, tensor in checkpoint.items()}
+        model = kind.from_pretrained(None, config=config, state_dict=slices, **settings)
+        if (folder / "generation_config.json").is_file() and model.can_generate():
+            model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
+    return model
+
+
+def _side_texts(checkpoint: LazyCheckpoint) -> Mapping[str, str]:
+    plan = checkpoint.plan
+    wanted = (_CONFIG, "generation_config.json")
+    copied = {s.name: Path(s.path) for s in plan.head.side if s.name in wanted}
+    texts = {name: path.read_text(encoding="utf-8") for name, path in copied.items()}
+    return texts | {
+        w.name: "".join(plan.content(w.name)) for w in plan.head.written if w.name in wanted
+    }
+
+
+def _model_class(transformers: Any, config: Any) -> Any:
+    named = [getattr(transformers, name, None) for name in config.architectures or ()]
+    kind = next((found for found in named if found is not None), None)
+    if kind is None:
+        raise UsageError(
+            "config.json names no class of transformers",
+            found=", ".join(config.architectures or ()) or "no architectures",
+            hint="convert the checkpoint, and load the folder with the class that you mean",
+        )
+    return kind
