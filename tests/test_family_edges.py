@@ -453,6 +453,26 @@ def test_olmoe_is_told_of_its_other_rows() -> None:
         assert told is (name == "olmoe")
 
 
+def test_the_order_of_gates_that_nothing_tells() -> None:
+    """ms-swift's and Megatron-Core's are of one name and shape: linear attention beside them tells."""
+    model, tensors = tiny("qwen3_5")
+    alone = {k: t for k, t in tensors.items() if ".in_proj." not in k}
+    with pytest.raises(BadInputError, match="nothing in the checkpoint tells"):
+        plan(model, alone)
+    both = tensors | {"decoder.layers.0.self_attention.in_proj.weight": torch.zeros(3, 48)}
+    with pytest.raises(BadInputError, match="of several trainers") as refused:
+        plan(model, both)
+    assert "Megatron-Core and ms-swift" in str(refused.value)
+
+
+def test_gated_attention_of_forks_is_refused_by_name() -> None:
+    model, tensors = tiny("qwen3_5")
+    at = "decoder.layers.3.self_attention."
+    tensors[at + "linear_qgkv.weight"] = tensors.pop(at + "linear_qkv.weight")
+    with pytest.raises(BadInputError, match="that no release tells"):
+        plan(model, tensors)
+
+
 def test_an_unknown_model_type() -> None:
     model, tensors = tiny("llama", model_type="klingon")
     with pytest.raises(BadInputError, match="no family is known"):

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from scripts.makers import megatron_linear
 from scripts.makers.megatron_towers import siglip, tower_of_qwen2_5, tower_of_qwen3
 from scripts.makers.megatron_walk import Part, Walk, gate_up
 from scripts.makers.tiny_families import State
@@ -372,6 +373,11 @@ VARIANTS: dict[str, Callable[[Walk], None]] = {
     "indexer of slime": indexer_of_slime,
     "wide norms": wide_norms,
     "norms of ms-swift": norms_of_swift,
+    "slime": megatron_linear.slime,
+    "slime throughout": megatron_linear.slime_throughout,
+    "ms-swift": megatron_linear.swift,
+    "ms-swift, decoupled": megatron_linear.swift_decoupled,
+    "ms-swift, HuggingFace's module": megatron_linear.swift_module,
 }
 
 
@@ -381,7 +387,8 @@ def invert(config: dict[str, Any], state: State, *, variant: str = "", **options
     ``variant`` is a trainer's way of its own (:data:`VARIANTS`), ``options`` go to the family
     (``megatron_tower`` of qwen2_5_vl, qwen3_5 and gemma3).
     """
-    walk = Walk(config.get("text_config", config), dict(state))
+    classes = {"architectures": config.get("architectures")}
+    walk = Walk(config.get("text_config", config) | classes, dict(state))
     family = BY_TYPE.get(config["model_type"], lambda w: language_model(w, feed=moe))
     if "vision_config" in config:
         family(walk, config["vision_config"], **options)

@@ -9,6 +9,7 @@ from streamconv.errors import BadInputError
 
 _ADAPTER = re.compile(r"\.adapter\.|\.lora_[ABab](\.|$)|\.adapter_[a-z]+\.")
 _QUANTIZER = re.compile(r"_quantizers?\.")
+_UNSAID = re.compile(r"\.self_attention\.linear_qgkv\.")
 _STAGES = (
     "Megatron-FSDP numbers layers within their stage: the other stages' are not in the checkpoint "
     "under names of their own. Save from a run without pipeline parallelism, or as torch_dist"
@@ -38,6 +39,15 @@ def of_unknown(names: Collection[str], known: int) -> BadInputError | None:
             "left out",
             found=f"{len(quantizers)} other tensors of quantizers",
             hint="export it with ModelOpt, whose scales these are (export_mcore_gpt_to_hf)",
+        )
+    unsaid = [n for n in names if _UNSAID.search(n)]
+    if unsaid:
+        return BadInputError(
+            "queries, gates, keys and values are in one tensor, in an order that no release tells",
+            where=unsaid[0],
+            expected="linear_qkv, as Megatron-Core and ms-swift write it, or HuggingFace's modules",
+            found=f"{len(unsaid)} tensors called linear_qgkv (--use-gated-attention of forks of slime)",
+            hint="let the trainer export the model",
         )
     return None
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,10 +98,13 @@ def describe(
     megatron: Mapping[str, Any],
     job: JobOptions,
     tensors: Headers,
+    beside: Collection[str] = (),
 ) -> Described:
     """Return whose rules hold for a checkpoint, and the sizes of its model.
 
-    ``megatron`` is what the checkpoint says of its run. Raises :class:`BadInputError` where config.json
+    ``megatron`` is what the checkpoint says of its run, ``beside`` are the names of all its
+    tensors where ``tensors`` are others, an adapter's.
+    Raises :class:`BadInputError` where config.json
     is missing, or no family has its model type.
     """
     if config is None:
@@ -130,7 +133,9 @@ def describe(
         model.forgo([compiled(pattern) for pattern in family.lacks])
     settings = settings_of(model, reference, notices)
     vision = config.get("vision_config") if model is None else model.vision_settings
-    dims = Dims(settings, megatron, vision)
+    names = beside or tensors
+    signs = (way for way, sign in family.signs.items() if any(map(re.compile(sign).search, names)))
+    dims = Dims(settings, megatron, vision, frozenset(signs))
     if head:
         family = dataclasses.replace(family, rules=(*_HEAD, *family.rules))
     return Described(family, dims, model, reference, config, changes.told, tuple(notices))

@@ -84,6 +84,16 @@ def gated_qkv(dims: Dims, tensor: Tensor) -> tuple[Tensor, ...]:
     )
 
 
+def paired_qkv(dims: Dims, tensor: Tensor) -> tuple[Tensor, ...]:
+    """The same where each query head has its gate right behind it, as ms-swift builds it."""
+    grouped, per = _groups(dims, tensor, 2)
+    return (
+        grouped[:, : 2 * per].flatten(0, 2),
+        grouped[:, 2 * per].flatten(0, 1),
+        grouped[:, 2 * per + 1].flatten(0, 1),
+    )
+
+
 def _groups(dims: Dims, tensor: Tensor, queries: int) -> tuple[Tensor, int]:
     """Return ``[g, queries·n/g + 2, d, …]`` and ``n/g``."""
     if not dims.groups or dims.heads % dims.groups:
@@ -173,5 +183,5 @@ def _halves_of_heads(dims: Dims, tensor: Tensor, what: str, heads: int) -> Tenso
     return pairs.transpose(1, 2).flatten(0, 2)
 
 
-BY_HEADS = frozenset({qkv, gated_qkv, flat_qkv, paired_queries, paired_keys})
+BY_HEADS = frozenset({qkv, gated_qkv, paired_qkv, flat_qkv, paired_queries, paired_keys})
 """Those that put other rows in other places where the numbers of heads are others."""

@@ -45,8 +45,10 @@ class Family:
     multi-token prediction. ``reference`` turns the config into one that transformers knows, for a
     model whose class is not part of it, and ``lacks`` are patterns of what that model has and this one
     has not. ``zero_centred_norms`` says that HuggingFace's class adds 1
-    to the weights of its norms. ``dropped`` are patterns of tensors that are left out because
-    HuggingFace's model has no such thing, each with the reason.
+    to the weights of its norms. ``signs`` are for tensors of one name and shape that trainers fill in
+    different ways: for each way a regular expression, found in names that only such checkpoints have;
+    ``Dims.signs`` has those that were seen. ``dropped`` are patterns of tensors that are left out,
+    because HuggingFace's model has no such thing, each with the reason.
     """
 
     name: str
@@ -56,6 +58,7 @@ class Family:
     reference: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict
     lacks: tuple[str, ...] = ()
     zero_centred_norms: bool = False
+    signs: Mapping[str, str] = dataclasses.field(default_factory=dict)
     dropped: tuple[tuple[str, str], ...] = ()
 
 
@@ -171,7 +174,8 @@ class Dims:
 
     ``megatron`` holds what the checkpoint itself says of the run (arguments of Megatron's config, by
     these names also where another trainer says it),
-    ``vision`` are the sizes of a vision tower, without settings where there is none.
+    ``vision`` are the sizes of a vision tower, without settings where there is none. ``signs`` tell
+    whose ways the checkpoint has (:class:`Family`).
     """
 
     def __init__(
@@ -179,8 +183,10 @@ class Dims:
         settings: Mapping[str, Any],
         megatron: Mapping[str, Any],
         vision: Mapping[str, Any] | None = None,
+        signs: frozenset[str] = frozenset(),
     ) -> None:
         self._settings = settings
+        self.signs = signs
         self._vision = vision
         self.megatron = megatron
 

@@ -393,7 +393,8 @@ def _translation(
 
         run = source.facts.get("megatron")
         weights = megatron.weights(adapter)
-        described = describe(config, run if isinstance(run, Mapping) else {}, job, weights)
+        facts = run if isinstance(run, Mapping) else {}
+        described = describe(config, facts, job, weights, source.tensors)
         told = [*described.notices, *check_run(described, weights)]
         # A merge into the checkpoint's own weights tells the same again.
         notices.extend(n for n in told if n not in notices)
