@@ -16,7 +16,7 @@ import streamconv
 from scripts.makers import runs
 from streamconv.batch import tasks
 from streamconv.batch.state import STATUS, Store, read_records
-from streamconv.conversion import job
+from streamconv.conversion import execution
 from tests.scenes import Scene, cli
 
 
@@ -334,7 +334,7 @@ def test_a_source_that_is_written_anew_while_its_output_is_staged(scene, monkeyp
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(job, "write_output", killed)
+        patch.setattr(execution, "write_output", killed)
         with pytest.raises(KeyboardInterrupt):
             streamconv.convert(source, out)
     assert (scene.out / ".global_step_10.streamconv/plan.jsonl").is_file()

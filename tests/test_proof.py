@@ -16,8 +16,9 @@ from safetensors.torch import load_file, save_file
 import streamconv
 from scripts.makers.tiny import make_tiny
 from scripts.outputs import MANIFEST, contents
-from streamconv.conversion import job
+from streamconv.conversion import execution, job
 from streamconv.errors import OutputExistsError, StreamconvError
+from streamconv.files.durable import hash_file
 from streamconv.options import Event, Notice, Result, RunOptions
 from streamconv.planning import child
 
@@ -59,7 +60,7 @@ def plant(out: Path) -> None:
     save_file(weights, out / SINGLE, metadata={"format": "pt"})
     text = json.loads((out / MANIFEST).read_text())
     text["files"][0]["nbytes"] = (out / SINGLE).stat().st_size
-    text["files"][0]["xxh3_128"] = job.hash_file(out / SINGLE)
+    text["files"][0]["xxh3_128"] = hash_file(out / SINGLE)
     (out / MANIFEST).write_text(json.dumps(text))
 
 
@@ -186,7 +187,7 @@ def test_in_a_folder_that_cannot_be_written_to_there_may_be_nothing_to_do(
     def writes(*_: object, **__: object) -> None:
         raise AssertionError("work was begun")
 
-    monkeypatch.setattr(job, "write_output", writes)
+    monkeypatch.setattr(execution, "write_output", writes)
     with pytest.raises((PermissionError, StreamconvError), match="cannot be written to"):
         command(out, overwrite=True)
     assert contents(out) == {n: data for n, data in before.items() if n != SINGLE}

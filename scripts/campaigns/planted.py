@@ -30,7 +30,7 @@ from scripts.campaigns.common import Figures, is_complete, main, run
 from scripts.makers.tiny import make_tiny
 from scripts.outputs import contents
 from streamconv import api
-from streamconv.conversion import job
+from streamconv.conversion import execution, job
 from streamconv.errors import StreamconvError
 from streamconv.options import RunOptions
 from streamconv.planning import child
@@ -115,7 +115,7 @@ def _prepare(work: Path) -> Scene:
 
 def _stop(source: Path, out: Path) -> None:
     """Stop a conversion after three files."""
-    write, done = job.write_output, []
+    write, done = execution.write_output, []
 
     def stopping(output: Any, *args: Any, **kwargs: Any) -> Any:
         if len(done) == 3:
@@ -123,14 +123,16 @@ def _stop(source: Path, out: Path) -> None:
         done.append(output.name)
         return write(output, *args, **kwargs)
 
-    job.write_output = stopping
+    execution.write_output = stopping
     try:
         api.convert(source, out, sync=False, **_JOB)
     except KeyboardInterrupt:
         pass
     finally:
-        job.write_output = write
+        execution.write_output = write
 
+
+_OURS = ("plan.jsonl", "journal.jsonl", "done", "done/{1}.json", "files/{1}", "{4}.part")
 
 # --- what is tried -----------------------------------------------------------------------------
 
@@ -142,7 +144,7 @@ def _forms() -> Iterator[Form]:
             yield Form("as the job that is asked for", base, _relabelled, inside)
             for name, change in _journals():
                 yield Form(name, base, change, inside)
-            for name in ("", "files", "plan.jsonl", "journal.jsonl", "files/{1}", "{4}.part"):
+            for name in ("", "files", *_OURS):
                 for kind in (
                     "link to a file",
                     "link to a folder",
@@ -153,7 +155,7 @@ def _forms() -> Iterator[Form]:
                     yield Form(
                         f"{name or 'all'} is a {kind}", base, partial(_odd, name, kind), inside
                     )
-            for name in ("plan.jsonl", "journal.jsonl", "files/{1}", "{4}.part"):
+            for name in _OURS:
                 yield Form(f"{name} is a hard link", base, partial(_odd, name, "hard link"), inside)
             for name in ("files/modeling_evil.py", "files/EVIL.safetensors", "notes", "files/a/b"):
                 yield Form(f"{name} is there, too", base, partial(_extra, name), inside)
@@ -235,7 +237,7 @@ def _journals() -> Iterator[tuple[str, Change]]:
         before = xxhash.xxh3_128_hexdigest(path.read_bytes())
         evil_file(place)
         after = xxhash.xxh3_128_hexdigest(path.read_bytes())
-        journal = _staging(place) / "journal.jsonl"
+        journal = _file(place, "done/{1}.json")
         journal.write_bytes(journal.read_bytes().replace(before.encode(), after.encode()))
 
     def swapped(place: Path) -> None:
@@ -253,16 +255,37 @@ def _journals() -> Iterator[tuple[str, Change]]:
             same[0][key], same[-1][key] = same[-1][key], same[0][key]
         _write(_plan(place), lines)
 
+    def note(change: Callable[[bytes], bytes]) -> Change:
+        def changed(place: Path) -> None:
+            path = _file(place, "done/{1}.json")
+            path.write_bytes(change(path.read_bytes()))
+
+        return changed
+
+    def notes_swapped(place: Path) -> None:
+        one, two = _file(place, "done/{1}.json"), _file(place, "done/{2}.json")
+        data = one.read_bytes()
+        one.write_bytes(two.read_bytes())
+        two.write_bytes(data)
+
+    def note_of_another(place: Path) -> None:
+        """Said of a file that is not finished: with the bytes that it has, and a genuine seal."""
+        _file(place, "done/{4}.json").write_bytes(_file(place, "done/{1}.json").read_bytes())
+        _file(place, "files/{4}").write_bytes(_file(place, "files/{1}").read_bytes())
+
     yield "the journal is gone", lambda p: (_staging(p) / "journal.jsonl").unlink()
     yield "the journal is empty", edit(lambda _: [])
     yield "the journal is noise", edit(lambda _: [os.urandom(500)])
-    yield "journal lines swapped", edit(lambda x: [x[0], *reversed(x[1:])])
-    yield "a journal line left out", edit(lambda x: [x[0], *x[2:]])
-    yield "a journal line twice", edit(lambda x: [*x, x[-1]])
-    yield "a journal line first", edit(lambda x: [x[-1], *x])
-    yield "a line without its seal", edit(lambda x: [x[0].partition(b" ")[2], *x[1:]])
-    yield "an edited line", edit(lambda x: [*x[:-1], x[-1].replace(b'"nbytes"', b'"nbytes" ')])
-    yield "a key twice", edit(lambda x: [*x[:-1], x[-1].replace(b'{"file"', b'{"file": 1, "file"')])
+    yield "the journal twice", edit(lambda x: [*x, *x])
+    yield "the journal without its seal", edit(lambda x: [x[0].partition(b" ")[2]])
+    yield "the journal with other choices", edit(lambda x: [x[0].replace(b"true", b"false")])
+    yield "notes swapped", notes_swapped
+    yield "a note of another file", note_of_another
+    yield "a note is gone", lambda p: _file(p, "done/{1}.json").unlink()
+    yield "a note is noise", note(lambda _: os.urandom(500))
+    yield "a note without its seal", note(lambda x: x.partition(b" ")[2])
+    yield "an edited note", note(lambda x: x.replace(b'"nbytes"', b'"nbytes" '))
+    yield "a key twice", note(lambda x: x.replace(b'{"file"', b'{"file": 1, "file"'))
     yield "a finished file changed", evil_file
     yield "a finished file and its hash changed", evil_and_fitting
     yield "finished files swapped", swapped

@@ -2,15 +2,16 @@
 
 torch.load checks neither. A record is checked as its bytes pass, in whatever order, and the bytes
 that no output wanted (the padding of an uneven shard, rows of a padded vocabulary) are read at the
-end for the checksum's sake alone.
+end for the checksum's sake alone. Of a record that several output files draw from, each of which may be
+written elsewhere, every one keeps what it saw, and all of that is put together in the end.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Iterable, Sequence
+from dataclasses import astuple, dataclass, field
+from typing import Any, NamedTuple
 
 from streamconv.errors import BadInputError
 from streamconv.executor.reader import SourceReader
@@ -30,8 +31,29 @@ class _Seen:
     lock: threading.Lock = field(default_factory=threading.Lock)
 
 
+class SharedRecord(NamedTuple):
+    """What the writer of one output file saw of a record that others draw from, too.
+
+    ``fqn`` is a tensor in it, ``seen`` are (start, end, CRC-32) of its bytes.
+    """
+
+    fqn: str
+    record: Record
+    seen: list[tuple[int, int, int]]
+
+    def to_json(self) -> list[Any]:
+        """Return it as plain data."""
+        return [self.fqn, astuple(self.record), self.seen]
+
+    @staticmethod
+    def from_json(data: Sequence[Any]) -> SharedRecord:
+        """Rebuild it from :meth:`to_json`."""
+        fqn, record, seen = data
+        return SharedRecord(fqn, Record(*record), [(lo, hi, crc) for lo, hi, crc in seen])
+
+
 class RecordChecks:
-    """Follows every record from its first byte to its verdict.
+    """Follows every record from its first byte to its verdict, while an output file is written.
 
     ``unverifiable_bytes`` counts records whose writer stored no checksum. With ``check_crc`` off
     only headers are checked.
@@ -44,8 +66,22 @@ class RecordChecks:
         # Records that finish had to complete: several tensors may be views of one storage, and it
         # should not be read again for each of them.
         self._completed: set[tuple[int, int]] = set()
+        self._shared: dict[tuple[int, int], tuple[str, Record] | None] = {}
         self._lock = threading.Lock()
         self.unverifiable_bytes = 0
+
+    def begin(self, shared: Iterable[tuple[int, int]]) -> None:
+        """Begin an output file; of the records ``shared``, as (file, start), others see a part."""
+        self._seen, self._completed = {}, set()
+        self._shared = dict.fromkeys(shared)
+
+    def shared(self) -> list[SharedRecord]:
+        """Return what was seen of the shared records since the output file was begun."""
+        return [
+            SharedRecord(*of, self._seen[key].coverage.intervals())
+            for key, of in self._shared.items()
+            if of is not None
+        ]
 
     def see(
         self,
@@ -76,14 +112,17 @@ class RecordChecks:
                     seen.header = True
         if not self._check_crc or seen.verified:
             return
+        shared = key in self._shared
+        if shared and self._shared[key] is None:
+            self._shared[key] = source.fqn, record
         begin, end = max(lo, record.start), min(lo + len(data), record.start + record.nbytes)
         if begin >= end:
             return
         with seen.lock:
             seen.coverage.add(begin - record.start, data[begin - lo : end - lo])
-            crc = seen.coverage.whole(record.nbytes)
+            crc = None if shared else seen.coverage.whole(record.nbytes)
             if crc is not None:
-                self._verdict(source, record, crc)
+                self.unverifiable_bytes += _verdict(self._reader, source.fqn, record, crc)
                 seen.verified = True
                 seen.coverage = Coverage()
 
@@ -94,7 +133,8 @@ class RecordChecks:
         """
         buffer: memoryview | None = None
         for source, record in records:
-            seen = self._seen.get((record.file, record.start))
+            key = record.file, record.start
+            seen = None if key in self._shared else self._seen.get(key)
             if seen is None:
                 continue
             if self._check_crc and not seen.verified:
@@ -104,8 +144,8 @@ class RecordChecks:
                         piece = buffer[: min(_STEP_BYTES, hi - at)]
                         self._reader.read(record.file, record.start + at, piece)
                         self.see(source, record, record.start + at, piece)
-                self._completed.add((record.file, record.start))
-            self._seen.pop((record.file, record.start), None)
+                self._completed.add(key)
+            self._seen.pop(key, None)
 
     def _check_header(
         self, source: PlannedSource, record: Record, header: memoryview | None
@@ -115,38 +155,63 @@ class RecordChecks:
         if header is None:
             header = memoryview(bytearray(record.header_nbytes))
             self._reader.read(record.file, record.start - record.header_nbytes, header)
-        check_local_header(header, self._name(record), self._where(source, record))
+        name = _name(self._reader, record)
+        check_local_header(header, name, _where(self._reader, source.fqn, record))
 
-    def _verdict(self, source: PlannedSource, record: Record, crc: int) -> None:
-        if crc == record.crc32:
-            return
-        if record.crc32 == 0:
-            self.unverifiable_bytes += record.nbytes
-            return
-        raise BadInputError(
-            "a source record is damaged: its bytes do not match their CRC-32",
-            where=self._where(source, record),
-            expected=f"{record.crc32:08x}",
-            found=f"{crc:08x}",
-            hint="copy the file again from where it was made; --no-source-crc converts it as it is",
-        )
 
-    def _name(self, record: Record) -> str:
-        return f"{self._reader.files[record.file].entry_prefix}/data/{record.key}"
+class SharedRecords:
+    """What the writers of all output files saw of the records that they share, put together."""
 
-    def _where(self, source: PlannedSource, record: Record) -> str:
-        return f"{self._reader.path(record.file)}, {source.fqn}, record {self._name(record)}"
+    def __init__(self) -> None:
+        self._found: dict[tuple[int, int], tuple[str, Record, Coverage]] = {}
 
-    def journal(self) -> list[list[Any]]:
-        """Return what is known of records that are not yet complete, as plain data."""
-        return [
-            [file, start, seen.verified, seen.coverage.intervals()]
-            for (file, start), seen in self._seen.items()
-        ]
+    def add(self, records: Iterable[SharedRecord]) -> None:
+        """Take in what was seen while one output file was written."""
+        for fqn, record, seen in records:
+            key = record.file, record.start
+            known = self._found.setdefault(key, (fqn, record, Coverage()))
+            known[2].merge(seen)
 
-    def restore(self, journal: Iterable[list[Any]]) -> None:
-        """Go on from :meth:`journal`, in place of what is known now."""
-        self._seen = {
-            (file, start): _Seen(Coverage(tuple(i) for i in intervals), verified, header=True)
-            for file, start, verified, intervals in journal
-        }
+    def settle(self, reader: SourceReader) -> int:
+        """Read what nobody saw, and judge every record; return the bytes without a checksum.
+
+        Raises :class:`BadInputError` for a wrong checksum, naming file, tensor and record.
+        """
+        unverifiable = 0
+        buffer = memoryview(bytearray(_STEP_BYTES)) if self._found else memoryview(b"")
+        for fqn, record, coverage in self._found.values():
+            for lo, hi in list(coverage.missing(record.nbytes)):
+                for at in range(lo, hi, _STEP_BYTES):
+                    piece = buffer[: min(_STEP_BYTES, hi - at)]
+                    reader.read(record.file, record.start + at, piece)
+                    coverage.add(at, piece)
+            crc = coverage.whole(record.nbytes)
+            assert crc is not None  # noqa: S101 - nothing is missing any more
+            unverifiable += _verdict(reader, fqn, record, crc)
+        return unverifiable
+
+
+def _verdict(reader: SourceReader, fqn: str, record: Record, crc: int) -> int:
+    """Hold the CRC-32 of a record's bytes against the stored one; ``fqn`` is a tensor in it.
+
+    Returns the bytes that cannot be verified, as their writer stored none.
+    """
+    if crc == record.crc32:
+        return 0
+    if record.crc32 == 0:
+        return record.nbytes
+    raise BadInputError(
+        "a source record is damaged: its bytes do not match their CRC-32",
+        where=_where(reader, fqn, record),
+        expected=f"{record.crc32:08x}",
+        found=f"{crc:08x}",
+        hint="copy the file again from where it was made; --no-source-crc converts it as it is",
+    )
+
+
+def _name(reader: SourceReader, record: Record) -> str:
+    return f"{reader.files[record.file].entry_prefix}/data/{record.key}"
+
+
+def _where(reader: SourceReader, fqn: str, record: Record) -> str:
+    return f"{reader.path(record.file)}, {fqn}, record {_name(reader, record)}"

@@ -190,12 +190,12 @@ class Plan:
         )
 
     def outputs(self) -> list[OutputFile]:
-        """Return the output files without their tensors and headers.
+        """Return the output files without their tensors, headers and shared records.
 
         The headers of a large model are megabytes; :meth:`sections` has one at a time.
         """
         return [
-            replace(planlines.output_file(planlines.parse(line)), header="")
+            replace(planlines.output_file(planlines.parse(line)), header="", shared=())
             for line in self._lines()
             if line.startswith('{"output"')
         ]

@@ -189,6 +189,7 @@ def output_file(data: dict[str, Any]) -> OutputFile:
         count(data["nbytes"], "a size"),
         _text(data["header"], "a header"),
         count(data["tensors"], "a number of tensors"),
+        tuple((count(f, "a file"), count(at, "an offset")) for f, at in data.get("shared", ())),
     )
 
 

@@ -125,12 +125,14 @@ class OutputFile:
     """One safetensors file: its name, its whole size, and its header as it will be written.
 
     ``header`` is the JSON text, padded with spaces; in the file an 8-byte length precedes it.
+    ``shared`` are the records of the source, as (file, start), that other output files draw from, too.
     """
 
     name: str
     nbytes: int
     header: str
     tensors: int
+    shared: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

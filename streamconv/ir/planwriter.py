@@ -71,14 +71,13 @@ class PlanWriter:
         """Begin a section."""
         self._sources.clear()
         self._patterns.clear()
-        self._line(
-            {
-                "output": output.name,
-                "nbytes": output.nbytes,
-                "tensors": output.tensors,
-                "header": output.header,
-            }
-        )
+        line = {
+            "output": output.name,
+            "nbytes": output.nbytes,
+            "tensors": output.tensors,
+            "header": output.header,
+        }
+        self._line(line | ({"shared": output.shared} if output.shared else {}))
 
     def tensor(self, tensor: PlannedTensor) -> None:
         """Add a tensor to the section, with the sources and the pattern it is the first to use."""

@@ -1,125 +1,139 @@
-"""The journal of a staged run: which files are finished, sealed line by line with the user's key.
+"""The journal of a staged run: what it was begun with, and which files are finished.
 
-Its first line seals the plan, every later one what it says, its place and all lines before it; a
-finished file counts only with the very bytes that were written. What does not fit was not written by a
-run of this user for this target, and counts for nothing, as does all that comes after it.
+``journal.jsonl`` is one line, which seals the plan and the choices that hold for all of it. Each
+finished file has a note of its own, ``done/NAME.json``, so that files may be written by several
+processes, on several machines, in any order: a note is written once, whole, by whoever wrote the file,
+and two who wrote the same file wrote the same bytes. Every note is sealed with the user's key, for this
+plan and this target; a finished file counts only with the very bytes that were written. What does not
+fit was not written by a run of this user for this target, and counts for nothing.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
-from dataclasses import asdict, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from streamconv.executor.pipeline import FinishedFile
+from streamconv.executor.records import SharedRecord
 from streamconv.files import newfile
-from streamconv.files.durable import hash_open_file
+from streamconv.files.durable import fsync_directory, hash_open_file
 from streamconv.files.userkey import Sealer, same_seal
 
+JOURNAL = "journal.jsonl"
+DONE = "done"
 # A million tensors in a file.
-_LONGEST_LINE_BYTES = 256 << 20
+_LONGEST_NOTE_BYTES = 256 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Choices:
+    """What was chosen when a run was begun and holds for all its parts: see :class:`RunOptions`."""
+
+    overwrite: bool = False
+    source_crc: bool = True
+    sha256: bool = False
+    sync: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class FileNote:
+    """What is kept in memory of a finished file; its tensors' digests stay on the disk.
+
+    ``mtime_ns`` is the file's, ``read_bytes`` and ``seconds`` are what writing it took, ``peak_bytes``
+    is the most that the process which wrote it had in memory until then. ``unverifiable_bytes`` have
+    no checksum in the source.
+    """
+
+    finished: FinishedFile
+    proof: str
+    mtime_ns: int
+    read_bytes: int
+    unverifiable_bytes: int
+    seconds: float
+    peak_bytes: int
 
 
 class Journal:
-    """What a run has finished, in a file.
+    """What is finished of a staged run in the folder ``root``: ``notes``, by the files' names."""
 
-    ``finished`` are the output files that are complete, by name; the digests of their tensors stay in
-    the file (:meth:`tensor_digests`), as a large model has many. ``records`` is what is known of
-    half-read records of the source.
-    """
-
-    def __init__(self, path: Path, sealer: Sealer, *, sync: bool) -> None:
-        self._path = path
+    def __init__(self, root: Path, sealer: Sealer, *, sync: bool) -> None:
+        self._path = root / JOURNAL
+        self._folder = root / DONE
         self._sealer = sealer
         self._sync = sync
-        self.finished: dict[str, FinishedFile] = {}
-        self.records: list[list[Any]] = []
-        self._proofs: dict[str, str] = {}
-        # Of each finished file where its line begins, and the seal before it.
-        self._lines: dict[str, tuple[int, str]] = {}
-        self._nbytes = 0
-        self._seal = ""
+        self._plan = b""
+        self.choices = Choices()
+        self.notes: dict[str, FileNote] = {}
 
-    def begin(self, plan: bytes) -> None:
-        """Begin the journal of a plan, given by its digest."""
-        os.close(newfile.create(self._path))
-        self._append({"plan": plan.hex()}, "")
+    def begin(self, plan: bytes, choices: Choices, names: Sequence[str]) -> None:
+        """Begin the journal of a plan, given by its digest, whose output files are ``names``."""
+        self._plan, self.choices, self.notes = plan, choices, {}
+        for folder in {(self._folder / name).parent for name in names}:
+            folder.mkdir(parents=True, exist_ok=True)
+        self._write(self._path, "line", {"plan": plan.hex(), "choices": asdict(choices)})
 
     def resume(self, plan: bytes) -> bool:
         """Read the journal where it is that of this plan; return whether it is."""
-        lines = self._read()
-        first = next(lines, None)
-        if first is None or first[0].get("plan") != plan.hex():
+        first = self._first()
+        if first is None or first.get("plan") != plan.hex():
             return False
-        _, self._seal, self._nbytes = first
-        for data, seal, nbytes in lines:
-            self._keep(data, seal, nbytes)
-        fd = newfile.reopen(self._path, os.O_RDWR)
-        if fd is None:
-            return False
-        os.ftruncate(fd, self._nbytes)
-        os.close(fd)
+        self._plan = plan
+        self.choices = Choices(**first["choices"])
+        self.refresh()
         return True
+
+    def refresh(self) -> None:
+        """Read which files are finished by now, whoever wrote them."""
+        self.notes = {}
+        for path in sorted(self._folder.rglob("*.json")):
+            data = self._read(path, "done")
+            name = str(path.relative_to(self._folder)).removesuffix(".json")
+            if data is not None and data["file"]["name"] == name:
+                self.notes[name] = self._note(data)
 
     def is_ours(self) -> bool:
         """Whether a run of this user has begun the journal for this target, of whatever plan."""
-        return next(self._read(), None) is not None
+        return self._first() is not None
 
-    def _read(self) -> Iterator[tuple[dict[str, Any], str, int]]:
-        """Yield what the lines say, with their seals and sizes, as far as the seals are right."""
-        fd = newfile.reopen(self._path)
-        if fd is None:
-            return
-        before = ""
-        with os.fdopen(fd, "rb") as stream:
-            while line := stream.readline(_LONGEST_LINE_BYTES):
-                seal, _, text = line.rstrip(b"\n").partition(b" ")
-                expected = self._sealer.seal("line", before.encode(), text)
-                if not line.endswith(b"\n") or not same_seal(seal.decode("latin-1"), expected):
-                    return  # it was being written when the power went, or is not ours
-                yield json.loads(text), expected, len(line)
-                before = expected
+    def record(
+        self,
+        finished: FinishedFile,
+        path: Path,
+        shared: Sequence[SharedRecord],
+        *,
+        read_bytes: int,
+        unverifiable_bytes: int,
+        seconds: float,
+        peak_bytes: int,
+    ) -> None:
+        """Note that the file at ``path`` is finished (it is durable by now), with what it saw."""
+        data = {
+            "file": {k: v for k, v in asdict(finished).items() if k != "keyed"},
+            "proof": self._proof(finished),
+            "mtime_ns": path.stat().st_mtime_ns,
+            "read_bytes": read_bytes,
+            "unverifiable_bytes": unverifiable_bytes,
+            "seconds": round(seconds, 3),
+            "peak_bytes": peak_bytes,
+            "shared": [s.to_json() for s in shared],
+        }
+        self._write(self._at(finished.name), "done", data)
+        self.notes[finished.name] = self._note(data)
 
-    def record(self, finished: FinishedFile, records: list[list[Any]]) -> None:
-        """Note a finished file (which is durable by now) and the half-read records."""
-        facts = {k: v for k, v in asdict(finished).items() if k != "keyed"}
-        data = {"file": facts, "proof": self._proof(finished), "records": records}
-        self._append(data, finished.name)
+    @staticmethod
+    def _note(data: dict[str, Any]) -> FileNote:
+        finished = replace(FinishedFile(**data["file"]), tensors={})
+        rest = {f.name: data[f.name] for f in fields(FileNote) if f.name != "finished"}
+        return FileNote(finished, **rest)
 
-    def _append(self, data: dict[str, Any], name: str) -> None:
-        text = json.dumps(data).encode()
-        seal = self._sealer.seal("line", self._seal.encode(), text)
-        line = seal.encode() + b" " + text + b"\n"
-        fd = newfile.reopen(self._path, os.O_WRONLY)
-        if fd is None:
-            raise FileNotFoundError(2, "the journal is gone", str(self._path))
-        with os.fdopen(fd, "wb") as stream:
-            stream.seek(self._nbytes)
-            stream.write(line)
-            stream.flush()
-            if self._sync:
-                os.fsync(stream.fileno())
-        if name:
-            self._keep(data, seal, len(line))
-        else:
-            self._seal, self._nbytes = seal, len(line)
-
-    def _keep(self, data: dict[str, Any], seal: str, line_nbytes: int) -> None:
-        finished = FinishedFile(**data["file"])
-        self.finished[finished.name] = replace(finished, tensors={})
-        self._proofs[finished.name] = data["proof"]
-        self._lines[finished.name] = self._nbytes, self._seal
-        self.records = data["records"]
-        self._nbytes += line_nbytes
-        self._seal = seal
-
-    def _proof(self, finished: FinishedFile) -> str:
-        return self._sealer.seal(
-            "file", os.fsencode(finished.name), finished.keyed.encode(), finished.xxh3.encode()
-        )
+    def forget(self, name: str) -> None:
+        """Take back a finished file whose bytes are not there any more."""
+        del self.notes[name]
+        self._at(name).unlink(missing_ok=True)
 
     def holds(self, name: str, path: Path) -> bool:
         """Whether ``path`` is the finished file ``name``, with the very bytes that were written."""
@@ -130,30 +144,74 @@ class Journal:
             xxh3, keyed = hash_open_file(fd, self._sealer.seed)
         finally:
             os.close(fd)
-        found = replace(self.finished[name], xxh3=xxh3, keyed=keyed)
-        return same_seal(self._proof(found), self._proofs[name])
+        note = self.notes[name]
+        found = replace(note.finished, xxh3=xxh3, keyed=keyed)
+        return same_seal(self._proof(found), note.proof)
 
-    def _journaled(self, name: str) -> dict[str, Any]:
-        fd = newfile.reopen(self._path)
-        if fd is None:
-            raise FileNotFoundError(2, "the journal is gone", str(self._path))
-        with os.fdopen(fd, "rb") as stream:
-            stream.seek(self._lines[name][0])
-            data: dict[str, Any] = json.loads(stream.readline().partition(b" ")[2])
-        return data
+    def looks_finished(self, name: str, path: Path) -> bool:
+        """Whether ``path`` is the finished file ``name``; one that looks as it did is not read.
+
+        Whoever wrote it has hashed it: another machine need not read the whole output again.
+        """
+        note = self.notes[name]
+        try:
+            status = path.lstat()
+        except OSError:
+            return False
+        same = (status.st_size, status.st_mtime_ns) == (note.finished.nbytes, note.mtime_ns)
+        return same or self.holds(name, path)
 
     def tensor_digests(self, name: str) -> dict[str, str]:
         """Return the xxh3_128 of each tensor of a finished file."""
-        return dict(self._journaled(name)["file"]["tensors"])
+        return dict(self._noted(name)["file"]["tensors"])
 
-    def forget(self, name: str) -> None:
-        """Take back a finished file whose bytes are not there any more, and all that came after it."""
-        names = list(self.finished)
-        before = names[: names.index(name)]
-        self.records = self._journaled(before[-1])["records"] if before else []
-        self._nbytes, self._seal = self._lines[name]
-        fd = newfile.reopen(self._path, os.O_RDWR)
-        if fd is not None:
-            os.ftruncate(fd, self._nbytes)
-            os.close(fd)
-        self.finished = {n: self.finished[n] for n in before}
+    def shared(self, name: str) -> Iterator[SharedRecord]:
+        """Yield what was seen of the source's shared records while a finished file was written."""
+        yield from map(SharedRecord.from_json, self._noted(name)["shared"])
+
+    def _noted(self, name: str) -> dict[str, Any]:
+        data = self._read(self._at(name), "done")
+        if data is None:
+            raise FileNotFoundError(2, "the note of a finished file is gone", str(self._at(name)))
+        return data
+
+    def _at(self, name: str) -> Path:
+        return self._folder / f"{name}.json"
+
+    def _first(self) -> dict[str, Any] | None:
+        return self._read(self._path, "line")
+
+    def _proof(self, finished: FinishedFile) -> str:
+        return self._sealer.seal(
+            "file", os.fsencode(finished.name), finished.keyed.encode(), finished.xxh3.encode()
+        )
+
+    def _seal(self, kind: str, text: bytes) -> str:
+        # A note is of its plan; the journal's line, which names the plan, is what tells of which.
+        return self._sealer.seal(kind, self._plan if kind == "done" else b"", text)
+
+    def _write(self, path: Path, kind: str, data: dict[str, Any]) -> None:
+        text = json.dumps(data).encode()
+        with newfile.replacing(path) as fd:
+            line = memoryview(self._seal(kind, text).encode() + b" " + text + b"\n")
+            while line:
+                line = line[os.write(fd, line) :]
+            if self._sync:
+                os.fsync(fd)
+        if self._sync:
+            fsync_directory(path.parent)
+
+    def _read(self, path: Path, kind: str) -> dict[str, Any] | None:
+        """Return what a file of the journal says; None where it is not there, or is not ours."""
+        fd = newfile.reopen(path)
+        if fd is None:
+            return None
+        with os.fdopen(fd, "rb") as stream:
+            line = stream.readline(_LONGEST_NOTE_BYTES)
+            more = stream.read(1)
+        seal, _, text = line.rstrip(b"\n").partition(b" ")
+        right = same_seal(seal.decode("latin-1"), self._seal(kind, text))
+        if more or not line.endswith(b"\n") or not right:
+            return None
+        data: dict[str, Any] = json.loads(text)
+        return data

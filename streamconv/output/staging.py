@@ -3,9 +3,10 @@
 Beside the target ``DST`` a hidden folder holds everything until the end::
 
     .DST.streamconv/plan.jsonl       the plan that is being executed
-    .DST.streamconv/journal.jsonl    one line per finished file, written after the file's fsync, sealed
+    .DST.streamconv/journal.jsonl    whose plan it is, and what was chosen, sealed
+    .DST.streamconv/done/NAME.json   one note per finished file, written after its fsync, sealed
     .DST.streamconv/files/…          the output as it will be
-    .DST.streamconv.lock             held while a process works on DST
+    .DST.streamconv.lock             held while a process plans, or publishes, or does all of it
 
 :mod:`streamconv.output.publication` renames ``files`` to ``DST``. Where ``DST`` is an empty folder
 already, or a mount point, the hidden folder lies inside it and the files are moved one by one. Names
@@ -28,11 +29,10 @@ from streamconv.files.filesystems import lies_in
 from streamconv.files.lockfile import locked_file
 from streamconv.files.userkey import Sealer, strong_digest, user_key
 from streamconv.ir.planfile import Plan
-from streamconv.output.journal import Journal
+from streamconv.output.journal import JOURNAL, Choices, Journal
 from streamconv.output.publication import OldFile, Publication
 
 PLAN = "plan.jsonl"
-JOURNAL = "journal.jsonl"
 
 
 def staging_path(target: Path) -> Path:
@@ -119,7 +119,7 @@ class Staging:
         # For this target and release: another one may plan the same job differently.
         self._sealer = Sealer(user_key(), __version__, str(target))
         self.seed = self._sealer.seed
-        self.journal = Journal(self.root / JOURNAL, self._sealer, sync=sync)
+        self.journal = Journal(self.root, self._sealer, sync=sync)
         self._sync = sync
 
     def begin(self) -> None:
@@ -127,9 +127,12 @@ class Staging:
         self.root.mkdir(mode=0o700)
         self.files.mkdir()
 
-    def seal(self, plan: Plan) -> None:
-        """Begin the journal of the plan that lies in the folder by now."""
-        self.journal.begin(strong_digest(plan.fileno()))
+    def seal(self, plan: Plan, choices: Choices) -> None:
+        """Begin the journal of the plan that lies in the folder by now; make its files' folders."""
+        names = [o.name for o in plan.outputs()]
+        for folder in {(self.files / name).parent for name in names}:
+            folder.mkdir(parents=True, exist_ok=True)
+        self.journal.begin(strong_digest(plan.fileno()), choices, names)
 
     def sealed_plan(self) -> Plan | None:
         """Return the plan of a run of this user for this target, its journal read; None without one."""
@@ -147,16 +150,15 @@ class Staging:
             return None  # of a schema of its own
 
     def clear_unfinished(self) -> None:
-        """Remove the output's files that are not finished: they are written anew, from nothing."""
-        for path in self.files.rglob("*"):
-            if not path.is_dir() and str(path.relative_to(self.files)) not in self.journal.finished:
-                path.unlink()
+        """Remove what a stopped run left unfinished: it is written anew, from nothing."""
+        finished = {self.files / name for name in self.journal.notes}
+        for path in [*self.root.rglob("*.part"), *self.files.rglob("*")]:
+            if not path.is_dir() and path not in finished:
+                path.unlink(missing_ok=True)
 
-    def half_done_bytes(self) -> int:
-        """Return the size of what a stopped run left: it is written anew in the room that it takes."""
-        finished = {self.files / name for name in self.journal.finished}
-        left = [*self.root.glob("*.part"), *self.files.rglob("*")]
-        return sum(p.stat().st_size for p in left if p.is_file() and p not in finished)
+    def partial(self, name: str) -> Path:
+        """Return where a process writes what will be the output's file ``name``; nobody else does."""
+        return newfile.partial_name(self.root / name.replace("/", "-"))
 
     def discard(self) -> None:
         """Remove the staging folder and everything in it.

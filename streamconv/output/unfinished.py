@@ -19,10 +19,12 @@ from streamconv.files.names import INDEX, MANIFEST, SINGLE
 from streamconv.ir.identity import JobIdentity
 from streamconv.ir.planfile import Plan
 from streamconv.options import Notice, RunOptions
-from streamconv.output.staging import JOURNAL, PLAN, Staging
+from streamconv.output.journal import DONE, JOURNAL
+from streamconv.output.staging import PLAN, Staging
 
 _NAMED = re.compile(rb'\{"(?:side|text|output)": ?"([^"\\]{1,1024})"')
-_PART = re.compile(r"(plan\.jsonl\.|\.streamconv-)[0-9a-f]{16}\.part")
+# The number of a part is missing where an older release wrote it.
+_PART = re.compile(r"((?P<of>.+?)(\.[0-9a-f]{16})?|\.streamconv-[0-9a-f]{16})\.part")
 _WEIGHTS = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 _LONGEST_NAME_LINE = 4096
 
@@ -145,21 +147,31 @@ def _strange(folder: Path, below: str, names: set[str], folders: set[str]) -> It
     with os.scandir(folder) as entries:
         for entry in sorted(entries, key=lambda e: e.name):
             name = below + entry.name
-            inside = name.removeprefix("files/")
+            top, _, inside = name.partition("/")
             if entry.is_dir(follow_symlinks=False):
-                if name != "files" and inside not in folders:
+                if top not in ("files", DONE) or (inside and inside not in folders):
                     yield Path(entry.path)
                 else:
                     yield from _strange(Path(entry.path), name + "/", names, folders)
-            elif not entry.is_file(follow_symlinks=False):
+            elif not entry.is_file(follow_symlinks=False) or not _is_ours(top, inside, names):
                 yield Path(entry.path)
-            elif name.startswith("files/"):
-                if inside not in names and not _WEIGHTS.fullmatch(inside):
-                    yield Path(entry.path)
-            elif name not in (PLAN, JOURNAL) and not _PART.fullmatch(name):
-                whole = name.removesuffix(".part")
-                if whole == name or not (whole in names or _WEIGHTS.fullmatch(whole)):
-                    yield Path(entry.path)
+
+
+def _is_ours(top: str, inside: str, names: set[str]) -> bool:
+    """Whether a run writes such a file: ``inside`` one of its folders, or called ``top``."""
+    if top == "files":
+        return inside in names or _WEIGHTS.fullmatch(inside) is not None
+    part = _PART.fullmatch(inside or top)
+    name = part["of"] if part else inside or top
+    if name is None:
+        return True
+    if top == DONE:
+        note = name.removesuffix(".json")
+        return note != name and (note in names or _WEIGHTS.fullmatch(note) is not None)
+    if name in (PLAN, JOURNAL):
+        return True
+    flat = {n.replace("/", "-") for n in names}
+    return part is not None and (name in flat or _WEIGHTS.fullmatch(name) is not None)
 
 
 def _stranger(path: Path, root: Path, what: str) -> OutputExistsError:

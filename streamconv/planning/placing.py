@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Collection, Container, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from streamconv.errors import UsageError
 from streamconv.files.names import SINGLE
@@ -201,11 +202,27 @@ def write_sections(
     last_user = {fqn: id(p) for p in in_order for fqn in p.recipe.view.sources()}
     lowerer = Lowerer(tensors)
     shared = SharedRecords(in_order, tensors)
-    for output, group in placed:
-        writer.output(output)
+    between = _between_files([group for _, group in placed], tensors)
+    for (output, group), records in zip(placed, between, strict=True):
+        writer.output(replace(output, shared=records))
         for p in group:
             last = {fqn for fqn in p.recipe.view.sources() if last_user[fqn] == id(p)}
             writer.tensor(lowerer.planned(p, last, shared.ended(p, last)))
+
+
+def _between_files(
+    groups: Sequence[Sequence[Placed]], tensors: Mapping[str, GlobalTensor]
+) -> Iterator[tuple[tuple[int, int], ...]]:
+    """Yield of each output file the records, as (file, start), that others draw from, too."""
+    drawn = [{f for p in group for f in p.recipe.view.sources()} for group in groups]
+    files = Counter(f for fqns in drawn for f in fqns)
+    in_part = {f: [key for key, _ in _records_in_part(tensors[f])] for f in files}
+    records = Counter(key for fqns in drawn for key in {k for f in fqns for k in in_part[f]})
+    for fqns in drawn:
+        shared = {key for f in fqns for key in in_part[f] if records[key] > 1}
+        for shards in (tensors[f].shards for f in fqns if files[f] > 1):
+            shared.update(zip(shards.files, shards.starts, strict=True))
+        yield tuple(sorted(shared))
 
 
 class SharedRecords:

@@ -96,6 +96,28 @@ class Coverage:
             self._join_next(k)
             at = until
 
+    def merge(self, intervals: Iterable[tuple[int, int, int]]) -> None:
+        """Take in what another reader of the record has seen, as :meth:`intervals` gave it.
+
+        Where that was seen in part here, it is passed over, and so may be missing in the end. Raises
+        :class:`ValueError` where the same bytes had another CRC.
+        """
+        for start, end, crc in intervals:
+            k = bisect_right(self._starts, start) - 1
+            if k >= 0 and (self._starts[k], self._ends[k]) == (start, end):
+                if self._crcs[k] != crc:
+                    raise ValueError(f"bytes {start} to {end} were read twice and differ")
+                continue
+            after = self._starts[k + 1] if k + 1 < len(self._starts) else end
+            if (k >= 0 and self._ends[k] > start) or after < end:
+                continue
+            self._starts.insert(k + 1, start)
+            self._ends.insert(k + 1, end)
+            self._crcs.insert(k + 1, crc)
+            self._join_next(k + 1)
+            if k >= 0:
+                self._join_next(k)
+
     def _join_next(self, k: int) -> None:
         if k + 1 < len(self._starts) and self._starts[k + 1] == self._ends[k]:
             nbytes = self._ends[k + 1] - self._starts[k + 1]
