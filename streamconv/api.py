@@ -12,9 +12,10 @@ import math
 import shutil
 import tempfile
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Unpack
 
 from streamconv.errors import NoSpaceError, StreamconvError, UsageError, VerificationError
@@ -39,6 +40,7 @@ _LOG = logging.getLogger("streamconv")
 
 if TYPE_CHECKING:
     from streamconv.conversion.lazy import LazyCheckpoint
+    from streamconv.conversion.parts import Begun, Part
     from streamconv.ir.planfile import Plan
     from streamconv.verification.report import Report
 
@@ -80,6 +82,74 @@ def convert(
 
         page = _own_file(report, askedfile.PAGE, src, dst, options)
         return convert_reported(page, lambda watched: run_job(src, dst, options, watched), run)
+
+
+def begin(
+    src: StrPath,
+    dst: StrPath,
+    *,
+    max_mem: int | str | None = None,
+    overwrite: bool = False,
+    sync: bool = True,
+    source_crc: bool = True,
+    checksum: str | None = None,
+    on_event: Callable[[Event], None] = ignore_event,
+    **job: Unpack[JobKeywords],
+) -> Begun:
+    """Begin the conversion of ``src``, a checkpoint or a plan of one, in parts.
+
+    ``dst`` is a path that all who write parts share. ``job`` is for a checkpoint; a plan has it. What
+    is begun already goes on; :func:`part` writes its files and :func:`finish` publishes them.
+    """
+    from streamconv.conversion.parts import begin as begin_parts
+
+    src, dst = local_path(src), local_path(dst)
+    run = run_options(max_mem, overwrite, sync, False, source_crc, checksum, 1, on_event)
+    with _reading(src, job, dst):
+        return begin_parts(src, dst, job_options(**job), run)
+
+
+def part(
+    dst: StrPath,
+    share: str | None = None,
+    *,
+    files: Collection[str] = (),
+    max_mem: int | str | None = None,
+    direct: bool = False,
+    io_threads: int = 1,
+    environment: Mapping[str, str] = MappingProxyType({}),
+    on_event: Callable[[Event], None] = ignore_event,
+) -> Part:
+    """Write the part ``share`` (``"1/8"`` to ``"8/8"``) of what was begun in ``dst``, or its ``files``.
+
+    Parts run in any order, at the same time and again; what is written already is passed over.
+    ``"auto"`` takes the part from ``environment``, as ``--part auto`` does.
+    """
+    from streamconv.conversion.parts import Share, write_part
+
+    if (share is None) == (not files):
+        raise UsageError("a part is given by its share or by its files", expected="one of the two")
+    which = files if share is None else Share.parse(share, environment)
+    run = run_options(max_mem, False, True, direct, True, None, io_threads, on_event)
+    with reading(dst):
+        return write_part(local_path(dst), which, run)
+
+
+def finish(
+    dst: StrPath,
+    *,
+    max_mem: int | str | None = None,
+    on_event: Callable[[Event], None] = ignore_event,
+) -> Result:
+    """Publish what was begun in ``dst``, once all of its files are written.
+
+    Raises :class:`UnfinishedError` with the names of those that are not.
+    """
+    from streamconv.conversion.parts import finish as finish_parts
+
+    run = run_options(max_mem, False, True, False, True, None, 1, on_event)
+    with reading(dst):
+        return finish_parts(local_path(dst), run)
 
 
 def _reading(

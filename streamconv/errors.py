@@ -191,6 +191,13 @@ class OutputExistsError(StreamconvError):
     kind = "output-exists"
 
 
+class UnfinishedError(StreamconvError):
+    """Parts of the output are still to be written (exit code 12)."""
+
+    exit_code = 12
+    kind = "unfinished"
+
+
 class LockedError(StreamconvError):
     """Another process is writing this output (exit code 11)."""
 

@@ -155,7 +155,7 @@ def _forms() -> Iterator[Form]:
                     yield Form(
                         f"{name or 'all'} is a {kind}", base, partial(_odd, name, kind), inside
                     )
-            for name in _OURS:
+            for name in (n for n in _OURS if n != "done"):
                 yield Form(f"{name} is a hard link", base, partial(_odd, name, "hard link"), inside)
             for name in ("files/modeling_evil.py", "files/EVIL.safetensors", "notes", "files/a/b"):
                 yield Form(f"{name} is there, too", base, partial(_extra, name), inside)

@@ -117,6 +117,21 @@ def convert(src: Path, dst: Path, job: JobOptions, run: RunOptions) -> Result:
     Returns at once where the same job finished before. Raises the errors of :mod:`streamconv.errors`,
     each with its exit code; after any of them ``dst`` is as it was before.
     """
+    with prepared(src, dst, job, run) as ready:
+        return ready.execute() if isinstance(ready, Execution) else ready
+
+
+def run_plan(plan_path: Path, dst: Path, run: RunOptions) -> Result:
+    """Execute a plan that was made before; nothing but the byte path is loaded."""
+    with prepared_plan(plan_path, dst, run) as ready:
+        return ready.execute() if isinstance(ready, Execution) else ready
+
+
+@contextmanager
+def prepared(
+    src: Path, dst: Path, job: JobOptions, run: RunOptions
+) -> Iterator[Execution | Result]:
+    """Lock the output, plan, and yield what remains to be executed; a result where nothing does."""
     source = identify(src, job)
     budget = budget_bytes(run)
     dst = output_path(dst, source.root, source.side_dir, job.lora.base)
@@ -128,19 +143,14 @@ def convert(src: Path, dst: Path, job: JobOptions, run: RunOptions) -> Result:
 
         done, old = _preflight(dst, source.identity, run, budget, plan_at)
         if done:
-            return done
+            yield done
+            return
         staging = Staging(dst, sync=run.sync)
         plan = staged_plan(staging, source.root, source.identity, run)
         if plan is not None:
             plan.find_sources(source.root, source.side)
         else:
-            staging.begin()
-            try:
-                plan = plan_at(staging.plan_path)
-            except BaseException:
-                staging.discard()
-                raise
-            staging.seal(plan, choices(run))
+            plan = _begun(staging, plan_at, run)
             if meter.peak_bytes > budget:
                 plan.close()
                 staging.discard()
@@ -150,11 +160,12 @@ def convert(src: Path, dst: Path, job: JobOptions, run: RunOptions) -> Result:
                     found=format_size(budget),
                     hint=f"--max-mem {meter.peak_bytes * 102 // 10**8 + 1}MB works",
                 )
-        return Execution(plan, dst, run, budget, staging, meter, old).execute()
+        yield Execution(plan, dst, run, budget, staging, meter, old)
 
 
-def run_plan(plan_path: Path, dst: Path, run: RunOptions) -> Result:
-    """Execute a plan that was made before; nothing but the byte path is loaded."""
+@contextmanager
+def prepared_plan(plan_path: Path, dst: Path, run: RunOptions) -> Iterator[Execution | Result]:
+    """Do as :func:`prepared` with a plan that was made before."""
     plan = Plan(plan_path)
     budget = budget_bytes(run)
     first = next(iter(plan.head.side), None)
@@ -171,20 +182,27 @@ def run_plan(plan_path: Path, dst: Path, run: RunOptions) -> Result:
 
         done, old = _preflight(dst, job, run, budget, plan_at)
         if done:
-            return done
+            yield done
+            return
         staging = Staging(dst, sync=run.sync)
         staged = staged_plan(staging, root, job, run, plan.digest)
         if staged is None:
-            staging.begin()
-            try:
-                staged = plan_at(staging.plan_path)
-            except BaseException:
-                staging.discard()
-                raise
-            staging.seal(staged, choices(run))
+            staged = _begun(staging, plan_at, run)
         else:
             staged.find_sources(root, side)
-        return Execution(staged, dst, run, budget, staging, meter, old).execute()
+        yield Execution(staged, dst, run, budget, staging, meter, old)
+
+
+def _begun(staging: Staging, plan_at: Callable[[Path], Plan], run: RunOptions) -> Plan:
+    """Make the staging folder and the plan in it."""
+    staging.begin()
+    try:
+        plan = plan_at(staging.plan_path)
+    except BaseException:
+        staging.discard()
+        raise
+    staging.seal(plan, choices(run))
+    return plan
 
 
 def _copied(plan: Plan, path: Path) -> Plan:

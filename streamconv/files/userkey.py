@@ -1,7 +1,8 @@
 """The key of this user, and seals made with it: what a run goes on with, a run of this user wrote.
 
-The key lies in the user's state folder and nowhere else. Where it cannot be kept to oneself there, each
-process has a key of its own: everything works, but no run goes on with what another one has left.
+The key lies in the user's state folder and nowhere else, unless ``STREAMCONV_KEY`` holds one, for
+machines that share no such folder. Where it cannot be kept to oneself there, each process has a key of
+its own: everything works, but no run goes on with what another one has left.
 """
 
 from __future__ import annotations
@@ -9,10 +10,12 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import re
 import secrets
 import stat
 from pathlib import Path
 
+from streamconv.errors import UsageError
 from streamconv.files import newfile
 
 _KEY_BYTES = 32
@@ -32,6 +35,9 @@ def state_folder() -> Path | None:
 
 def user_key() -> bytes:
     """Return the key, making it where there is none."""
+    given = os.environ.get("STREAMCONV_KEY")
+    if given:
+        return _given(given)
     folder = state_folder()
     if folder is None:
         return _OF_THIS_PROCESS
@@ -46,6 +52,15 @@ def user_key() -> bytes:
         except OSError:
             break
     return _read(path) or _OF_THIS_PROCESS
+
+
+def _given(text: str) -> bytes:
+    if not re.fullmatch(f"[0-9a-fA-F]{{{2 * _KEY_BYTES}}}", text):
+        raise UsageError(
+            f"STREAMCONV_KEY is not {2 * _KEY_BYTES} hexadecimal digits",
+            hint=f"make one, and keep it: `openssl rand -hex {_KEY_BYTES}`",
+        )
+    return bytes.fromhex(text)
 
 
 def _read(path: Path) -> bytes | None:

@@ -46,6 +46,7 @@ from streamconv.ir.planned import OutputFile, PlanHead, PlannedSource, PlannedTe
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
+_FIRST = b'{"streamconv_plan"'
 _PIECE = '{"piece"'
 _PIECE_CHARACTERS = 1 << 16
 # Of anything else, such as weights given for a plan, no more is read.
@@ -84,6 +85,14 @@ def _open(path: Path) -> int:
         found="a folder" if stat.S_ISDIR(mode) else "a pipe or a device",
         hint="make one with `streamconv plan SRC -o PLAN`",
     )
+
+
+def is_plan(path: Path) -> bool:
+    """Whether a file begins as a plan does, of whatever schema."""
+    if not path.is_file():
+        return False
+    with readable(path), path.open("rb") as stream:
+        return stream.read(len(_FIRST)) == _FIRST
 
 
 class Plan:

@@ -71,10 +71,15 @@ class Journal:
 
     def begin(self, plan: bytes, choices: Choices, names: Sequence[str]) -> None:
         """Begin the journal of a plan, given by its digest, whose output files are ``names``."""
-        self._plan, self.choices, self.notes = plan, choices, {}
+        self._plan, self.notes = plan, {}
         for folder in {(self._folder / name).parent for name in names}:
             folder.mkdir(parents=True, exist_ok=True)
-        self._write(self._path, "line", {"plan": plan.hex(), "choices": asdict(choices)})
+        self.choose(choices)
+
+    def choose(self, choices: Choices) -> None:
+        """Let what remains to be done be done with these choices."""
+        self.choices = choices
+        self._write(self._path, "line", {"plan": self._plan.hex(), "choices": asdict(choices)})
 
     def resume(self, plan: bytes) -> bool:
         """Read the journal where it is that of this plan; return whether it is."""
