@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -441,7 +442,7 @@ def test_what_several_saw_of_a_record_is_put_together():
     dice = random.Random(2)
     for _ in range(300):
         cuts = sorted({0, 1000, *(dice.randrange(1000) for _ in range(9))})
-        pieces = [*zip(cuts, cuts[1:], strict=False)]
+        pieces = [*pairwise(cuts)]
         twice = dice.sample(pieces, 2) if len(pieces) > 2 else []
         wide = [(pieces[0][0], pieces[1][1])] if dice.random() < 0.3 and len(pieces) > 1 else []
         order = [*pieces, *twice, *wide]
