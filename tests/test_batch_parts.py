@@ -571,15 +571,15 @@ RUN = {"root": "/r", "output": "/o"}
         ({"maxmem": "1GB", "run": [RUN]}, "did you mean max-mem?"),
         ({"dtype": "bfloat16", "run": [RUN]}, "belongs into [[run]]"),
         ({"run": [{**RUN, "jobs": 3}]}, "belongs at the top"),
-        ({"run": [{"root": "/r"}]}, "run.0.output is missing"),
+        ({"run": [{"root": "/r"}]}, "run 1: output is missing"),
         ({"run": []}, "run: "),
         ({"run": [{**RUN, "steps": "a-b"}]}, "not a range of steps"),
         ({"run": [{**RUN, "name": "{nope}"}]}, "unknown field"),
-        ({"run": [{**RUN, "dtype": "int4"}]}, "run.0.dtype"),
+        ({"run": [{**RUN, "dtype": "int4"}]}, "run 1: dtype: expected 'keep', 'auto'"),
         ({"run": [RUN], "watch": "sometimes"}, "not a schedule"),
         ({"run": [RUN], "jobs": 0}, "jobs: "),
-        ({"run": [{**RUN, "keep-last": True}]}, "run.0.keep-last: expected a number"),
-        ({"run": [{**RUN, "base": "a\0b"}]}, "run.0.base: a path cannot hold a NUL"),
+        ({"run": [{**RUN, "keep-last": True}]}, "run 1: keep-last: expected a number"),
+        ({"run": [{**RUN, "base": "a\0b"}]}, "run 1: base: a path cannot hold a NUL"),
         ({"run": [{**RUN, "name": "{step:99999999999999d}"}]}, "not a template"),
         ({"run": [RUN, RUN]}, "same output folder"),
         ({"run": [{"root": "/r", "output": "/r"}]}, "the run itself"),
@@ -594,7 +594,7 @@ def test_bad_settings_are_refused_with_a_word_of_help(data, words):
 def test_what_is_wrong_with_a_run_is_told_once():
     with pytest.raises(UsageError) as caught:
         settings({"run": [{**RUN, "evry": 10}]})
-    assert caught.value.found == "unknown key run.0.evry: did you mean every?"
+    assert caught.value.found == "run 1: unknown key evry: did you mean every?"
 
 
 def test_one_output_folder_is_one_by_whatever_name(tmp_path):

@@ -5,16 +5,20 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 import streamconv
 from streamconv import api, errors
+from streamconv.batch.state import Record, Store
+from streamconv.cli.batch_report import LiveView, print_status
 from streamconv.cli.commands import root
 from streamconv.errors import OutputExistsError
 from streamconv.options import JobOptions, differing_flags
@@ -257,3 +261,88 @@ def test_a_plan_that_is_run_gets_a_page(checkpoints, tmp_path):
     assert run("plan", str(checkpoints["fsdp2"].source), "-o", plan).returncode == 0
     assert run("run", plan, out, "--report", page).returncode == 0
     assert "Memory" in Path(page).read_text()
+
+
+def _two_step_run(checkpoints, root: Path) -> Path:
+    for step in (10, 20):
+        shutil.copytree(checkpoints["fsdp2"].source, root / f"global_step_{step}" / "actor")
+    (root / "latest_checkpointed_iteration.txt").write_text("20")
+    return root
+
+
+def test_a_batch_tells_times_losses_and_idle_rounds_in_a_line(checkpoints, tmp_path):
+    root, out = _two_step_run(checkpoints, tmp_path / "run"), tmp_path / "out"
+    # An output is in the way of the second step, whose source then goes: lost.
+    (out / "global_step_20" / "actor").mkdir(parents=True)
+    (out / "global_step_20" / "actor" / "mine.txt").write_text("mine")
+    done = run("batch", str(root), str(out), "--no-sync")
+    assert done.returncode == 3
+    assert re.search(r"^\d\d:\d\d:\d\d global_step_10/actor: done", done.stderr, re.MULTILINE)
+    shutil.rmtree(root / "global_step_20")
+    told = tmp_path / "told"
+    done = run("batch", str(root), str(out), "--on-error", f"echo $STREAMCONV_STATE > {told}")
+    assert done.returncode == 3
+    assert "error: global_step_20/actor: lost: the source went away" in done.stderr
+    assert told.read_text() == "gone\n"
+    done = run("batch", str(root), str(out))
+    assert (done.returncode, done.stdout) == (0, "1 done before\n")
+
+
+def test_a_step_that_came_and_went_unseen_is_told(checkpoints, tmp_path):
+    """Steps 10, 20 and 30 are remembered; now there is 50, and 40 was there for a while."""
+    root, out = tmp_path / "run", tmp_path / "out"
+    shutil.copytree(checkpoints["fsdp2"].source, root / "global_step_50" / "actor")
+    (root / "latest_checkpointed_iteration.txt").write_text("50")
+    store = Store(out)
+    store.begin()
+    for step in (10, 20, 30):
+        name = f"global_step_{step}/actor"
+        known = Record(name, str(out / name), run="run", step=step, root=str(root))
+        known.state = "done"
+        store.save(known)
+    notices = streamconv.convert_run(root, out, dry_run=True).notices
+    assert any("step 40 came and went between two rounds" in text for text in notices)
+
+
+def test_status_shows_the_latest_and_groups_reasons(tmp_path, capsys):
+    records = [Record(f"step_{n}", f"/out/step_{n}") for n in range(30)]
+    for record in records:
+        record.state, record.reason = "failed", "the disk is full"
+    print_status(records, 20)
+    text = capsys.readouterr().out
+    assert "step_9 " not in text
+    assert "and 10 before them (--last 0 shows all)" in text
+    assert "step_0, step_1, step_2 and 27 more: the disk is full" in text
+    assert text.count("the disk is full") == 1
+
+
+def test_the_live_line_says_what_runs_in_any_width():
+    view = LiveView()
+    assert view.text(80) == ""
+    record = Record("step_1", "/out/step_1", done_bytes=10**9, total_bytes=4 * 10**9)
+    view.hear("started", SimpleNamespace(key="a", record=record))
+    view.hear("progress", SimpleNamespace(key="a", record=record))
+    assert "0 done  1 running (1.00 GB of 4.00 GB)" in view.text(200)
+    assert "memory" in view.text(200)
+    assert all(len(view.text(width)) <= width for width in (10, 40, 60, 80, 200))
+    record.write_bytes = 4 * 10**9
+    view.hear("done", SimpleNamespace(key="a", record=record))
+    assert view.text(80) == ""
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ('[run]\nroot = "a"\noutput = "b"', "[[run]], in two brackets"),
+        ('[[run]]\nroot = "a"\noutput = "b"\nevery = "x"', "run 1: every: expected a whole number"),
+        ('[[run]]\nroot = "a"\noutput = "b"\npin = "x"', "run 1: pin: expected true or false"),
+        ("jobs = 2", "run is missing"),
+    ],
+)
+def test_errors_of_a_job_file_are_in_our_words(text, says, tmp_path):
+    jobs = tmp_path / "jobs.toml"
+    jobs.write_text(text)
+    done = run("batch", str(jobs))
+    assert done.returncode == 2
+    assert says in done.stderr
+    assert "Input should" not in done.stderr

@@ -75,6 +75,7 @@ class Batch:
         self._rules: dict[Path, Lease | None] = {}
         self._stores = [Store(run.output.absolute()) for run in settings.run]
         self._began = time.time()
+        self._round_ended = 0.0
         self._overview: Overview | None = None
         self._trouble: OSError | StreamconvError | None = None
         self._refuse_places()
@@ -113,6 +114,7 @@ class Batch:
             hooks.resume(record for one in runs if one.survey for record in one.store)
             for record in [record for survey in surveys for record in survey.gone]:
                 hooks.add(record)
+            made.lost += [record for survey in surveys for record in survey.gone]
             self._convert(made, surveys, hooks)
             hooks.finish()
             made.removals += tidy(runs, self._read, apply=s.apply)
@@ -130,6 +132,7 @@ class Batch:
             hooks.stop()
         made.problems += [StreamconvError(text) for text in hooks.problems]
         made.seconds = time.monotonic() - started
+        self._round_ended = time.time()
         self.publish()
         made.records = [record for store in self._stores for record in store]
         if self._overview is not None:
@@ -302,7 +305,7 @@ class Batch:
         if self._settings.prometheus is not None:
             records = [record for store in self._stores for record in store]
             with self._minding():
-                metrics.write(self._settings.prometheus, records)
+                metrics.write(self._settings.prometheus, records, self._round_ended)
 
 
 def _ends_the_same(error: dict[str, Any]) -> bool:

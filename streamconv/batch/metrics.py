@@ -11,8 +11,11 @@ from streamconv.batch.state import Record, State, write_whole
 from streamconv.files import askedfile
 
 
-def render(records: Iterable[Record]) -> str:
-    """Return the metrics of records in the text exposition format, deterministic in order."""
+def render(records: Iterable[Record], round_ended: float = 0.0) -> str:
+    """Return the metrics of records in the text exposition format, deterministic in order.
+
+    ``round_ended`` is when the last round of the batch ended (seconds since 1970), 0 before the first.
+    """
     by_run: dict[str, list[Record]] = defaultdict(list)
     for record in records:
         by_run[record.run].append(record)
@@ -61,12 +64,18 @@ def render(records: Iterable[Record]) -> str:
         "Failed attempts at checkpoints that are not converted yet.",
         [({"run": r}, sum(x.attempts for x in g)) for r, g in runs],
     )
+    lines += [
+        "# HELP streamconv_last_round_timestamp_seconds When the last round of the batch ended.",
+        "# TYPE streamconv_last_round_timestamp_seconds gauge",
+        f"streamconv_last_round_timestamp_seconds {round_ended:.17g}",
+    ]
     return "\n".join(lines) + "\n"
 
 
-def write(path: Path, records: Iterable[Record]) -> None:
+def write(path: Path, records: Iterable[Record], round_ended: float) -> None:
     """Write the metrics, whole at any moment."""
-    write_whole(askedfile.checked(path, askedfile.METRICS), render(records), askedfile.METRICS)
+    text = render(records, round_ended)
+    write_whole(askedfile.checked(path, askedfile.METRICS), text, askedfile.METRICS)
 
 
 def _escaped(text: str) -> str:

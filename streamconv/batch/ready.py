@@ -32,9 +32,12 @@ from streamconv.batch.walk import walk
 from streamconv.errors import StreamconvError
 from streamconv.formats.steps import MARKERS, TRACKERS, named_step, read_tracker_file
 from streamconv.planning.sidefiles import candidates
+from streamconv.units import format_duration
 
 # By how much clocks of the machines that write and convert may differ.
 CLOCK_DOUBT_SECONDS = 3600.0
+# What is further ahead than that is worth a word.
+_AHEAD_SECONDS = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,6 +184,9 @@ def judge(
             tracker is not None and candidate.step is not None and candidate.step > tracker.step
         )
         why = "the tracker is not there yet" if behind else "it changed a moment ago"
+        ahead = (seen.newest_ns - now_ns) / 1e9
+        if ahead > _AHEAD_SECONDS:
+            why = f"its files are dated {format_duration(ahead)} in the future: see both clocks"
         return Verdict(False, f"{why}; ready when unchanged for {settle_seconds:g} s")
     try:
         check_whole()

@@ -15,7 +15,8 @@ from streamconv.errors import StreamconvError
 class Round:
     """What a round came to. ``counts`` are outputs by how they ended; ``problems`` are of no output.
 
-    ``notices`` say what an earlier round of this batch did not say already.
+    ``notices`` say what an earlier round of this batch did not say already. ``lost`` are those whose
+    source went away before this round.
     """
 
     counts: Counter[str] = field(default_factory=Counter)
@@ -27,6 +28,13 @@ class Round:
     budget_bytes: int = 0
     tasks: list[Task] = field(default_factory=list)
     records: list[Record] = field(default_factory=list)
+    lost: list[Record] = field(default_factory=list)
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing happened that anybody need read about."""
+        quiet = self.counts.keys() <= {"done", "waiting", "pruned"}
+        return quiet and not (self.problems or self.notices or self.removals)
 
     @property
     def exit_code(self) -> int:

@@ -33,7 +33,7 @@ from streamconv.batch.places import refusal_into_another
 from streamconv.batch.state import Record, is_intact
 from streamconv.batch.tasks import UNCOMPARED, Task, take_over_finished
 from streamconv.conversion.job import identify
-from streamconv.errors import LockedError, StreamconvError
+from streamconv.errors import LockedError, NoSpaceError, StreamconvError
 from streamconv.system.signals import how_it_ended
 
 _DONE_MEANWHILE = "another batch has done it"
@@ -48,7 +48,9 @@ _END_SECONDS = 2.5
 _READ_BYTES = 1 << 16
 _TAIL_BYTES = 1 << 14
 
-What = Literal["started", "progress", "retry", "done", "failed", "gone", "elsewhere", "notice"]
+What = Literal[
+    "started", "progress", "retry", "done", "failed", "gone", "elsewhere", "left", "notice"
+]
 Listener = Callable[[What, Task, str], None]
 
 
@@ -362,6 +364,17 @@ class Runner:
         self._close(running)
         self._hooks.add(record)
         self._end(task, "gone" if gone else "failed", str(StreamconvError.from_json(error)))
+        if error.get("exit_code") == NoSpaceError.exit_code:
+            self._leave_waiting()
+
+    def _leave_waiting(self) -> None:
+        """Begin nothing more in this round: each conversion would fill the disk again, and fail."""
+        for task in self._waiting:
+            task.record.reason = "not begun: the disk is full"
+            with contextlib.suppress(LockedError, OSError), task.store.holding(task.record.name):
+                task.store.save(task.record)
+            self._end(task, "left", task.record.reason)
+        self._waiting.clear()
 
     def _again(self, running: _Running, why: str) -> None:
         running.task.record.state, running.task.record.reason = "queued", why

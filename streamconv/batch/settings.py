@@ -178,6 +178,13 @@ def settings(
 
     The paths of runs are relative to ``base``, where it is given.
     """
+    if isinstance(data.get("run"), Mapping):
+        raise UsageError(
+            "[run] is a single table: a batch has a list of runs",
+            where=where,
+            found="[run]",
+            expected="[[run]], in two brackets, once for each run",
+        )
     try:
         made = BatchSettings.model_validate(data)
     except pydantic.ValidationError as error:
@@ -263,21 +270,49 @@ def _told(error: pydantic.ValidationError, where: str | None) -> UsageError:
 
 def _problem(kind: str, loc: list[str], message: str) -> str:
     key, in_run = loc[-1], len(loc) > 1 and loc[0] == "run"
-    place = ".".join(loc)
+    # As people count: the first [[run]] is run 1.
+    of = f"run {int(loc[1]) + 1}: " if in_run else ""
+    place = ".".join(loc[2:] if in_run else loc)
     if kind == "missing":
-        return f"{place} is missing"
+        return f"{of}{place} is missing"
     if kind != "extra_forbidden":
-        return f"{place}: {message.removeprefix('Value error, ')}"
+        return f"{of}{place}: {_in_our_words(kind, message)}"
     here, other = (RunSettings, BatchSettings) if in_run else (BatchSettings, RunSettings)
     known, elsewhere = _keys(here), _keys(other)
     wanted = key.replace("_", "-")
     if wanted in elsewhere:
-        return f"unknown key {place} here: it belongs {'at the top' if in_run else 'into [[run]]'}"
+        return (
+            f"{of}unknown key {place} here: it belongs {'at the top' if in_run else 'into [[run]]'}"
+        )
     near = difflib.get_close_matches(wanted, known, 1) or difflib.get_close_matches(
         wanted, elsewhere, 1
     )
     nearest = near[0] if near else None
-    return f"unknown key {place}" + (f": did you mean {nearest}?" if nearest else "")
+    return f"{of}unknown key {place}" + (f": did you mean {nearest}?" if nearest else "")
+
+
+_EXPECTED = {
+    "int": "expected a whole number",
+    "float": "expected a number",
+    "bool": "expected true or false",
+    "string": "expected a text in quotes",
+    "path": "expected a path in quotes",
+    "tuple": "expected a list in brackets",
+    "model": "expected a table of settings",
+}
+
+
+def _in_our_words(kind: str, message: str) -> str:
+    """Return what pydantic says of a value as we would say it."""
+    if message.startswith("Value error, "):
+        return message.removeprefix("Value error, ")
+    if kind == "literal_error":
+        return message.replace("Input should be ", "expected ")
+    if kind == "too_short":
+        return "expected one run at least, each as a [[run]]"
+    if kind in ("greater_than", "greater_than_equal"):
+        return message.replace("Input should be ", "expected a number ")
+    return _EXPECTED.get(kind.partition("_")[0], message.replace("Input should be", "expected"))
 
 
 def _keys(model: type[BaseModel]) -> list[str]:

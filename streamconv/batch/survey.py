@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,8 @@ from streamconv.files.inputs import cannot_read
 from streamconv.ir.identity import JobIdentity, chosen_options
 from streamconv.lora.plan import base_inputs
 from streamconv.planning.sidefiles import list_side_files
+
+_STEPS_TO_KNOW_AN_INTERVAL = 3
 
 
 class Survey:
@@ -118,6 +121,7 @@ class Survey:
             self.notices += [put_aside(path) for path in asides_of(self._store)]
         found = run.filter.choose(models_of(all_found, run.model, self.notices.append))
         self.candidates = named(found, self._name)
+        self._note_unseen()
         own = {
             path: what for name in self.candidates for path, what in self._own_files(name).items()
         }
@@ -135,6 +139,29 @@ class Survey:
                     self._stillness,
                     self._now_ns,
                     Readings(self._store.folder, file_name(str(run_dir))),
+                )
+
+    def _note_unseen(self) -> None:
+        """Say which steps must have come and gone since the last look, where intervals are even."""
+        seen: dict[str, set[int]] = defaultdict(set)
+        for record in self._store:
+            if record.step is not None and record.root == str(self._root):
+                seen[record.run].add(record.step)
+        for run, steps in seen.items():
+            new = {c.step for c in self.candidates.values() if c.run == run and c.step is not None}
+            last = max(steps)
+            later = {s for s in new if s > last}
+            known = sorted(steps)
+            intervals = {b - a for a, b in pairwise(known)}
+            if len(known) < _STEPS_TO_KNOW_AN_INTERVAL or len(intervals) != 1 or not later:
+                continue
+            (interval,) = intervals
+            missed = [s for s in range(last + interval, max(later), interval) if s not in later]
+            if missed:
+                listed = ", ".join(map(str, missed[:5])) + (", …" if len(missed) > 5 else "")
+                self.notices.append(
+                    f"{run}: step {listed} came and went between two rounds and was never seen: look "
+                    "more often (--watch), or keep more steps in training"
                 )
 
     def _consider(self, name: str, c: Candidate) -> None:

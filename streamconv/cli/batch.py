@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,7 +27,7 @@ from streamconv.cli.app import (
 from streamconv.cli.command import HOOKS, KEEP, WHICH, Command
 from streamconv.cli.job_options import NONE, JobOptions, given, with_job_options
 from streamconv.cli.output import say, say_json, tell
-from streamconv.errors import BadInputError, UsageError
+from streamconv.errors import BadInputError, UsageError, shown
 from streamconv.files.inputs import local_path
 
 
@@ -106,11 +108,21 @@ def batch(
     ] = False,
     keep_last: Annotated[
         int | None,
-        _option("--keep-last", "Keep the outputs of the N latest steps.", "N", group=KEEP),
+        _option(
+            "--keep-last",
+            "Convert and keep the N latest steps alone.",
+            "N",
+            group=KEEP,
+        ),
     ] = None,
     keep_every: Annotated[
         int | None,
-        _option("--keep-every", "Keep outputs of steps that N divides.", "N", group=KEEP),
+        _option(
+            "--keep-every",
+            "Convert and keep steps that N divides, too.",
+            "N",
+            group=KEEP,
+        ),
     ] = None,
     delete_sources: Annotated[
         bool,
@@ -166,8 +178,11 @@ def batch(
     from streamconv.batch.cycle import Batch
     from streamconv.batch.cycle import watch as keep_watching
     from streamconv.batch.round import Round
+    from streamconv.batch.runner import What
+    from streamconv.batch.tasks import Task
     from streamconv.cli.batch_report import (
         BatchLines,
+        LiveView,
         json_lines,
         preview_json,
         render_preview,
@@ -176,7 +191,15 @@ def batch(
     )
 
     settings = _settings(root, dst, {**given(context, own), **job})
-    listener = json_lines if json else BatchLines(quiet=quiet)
+    live = not (json or quiet) and sys.stderr.isatty()
+    view = LiveView() if live else None
+    lines = json_lines if json else BatchLines(quiet=quiet, progress=not live)
+
+    def listener(what: What, task: Task, text: str) -> None:
+        if view is not None:
+            view.hear(what, task)
+        lines(what, task, text)
+
     work = Batch(settings, listener)
     if dry_run:
         preview = work.preview()
@@ -194,26 +217,45 @@ def batch(
         if json:
             say_json({"event": "round", **round_json(made), "next": following})
             return
+        for record in made.lost:
+            tell(f"error: {shown(record.name)}: lost: {record.reason}")
         for problem in made.problems:
             tell(f"error: {problem}")
         if not quiet:
             for notice in made.notices:
                 tell(f"notice: {notice}")
-            say(render_round(made, applied=settings.apply))
-            if following is not None:
-                say(f"next round: {following}")
+            following = "" if following is None else f"next round: {following}"
+            if following and made.is_idle:
+                say(f"{render_round(made, applied=settings.apply)}; {following}")
+            else:
+                say(render_round(made, applied=settings.apply))
+                say(following) if following else None
         sys.stdout.flush()
 
     if settings.schedule is not None:
-        keep_watching(
-            work, settings.schedule, lambda made, at: show(made, f"{at:%Y-%m-%d %H:%M:%S}")
-        )
-    made = work.round()
+        schedule = settings.schedule
+        with view or nullcontext(), _told_when_stopped():
+            keep_watching(work, schedule, lambda made, at: show(made, f"{at:%Y-%m-%d %H:%M:%S}"))
+    with view or nullcontext(), _told_when_stopped():
+        made = work.round()
     if made.problems and not made.counts and not json:
         raise made.problems[0]
     show(made, None)
     if made.exit_code:
         raise typer.Exit(made.exit_code)
+
+
+@contextmanager
+def _told_when_stopped() -> Iterator[None]:
+    try:
+        yield
+    except SystemExit as end:
+        if end.code in (130, 143):
+            tell(
+                "stopped: outputs that are done stay, and what running conversions finished is kept; "
+                "the same command goes on"
+            )
+        raise
 
 
 def _settings(root: Path, dst: Path | None, options: Mapping[str, Any]) -> Any:
@@ -258,6 +300,10 @@ def status(
     dst: Annotated[
         Path, typer.Argument(parser=local_path, metavar="DST", help="The output folder of a batch.")
     ],
+    watch: Annotated[
+        str | None, _option("--watch", "Show it again and again: 5s, 1m.", "TIME")
+    ] = None,
+    last: Annotated[int, _option("--last", "Show the N latest outputs; 0: all.", "N")] = 20,
     json: Json = False,
 ) -> None:
     """Show how the conversions of a batch stand."""
@@ -270,8 +316,15 @@ def status(
             where=str(dst),
             hint="`streamconv batch ROOT DST` converts a run into it",
         )
-    records = read_records(dst)
-    if json:
-        say_json(status_json(records), indent=2)
-    else:
-        print_status(records)
+    from streamconv.units import parse_duration
+
+    pause = None if watch is None else parse_duration(watch)
+    while True:
+        records = read_records(dst)
+        if json:
+            say_json(status_json(records), indent=2 if pause is None else None)
+        else:
+            print_status(records, last, clear=pause is not None)
+        if pause is None:
+            return
+        time.sleep(max(1.0, pause))

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import sys
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from streamconv.batch.state import Record
 from streamconv.cli.output import say_json, tell
+from streamconv.cli.progress import Spinner
 from streamconv.errors import shown
+from streamconv.system.memory import tree_bytes
 from streamconv.units import format_duration, format_size
 
 if TYPE_CHECKING:
@@ -26,7 +28,8 @@ _COUNTED = (
     ("failed", "failed"),
     ("waiting", "not whole yet"),
     ("elsewhere", "in other hands"),
-    ("gone", "gone"),
+    ("gone", "lost: their source went away"),
+    ("left", "not begun: the disk is full"),
     ("pruned", "left out by retention"),
 )
 
@@ -44,8 +47,9 @@ def _line(text: str) -> None:
 class BatchLines:
     """Tells on stderr what happens to each output, and when."""
 
-    def __init__(self, *, quiet: bool) -> None:
+    def __init__(self, *, quiet: bool, progress: bool = True) -> None:
         self._quiet = quiet
+        self._tells_progress = progress
         self._last: dict[str, float] = {}
         self._noticed: set[str] = set()
 
@@ -60,7 +64,10 @@ class BatchLines:
             self._last[name] = time.monotonic()
             _line(f"{name}: converting within {format_size(record.budget_bytes)}")
         elif what == "progress":
-            self._progress(name, record)
+            if self._tells_progress:
+                self._progress(name, record)
+        elif what == "left":
+            _line(f"{name}: {text}")
         elif what == "done":
             speed = f" in {format_duration(record.seconds)}" if record.seconds else ""
             verified = ", verified" if record.verified else ""
@@ -80,6 +87,53 @@ class BatchLines:
             _line(f"{name}: {format_size(done)} of {format_size(total)} ({100 * done // total}%)")
 
 
+class LiveView(Spinner):
+    """One line at the bottom of a terminal: how many are done, how much, how long, how much memory."""
+
+    def __init__(self) -> None:
+        super().__init__("looking at the checkpoints")
+        self._began = time.monotonic()
+        self._running: dict[str, Record] = {}
+        self._outcomes: Counter[str] = Counter()
+        self._moved = 0
+
+    def hear(self, what: What, task: Task) -> None:
+        """Take note of what happens to an output."""
+        record = task.record
+        if what in ("started", "progress"):
+            self._running[task.key] = record
+            return
+        if what in ("done", "failed", "gone", "elsewhere", "left"):
+            self._running.pop(task.key, None)
+            self._outcomes[what] += 1
+            self._moved += record.write_bytes if what == "done" else 0
+
+    def text(self, width: int) -> str:
+        """Return the line in at most ``width`` columns."""
+        running = list(self._running.values())
+        if not running:
+            return ""
+        done = sum(r.done_bytes for r in running)
+        total = sum(r.total_bytes for r in running)
+        seconds = time.monotonic() - self._began
+        rate = (self._moved + done) / seconds if seconds else 0.0
+        parts = [
+            f"{self._outcomes['done']} done",
+            *([f"{self._outcomes['failed']} failed"] if self._outcomes["failed"] else []),
+            f"{len(running)} running ({format_size(done)} of {format_size(total)})",
+            f"{format_size(rate)}/s",
+            *(
+                [f"{format_duration((total - done) / rate)} left of these"]
+                if rate and total
+                else []
+            ),
+            f"memory {format_size(tree_bytes())}",
+        ]
+        while len(parts) > 1 and len("  ".join(parts)) > width:
+            parts.pop()
+        return "  ".join(parts)[:width]
+
+
 def json_lines(what: What, task: Task, text: str) -> None:
     """Tell what happens to an output as a JSON line on stdout."""
     record = task.record
@@ -97,6 +151,7 @@ def round_json(made: Round) -> dict[str, Any]:
     """Return what a round came to as plain data."""
     return {
         "counts": dict(made.counts),
+        "lost": [r.name for r in made.lost],
         "seconds": round(made.seconds, 3),
         "peak_bytes": made.peak_bytes,
         "budget_bytes": made.budget_bytes,
@@ -170,8 +225,8 @@ def status_json(records: Sequence[Record]) -> dict[str, Any]:
 _COLOURS = {"done": "green", "failed": "red", "running": "cyan", "gone": "yellow"}
 
 
-def print_status(records: Sequence[Record]) -> None:
-    """Print the table of all outputs, and what is wrong with those that have something to say."""
+def print_status(records: Sequence[Record], last: int = 0, *, clear: bool = False) -> None:
+    """Print the table of outputs, the ``last`` alone, and what is wrong with which of all."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -181,7 +236,8 @@ def print_status(records: Sequence[Record]) -> None:
     for title in ("output", "step", "state", "size", "time", "speed", "peak", "verified", "when"):
         right = title in ("step", "size", "time", "speed", "peak")
         table.add_column(title, justify="right" if right else "left", overflow="fold")
-    for r in records:
+    shown_records = records[-last:] if last else records
+    for r in shown_records:
         state = r.state
         if state == "running" and r.total_bytes:
             state = f"running {100 * r.done_bytes // r.total_bytes}%"  # type: ignore[assignment]
@@ -199,12 +255,21 @@ def print_status(records: Sequence[Record]) -> None:
             {None: "", True: "yes", False: "no"}[r.verified],
             f"{datetime.fromtimestamp(r.finished_at):%Y-%m-%d %H:%M}" if r.finished_at else "",  # noqa: DTZ006 - local time, for people
         )
+    if clear and sys.stdout.isatty():
+        console.clear()
     console.print(table)
-    reasons = [(r.name, r.reason) for r in records if r.reason]
+    if len(shown_records) < len(records):
+        console.print(f"and {len(records) - len(shown_records)} before them (--last 0 shows all)")
+    reasons: dict[str, list[str]] = defaultdict(list)
+    for r in records:
+        if r.reason:
+            reasons[r.reason].append(shown(r.name))
     if reasons:
         console.print()
-    for name, reason in reasons:
-        console.print(Text(f"{shown(name)}: {shown(reason)}"))
+    for reason, names in reasons.items():
+        more = f" and {len(names) - 3} more" if len(names) > 4 else ""
+        listed = ", ".join(names[:3] if more else names)
+        console.print(Text(f"{listed}{more}: {shown(reason)}"))
     counts = Counter(r.state for r in records)
     console.print()
     console.print(Text(", ".join(f"{n} {state}" for state, n in sorted(counts.items()))))

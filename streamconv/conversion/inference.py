@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
-from streamconv.conversion.lazy import LazyCheckpoint, LazyTensor
 from streamconv.errors import BadInputError, UsageError
+from streamconv.ir.boxes import Shape
+from streamconv.ir.dtypes import DType
+from streamconv.ir.planfile import Plan
 
 if TYPE_CHECKING:
     import torch
@@ -16,10 +18,25 @@ if TYPE_CHECKING:
 _CONFIG = "config.json"
 
 
+class Readable(Protocol):
+    """What is asked of a lazy tensor here."""
+
+    @property
+    def shape(self) -> Shape:
+        """Return the shape."""
+
+    @property
+    def dtype(self) -> DType:
+        """Return the element type."""
+
+    def torch(self, index: Any = ...) -> torch.Tensor:
+        """Read a part as a torch tensor."""
+
+
 class _Slice:
     """A lazy tensor as transformers takes those of safetensors: nothing is read before ``[...]``."""
 
-    def __init__(self, tensor: LazyTensor) -> None:
+    def __init__(self, tensor: Readable) -> None:
         self._tensor = tensor
 
     def __getitem__(self, index: Any) -> torch.Tensor:
@@ -36,17 +53,8 @@ class _Slice:
         return self._tensor.dtype.name
 
 
-def weights(checkpoint: LazyCheckpoint) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield names and tensors, one after another: what ``load_weights`` of vLLM and SGLang take.
-
-    A tensor is read when it is asked for, and forgotten with its last use.
-    """
-    for name, tensor in checkpoint.items():
-        yield name, tensor.torch()
-
-
-def load_model(checkpoint: LazyCheckpoint, **settings: Any) -> Any:
-    """Return the transformers model that the output would be, filled from the checkpoint.
+def load_model(plan: Plan, tensors: Mapping[str, Readable], settings: dict[str, Any]) -> Any:
+    """Return the transformers model that the output of ``plan`` would be, filled with ``tensors``.
 
     ``settings`` go to ``from_pretrained`` (``dtype``, ``device_map``, …). Raises
     :class:`BadInputError` where there is no config, :class:`UsageError` for an adapter.
@@ -55,26 +63,25 @@ def load_model(checkpoint: LazyCheckpoint, **settings: Any) -> Any:
 
     with tempfile.TemporaryDirectory(prefix="streamconv-") as scratch:
         folder = Path(scratch)
-        for name, text in _side_texts(checkpoint).items():
+        for name, text in _side_texts(plan).items():
             (folder / name).write_text(text, encoding="utf-8")
         if not (folder / _CONFIG).is_file():
             raise BadInputError(
                 f"there is no {_CONFIG}: which model the tensors belong to is not known",
-                where=checkpoint.plan.head.root,
+                where=plan.head.root,
                 hint="name a folder that has one: --hf-config DIR",
             )
         config = transformers.AutoConfig.from_pretrained(folder)
         kind = _model_class(transformers, config)
         settings.setdefault("dtype", getattr(config, "dtype", None) or "auto")
-        slices = {name: _Slice(tensor) for name, tensor in checkpoint.items()}
+        slices = {name: _Slice(tensor) for name, tensor in tensors.items()}
         model = kind.from_pretrained(None, config=config, state_dict=slices, **settings)
         if (folder / "generation_config.json").is_file() and model.can_generate():
             model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
     return model
 
 
-def _side_texts(checkpoint: LazyCheckpoint) -> Mapping[str, str]:
-    plan = checkpoint.plan
+def _side_texts(plan: Plan) -> Mapping[str, str]:
     wanted = (_CONFIG, "generation_config.json")
     copied = {s.name: Path(s.path) for s in plan.head.side if s.name in wanted}
     texts = {name: path.read_text(encoding="utf-8") for name, path in copied.items()}

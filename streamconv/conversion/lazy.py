@@ -220,9 +220,7 @@ class LazyCheckpoint(Mapping[str, LazyTensor]):
 
         That is the argument of their models' ``load_weights``.
         """
-        from streamconv.conversion.inference import weights
-
-        return weights(self)
+        return ((name, tensor.torch()) for name, tensor in self.items())
 
     def load_model(self, **settings: Any) -> Any:
         """Return the transformers model, its weights read from the checkpoint one after another.
@@ -232,7 +230,7 @@ class LazyCheckpoint(Mapping[str, LazyTensor]):
         """
         from streamconv.conversion.inference import load_model
 
-        return load_model(self, **settings)
+        return load_model(self.plan, self, settings)
 
     def __repr__(self) -> str:
         nbytes = sum(t.nbytes for t in self._tensors.values())
