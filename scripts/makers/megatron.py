@@ -63,8 +63,11 @@ def flavoured(walk: Walk, flavour: Flavour) -> State:
 def stacked(per_layer: State) -> State:
     """Stack the layers of each block on a new first axis.
 
-    A block whose layers differ stays as it is, as in megatron-core; NotStackable if all do.
+    A block whose layers differ stays as it is, as in megatron-core; NotStackable if all do, and for the
+    blocks of a HybridModel.
     """
+    if "decoder.final_norm.weight" in per_layer:
+        raise NotStackable("each layer of a HybridModel is a block of its own")
     blocks: dict[str, dict[str, dict[int, torch.Tensor]]] = {}
     for key, tensor in per_layer.items():
         if match := NUMBERED.match(key):

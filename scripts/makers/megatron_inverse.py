@@ -9,6 +9,7 @@ the flavours that occur on disk.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -276,6 +277,91 @@ def qwen_hybrid(w: Walk, mg: str = "", hf: str = "model.") -> None:
         prediction(w, hybrid_attention, moe, names, mg, "mtp.layers.0.")
 
 
+# Mamba
+
+
+def mamba(w: Walk, mg: str, hf: str, heads: int, width: int) -> None:
+    """Every part of the projections is a key of its own, flat."""
+    for name in ("A_log", "D", "dt_bias", "out_proj.weight"):
+        w.copy(mg + name, hf + name)
+    w.copy(mg + "norm.weight", hf + "norm.weight", optional=True)
+    projection = w.take(hf + "in_proj.weight")
+    inner = heads * width
+    state = (len(projection) - 2 * inner - heads) // 2
+    sizes = {"z": inner, "x": inner, "B": state, "C": state, "dt": heads}
+    for name, part in zip(sizes, projection.split([*sizes.values()]), strict=True):
+        w.put(f"{mg}in_proj.weight.{name}", part)
+    for kind in ("weight", "bias"):
+        parts = w.take(f"{hf}conv1d.{kind}").split([inner, state, state])
+        for name, part in zip("xBC", parts, strict=True):
+            w.put(f"{mg}conv1d.{kind}.{name}", part)
+
+
+def block_of_nemotron_h(w: Walk, mg: str, hf: str) -> None:
+    """One block: Mamba, attention, an MLP without a gate, or experts without."""
+    mixer = hf + "mixer."
+    if w.has(mixer + "A_log"):
+        w.copy(mg + "mixer.in_proj.layer_norm_weight", hf + "norm.weight")
+        mamba(w, mg + "mixer.", mixer, w.config["mamba_num_heads"], w.config["mamba_head_dim"])
+    elif w.has(mixer + "q_proj.weight"):
+        for name in [n for n in w.left if n.startswith(mixer)]:
+            w.left[name.replace(".mixer.", ".self_attn.")] = w.take(name)
+        w.left[hf + "input_layernorm.weight"] = w.take(hf + "norm.weight")
+        attention(w, mg, hf)
+    elif w.has(mixer + "gate.weight"):
+        w.copy(mg + "pre_mlp_layernorm.weight", hf + "norm.weight")
+        w.copy(mg + "mlp.router.weight", mixer + "gate.weight")
+        w.copy(mg + "mlp.router.expert_bias", mixer + "gate.e_score_correction_bias")
+        for key, name in (("linear_fc1", "up_proj"), ("linear_fc2", "down_proj")):
+            numbers = range(w.config["n_routed_experts"])
+            experts = [w.take(f"{mixer}experts.{e}.{name}.weight") for e in numbers]
+            w.put(f"{mg}mlp.experts.experts.{key}.weight", torch.stack(experts))
+            w.copy(f"{mg}mlp.shared_experts.{key}.weight", f"{mixer}shared_experts.{name}.weight")
+        for name in ("fc1_latent_proj.weight", "fc2_latent_proj.weight"):
+            w.copy(f"{mg}mlp.{name}", mixer + name, optional=True)
+    else:
+        w.copy(mg + "mlp.linear_fc1.layer_norm_weight", hf + "norm.weight")
+        w.copy(mg + "mlp.linear_fc1.weight", mixer + "up_proj.weight")
+        w.copy(mg + "mlp.linear_fc2.weight", mixer + "down_proj.weight")
+
+
+def nemotron_h(w: Walk) -> None:
+    w.put("embedding.word_embeddings.weight", padded(w.take("backbone.embeddings.weight")))
+    w.put("output_layer.weight", padded(w.take("lm_head.weight")))
+    w.copy("decoder.final_norm.weight", "backbone.norm_f.weight")
+    for i in range(len(w.config["layers_block_type"])):
+        block_of_nemotron_h(w, f"decoder.layers.{i}.", f"backbone.layers.{i}.")
+    number = 0
+    while w.has(f"mtp.layers.{2 * number}.enorm.weight"):
+        mg = f"mtp.layers.{number}."
+        for name in ("enorm.weight", "hnorm.weight", "eh_proj.weight"):
+            w.copy(mg + name, f"mtp.layers.{2 * number}.{name}")
+        w.copy(mg + "final_layernorm.weight", f"mtp.layers.{2 * number + 1}.final_layernorm.weight")
+        for inner in range(2):
+            place = f"{mg}transformer_layer.layers.{inner}."
+            block_of_nemotron_h(w, place, f"mtp.layers.{2 * number + inner}.")
+        number += 1
+
+
+def layer_of_falcon_h1(w: Walk, mg: str, hf: str) -> None:
+    w.copy(mg + "norm.weight", hf + "input_layernorm.weight")
+    mamba(
+        w, mg + "mamba_mixer.", hf + "mamba.", w.config["mamba_n_heads"], w.config["mamba_d_head"]
+    )
+    w.left[hf + "input_layernorm.weight"] = torch.empty(0)  # there is none of attention's own
+    attention(w, mg, hf)
+    del w.made[mg + "self_attention.linear_qkv.layer_norm_weight"]
+    for name in [n for n in w.left if n.startswith(hf + "feed_forward.")]:
+        w.left[name.replace(".feed_forward.", ".mlp.")] = w.take(name)
+    mlp(w, mg, hf, "pre_ff_layernorm")
+
+
+def falcon_h1(w: Walk) -> None:
+    w.left["model.norm.weight"] = w.take("model.final_layernorm.weight")
+    language_model(w, layer_of_falcon_h1, lambda *_: None)
+    w.made["decoder.final_norm.weight"] = w.made.pop("decoder.final_layernorm.weight")
+
+
 # The families
 
 
@@ -325,6 +411,8 @@ BY_TYPE: dict[str, Callable[..., None]] = {
     "kimi_k2": deepseek,
     "glm4": lambda w: language_model(w, feed=mlp_of_glm4),
     "glm4_moe": glm4_moe,
+    "nemotron_h": nemotron_h,
+    "falcon_h1": falcon_h1,
     "gpt_oss": lambda w: language_model(w, feed=moe_of_gpt_oss),
     "gemma2": lambda w: language_model(w, feed=mlp_of_gemma),
     "gemma3_text": lambda w: language_model(w, feed=mlp_of_gemma),
@@ -369,7 +457,27 @@ def norms_of_swift(w: Walk) -> None:
         w.put(f"{layer}.{home}.post_{name}", w.made.pop(key))
 
 
+def hybrid_model(w: Walk) -> None:
+    """Megatron-Core 0.19's HybridModel: attention and MLP are layers of their own."""
+
+    def renamed(match: re.Match[str]) -> str:
+        half = match[3].startswith(("mlp.", "pre_mlp"))
+        if match[1].startswith("mtp."):
+            return f"{match[1]}transformer_layer.layers.{int(half)}.{match[3]}"
+        return f"{match[1]}{2 * int(match[2]) + half}.{match[3]}"
+
+    made, gated = dict(w.made), set(w.gated)
+    w.made.clear()
+    w.gated.clear()
+    for key, tensor in made.items():
+        name = key.replace("decoder.final_layernorm", "decoder.final_norm")
+        name = re.sub(r"^(decoder\.layers\.)(\d+)\.(.+)", renamed, name)
+        name = re.sub(r"^(mtp\.layers\.\d+\.)(transformer_layer)\.(.+)", renamed, name)
+        w.put(name, tensor, gated=key in gated)
+
+
 VARIANTS: dict[str, Callable[[Walk], None]] = {
+    "HybridModel": hybrid_model,
     "indexer of slime": indexer_of_slime,
     "wide norms": wide_norms,
     "norms of ms-swift": norms_of_swift,

@@ -69,6 +69,14 @@ LINEAR = {
     "linear_value_head_dim": 10,
     "linear_conv_kernel_dim": 4,
 }
+MAMBA = {
+    "mamba_num_heads": 6,
+    "mamba_head_dim": 8,
+    "ssm_state_size": 4,
+    "n_groups": 2,
+    "conv_kernel": 4,
+    "chunk_size": 8,
+}
 IDS = {
     "image_token_id": 57,
     "video_token_id": 58,
@@ -183,6 +191,22 @@ def internlm3(state: State, config: dict[str, Any]) -> None:
     config["qkv_bias"], config["bias"] = config.pop("attention_bias"), config.pop("mlp_bias")
 
 
+def prediction_of_nemotron_h(state: State, config: dict[str, Any]) -> None:
+    """Add two predictions, each of a layer with attention and one with experts."""
+    kinds = config["layers_block_type"]
+    hidden = config["hidden_size"]
+    for number in range(4):
+        like = kinds.index(("full_attention", "moe")[number % 2])
+        for name in [n for n in state if n.startswith(f"backbone.layers.{like}.")]:
+            rest = name.removeprefix(f"backbone.layers.{like}.")
+            add(state, f"mtp.layers.{number}.{rest}", tuple(state[name].shape))
+        around = {"enorm": (hidden,), "hnorm": (hidden,), "eh_proj": (hidden, 2 * hidden)}
+        for name, shape in (around if number % 2 == 0 else {"final_layernorm": (hidden,)}).items():
+            add(state, f"mtp.layers.{number}.{name}.weight", shape)
+    config["num_nextn_predict_layers"] = 2
+    config["mtp_layers_block_type"] = ["full_attention", "moe"]
+
+
 def kimi(state: State, config: dict[str, Any]) -> None:
     config["model_type"] = "kimi_k2"
     config["architectures"] = ["DeepseekV3ForCausalLM"]
@@ -258,6 +282,7 @@ QWEN3_CRITIC = TINY | HEAD | {"num_labels": 1}
 QWEN3_NEXT = TINY | MOE | HEAD | SHARED | LINEAR
 QWEN3_5 = TINY | HEAD | LINEAR
 QWEN3_5_MOE = QWEN3_5 | MOE | SHARED
+TINY_HYBRID = {k: v for k, v in TINY.items() if k != "num_hidden_layers"} | HEAD | MAMBA
 MTP_LAST = (r"model\.layers\.3\.",)
 
 FAMILIES: dict[str, Tiny] = {
@@ -430,6 +455,43 @@ FAMILIES: dict[str, Tiny] = {
             "moe_intermediate_size": 14,
             "moe_num_shared_experts": 2,
             "moe_layer_start_index": 1,
+        },
+    ),
+    "nemotron_h": Tiny(
+        "NemotronHForCausalLM",
+        "NemotronHConfig",
+        TINY_HYBRID | {"hybrid_override_pattern": "M-M*-"},
+    ),
+    "nemotron_h_moe": Tiny(
+        "NemotronHForCausalLM",
+        "NemotronHConfig",
+        TINY_HYBRID
+        | {
+            "hybrid_override_pattern": "MEM*E",
+            "moe_intermediate_size": 14,
+            "moe_shared_expert_intermediate_size": 18,
+            "moe_latent_size": 10,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "n_group": 1,
+            "topk_group": 1,
+        },
+        prediction_of_nemotron_h,
+        (r"mtp\.",),
+    ),
+    "falcon_h1": Tiny(
+        "FalconH1ForCausalLM",
+        "FalconH1Config",
+        TINY
+        | HEAD
+        | {
+            "mamba_d_ssm": 48,
+            "mamba_n_heads": 6,
+            "mamba_d_head": 8,
+            "mamba_n_groups": 2,
+            "mamba_d_state": 4,
+            "mamba_d_conv": 4,
+            "mamba_rms_norm": True,
         },
     ),
     "nemotron": Tiny("NemotronForCausalLM", "NemotronConfig", TINY | HEAD),

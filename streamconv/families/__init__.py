@@ -22,6 +22,7 @@ _MODULES = (
     "minimax",
     "ernie",
     "nemotron",
+    "mamba",
     "gemma",
     "gpt_oss",
     "qwen2_5_vl",

@@ -14,10 +14,12 @@ from streamconv.families import causes
 from streamconv.families.alike import check_alike
 from streamconv.families.converted import Converted, extras, put_together, settings_of
 from streamconv.families.engine import Headers, apply
+from streamconv.families.hybrid import as_gpt
 from streamconv.families.ops import copy
-from streamconv.families.prediction import check_prediction
+from streamconv.families.prediction import HYBRID, MEGATRON, check_prediction
 from streamconv.families.rules import Dims, Family, compiled, rule
 from streamconv.families.settings import check_settings
+from streamconv.ir.recipe import Recipe
 from streamconv.options import JobOptions
 from streamconv.tracing.hf import MetaModel, build_meta
 
@@ -56,17 +58,25 @@ def convert(
     family, dims, model = described.family, described.dims, described.model
     reference = described.reference
     notices = list(described.notices)
+    original = None if family.hybrid else as_gpt(tensors)
+    if original is not None:
+        notices.append("the layers of Megatron's HybridModel are numbered as HuggingFace's")
+        tensors = {original[name]: header for name, header in tensors.items()}
     _check_layers(dims, tensors)
     _check_output(dims, tensors)
     notices += check_run(described, tensors)
     notices += _flat_rows(config, tensors)
     notices += _cut_rows(dims, tensors)
     shapes = {name: shape for name, (shape, _) in tensors.items()}
-    notices += check_prediction(shapes, dims)
+    notices += check_prediction(shapes, dims, HYBRID if family.hybrid else MEGATRON)
     if model is None:
         check_alike(shapes, dims)
+    recipes = apply(family, dims, tensors)
+    if original is not None:
+        names = {new: old for old, new in original.items()}
+        recipes = [Recipe(r.name, r.dtype, r.view.map_sources(names)) for r in recipes]
     return put_together(
-        apply(family, dims, tensors),
+        recipes,
         model,
         reference,
         config,

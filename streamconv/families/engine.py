@@ -154,7 +154,11 @@ class _Tracer:
                 ) from error
         captures = dict(captures)
         if "mtp" in captures:
-            captures["mtp_layer"] = str(self._dims.layers + int(captures["mtp"]))
+            number, inner = int(captures["mtp"]), self._dims.inner_layers
+            captures["mtp_layer"] = str(self._dims.layers + number)
+            captures["inner_first"] = str(number * inner)
+            captures["inner_last"] = str((number + 1) * inner - 1)
+            captures["inner_layer"] = str(number * inner + int(captures.get("inner", "0")))
         names = {str(k): s for k, s in enumerate(sources)}
         for target, expert, recipe in self._traced[key]:
             if expert is not None:

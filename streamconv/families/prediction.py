@@ -19,7 +19,8 @@ from streamconv.ir.boxes import Shape
 class PredictionNames:
     """Where a trainer keeps such layers: prefixes of names that a number follows, but ``inner``.
 
-    ``inner`` is the prefix, within such a layer, of what an ordinary one has. ``final`` is the norm
+    ``inner`` is the prefix, within such a layer, of what an ordinary one has, or of several layers like
+    any ordinary ones where it ends in ``layers.``. ``final`` is the norm
     behind the last ordinary layer, ``behind`` the one of such a layer.
     """
 
@@ -43,6 +44,14 @@ MEGATRON = PredictionNames(
     behind="final_layernorm.weight",
 )
 
+HYBRID = PredictionNames(
+    layers="decoder.layers.",
+    predicting="mtp.layers.",
+    inner="transformer_layer.layers.",
+    final="decoder.final_norm.weight",
+    behind="final_layernorm.weight",
+)
+
 
 def check_prediction(
     shapes: Mapping[str, Shape], dims: Dims, names: PredictionNames = MEGATRON
@@ -61,7 +70,7 @@ def check_prediction(
                 f"{len(missing)} tensors of a layer for multi-token prediction are not in the "
                 "checkpoint",
                 where=", ".join(missing[:12]),
-                expected=f"all that {names.layers}{dims.layers - 1} has, or no such layer",
+                expected="all that an ordinary layer has, or no such layer",
                 hint="the checkpoint is incomplete",
             )
         for name, shape in expected.items():
@@ -96,13 +105,12 @@ def _told(found: int, dims: Dims) -> tuple[str, ...]:
 def _expected(
     shapes: Mapping[str, Shape], names: PredictionNames, prefix: str, number: int, layers: int
 ) -> dict[str, Shape]:
-    last = f"{prefix}{names.layers}{layers - 1}."
     mtp = f"{prefix}{names.predicting}{number}."
-    inner = {
-        f"{mtp}{names.inner}{name.removeprefix(last)}": shape
-        for name, shape in shapes.items()
-        if name.startswith(last)
-    }
+    ordinary = [_below(shapes, f"{prefix}{names.layers}{n}.") for n in range(layers)]
+    if names.inner.endswith("layers."):
+        inner = _like_any(shapes, f"{mtp}{names.inner}", ordinary)
+    else:
+        inner = {f"{mtp}{names.inner}{rest}": shape for rest, shape in ordinary[-1].items()}
     norm = shapes.get(prefix + names.final)
     if norm is None:  # whose absence is another check's to tell
         return inner
@@ -113,3 +121,20 @@ def _expected(
         f"{mtp}{names.behind}": norm,
         **inner,
     }
+
+
+def _below(shapes: Mapping[str, Shape], prefix: str) -> dict[str, Shape]:
+    return {n.removeprefix(prefix): shape for n, shape in shapes.items() if n.startswith(prefix)}
+
+
+def _like_any(
+    shapes: Mapping[str, Shape], prefix: str, ordinary: list[dict[str, Shape]]
+) -> dict[str, Shape]:
+    """Return what the layers below ``prefix`` should have: all of the most similar ordinary one."""
+    numbers = {int(rest.partition(".")[0]) for rest in _below(shapes, prefix)}
+    expected: dict[str, Shape] = {}
+    for number in range(max(numbers, default=0) + 1):
+        found = _below(shapes, f"{prefix}{number}.")
+        like = max(ordinary, key=lambda layer: len(layer.items() & found.items()))
+        expected |= {f"{prefix}{number}.{rest}": shape for rest, shape in like.items()}
+    return expected

@@ -4,7 +4,9 @@ A rule's patterns have named captures. In a source ``{rest}`` is any text and ev
 number: ``decoder.layers.{layer}.mlp.linear_fc2.weight``. A target uses the captures of its source, and
 ``{expert}`` where the source has none: then the made tensor's first axis counts the experts and each
 becomes a tensor of its own. ``{mtp_layer}`` is the number of ordinary layers plus ``{mtp}``: where
-several HuggingFace families keep the layers for multi-token prediction.
+several HuggingFace families keep the layers for multi-token prediction. Where each of those is several
+layers in HuggingFace's numbers, ``{inner_layer}`` is that of the ``{inner}`` one, ``{inner_first}`` and
+``{inner_last}`` those of the first and the last.
 """
 
 from __future__ import annotations
@@ -44,11 +46,12 @@ class Family:
     tensors that the released models have and transformers' class has not, such as layers for
     multi-token prediction. ``reference`` turns the config into one that transformers knows, for a
     model whose class is not part of it, and ``lacks`` are patterns of what that model has and this one
-    has not. ``zero_centred_norms`` says that HuggingFace's class adds 1
-    to the weights of its norms. ``signs`` are for tensors of one name and shape that trainers fill in
-    different ways: for each way a regular expression, found in names that only such checkpoints have;
-    ``Dims.signs`` has those that were seen. ``dropped`` are patterns of tensors that are left out,
-    because HuggingFace's model has no such thing, each with the reason.
+    has not. ``zero_centred_norms`` says that HuggingFace's class adds 1 to the weights of its norms.
+    ``hybrid`` says that HuggingFace's model, too, has layers of single blocks (attention, MLP, Mamba).
+    ``signs`` are for tensors of one name and shape that trainers fill in different ways: for each way a
+    regular expression, found in names that only such checkpoints have; ``Dims.signs`` has those that
+    were seen. ``dropped`` are patterns of tensors that are left out, because HuggingFace's model has no
+    such thing, each with the reason.
     """
 
     name: str
@@ -58,6 +61,7 @@ class Family:
     reference: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict
     lacks: tuple[str, ...] = ()
     zero_centred_norms: bool = False
+    hybrid: bool = False
     signs: Mapping[str, str] = dataclasses.field(default_factory=dict)
     dropped: tuple[tuple[str, str], ...] = ()
 
@@ -219,7 +223,16 @@ class Dims:
     @property
     def layers(self) -> int:
         """Return the number of layers, those for multi-token prediction not counted."""
+        kinds = self.get("layers_block_type")
+        if self.get("num_hidden_layers") is None and isinstance(kinds, list):
+            return len(kinds)
         return self.number("num_hidden_layers")
+
+    @property
+    def inner_layers(self) -> int:
+        """Return of how many single blocks a layer for multi-token prediction consists."""
+        kinds = self.get("mtp_layers_block_type", "mtp_hybrid_override_pattern")
+        return len(kinds) if isinstance(kinds, list | str) else 1
 
     @property
     def heads(self) -> int:

@@ -266,7 +266,7 @@ _SETTINGS = (
     Setting(
         ("layernorm_epsilon", "norm_epsilon"),
         (1e-5,),
-        _named("rms_norm_eps", "layer_norm_eps", "norm_eps"),
+        _named("rms_norm_eps", "layer_norm_eps", "norm_eps", "layer_norm_epsilon"),
     ),
     Setting(("rotary_base",), (10000,), _rope("rope_theta", "rope_local_base_freq")),
     Setting(("rotary_percent",), (1,), _partial),
@@ -353,6 +353,15 @@ _SETTINGS = (
             "attn_logit_softcapping",
             "final_logit_softcapping",
             "query_pre_attn_scalar",
+        )
+    ),
+    *(
+        Setting((name,), (default,), _named(*ours))
+        for name, default, ours in (
+            ("mamba_num_heads", None, ("mamba_num_heads", "mamba_n_heads")),
+            ("mamba_head_dim", 64, ("mamba_head_dim", "mamba_d_head")),
+            ("mamba_num_groups", 8, ("n_groups", "mamba_n_groups")),
+            ("mamba_state_dim", 128, ("ssm_state_size", "mamba_d_state")),
         )
     ),
     *(

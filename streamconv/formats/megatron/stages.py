@@ -62,6 +62,7 @@ _LOCAL_NAMES = (
         "self_attention.linear_qkv_down_proj.weight",
     ),
     ("mixer.conv1d_", "mixer.conv1d.", "mixer.in_proj.weight"),
+    ("mamba_mixer.conv1d_", "mamba_mixer.conv1d.", "mamba_mixer.in_proj.weight"),
 )
 
 
