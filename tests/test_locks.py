@@ -156,3 +156,28 @@ def test_a_signal_that_meets_a_destructor_still_ends_in_order():
         [sys.executable, "-c", program], capture_output=True, text=True, timeout=40, check=False
     )
     assert (done.returncode, done.stdout, done.stderr) == (143, "in order\n", "")
+
+
+def test_a_signal_that_comes_again_while_the_lost_one_is_told_of_is_not_lost():
+    """On a slow machine the second one comes before whoever tells of the first has returned."""
+    code = (
+        "import os, signal, time\n"
+        "from streamconv.system import signals\n"
+        "class Lost:\n"
+        "    def __del__(self):\n"
+        "        os.kill(os.getpid(), signal.SIGTERM)\n"
+        "        time.sleep(0.001)\n"
+        "real = signals._thread.start_new_thread\n"
+        "def at_once(function, args):\n"
+        "    signals._thread.start_new_thread = real\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    return real(function, args)\n"
+        "with signals.heeded():\n"
+        "    signals._thread.start_new_thread = at_once\n"
+        "    Lost()\n"
+        "    time.sleep(20)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60
+    )
+    assert (done.returncode, done.stderr) == (143, "")

@@ -9,6 +9,7 @@ with their parent. Where the exception is lost, as in a ``__del__``, it is raise
 
 from __future__ import annotations
 
+import _thread
 import os
 import signal
 import sys
@@ -16,7 +17,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import FrameType
+from types import CodeType, FrameType
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 # A stop is promised within five seconds, and a batch that stops waits for its workers first.
@@ -24,6 +25,8 @@ GRACE_SECONDS = 3.5
 WORKER_GRACE_SECONDS = 2.0
 _PR_SET_PDEATHSIG = 1
 _AGAIN_SECONDS = 0.01
+# The code that is told of exceptions which nobody can catch.
+_LOSING: set[CodeType] = set()
 
 
 def how_it_ended(code: int) -> str:
@@ -60,12 +63,20 @@ def heeded(grace_seconds: float = GRACE_SECONDS) -> Iterator[None]:
     threading.Thread(
         target=_watch, args=(woken, grace_seconds), daemon=True, name="signal-watch"
     ).start()
-    lost = sys.unraisablehook
-    sys.unraisablehook = lambda told: _raise_again(told) or lost(told)
+    told_before = sys.unraisablehook
+
+    def lost(told: sys.UnraisableHookArgs) -> None:
+        if isinstance(told.exc_value, _Ended):
+            _send_again(told.exc_value.signum)
+        else:
+            told_before(told)
+
+    _LOSING.add(lost.__code__)
+    sys.unraisablehook = lost
     try:
         yield
     finally:
-        sys.unraisablehook = lost
+        sys.unraisablehook = told_before
         signal.set_wakeup_fd(before)
         os.close(wake)  # the thread's cue, unless it has seen a signal
 
@@ -81,22 +92,28 @@ def end_with_parent(signum: signal.Signals, parent: int) -> bool:
     return os.getppid() == parent
 
 
-def _end(signum: int, _frame: FrameType | None) -> None:
+def _end(signum: int, frame: FrameType | None) -> None:
     # A second signal while cleaning up must not interrupt the cleaning.
     signal.signal(signum, signal.SIG_IGN)
+    while frame is not None:
+        if frame.f_code in _LOSING:
+            _send_again(signum)  # raised here, it would be lost as the one before
+            return
+        frame = frame.f_back
     raise _Ended(signum)
 
 
-def _raise_again(told: sys.UnraisableHookArgs) -> bool:
+def _send_again(signum: int) -> None:
     """Have the signal come once more whose ``SystemExit`` Python has just dropped."""
-    if not isinstance(told.exc_value, _Ended):
-        return False
-    signum = told.exc_value.signum
     signal.set_wakeup_fd(-1)  # the thread knows already
     signal.signal(signum, _end)
-    # Later: whoever called this would drop it, too.
-    threading.Timer(_AGAIN_SECONDS, os.kill, (os.getpid(), signum)).start()
-    return True
+    # Later: whoever called this would drop it, too. Nothing here waits for the thread to start.
+    _thread.start_new_thread(_kill_later, (signum,))
+
+
+def _kill_later(signum: int) -> None:
+    time.sleep(_AGAIN_SECONDS)
+    os.kill(os.getpid(), signum)
 
 
 def _watch(woken: int, grace_seconds: float) -> None:
