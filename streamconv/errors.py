@@ -244,7 +244,7 @@ def in_python(text: str) -> str:
 
 
 def speaking_python(function: Any) -> Any:
-    """Return a function whose errors name keyword arguments, not options of the command line."""
+    """Return a function whose errors have a note with options as keyword arguments."""
 
     if inspect.iscoroutinefunction(function):
 
@@ -270,10 +270,12 @@ def speaking_python(function: Any) -> Any:
 
 
 def _speak_python(error: StreamconvError) -> None:
-    error.what = in_python(error.what)
-    error.args = (error.what,)
-    error.hint = error.hint and in_python(error.hint)
-    error.expected = error.expected and in_python(error.expected)
+    """Add a note, which tracebacks show, where the message names options of the command line."""
+    said = [text for text in (error.what, error.expected, error.hint) if text]
+    changed = [in_python(text) for text in said if in_python(text) != text]
+    note = "from Python: " + "; ".join(changed)
+    if changed and note not in getattr(error, "__notes__", ()):
+        error.add_note(note)
 
 
 def shown(text: str) -> str:

@@ -218,6 +218,17 @@ def differing_flags(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[s
     return said
 
 
+def typed_flags(options: Mapping[str, Any]) -> list[str]:
+    """Return the options that differ from their defaults, as they are typed.
+
+    >>> typed_flags({"dtype": "bfloat16", "strict": True})
+    ['--dtype bfloat16', '--strict']
+    """
+    defaults = _flags(JobOptions().to_json(), options)
+    said = _flags(options, {})
+    return [flag for flag, default in zip(said, defaults, strict=True) if flag != default]
+
+
 def _flags(options: Mapping[str, Any], others: Mapping[str, Any]) -> list[str]:
     defaults = JobOptions().to_json()
     flags = []
@@ -320,6 +331,11 @@ class Notice:
 
 
 Event = Phase | Progress | Notice
+
+
+def is_routine(notice: str) -> bool:
+    """Whether a notice stands in nearly every output: one that nobody need read."""
+    return notice.endswith("for transformers 4")
 
 
 class Cancel:

@@ -151,8 +151,9 @@ def test_another_jobs_output_says_which_option_differs(checkpoints, tmp_path):
     assert "--max-shard-size" not in str(caught.value)
     with pytest.raises(OutputExistsError) as caught:
         streamconv.convert(source, out, dtype="bf16")
-    assert "made with dtype='keep', now dtype='bfloat16'" in caught.value.what
-    assert "overwrite=True" in (caught.value.hint or "")
+    (note,) = caught.value.__notes__
+    assert "made with dtype='keep', now dtype='bfloat16'" in note
+    assert "overwrite=True" in note
 
 
 def test_which_flags_differ_is_said_as_they_are_typed():

@@ -24,6 +24,7 @@ CODES = {
     "UnsafeInputError": 6,
     "NoSpaceError": 7,
     "OutputExistsError": 8,
+    "UnfinishedError": 12,
     "LockedError": 11,
 }
 CLASSES = {

@@ -109,7 +109,17 @@ def test_a_page_says_what_was_made(tmp_path):
         assert words in text
     data = json.loads(page.scripts[0])
     assert len(data["rows"]) == 31
-    assert data["rows"][1] == ["model.layers.0.part_1.weight", 1, [64, 32], 4096, 1, f"{1:032x}", 0]
+    assert data["rows"][1] == [
+        "model.layers.0.part_1.weight",
+        1,
+        [64, 32],
+        4096,
+        1,
+        f"{1:032x}",
+        0,
+        "",
+        0,
+    ]
     assert data["rows"][7][6] == ["fsdp.7.weight"]
     assert (data["dtypes"], data["files"][1]) == (["F32", "BF16"], "model-1.safetensors")
 

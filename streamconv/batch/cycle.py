@@ -137,10 +137,14 @@ class Batch:
         made.records = [record for store in self._stores for record in store]
         if self._overview is not None:
             with self._minding():
-                self._overview.write(made)
+                self._overview.write(made, self._next_round())
         troubles = [*(store.trouble for store in self._stores), self._trouble]
         made.problems += [_refused(trouble) for trouble in troubles if trouble is not None]
         return made
+
+    def _next_round(self) -> str:
+        schedule = self._settings.schedule
+        return "" if schedule is None else f"{schedule.next_after(local_now()):%Y-%m-%d %H:%M:%S}"
 
     def preview(self) -> Round:
         """Return what a round would do: ``tasks``, ``removals``. Nothing is written or deleted."""

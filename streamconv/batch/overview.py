@@ -67,7 +67,7 @@ class Overview:
         if begun is not None:
             self._spans.append(Span(begun, now, task.record.name, what))
 
-    def write(self, made: Round) -> None:
+    def write(self, made: Round, next_round: str = "") -> None:
         """Write the page of the batch after a round."""
         links = {}
         for store in self._stores:
@@ -87,5 +87,6 @@ class Overview:
             problems=[str(problem) for problem in made.problems],
             removals=[str(removal) for removal in made.removals],
             links=links,
+            next_round=next_round,
         )
         self._timeline, self._spans = None, []

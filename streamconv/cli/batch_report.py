@@ -10,7 +10,7 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from streamconv.batch.state import Record
-from streamconv.cli.output import say_json, tell
+from streamconv.cli.output import say_json, sorted_notices, tell
 from streamconv.cli.progress import Spinner
 from streamconv.errors import shown
 from streamconv.system.memory import tree_bytes
@@ -73,7 +73,7 @@ class BatchLines:
             verified = ", verified" if record.verified else ""
             _line(f"{name}: done, {format_size(record.write_bytes)}{speed}{verified}")
             # Once each: the checkpoints of a run have the same to say.
-            for notice in [n for n in record.notices if n not in self._noticed]:
+            for notice in [n for n in sorted_notices(record.notices)[0] if n not in self._noticed]:
                 self._noticed.add(notice)
                 _line(f"{name}: notice: {shown(notice)}")
         else:

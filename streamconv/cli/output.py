@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 from streamconv.cli import log
 from streamconv.errors import StreamconvError, shown
+from streamconv.options import is_routine
 
 # What JSON leaves as it is, and a terminal does not; and what is no text.
 _UNSEEN = re.compile("[\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -75,14 +76,10 @@ def render_error(error: StreamconvError) -> str:
     return f"error: {error}"
 
 
-# What stands in nearly every output: how the files beside the weights were made to suit both versions.
-_ROUTINE = "for transformers 4"
-
-
 def sorted_notices(notices: Iterable[str]) -> tuple[list[str], str]:
     """Return the notices that a user should read, and one line about those that come always."""
-    told = [n for n in notices if not n.endswith(_ROUTINE)]
-    routine = {n.partition(":")[0] for n in notices if n.endswith(_ROUTINE)}
+    told = [n for n in notices if not is_routine(n)]
+    routine = {n.partition(":")[0] for n in notices if is_routine(n)}
     if not routine:
         return told, ""
     names = " and ".join(sorted(map(shown, routine)))

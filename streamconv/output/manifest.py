@@ -79,8 +79,17 @@ _SHAPE: dict[str, Any] = {
         }
     ],
     "tensors": {
-        str: {"file": _NAME, "dtype": TEXT, "shape": [COUNT], "xxh3_128": _XXH3, "sources": [TEXT]}
+        str: {
+            "file": _NAME,
+            "dtype": TEXT,
+            "shape": [COUNT],
+            "xxh3_128": _XXH3,
+            "sources": [TEXT],
+            "source_files?": TEXT,
+            "shards?": COUNT,
+        }
     },
+    "source_files?": [TEXT],
     "run?": {
         "seconds?": NUMBER,
         "peak_bytes?": COUNT,
@@ -92,7 +101,7 @@ _SHAPE: dict[str, Any] = {
 }
 
 
-_ENTRY = _SHAPE["tensors"][str].keys()
+_ENTRY = {key for key in _SHAPE["tensors"][str] if not key.endswith("?")}
 _SHAPE_WITHOUT_ENTRIES = _SHAPE | {"tensors": {str: Leaf("an entry", lambda v: v is None)}}
 
 
@@ -155,6 +164,17 @@ def _seal(job_digest: str, files: Iterable[Mapping[str, Any]]) -> str:
     return Sealer(user_key(), "output").seal("output", job_digest.encode(), rows.encode())
 
 
+def _ranges(numbers: Iterable[int]) -> str:
+    """Return numbers as ranges: ``0-3,7``. They count the manifest's ``source_files`` from 0."""
+    parts: list[list[int]] = []
+    for number in sorted(numbers):
+        if parts and number == parts[-1][1] + 1:
+            parts[-1][1] = number
+        else:
+            parts.append([number, number])
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in parts)
+
+
 def write_manifest(
     path: Path,
     plan: Plan,
@@ -186,6 +206,7 @@ def write_manifest(
         "notices": list(head.notices),
         "skipped": [[s.name, s.reason] for s in head.skipped],
         "files": sorted(files, key=lambda f: str(f["name"])),
+        "source_files": [f.path for f in head.files],
     }
     sealed = {**run, "seal": _seal(head.job["digest"], top["files"])}
     with path.open("w", encoding="utf-8") as out:
@@ -203,6 +224,8 @@ def write_manifest(
                     "shape": list(t.shape),
                     "xxh3_128": hashes[t.name],
                     "sources": [s.fqn for s in t.sources],
+                    "source_files": _ranges({file for s in t.sources for file in s.shards.files}),
+                    "shards": sum(len(s.shards) for s in t.sources),
                 }
                 out.write(f"{separator}  {json.dumps(t.name)}: {json.dumps(entry)}")
                 separator = ",\n"

@@ -20,6 +20,7 @@ _LANES_WIDTH = 1100
 _LEFT, _RIGHT, _TOP, _BOTTOM = 66, 12, 26, 28
 _PLOT_WIDTH, _PLOT_HEIGHT = _WIDTH - _LEFT - _RIGHT, _HEIGHT - _TOP - _BOTTOM
 _TICKS = 4
+_MOST_STRIPS = 120
 _TIME_STEPS = (1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1200, 1800, 3600, 7200, 14400, 43200, 86400)
 
 
@@ -98,6 +99,7 @@ def line_chart(
             f'<polygon class="area" points="{first:.1f},{base} {curve} {last:.1f},{base}"/>'
             f'<polyline class="line" points="{curve}"/>'
         )
+        parts += _hovered(points, at, value_text)
     if limit is not None:
         y = at(0, limit.value)[1]
         parts.append(
@@ -106,6 +108,24 @@ def line_chart(
             f"{_escaped(limit.label)}</text>"
         )
     return "".join([*parts, "</svg>"])
+
+
+def _hovered(
+    points: Sequence[tuple[float, float]],
+    at: Callable[[float, float], tuple[float, float]],
+    value_text: Callable[[float], str],
+) -> list[str]:
+    """Return invisible strips over a curve that say its value where the pointer is."""
+    step = max(1, len(points) // _MOST_STRIPS)
+    chosen = points[::step]
+    edges = [at(x, 0)[0] for x, _ in chosen]
+    ends = [*edges[1:], _LEFT + _PLOT_WIDTH]
+    return [
+        f'<rect class="strip" x="{x:.1f}" y="{_TOP}" width="{max(0.5, end - x):.1f}" '
+        f'height="{_PLOT_HEIGHT}"><title>{_seconds(seconds)}: {_escaped(value_text(value))}</title>'
+        "</rect>"
+        for x, end, (seconds, value) in zip(edges, ends, chosen, strict=True)
+    ]
 
 
 def bar_chart(

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import math
+import platform
 import re
+import shlex
+import sys
+import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
+from importlib import metadata
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from streamconv.errors import StreamconvError
 from streamconv.files import askedfile
 from streamconv.ir.dtypes import BY_NAME
-from streamconv.options import Result, RunOptions
+from streamconv.options import Result, RunOptions, is_routine, typed_flags
 from streamconv.output.manifest import read_manifest
 from streamconv.report.charts import Limit, bar_chart, line_chart
 from streamconv.report.page import drawn, embedded, write_page
@@ -25,6 +32,7 @@ from streamconv.units import format_size
 _LAYER = re.compile(r"^(.*?)\.(\d+)(?:\.|$)", re.ASCII)
 _MAX_GROUPS = 4
 _MAX_OTHERS = 12
+_PLAIN_ROWS = 2000
 _PHASES = {"plan": "planning", "write": "writing", "publish": "publishing", "verify": "verifying"}
 
 
@@ -66,7 +74,17 @@ def write_report(path: Path, result: Result, timeline: Timeline) -> None:
     budget = Limit(result.budget_bytes, f"budget {format_size(result.budget_bytes)}")
     phases = [(at, _PHASES.get(name, name)) for at, name in timeline.phases]
     memory = [(s.seconds, float(s.memory_bytes)) for s in timeline.samples]
+    ends = [*(at for at, _ in timeline.phases[1:]), timeline.seconds]
+    times = {name: end - at for (at, name), end in zip(timeline.phases, ends, strict=False)}
     facts = {
+        "made_at": time.time(),
+        "total_seconds": timeline.seconds,
+        "planning_seconds": times.get("plan"),
+        "machine": _machine(),
+        "options": _chosen(manifest.get("job", {})),
+        "notices": [n for n in manifest.get("notices", ()) if not is_routine(n)],
+        "routine": [n for n in manifest.get("notices", ()) if is_routine(n)],
+        "source_files": len(manifest.get("source_files", ())),
         "result": result,
         "manifest": manifest,
         "job": manifest.get("job", {}),
@@ -97,13 +115,61 @@ def write_report(path: Path, result: Result, timeline: Timeline) -> None:
         if ran
         else None,
         "layer_charts": [
-            (prefix, drawn(bar_chart(bars, title=f"size of {prefix}", value_text=format_size)))
+            (
+                prefix,
+                _alike(bars),
+                drawn(bar_chart(bars, title=f"size of {prefix}", value_text=format_size)),
+            )
             for prefix, bars in layers
         ],
         "others": others,
-        "table": embedded(table(tensors, nbytes)),
+        "table": embedded(table(tensors, nbytes, manifest.get("source_files", ()))),
+        "plain_rows": list(plain_rows(tensors, nbytes)),
     }
     write_page(path, "conversion.html", **facts)
+
+
+def _machine() -> list[tuple[str, str]]:
+    """Return where it ran, with what, and by which command."""
+    versions = []
+    for name in ("torch", "transformers"):
+        with suppress(metadata.PackageNotFoundError):
+            versions.append(f"{name} {metadata.version(name)}")
+    rows = [
+        ("host", platform.node()),
+        ("python", f"{platform.python_version()}, {', '.join(versions)}"),
+    ]
+    if Path(sys.argv[0]).name in ("streamconv", "__main__.py"):
+        rows.append(("command", shlex.join(["streamconv", *sys.argv[1:]])))
+    return rows
+
+
+def _chosen(job: Mapping[str, Any]) -> list[str]:
+    """Return the options that differ from their defaults, as they are typed."""
+    given = job.get("given") or {}
+    named = [
+        f"--{key.replace('_', '-')} {given[key]}"
+        for key in ("model", "hf_config")
+        if given.get(key)
+    ]
+    base = [f"--base {job['base']}"] if job.get("base") else []
+    return [*typed_flags(job.get("options") or {}), *named, *base]
+
+
+def _alike(bars: Sequence[tuple[str, float]]) -> str:
+    """Return a line of words where all layers are of one size: then there is nothing to draw."""
+    sizes = {size for _, size in bars}
+    if len(sizes) > 1 or len(bars) < 2:
+        return ""
+    return f"{len(bars)} layers of {format_size(sizes.pop())} each"
+
+
+def plain_rows(
+    tensors: Mapping[str, Mapping[str, Any]], nbytes: Mapping[str, int]
+) -> Iterator[tuple[str, str, str, int, str]]:
+    """Yield the first tensors as (name, dtype, shape, bytes, file), for readers without scripts."""
+    for name, t in islice(tensors.items(), _PLAIN_ROWS):
+        yield name, t["dtype"], " × ".join(map(str, t["shape"])), nbytes[name], t["file"]
 
 
 def tensor_bytes(entry: Mapping[str, Any]) -> int:
@@ -155,12 +221,15 @@ def _by_dtype(
 
 
 def table(
-    tensors: Mapping[str, Mapping[str, Any]], nbytes: Mapping[str, int]
+    tensors: Mapping[str, Mapping[str, Any]],
+    nbytes: Mapping[str, int],
+    source_files: Sequence[str] = (),
 ) -> dict[str, list[Any]]:
     """Return the tensors as rows for the script of the page, repeated words said once.
 
-    A row is (name, dtype, shape, bytes, file, hash, sources); dtype and file are places in their
-    lists, sources are 0 where the only one has the tensor's own name.
+    A row is (name, dtype, shape, bytes, file, hash, sources, rank files, shards); dtype and file are
+    places in their lists, sources are 0 where the only one has the tensor's own name, and rank files
+    are ranges of the list of source files.
     """
     dtypes: dict[str, int] = {}
     files: dict[str, int] = {}
@@ -176,6 +245,13 @@ def table(
                 files.setdefault(t["file"], len(files)),
                 t["xxh3_128"],
                 0 if sources == [name] else sources,
+                t.get("source_files", ""),
+                t.get("shards", 0),
             ]
         )
-    return {"dtypes": list(dtypes), "files": list(files), "rows": rows}
+    return {
+        "dtypes": list(dtypes),
+        "files": list(files),
+        "source_files": list(source_files),
+        "rows": rows,
+    }
