@@ -207,7 +207,7 @@ def language_model(
     w: Walk, attend: Part = attention, feed: Part = mlp, mg: str = "", hf: str = "model."
 ) -> None:
     w.put(mg + "embedding.word_embeddings.weight", padded(w.take(hf + "embed_tokens.weight")))
-    for name in ("lm_head.weight", "language_model.lm_head.weight"):
+    for name in ("lm_head.weight", "language_model.lm_head.weight", "thinker.lm_head.weight"):
         if w.has(name):
             w.put(mg + "output_layer.weight", padded(w.take(name)))
     w.copy_both(mg + "output_layer", "score") if w.has("score.weight") else None
@@ -401,6 +401,27 @@ def gemma3_vl(w: Walk, vision: dict[str, Any], *, megatron_tower: bool = True) -
         w.copy_all("vision_tower.", "vision_tower.")
 
 
+def beside_towers(
+    hf: str, towers: dict[str, str], feed: Part = moe, attend: Part = attention, below: str = ""
+) -> Callable[..., None]:
+    """Return the inverse of a language model beside modules that stay HuggingFace's.
+
+    ``towers`` are their names in HuggingFace's model and in Megatron's. Where they are ms-swift's, all
+    are in one module, and ``below`` is not before the language model.
+    """
+
+    def family(w: Walk, _: dict[str, Any], *, swift: bool = False) -> None:
+        language_model(w, attend, feed, ("" if swift else below) + "language_model.", hf)
+        for theirs, ours in towers.items():
+            key = f"visual.{theirs.rpartition('.')[2]}" if swift else ours
+            w.copy_all(key + ".", theirs + ".")
+
+    return family
+
+
+SENSES = {"thinker.visual": "thinker.visual", "thinker.audio_tower": "thinker.audio_model"}
+PIXTRAL = {"vision_tower": "vision_tower", "multi_modal_projector": "multi_modal_projector"}
+
 BY_TYPE: dict[str, Callable[..., None]] = {
     "deepseek_v2": deepseek,
     "deepseek_v3": deepseek,
@@ -418,6 +439,27 @@ BY_TYPE: dict[str, Callable[..., None]] = {
     "gemma3_text": lambda w: language_model(w, feed=mlp_of_gemma),
     "gemma3": gemma3_vl,
     "mimo": mimo,
+    "mistral3": beside_towers("language_model.model.", PIXTRAL),
+    "internvl": beside_towers("language_model.model.", PIXTRAL),
+    "internvl_chat": beside_towers(
+        "language_model.model.", {"vision_model": "vision_model", "mlp1": "mlp1"}
+    ),
+    "kimi_k25": beside_towers(
+        "language_model.model.",
+        {"vision_tower": "vision_tower", "mm_projector": "mm_projector"},
+        attend=latent_attention,
+    ),
+    "glm4v": beside_towers("model.language_model.", {"model.visual": "visual"}, feed=mlp_of_glm4),
+    "glm4v_moe": beside_towers("model.language_model.", {"model.visual": "visual"}),
+    "qwen2_vl": beside_towers("model.", {"visual": "visual"}),
+    "qwen2_audio": beside_towers(
+        "language_model.model.",
+        {"audio_tower": "audio_tower", "multi_modal_projector": "multi_modal_projector"},
+    ),
+    "qwen3_omni_moe": beside_towers("thinker.model.", SENSES, below="thinker."),
+    "qwen2_5_omni_thinker": beside_towers(
+        "model.", {k.removeprefix("thinker."): v for k, v in SENSES.items()}, below="thinker."
+    ),
     "qwen2_5_vl": qwen2_5_vl,
     "qwen3_vl": qwen3_vl,
     "qwen3_vl_moe": qwen3_vl,
@@ -496,10 +538,12 @@ def invert(config: dict[str, Any], state: State, *, variant: str = "", **options
     (``megatron_tower`` of qwen2_5_vl, qwen3_5 and gemma3).
     """
     classes = {"architectures": config.get("architectures")}
-    walk = Walk(config.get("text_config", config) | classes, dict(state))
+    thinker = config.get("thinker_config", config)
+    text = thinker.get("text_config", config.get("llm_config", config))
+    walk = Walk(text | classes, dict(state))
     family = BY_TYPE.get(config["model_type"], lambda w: language_model(w, feed=moe))
-    if "vision_config" in config:
-        family(walk, config["vision_config"], **options)
+    if any(f"{tower}_config" in thinker for tower in ("vision", "audio")):
+        family(walk, thinker.get("vision_config"), **options)
     else:
         family(walk, **options)
     if variant:

@@ -102,6 +102,35 @@ SIGLIP = {
     "patch_size": 2,
     "vision_use_head": False,
 }
+PIXTRAL = {
+    "model_type": "pixtral",
+    "hidden_size": 32,
+    "intermediate_size": 36,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "head_dim": 8,
+    "image_size": 16,
+    "patch_size": 4,
+}
+INTERN = {
+    "hidden_size": 32,
+    "intermediate_size": 36,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "image_size": [8, 8],
+    "patch_size": [2, 2],
+}
+AUDIO = {
+    "d_model": 32,
+    "encoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "encoder_ffn_dim": 36,
+    "num_mel_bins": 8,
+    "output_dim": 48,
+    "downsample_hidden_size": 16,
+    "max_source_positions": 20,
+}
+ROPE_SECTIONS = {"rope_parameters": {"rope_theta": 1e4, "mrope_section": [1, 1, 2]}}
 MROPE = {"rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2]}}
 
 
@@ -205,6 +234,43 @@ def prediction_of_nemotron_h(state: State, config: dict[str, Any]) -> None:
             add(state, f"mtp.layers.{number}.{name}.weight", shape)
     config["num_nextn_predict_layers"] = 2
     config["mtp_layers_block_type"] = ["full_attention", "moe"]
+
+
+def kimi_k25(state: State, config: dict[str, Any]) -> None:
+    """Make it Kimi-K2.5 as released; what transformers 5.24 saves of it has names of no release."""
+    names = {"model.layers.": "language_model.model.layers.", "lm_head.": "language_model.lm_head."}
+    names |= {x: f"language_model.{x}" for x in ("model.embed_tokens.", "model.norm.")}
+    for name in list(state):
+        old = next(x for x in names if name.startswith(x))
+        state[names[old] + name.removeprefix(old)] = state.pop(name)
+    for block in range(2):
+        prefix = f"vision_tower.encoder.blocks.{block}."
+        for name, shape in {"norm0": (8,), "wqkv": (24, 8), "wo": (8, 8)}.items():
+            add(state, f"{prefix}{name}.weight", shape)
+            add(state, f"{prefix}{name}.bias", shape[:1])
+    add(state, "vision_tower.patch_embed.pos_emb.weight", (4, 4, 8))
+    add(state, "mm_projector.proj.0.weight", (32, 32))
+    text = dict(config)
+    config.clear()
+    config.update(model_type="kimi_k25", text_config=text, vision_config={"patch_size": 2})
+    config["architectures"] = ["KimiK25ForConditionalGeneration"]
+
+
+def internvl_chat(state: State, config: dict[str, Any]) -> None:
+    """Make it an InternVL of the remote code's: the language model whole, a tower, an MLP."""
+    for name in list(state):
+        state["language_model." + name] = state.pop(name)
+    for layer in range(2):
+        prefix = f"vision_model.encoder.layers.{layer}."
+        add(state, prefix + "attn.qkv.weight", (24, 8))
+        add(state, prefix + "ls1", (8,))
+    add(state, "vision_model.embeddings.class_embedding", (1, 1, 8))
+    add(state, "mlp1.1.weight", (48, 32))
+    text = dict(config)
+    config.clear()
+    config.update(model_type="internvl_chat", llm_config=text, vision_config={"patch_size": 2})
+    config["architectures"] = ["InternVLChatModel"]
+    config["auto_map"] = {"AutoModel": "modeling_internvl_chat.InternVLChatModel"}
 
 
 def kimi(state: State, config: dict[str, Any]) -> None:
@@ -347,6 +413,86 @@ FAMILIES: dict[str, Tiny] = {
         TINY | ROUTED | LATENT | {"num_hidden_layers": 4},
         prediction_of_deepseek,
         MTP_LAST,
+    ),
+    "kimi_k25": Tiny(
+        "DeepseekV3ForCausalLM",
+        "DeepseekV3Config",
+        TINY | ROUTED | LATENT | {"num_hidden_layers": 4, "first_k_dense_replace": 2},
+        kimi_k25,
+        loads=False,
+    ),
+    "internvl_chat": Tiny("Qwen2ForCausalLM", "Qwen2Config", TINY, internvl_chat, loads=False),
+    "mistral3": Tiny(
+        "Mistral3ForConditionalGeneration",
+        "Mistral3Config",
+        {
+            "text_config": TINY | HEAD | {"model_type": "ministral3"},
+            "vision_config": PIXTRAL,
+            "spatial_merge_size": 2,
+            "image_token_index": 57,
+            "tie_word_embeddings": False,
+        },
+    ),
+    "glm4v": Tiny(
+        "Glm4vForConditionalGeneration",
+        "Glm4vConfig",
+        vision_language(TINY | ROPE_SECTIONS, VISUAL | {"image_size": 8}),
+    ),
+    "glm4v_moe": Tiny(
+        "Glm4vMoeForConditionalGeneration",
+        "Glm4vMoeConfig",
+        vision_language(
+            TINY | HEAD | ROUTED | ROPE_SECTIONS | {"attention_bias": True},
+            VISUAL | {"image_size": 8},
+        ),
+    ),
+    "qwen2_vl": Tiny(
+        "Qwen2VLForConditionalGeneration",
+        "Qwen2VLConfig",
+        vision_language(
+            TINY | MROPE,
+            {"depth": 2, "embed_dim": 32, "hidden_size": 48, "num_heads": 4, "patch_size": 2},
+        ),
+    ),
+    "internvl": Tiny(
+        "InternVLForConditionalGeneration",
+        "InternVLConfig",
+        {
+            "text_config": TINY | {"model_type": "qwen2"},
+            "vision_config": INTERN,
+            "image_token_id": 57,
+            "tie_word_embeddings": False,
+        },
+    ),
+    "qwen2_audio": Tiny(
+        "Qwen2AudioForConditionalGeneration",
+        "Qwen2AudioConfig",
+        {
+            "text_config": TINY | {"model_type": "qwen2"},
+            "audio_config": AUDIO,
+            "audio_token_index": 57,
+        },
+    ),
+    "qwen3_omni": Tiny(
+        "Qwen3OmniMoeForConditionalGeneration",
+        "Qwen3OmniMoeConfig",
+        {
+            "thinker_config": {
+                "text_config": TINY | HEAD | MOE,
+                "vision_config": DEEP,
+                "audio_config": AUDIO,
+            },
+            "enable_audio_output": False,
+        },
+    ),
+    "qwen2_5_omni_thinker": Tiny(
+        "Qwen2_5OmniThinkerForConditionalGeneration",
+        "Qwen2_5OmniThinkerConfig",
+        {
+            "text_config": TINY | ROPE_SECTIONS,
+            "vision_config": VISUAL | {"fullatt_block_indexes": [1]},
+            "audio_config": AUDIO,
+        },
     ),
     "kimi_k2": Tiny(
         "DeepseekV3ForCausalLM",

@@ -28,6 +28,7 @@ _MODULES = (
     "qwen2_5_vl",
     "qwen3_vl",
     "qwen3_next",
+    "multimodal",
 )
 
 

@@ -13,7 +13,7 @@ from streamconv.errors import BadInputError
 from streamconv.families.rules import Dims
 from streamconv.ir.boxes import Shape
 
-_LAYER = re.compile(r"((?:language_model\.)?decoder\.layers\.)([0-9]+)\.(.+)")
+_LAYER = re.compile(r"((?:.+?\.)?(?:layers?|blocks)\.)([0-9]+)\.(.+)", re.ASCII)
 _AROUND = re.compile(
     r"(?:language_model\.)?(embedding\.word_embeddings|output_layer|decoder\.final_(?:layer)?norm)\.weight"
 )
@@ -32,16 +32,18 @@ def check_alike(shapes: Mapping[str, Shape], dims: Dims) -> None:
             raise _another_shape(name, f"[…, {dims.hidden}], as config.json says", shape)
     seen = {found[1] for name in shapes if (found := _AROUND.fullmatch(name))}
     _check_around(seen, dims)
-    layers: dict[str, Tensors] = {}
+    layers: dict[tuple[str, int], Tensors] = {}
     for name, shape in shapes.items():
         if match := _LAYER.fullmatch(name):
-            layers.setdefault(match[1] + match[2], {})[match[3]] = shape
+            layers.setdefault((match[1], int(match[2])), {})[match[3]] = shape
     first: dict[object, tuple[str, Tensors]] = {}
     sizes: dict[object, tuple[str, Tensors]] = {}
     kinds = dims.get("layer_types")
-    for number, (prefix, layer) in enumerate(layers.items()):
+    for (block, number), layer in layers.items():
         kind = kinds[number] if isinstance(kinds, list) and number < len(kinds) else None
-        for part, tensors in _parts(layer):
+        prefix = f"{block}{number}"
+        for name, tensors in _parts(block, layer):
+            part = (block, name)
             _compare_names(prefix, tensors, *first.setdefault(part, (prefix, tensors)))
             _compare_shapes(prefix, tensors, *sizes.setdefault((kind, part), (prefix, tensors)))
 
@@ -58,7 +60,10 @@ def _check_around(seen: set[str], dims: Dims) -> None:
         raise _missing([f"{part}.weight" for part in missing], "what every model has")
 
 
-def _parts(layer: Tensors) -> Iterator[tuple[str, Tensors]]:
+def _parts(block: str, layer: Tensors) -> Iterator[tuple[str, Tensors]]:
+    if not block.endswith("decoder.layers."):
+        yield "all", layer
+        return
     experts = any(n.startswith(("mlp.experts.", "mlp.router.")) for n in layer)
     mlp = {n: s for n, s in layer.items() if n.startswith(("mlp.", "pre_mlp_layernorm."))}
     yield "attention", {n: s for n, s in layer.items() if n not in mlp}

@@ -23,10 +23,10 @@ from streamconv.ir.recipe import Recipe
 from streamconv.options import JobOptions
 from streamconv.tracing.hf import MetaModel, build_meta
 
-_LAYER = re.compile(r"(?:language_model\.)?decoder\.layers\.([0-9]+)\.")
+_LAYER = re.compile(r"(?:thinker\.)?(?:language_model\.)?decoder\.layers\.([0-9]+)\.")
 _PREDICTION = re.compile(r"mtp\.layers\.([0-9]+)\.")
-_OUTPUT = re.compile(r"(?:language_model\.)?output_layer\.(weight|bias)")
-_EMBEDDING = re.compile(r"(?:language_model\.)?embedding\.word_embeddings\.weight")
+_OUTPUT = re.compile(r"(?:thinker\.)?(?:language_model\.)?output_layer\.(weight|bias)")
+_EMBEDDING = re.compile(r"(?:thinker\.)?(?:language_model\.)?embedding\.word_embeddings\.weight")
 _HEADS = (
     (".self_attention.linear_qkv.", "num_attention_heads", "attention"),
     (".self_attention.in_proj.", "linear_num_key_heads", "linear attention"),
@@ -69,9 +69,9 @@ def convert(
     notices += _cut_rows(dims, tensors)
     shapes = {name: shape for name, (shape, _) in tensors.items()}
     notices += check_prediction(shapes, dims, HYBRID if family.hybrid else MEGATRON)
+    recipes = apply(family, dims, tensors)
     if model is None:
         check_alike(shapes, dims)
-    recipes = apply(family, dims, tensors)
     if original is not None:
         names = {new: old for old, new in original.items()}
         recipes = [Recipe(r.name, r.dtype, r.view.map_sources(names)) for r in recipes]
@@ -83,6 +83,7 @@ def convert(
         changes=changes,
         extras=extras(family, dims, _predictions(tensors)),
         notices=notices,
+        untrained=map(compiled, family.untrained),
     )
 
 

@@ -20,7 +20,8 @@ class Converted:
     ``config`` is what config.json has to say and ``changes`` how it differs from what it said;
     ``model`` is transformers' model of it, None where the library has none, ``architecture`` its
     class where config.json should name it; ``extras`` are patterns of names that the model may have
-    beyond that. ``skipped`` are tensors that no output is made of.
+    beyond that. ``skipped`` are tensors that no output is made of. ``untrained`` are patterns of parts
+    that may not be in the checkpoint at all.
     """
 
     recipes: tuple[Recipe, ...]
@@ -31,6 +32,7 @@ class Converted:
     extras: tuple[re.Pattern[str], ...]
     notices: tuple[str, ...]
     skipped: tuple[Skipped, ...] = ()
+    untrained: tuple[re.Pattern[str], ...] = ()
 
 
 def settings_of(
@@ -43,7 +45,8 @@ def settings_of(
         f"transformers does not know the model type {reference.get('model_type')!r}: the names "
         "are the family's, shapes are checked as far as its rules do"
     )
-    return {**reference, **(reference.get("text_config") or {})}
+    text = reference.get("text_config") or reference.get("llm_config")
+    return {**reference, **(text if isinstance(text, Mapping) else {})}
 
 
 def put_together(
@@ -56,6 +59,7 @@ def put_together(
     extras: Iterable[re.Pattern[str]],
     notices: Iterable[str],
     skipped: Iterable[Skipped] = (),
+    untrained: Iterable[re.Pattern[str]] = (),
 ) -> Converted:
     """Return the outputs in the model's order. ``reference`` is the config that it was built of."""
     order = {name: k for k, name in enumerate(model.hub_shapes)} if model is not None else {}
@@ -72,7 +76,21 @@ def put_together(
         tuple(extras),
         tuple(notices),
         tuple(skipped),
+        tuple(untrained),
     )
+
+
+def left_out(found: Converted) -> tuple[str, ...]:
+    """Return the tensors of parts of the model of which nothing is in the checkpoint."""
+    if found.model is None:
+        return ()
+    made = {r.name for r in found.recipes}
+    missing: list[str] = []
+    for part in found.untrained:
+        names = [n for n in found.model.hub_shapes if part.fullmatch(n)]
+        if made.isdisjoint(names):
+            missing += [n for n in names if n not in found.model.optional]
+    return tuple(missing)
 
 
 def extras(family: Family, dims: Dims, predictions: Iterable[int]) -> Iterator[re.Pattern[str]]:

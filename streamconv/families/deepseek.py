@@ -24,6 +24,9 @@ _LAYER = (*MLA, *INDEXER, *MLP, *ROUTER, *EXPERT_BIAS, *EXPERTS, *SHARED_EXPERTS
 # DeepSeek-V3 under a model type of its own, which transformers lacks.
 KIMI = borrowing({"kimi_k2": ("deepseek_v3", "DeepseekV3ForCausalLM")})
 
+# Without layers for multi-token prediction.
+KIMI_K2 = (*TOP, *_LAYER)
+
 FAMILIES = (
     Family(
         name="deepseek",

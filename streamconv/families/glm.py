@@ -23,7 +23,7 @@ from streamconv.families.blocks import (
 from streamconv.families.rules import Family, borrowing, renamed, rule
 
 # The first rule that matches counts, so that what differs from a table stands before it.
-_GLM4 = (
+GLM4 = (
     rule(D + "mlp.linear_fc1.weight", L + "mlp.gate_up_proj.weight", ops.copy),
     *(
         rule(D + module + name, L + name, ops.copy)
@@ -36,11 +36,11 @@ _GLM4 = (
     *DENSE,
 )
 
-_GLM4_MOE = (*ATTENTION, *MLP, *ROUTER, *EXPERT_BIAS, *EXPERTS, *SHARED_EXPERTS)
+GLM4_MOE = (*ATTENTION, *MLP, *ROUTER, *EXPERT_BIAS, *EXPERTS, *SHARED_EXPERTS)
 
 # Hunyuan 3's names for a router and the shared experts.
 _HY_V3 = renamed(
-    _GLM4_MOE,
+    GLM4_MOE,
     targets={
         "mlp.gate.weight": "mlp.router.gate.weight",
         "mlp.gate.e_score_correction_bias": "mlp.expert_bias",
@@ -49,17 +49,17 @@ _HY_V3 = renamed(
 )
 
 FAMILIES = (
-    Family(name="glm4", model_types=("glm4",), rules=_GLM4),
+    Family(name="glm4", model_types=("glm4",), rules=GLM4),
     Family(
         name="glm4_moe",
         model_types=("glm4_moe", "dots1"),
-        rules=(*TOP, *_GLM4_MOE, *mtp(_GLM4_MOE)),
+        rules=(*TOP, *GLM4_MOE, *mtp(GLM4_MOE)),
         extras=("model.layers.{mtp_layer}.{rest}",),
     ),
     Family(
         name="deepseek_v1",
         model_types=("deepseek",),
-        rules=(*TOP, *_GLM4_MOE),
+        rules=(*TOP, *GLM4_MOE),
         reference=borrowing({"deepseek": ("glm4_moe", "Glm4MoeForCausalLM")}),
         lacks=(L + "mlp.gate.e_score_correction_bias",),
     ),

@@ -35,8 +35,9 @@ FAMILIES = (
         model_types=("qwen2_5_vl",),
         rules=(
             *prefixed(DENSE, sources="language_model."),
-            rule("visual.{rest}", "visual.{rest}", ops.copy),
+            *vision.kept({"visual": "visual"}),
             *_TOWER,
         ),
+        untrained=("visual.{rest}",),
     ),
 )

@@ -46,6 +46,7 @@ from streamconv.families.rules import (
     replaced,
     rule,
 )
+from streamconv.families.vision import kept
 
 _A = D + "self_attention."
 _N = L + "linear_attn."
@@ -289,9 +290,9 @@ FAMILIES = (
             *_MTP,
             *TOWER,
             # HuggingFace's tower: mbridge calls it so, ms-swift and slime leave its name.
-            rule("vision_model.{rest}", "model.visual.{rest}", ops.copy),
-            rule("visual.{rest}", "model.visual.{rest}", ops.copy),
+            *kept({"vision_model": "model.visual", "visual": "model.visual"}),
         ),
+        untrained=("model.visual.{rest}",),
         extras=("mtp.{rest}",),
         zero_centred_norms=True,
         signs=_SIGNS,

@@ -57,6 +57,8 @@ FAMILIES = (
                 sources="language_model.",
             ),
             *TOWER,
+            *vision.kept({"visual": "model.visual"}),  # ms-swift, slime
         ),
+        untrained=("model.visual.{rest}",),
     ),
 )

@@ -48,6 +48,8 @@ class Family:
     model whose class is not part of it, and ``lacks`` are patterns of what that model has and this one
     has not. ``zero_centred_norms`` says that HuggingFace's class adds 1 to the weights of its norms.
     ``hybrid`` says that HuggingFace's model, too, has layers of single blocks (attention, MLP, Mamba).
+    ``untrained`` are patterns of HuggingFace's tensors, one for each part of the model that a run may
+    leave out as a whole: they are the released model's then.
     ``signs`` are for tensors of one name and shape that trainers fill in different ways: for each way a
     regular expression, found in names that only such checkpoints have; ``Dims.signs`` has those that
     were seen. ``dropped`` are patterns of tensors that are left out, because HuggingFace's model has no
@@ -62,6 +64,7 @@ class Family:
     lacks: tuple[str, ...] = ()
     zero_centred_norms: bool = False
     hybrid: bool = False
+    untrained: tuple[str, ...] = ()
     signs: Mapping[str, str] = dataclasses.field(default_factory=dict)
     dropped: tuple[tuple[str, str], ...] = ()
 
@@ -85,6 +88,14 @@ def borrowing(
         return settings | {"model_type": model_type, "architectures": [architecture]}
 
     return reference
+
+
+def without_class(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A ``reference`` that no class of transformers stands for: what it saves has other names.
+
+    The names are those of the released files, which it reads.
+    """
+    return {**config, "model_type": f"{config.get('model_type')} as released"}
 
 
 def rule(sources: str | tuple[str, ...], targets: str | tuple[str, ...], how: How) -> Rule:

@@ -6,8 +6,10 @@ with ``{rest}`` does it.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+
 from streamconv.families import ops
-from streamconv.families.rules import Dims, How, Rule, rule
+from streamconv.families.rules import Dims, How, Rule, prefixed, renamed, rule
 
 B = "vision_model.decoder.layers.{layer}."
 
@@ -22,6 +24,29 @@ def joined_qkv(dims: Dims, tensor: ops.Tensor) -> ops.Tensor:
 def qkv(dims: Dims, tensor: ops.Tensor) -> tuple[ops.Tensor, ...]:
     """``[heads·3·d, …]`` → q, k and v ``[heads·d, …]``."""
     return joined_qkv(dims, tensor).chunk(3)
+
+
+def kept(modules: Mapping[str, str]) -> tuple[Rule, ...]:
+    """Return the rules of modules that are HuggingFace's own, by Megatron's and HuggingFace's prefix.
+
+    ms-swift has them all in one module ``visual``, under their last name in HuggingFace's model.
+    """
+    swift = {f"visual.{target.rpartition('.')[2]}": target for target in modules.values()}
+    return tuple(
+        rule(source + ".{rest}", target + ".{rest}", ops.copy)
+        for source, target in (*swift.items(), *modules.items())
+    )
+
+
+def language(
+    rules: Iterable[Rule], model: str, head: str = "lm_head.", *, below: str = "language_model."
+) -> tuple[Rule, ...]:
+    """Return the rules of a language model that is a part of a model.
+
+    ``model`` and ``head`` are HuggingFace's prefixes of it, ``below`` Megatron's.
+    """
+    targets = {"model.": model, "lm_head.": head}  # what is put in has "model." in it, too
+    return prefixed(renamed(rules, targets=targets), sources=below)
 
 
 def both(source: str, target: str, how: How = ops.copy) -> tuple[Rule, ...]:

@@ -318,7 +318,9 @@ def _of_a_value_head(name: str) -> bool:
 
 
 def _refuse_options(checkpoint: Checkpoint, options: LoraOptions) -> None:
-    if options.mode != "auto" or options.base is not None:
+    # Parts that Megatron does not train may come from a base model, too.
+    base = options.base is not None and checkpoint.naming != "mcore"
+    if options.mode != "auto" or base:
         option = "--base" if options.mode == "auto" else "--lora"
         count = len(checkpoint.tensors) + len(checkpoint.undecided)
         raise UsageError(

@@ -22,12 +22,12 @@ from streamconv.ir.identity import JobIdentity, job_identity
 from streamconv.ir.planned import OutputFile, PlanHead, SideFile, TextFile, Totals, WrittenFile
 from streamconv.ir.planwriter import PlanWriter
 from streamconv.ir.recipe import Recipe
-from streamconv.ir.source import Checkpoint, GlobalTensor, Skipped
+from streamconv.ir.source import Checkpoint, GlobalTensor, Skipped, SourceFile
 from streamconv.lora import adapters
 from streamconv.lora.adapters import Adapter
 from streamconv.lora.plan import LoraPlan, Translate, adapter_inputs, idle_options, plan_lora
 from streamconv.options import JobOptions, Layout
-from streamconv.planning import checks, placing, strays
+from streamconv.planning import checks, placing, strays, untrained
 from streamconv.planning.precision import chosen_weights
 from streamconv.planning.sidefiles import (
     corrected_config,
@@ -123,7 +123,7 @@ def build_plan(
             totals=totals,
             notices=tuple(notices),
             skipped=(*skipped, *checks.unused(made.tensors, recipes, {s.name for s in skipped})),
-            files=checkpoint.files,
+            files=(*checkpoint.files, *made.files),
             side=tuple(side),
             written=tuple(WrittenFile(t.name, len(t.content.encode())) for t in made.texts),
         ),
@@ -145,7 +145,7 @@ class _Output:
     """What goes into the output: first what it is made of, then what is made of that.
 
     ``recipes`` are the model's. ``skipped`` are sources that are left out. ``prefix`` is what the names
-    begin with, of a model among several.
+    begin with, of a model among several. ``files`` are sources beside the checkpoint's.
     """
 
     tensors: dict[str, GlobalTensor]
@@ -156,6 +156,7 @@ class _Output:
     recipes: list[Recipe]
     skipped: list[Skipped] = field(default_factory=list)
     prefix: str = ""
+    files: tuple[SourceFile, ...] = ()
     placed: list[tuple[OutputFile, list[placing.Placed]]] = field(default_factory=list)
     texts: list[TextFile] = field(default_factory=list)
     side_left_out: set[str] = field(default_factory=set)
@@ -165,18 +166,29 @@ def _sources(
     checkpoint: Checkpoint, config: Mapping[str, Any] | None, job: JobOptions, notices: list[str]
 ) -> _Output:
     if checkpoint.naming == "mcore":
+        from streamconv.families.converted import left_out as parts_left_out
+
         found = _of_family(checkpoint, config, job)
-        recipes = list(found.recipes)
         notices += [n for n in found.notices if n not in notices]
+        filled = untrained.fill(checkpoint, parts_left_out(found), job.lora.base)
+        if filled.recipes:
+            notices.append(
+                f"{len(filled.recipes)} tensors of parts that Megatron did not train are those of "
+                f"{job.lora.base}"
+            )
+        recipes = [*found.recipes, *filled.recipes]
         if found.model is not None:
             notices += checks.check_recipes(recipes, found.model, job, found.extras)
+        if not filled.recipes:
+            untrained.refuse_idle(checkpoint, job.lora.base)
         return _Output(
-            dict(checkpoint.tensors),
+            {**checkpoint.tensors, **{t.fqn: t for t in filled.tensors}},
             found.config,
             found.model,
             found.architecture,
             found.changes,
             recipes,
+            files=filled.files,
         )
     dialect = _dialect(checkpoint, config, job)
     if dialect is not None:
