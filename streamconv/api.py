@@ -59,6 +59,7 @@ def convert(
     on_event: Callable[[Event], None] = ignore_event,
     cancel: Cancel | None = None,
     report: StrPath | None = None,
+    nodes: str | None = None,
     **job: Unpack[JobKeywords],
 ) -> Result:
     """Convert the checkpoint ``src`` into the HuggingFace folder ``dst``.
@@ -67,6 +68,8 @@ def convert(
     machine can give). After an error ``dst`` is as it was; the same call again resumes, output file by
     output file. ``on_event`` hears how it goes, ``cancel`` ends it from another thread. ``report`` is
     an HTML file to write about it, ``job`` what decides the output: see :class:`JobKeywords`.
+    ``nodes`` is a cluster that does it, ``"ray"`` or ``"ray://HOST"``, whose machines share both paths;
+    ``max_mem`` is each worker's then (None: 1 GB).
     """
     from streamconv.conversion.job import convert as run_job
 
@@ -75,6 +78,8 @@ def convert(
     run = run_options(
         max_mem, overwrite, sync, direct, source_crc, checksum, io_threads, on_event, cancel
     )
+    if nodes is not None:
+        return _convert_on(nodes, src, dst, options, run, report)
     with _reading(src, job, dst):
         if report is None:
             return run_job(src, dst, options, run)
@@ -82,6 +87,29 @@ def convert(
 
         page = _own_file(report, askedfile.PAGE, src, dst, options)
         return convert_reported(page, lambda watched: run_job(src, dst, options, watched), run)
+
+
+def _convert_on(
+    nodes: str, src: Path, dst: Path, job: JobOptions, run: RunOptions, report: Path | None
+) -> Result:
+    from streamconv.nodes import ray_engine
+    from streamconv.nodes.tasks import Request
+
+    if report is not None:
+        raise UsageError("--report is for a conversion on one machine, without --nodes")
+    request = Request(
+        str(src.absolute()),
+        str(dst.absolute()),
+        job.to_json(),
+        run.max_mem_bytes or ray_engine.DEFAULT_BUDGET_BYTES,
+        overwrite=run.overwrite,
+        sync=run.sync,
+        direct=run.direct,
+        source_crc=run.source_crc,
+        sha256=run.sha256,
+        io_threads=run.io_threads,
+    )
+    return ray_engine.convert(nodes, request, run.on_event)
 
 
 def begin(

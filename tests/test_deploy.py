@@ -6,12 +6,14 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
 import pytest
 import yaml
 
+import streamconv
 from streamconv.batch.schedule import parse_schedule
 from streamconv.batch.settings import load, settings
 
@@ -82,3 +84,41 @@ def test_the_slurm_script_hands_on_its_arguments_and_its_memory(tmp_path, memory
     assert done.stdout.strip() == f"batch /runs/a b /models {expected}".strip()
     alone = subprocess.run(["bash", str(DEPLOY / "slurm.sh")], capture_output=True, check=False)
     assert alone.returncode == 2
+
+
+def test_the_array_job_and_the_indexed_job_write_parts(lone_rank_file, tmp_path):
+    """With the variables that Slurm and Kubernetes set."""
+    out = tmp_path / "out"
+    streamconv.begin(lone_rank_file, out, sync=False)
+    command = f"{sys.executable} -m streamconv"
+    stub = tmp_path / "streamconv"
+    stub.write_text(f'#!/bin/sh\nexec {command} "$@"\n')
+    stub.chmod(0o755)
+    slurm = {
+        "STREAMCONV": str(stub),
+        "SLURM_MEM_PER_NODE": "8192",
+        "SLURM_ARRAY_TASK_ID": "1",
+        "SLURM_ARRAY_TASK_MIN": "1",
+        "SLURM_ARRAY_TASK_COUNT": "1",
+    }
+    script = [str(DEPLOY / "slurm-parts.sh"), str(out), "--json"]
+    done = subprocess.run(
+        script, env=os.environ | slurm, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert '"status": "written"' in done.stdout
+    part, finish = yaml.safe_load_all((DEPLOY / "kubernetes-parts.yaml").read_text())
+    (container,) = part["spec"]["template"]["spec"]["containers"]
+    share = container["command"][container["command"].index("--part") + 1]
+    assert share == f"auto/{part['spec']['completions']}"
+    indexed = os.environ | {"JOB_COMPLETION_INDEX": "7"}
+    words = [str(out) if w == "/models/my-model" else w for w in container["command"][1:]]
+    done = subprocess.run(
+        [str(stub), *words], env=indexed, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    (container,) = finish["spec"]["template"]["spec"]["containers"]
+    words = [str(out) if w == "/models/my-model" else w for w in container["command"][1:]]
+    done = subprocess.run([str(stub), *words], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (out / "model.safetensors").is_file()

@@ -192,6 +192,15 @@ def convert(
     no_source_crc: NoSourceCrc = False,
     checksum: Checksum = None,
     io_threads: IoThreads = 1,
+    nodes: Annotated[
+        str | None,
+        typer.Option(
+            "--nodes",
+            metavar="CLUSTER",
+            help="Let a Ray cluster do it: ray, or ray://HOST. --max-mem is each worker's then.",
+            rich_help_panel=SPEED,
+        ),
+    ] = None,
     report: Report = None,
     hf_upload_path: UploadPath = None,
     private: Private = False,
@@ -211,6 +220,7 @@ def convert(
         "checksum": checksum,
         "io_threads": io_threads,
         "report": report,
+        "nodes": nodes,
     }
     run_conversion(
         src, dst, options, json=json, quiet=quiet, upload_to=hf_upload_path, private=private

@@ -39,7 +39,10 @@ def convert(
 
     if upload_to is not None:
         check_upload(upload_to)
-    ask = not (json or quiet) and sys.stdin.isatty() and sys.stderr.isatty()
+    here = (
+        options.get("nodes") is None or src.exists()
+    )  # a cluster's paths may not be this machine's
+    ask = here and not (json or quiet) and sys.stdin.isatty() and sys.stderr.isatty()
     _check_place(src, dst, ask=ask)
     model = options.pop("model", None) or _choose(src, ask=ask)
     with listen(json=json, quiet=quiet) as on_event, told_when_stopped(dst):

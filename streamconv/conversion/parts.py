@@ -11,7 +11,7 @@ import os
 import re
 import time
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -96,17 +96,31 @@ class Share:
 
 @dataclass(frozen=True, slots=True)
 class Begun:
-    """A conversion that is begun: its output files by name, and those that are finished already."""
+    """A conversion that is begun: the sizes of its output files, and which are finished already."""
 
     status: Literal["begun", "nothing-to-do"]
     output: Path
-    files: tuple[str, ...] = ()
+    sizes: Mapping[str, int] = field(default_factory=dict)
     finished: tuple[str, ...] = ()
-    write_bytes: int = 0
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Return the names of all output files that hold weights."""
+        return tuple(self.sizes)
+
+    @property
+    def write_bytes(self) -> int:
+        """Return the bytes of all of them."""
+        return sum(self.sizes.values())
 
     def to_json(self) -> dict[str, Any]:
         """Return it as plain data."""
-        return {**asdict(self), "output": str(self.output)}
+        return {
+            "status": self.status,
+            "output": str(self.output),
+            "sizes": dict(self.sizes),
+            "finished": list(self.finished),
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +156,7 @@ def begin(src: Path, dst: Path, job: JobOptions, run: RunOptions) -> Begun:
         )
     with prepared_plan(src, dst, run) if planned else prepared(src, dst, job, run) as ready:
         if isinstance(ready, Result):
-            return Begun("nothing-to-do", ready.output, write_bytes=ready.write_bytes)
+            return Begun("nothing-to-do", ready.output)
         ready.check_disk()
         ready.staging.journal.choose(choices(run))
         outputs = ready.plan.outputs()
@@ -150,9 +164,8 @@ def begin(src: Path, dst: Path, job: JobOptions, run: RunOptions) -> Begun:
         return Begun(
             "begun",
             ready.dst,
-            tuple(o.name for o in outputs),
+            {o.name: o.nbytes for o in outputs},
             tuple(o.name for o in outputs if o.name in ready.staging.journal.notes),
-            sum(o.nbytes for o in outputs),
         )
 
 

@@ -123,6 +123,10 @@ class Sealer:
         """Return the seal of ``parts``, which stands for nothing else and for no other kind."""
         return self._digest(kind, *parts).hexdigest()[: 2 * _SEAL_BYTES]
 
+    def derived(self) -> bytes:
+        """Return a key for this purpose alone, which may be given to others: it tells no other key."""
+        return self._digest("derived").digest()[:_KEY_BYTES]
+
     def _digest(self, kind: str, *parts: bytes) -> hashlib.blake2b:
         digest = hashlib.blake2b(key=self._key)
         for part in (kind.encode(), *parts):

@@ -1,0 +1,241 @@
+"""One conversion on a Ray cluster: a task begins it, one writes each output file, one finishes it.
+
+Ray places the tasks, with their memory as a resource, and runs them again when a machine dies; bad
+input is never tried again, since errors come back as data. No bytes of a weight pass through Ray: all
+machines read the source and write the output at the same paths.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from streamconv.errors import BadInputError, BudgetError, StreamconvError, UsageError
+from streamconv.files.userkey import Sealer, user_key
+from streamconv.nodes import tasks
+from streamconv.options import Event, Phase, Progress, Result
+from streamconv.units import format_size
+
+DEFAULT_BUDGET_BYTES = 10**9
+_ADDRESS = "ray://"
+_CLIENT_PORT = 10001
+_LOOK_EVERY_SECONDS = 0.3
+_RETRIES = 5
+
+
+class _Board:
+    """An actor that knows how many bytes of each output file are done."""
+
+    def __init__(self) -> None:
+        self._done: Counter[str] = Counter()
+
+    def put(self, name: str, done_bytes: int) -> None:
+        """Note how far a file is; one that is begun again starts from nothing."""
+        self._done[name] = done_bytes
+
+    def total(self) -> int:
+        """Return the bytes that are done, of all files."""
+        return self._done.total()
+
+
+def convert(nodes: str, request: tasks.Request, on_event: Callable[[Event], None]) -> Result:
+    """Run a conversion on the cluster ``nodes``: ``ray``, or ``ray://HOST[:PORT]``.
+
+    Where this process is connected to a cluster already, that one is taken. Raises
+    :class:`UsageError` where there is none, :class:`BadInputError` where the machines differ in what
+    must be alike, :class:`BudgetError` where none has the memory, and what converting raises.
+    """
+    with _connected(nodes) as ray:
+        started = time.monotonic()
+        request = _checked(ray, request)
+        on_event(Phase("plan"))
+        begun = _answer(ray, tasks.begin, request, "beginning the conversion")
+        if begun["status"] == "begun":
+            on_event(Phase("write"))
+            _write_all(ray, request, begun, on_event, started)
+        on_event(Phase("publish"))
+        told = _answer(ray, tasks.finish, request, "publishing the output")
+    return Result(**{**told, "output": Path(told["output"]), "notices": tuple(told["notices"])})
+
+
+@contextmanager
+def _connected(nodes: str) -> Iterator[Any]:
+    try:
+        import ray
+    except ImportError as error:
+        raise UsageError(
+            "--nodes ray needs Ray, which is not installed here",
+            hint="pip install 'streamconv[ray]'",
+        ) from error
+    if ray.is_initialized():
+        yield ray
+        return
+    address = _address(nodes)
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+    except (ConnectionError, RuntimeError, OSError) as error:
+        raise UsageError(
+            "no Ray cluster answers",
+            where=address,
+            found=str(error).splitlines()[0],
+            hint="start one: `ray start --head`, and on other machines `ray start --address=HOST:6379`",
+        ) from error
+    try:
+        yield ray
+    finally:
+        ray.shutdown()
+
+
+def _address(nodes: str) -> str:
+    """Return what Ray calls a cluster.
+
+    >>> _address("ray"), _address("ray://head"), _address("ray://head:10002")
+    ('auto', 'ray://head:10001', 'ray://head:10002')
+    """
+    if nodes == "ray":
+        return "auto"
+    if not nodes.startswith(_ADDRESS) or not nodes.removeprefix(_ADDRESS):
+        raise UsageError("--nodes takes ray or ray://HOST[:PORT]", found=repr(nodes))
+    host = nodes.removeprefix(_ADDRESS)
+    return nodes if ":" in host else f"{_ADDRESS}{host}:{_CLIENT_PORT}"
+
+
+def _checked(ray: Any, request: tasks.Request) -> tasks.Request:
+    """Hold the machines against this one; return the request with a key where they have not ours."""
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    alive = [n for n in ray.nodes() if n["Alive"] and n["Resources"].get("CPU")]
+    if not alive:
+        raise UsageError("the Ray cluster has no machine with a processor")
+    room = max(n["Resources"].get("memory", 0) for n in alive)
+    if room < request.budget_bytes:
+        raise BudgetError(
+            "no machine of the Ray cluster has the memory of one part",
+            expected=format_size(request.budget_bytes),
+            found=format_size(int(room)),
+            hint="choose a smaller --max-mem: it is each worker's",
+        )
+    describe = ray.remote(tasks.describe)
+    asked = [
+        describe.options(
+            num_cpus=0, scheduling_strategy=NodeAffinitySchedulingStrategy(n["NodeID"], soft=False)
+        ).remote()
+        for n in alive
+    ]
+    here, keys = tasks.describe(), set()
+    for node, reference in zip(alive, asked, strict=True):
+        there = _get(ray, reference, f"asking {node['NodeManagerHostname']} for its version")
+        keys.add(there["key"])
+        for what in ("streamconv", "plan schema", "Python"):
+            if there[what] != here[what]:
+                raise BadInputError(
+                    f"a machine of the cluster has another {what}",
+                    where=there["host"],
+                    expected=str(here[what]),
+                    found=str(there[what]),
+                    hint="install the same version of streamconv everywhere",
+                )
+    if keys == {here["key"]}:
+        return request
+    # Of this output alone: who has it can finish, or forge, this conversion and no other.
+    return request.with_key(Sealer(user_key(), "nodes", request.dst).derived())
+
+
+def _write_all(
+    ray: Any,
+    request: tasks.Request,
+    begun: dict[str, Any],
+    on_event: Callable[[Event], None],
+    started: float,
+) -> None:
+    """Write every output file that is not finished; tell how far all of them are together."""
+    sizes: dict[str, int] = begun["sizes"]
+    reused = sum(sizes[name] for name in begun["finished"])
+    todo = [name for name in sizes if name not in begun["finished"]]
+    board = ray.remote(_Board).options(num_cpus=0, max_restarts=-1).remote()
+    task = ray.remote(_write).options(
+        num_cpus=1,
+        memory=request.budget_bytes,
+        scheduling_strategy="SPREAD",
+        max_retries=_RETRIES,
+        retry_exceptions=False,
+    )
+    # The largest first: none of them is begun when all others are done.
+    pending = {
+        task.remote(request, name, board): name for name in sorted(todo, key=lambda n: -sizes[n])
+    }
+    try:
+        while pending:
+            done, _ = ray.wait([*pending], num_returns=1, timeout=_LOOK_EVERY_SECONDS)
+            for reference in done:
+                name = pending.pop(reference)
+                _raise_error(_get(ray, reference, f"writing {name}"))
+            so_far = reused + sum(sizes[n] for n in todo if n not in pending.values())
+            on_event(
+                Progress(
+                    done_bytes=max(so_far, min(sum(sizes.values()), reused + _total(ray, board))),
+                    total_bytes=sum(sizes.values()),
+                    reused_bytes=reused,
+                    seconds=time.monotonic() - started,
+                    memory_bytes=0,
+                    budget_bytes=request.budget_bytes,
+                    file=next(iter(pending.values()), ""),
+                )
+            )
+    finally:
+        for reference in pending:
+            ray.cancel(reference)
+        ray.kill(board)
+
+
+def _write(request: tasks.Request, name: str, board: Any) -> dict[str, Any]:
+    return tasks.write(request, name, lambda file, done: board.put.remote(file, done))
+
+
+def _total(ray: Any, board: Any) -> int:
+    """Return the bytes that are done; nothing where the machine of the board has just died."""
+    try:
+        return int(ray.get(board.total.remote(), timeout=_LOOK_EVERY_SECONDS))
+    except (ray.exceptions.RayError, TimeoutError):
+        return 0
+
+
+def _answer(
+    ray: Any,
+    work: Callable[[tasks.Request], dict[str, Any]],
+    request: tasks.Request,
+    what: str,
+) -> dict[str, Any]:
+    """Run a task that is the only one of its kind, and return what it says; raise its error."""
+    task = ray.remote(work).options(
+        num_cpus=1, memory=request.budget_bytes, max_retries=_RETRIES, retry_exceptions=False
+    )
+    return _raise_error(_get(ray, task.remote(request), what))
+
+
+def _get(ray: Any, reference: Any, what: str) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = ray.get(reference)
+    except ray.exceptions.RayError as error:
+        lines = str(error).strip().splitlines()
+        missing = "No module named 'streamconv'" in str(error)
+        raise StreamconvError(
+            f"Ray failed while {what}"
+            if what.startswith(("asking", "writing"))
+            else f"Ray: {what}",
+            found=lines[-1] if lines else type(error).__name__,
+            hint="install streamconv on every machine of the cluster" if missing else None,
+        ) from error
+    return found
+
+
+def _raise_error(told: dict[str, Any]) -> dict[str, Any]:
+    if "error" in told:
+        error = StreamconvError.from_json(told["error"])
+        error.where = " on ".join(filter(None, (error.where, told.get("host"))))
+        raise error
+    return told

@@ -1,0 +1,164 @@
+"""What an engine runs on its machines: the parts of a conversion, as functions of plain data.
+
+Nothing here loads an engine. Where a budget is smaller than an engine's worker process, the part runs
+in a process of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from streamconv._version import __version__
+from streamconv.errors import StreamconvError
+from streamconv.files.userkey import Sealer, user_key
+from streamconv.ir.identity import SCHEMA
+from streamconv.options import Event, JobOptions, Progress, RunOptions
+from streamconv.system.signals import how_it_ended
+
+# An idle worker of Ray has 80 to 90 MB, and 105 while it converts.
+CHILD_BELOW_BYTES = 150 * 10**6
+_TAIL_CHARACTERS = 2000
+
+# Called with an output file and how many of its bytes are done.
+Told = Callable[[str, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A conversion that an engine runs: source, output, options, and the budget of each worker.
+
+    ``key`` seals what is staged, where the machines do not have the user's own; in hexadecimal.
+    """
+
+    src: str
+    dst: str
+    job: dict[str, Any]
+    budget_bytes: int
+    overwrite: bool = False
+    sync: bool = True
+    direct: bool = False
+    source_crc: bool = True
+    sha256: bool = False
+    io_threads: int = 1
+    key: str | None = None
+
+    def run_options(self) -> RunOptions:
+        """Return how a worker runs its part."""
+        return RunOptions(
+            max_mem_bytes=self.budget_bytes,
+            overwrite=self.overwrite,
+            sync=self.sync,
+            direct=self.direct,
+            source_crc=self.source_crc,
+            sha256=self.sha256,
+            io_threads=self.io_threads,
+        )
+
+    def with_key(self, key: bytes) -> Request:
+        """Return the same request with a key for its seals."""
+        return replace(self, key=key.hex())
+
+
+def describe() -> dict[str, Any]:
+    """Return what must be alike on all machines, and how this one is called.
+
+    ``key`` stands for the user's key and does not tell it.
+    """
+    return {
+        "host": socket.gethostname(),
+        "streamconv": __version__,
+        "plan schema": SCHEMA,
+        "Python": ".".join(platform.python_version_tuple()[:2]),
+        "key": Sealer(user_key(), "nodes").seal("alike", b""),
+    }
+
+
+def begin(request: Request) -> dict[str, Any]:
+    """Begin the conversion; return its output files with their sizes, or the error."""
+    return _answer(request, lambda: _begin(request))
+
+
+def write(request: Request, name: str, told: Told) -> dict[str, Any]:
+    """Write the output file ``name``; return what :class:`Part` says, or the error."""
+    if request.budget_bytes < CHILD_BELOW_BYTES:
+        return _answer(request, lambda: _write_in_child(request, name, told))
+    return _answer(request, lambda: _write(request, name, told))
+
+
+def finish(request: Request) -> dict[str, Any]:
+    """Publish the output; return the result, or the error."""
+    return _answer(request, lambda: _finish(request))
+
+
+def _answer(request: Request, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Return errors as data: an engine that sees an exception might try the same again."""
+    if request.key is not None:
+        os.environ["STREAMCONV_KEY"] = request.key  # for child processes, too
+    try:
+        return work()
+    except StreamconvError as error:
+        return {"error": error.to_json(), "host": socket.gethostname()}
+    except (OSError, MemoryError) as error:
+        told = StreamconvError.of_system(error).to_json()
+        return {"error": told, "host": socket.gethostname()}
+
+
+def _begin(request: Request) -> dict[str, Any]:
+    from streamconv.conversion.parts import begin as begin_parts
+
+    job = JobOptions.from_json(request.job)
+    return begin_parts(Path(request.src), Path(request.dst), job, request.run_options()).to_json()
+
+
+def _write(request: Request, name: str, told: Told) -> dict[str, Any]:
+    from streamconv.conversion.parts import write_part
+
+    def heed(event: Event) -> None:
+        if isinstance(event, Progress):
+            told(name, event.done_bytes)
+
+    run = replace(request.run_options(), on_event=heed)
+    return write_part(Path(request.dst), [name], run).to_json()
+
+
+def _write_in_child(request: Request, name: str, told: Told) -> dict[str, Any]:
+    command = [sys.executable, "-m", "streamconv", "part", request.dst, "--file", name, "--json"]
+    command += ["--max-mem", str(request.budget_bytes), "--io-threads", str(request.io_threads)]
+    command += ["--direct"] if request.direct else []
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    last: Mapping[str, Any] = {}
+    with process:
+        assert process.stdout is not None  # noqa: S101 - a pipe, see above
+        assert process.stderr is not None  # noqa: S101 - a pipe, see above
+        for line in process.stdout:
+            event = json.loads(line)
+            if event.get("event") == "progress":
+                told(name, event["done_bytes"])
+            elif event.get("event") in ("result", "error"):
+                last = event
+        said = process.stderr.read()[-_TAIL_CHARACTERS:]
+    if last.get("event") == "result":
+        return {key: value for key, value in last.items() if key != "event"}
+    if last.get("event") == "error":
+        return {"error": dict(last), "host": socket.gethostname()}
+    raise StreamconvError(
+        "the process of a part died without reporting an error",
+        where=name,
+        found=f"{how_it_ended(process.returncode)}; {said.strip()}",
+    )
+
+
+def _finish(request: Request) -> dict[str, Any]:
+    from streamconv.conversion.parts import finish as finish_parts
+
+    result = finish_parts(Path(request.dst), request.run_options())
+    return {**asdict(result), "output": str(result.output)}

@@ -1,0 +1,165 @@
+"""One conversion on a Ray cluster: three nodes on this machine, kills of workers and of a node."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+import streamconv
+from scripts.outputs import contents
+from streamconv.errors import BadInputError, BudgetError, StreamconvError, UsageError
+from streamconv.nodes import ray_engine, tasks
+from streamconv.options import Event, Phase, Progress
+
+ray = pytest.importorskip("ray")
+pytestmark = [
+    pytest.mark.slow,
+    # Ray's own processes and sockets are still open when the interpreter ends.
+    pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
+SHARD = "40KB"
+MEMORY = 300 * 10**6
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Any]:
+    from ray.cluster_utils import Cluster
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        head = {"num_cpus": 0, "object_store_memory": 80 << 20, "include_dashboard": False}
+        made = Cluster(initialize_head=True, head_node_args=head)
+        for _ in range(2):
+            made.add_node(num_cpus=1, memory=3 * MEMORY, object_store_memory=80 << 20)
+        ray.init(address=made.address, log_to_driver=False, logging_level="ERROR")
+        yield made
+        ray.shutdown()
+        made.shutdown()
+
+
+@pytest.fixture(scope="module")
+def whole(checkpoints, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("whole") / "out"
+    streamconv.convert(source(checkpoints), out, max_shard_size=SHARD, sync=False)
+    return out
+
+
+def source(checkpoints: dict[str, Any]) -> Path:
+    path: Path = checkpoints["fsdp2"].source
+    return path
+
+
+def convert(src: Path, out: Path, on_event: Callable[[Event], None] = lambda _: None, **options):
+    defaults = {"max_mem": 10**9, "max_shard_size": SHARD, "sync": False}
+    return streamconv.convert(src, out, nodes="ray", on_event=on_event, **(defaults | options))
+
+
+def test_a_cluster_makes_what_one_machine_makes(cluster, checkpoints, whole, tmp_path):
+    events: list[Event] = []
+    result = convert(source(checkpoints), tmp_path / "out", events.append, max_mem=800 * 10**6)
+    assert result.status == "done"
+    assert contents(tmp_path / "out") == contents(whole)
+    assert [e.name for e in events if isinstance(e, Phase)] == ["plan", "write", "publish"]
+    done = [e.done_bytes for e in events if isinstance(e, Progress)]
+    assert done == sorted(done)
+    assert done[-1] == sum(p.stat().st_size for p in whole.glob("*.safetensors"))
+    again = convert(source(checkpoints), tmp_path / "out", max_mem=800 * 10**6)
+    assert again.status == "nothing-to-do"
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_bad_input_is_told_once_with_its_machine(cluster, checkpoints, tmp_path):
+    with pytest.raises(StreamconvError) as caught:
+        convert(tmp_path / "nothing", tmp_path / "out", max_mem=800 * 10**6)
+    assert caught.value.exit_code in (2, 5)
+    assert " on " in (caught.value.where or "")
+
+
+def test_a_machine_without_the_memory_is_told_before(cluster, checkpoints, tmp_path):
+    with pytest.raises(BudgetError, match="no machine of the Ray cluster"):
+        convert(source(checkpoints), tmp_path / "out", max_mem="100GB")
+
+
+def test_machines_must_be_alike(cluster, checkpoints, tmp_path, monkeypatch):
+    real = tasks.describe()
+    monkeypatch.setattr(ray_engine.tasks, "describe", lambda: {**real, "streamconv": "9.9"})
+    with pytest.raises(BadInputError, match="another streamconv"):
+        ray_engine._checked(_as_it_is(real), _request(source(checkpoints), tmp_path / "out"))
+
+
+def _as_it_is(described: dict[str, Any]) -> Any:
+    """Ray, whose machines say what they are and not what the patched function says."""
+
+    class There:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(ray, name)
+
+        def remote(self, _: Any) -> Any:
+            return ray.remote(lambda: described)
+
+    return There()
+
+
+def _request(src: Path, out: Path, budget: int = MEMORY) -> tasks.Request:
+    job = streamconv.options.job_options(max_shard_size=SHARD).to_json()
+    return tasks.Request(str(src), str(out), job, budget, sync=False)
+
+
+def test_a_killed_worker_and_a_killed_node_cost_time(cluster, checkpoints, whole, tmp_path):
+    """The parts that were begun there are begun again elsewhere."""
+    doomed = cluster.add_node(num_cpus=2, memory=3 * MEMORY, object_store_memory=80 << 20)
+    killed: list[str] = []
+
+    def kill(event: Event) -> None:
+        if isinstance(event, Progress) and not killed:
+            killed.append("worker")
+            for process in psutil.process_iter(["cmdline"]):
+                if any("ray::_write" in part for part in process.info["cmdline"] or ()):
+                    process.kill()
+                    break
+            threading.Thread(target=cluster.remove_node, args=(doomed, False)).start()
+
+    out = tmp_path / "out"
+    plan = tmp_path / "plan.jsonl"
+    streamconv.plan(source(checkpoints), output=plan, max_shard_size=SHARD)
+    convert(plan, out, kill, max_mem=MEMORY, max_shard_size="5GB")
+    assert killed
+    assert contents(out) == contents(whole)
+
+
+def test_below_what_a_worker_has_the_part_runs_as_a_child(checkpoints, whole, tmp_path):
+    out = tmp_path / "out"
+    request = _request(source(checkpoints), out, budget=8 * 10**9)
+    begun = tasks.begin(request)
+    assert "sizes" in begun, begun
+    told: list[tuple[str, int]] = []
+    small = _request(source(checkpoints), out, budget=80 * 10**6)
+    for name in begun["sizes"]:
+        made = tasks.write(small, name, lambda file, done: told.append((file, done)))
+        assert made["status"] == "written", made
+        assert made["peak_bytes"] < small.budget_bytes
+    assert {name for name, _ in told} <= set(begun["sizes"])
+    assert tasks.finish(request)["status"] == "done"
+    assert contents(out) == contents(whole)
+    lost = tasks.write(small, "nothing.safetensors", lambda *_: None)
+    assert "error" not in lost or lost["error"]["exit_code"] == 2
+
+
+def test_without_a_cluster_it_says_so(checkpoints, tmp_path, monkeypatch):
+    def refused(**_: Any) -> None:
+        raise ConnectionError("Could not find any running Ray instance.\nMore.")
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", refused)
+    with pytest.raises(UsageError, match="no Ray cluster answers") as caught:
+        convert(source(checkpoints), tmp_path / "out")
+    assert caught.value.found == "Could not find any running Ray instance."
+    with pytest.raises(UsageError, match="takes ray"):
+        ray_engine._address("slurm")
