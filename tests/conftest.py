@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import os
 import shutil
+import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -56,13 +57,35 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Made]:
     return fsdp.collect(root)
 
 
+class Kept(type(Path())):  # type: ignore[misc]
+    """A folder of kept checkpoints, ``KIND/NAME``: a test of one that is not there is skipped."""
+
+    top: Path
+
+    def __truediv__(self, key: Any) -> Path:
+        found: Path = super().__truediv__(key)
+        if not found.is_relative_to(self.top):
+            return found
+        kind_and_name = Path(self.top, *found.relative_to(self.top).parts[:2])
+        if not kind_and_name.exists():
+            pytest.skip(f"{kind_and_name.relative_to(self.top)} is not among the checkpoints here")
+        return found
+
+
 @pytest.fixture(scope="session")
-def shared_checkpoints() -> Path:
-    """Checkpoints of older torch releases and of verl itself, kept beside the repository."""
+def shared_checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Checkpoints of older torch releases, of trainers and of verl itself.
+
+    All of them where they are kept beside the repository; else the smallest of each kind, which
+    ``tests/fixtures`` has in an archive.
+    """
     path = REPOSITORY.parent / "shared" / "checkpoints"
     if not path.is_dir():
-        pytest.skip("no ../shared/checkpoints beside the repository")
-    return path
+        path = tmp_path_factory.mktemp("checkpoints")
+        with tarfile.open(REPOSITORY / "tests" / "fixtures" / "checkpoints.tar.xz") as archive:
+            archive.extractall(path, filter="data")
+    Kept.top = path
+    return Kept(path)
 
 
 @pytest.fixture(scope="session")
