@@ -24,7 +24,7 @@ from streamconv.batch.round import Round
 from streamconv.batch.schedule import Every
 from streamconv.batch.settings import settings
 from streamconv.batch.state import FOLDER, STATUS, Store, read_records
-from streamconv.errors import StreamconvError
+from streamconv.errors import StreamconvError, UsageError
 from tests.scenes import cli, start, wait_for
 
 
@@ -607,3 +607,24 @@ def test_the_job_file_of_the_readme_is_taken_by_the_command(scene):
     assert json.loads(done.stdout.splitlines()[-1])["counts"] == {"converted": 1}
     refused = cli("batch", str(jobs), "--lora", "adapter")
     assert (refused.returncode, "--lora" in refused.stderr) == (2, True)
+
+
+def test_parts_of_a_batch_leave_nothing_out_and_do_nothing_twice(scene):
+    scene.step(*range(10, 130, 10))
+    made = [scene.round(shared={"part": f"{k}/3"}) for k in (2, 3, 1)]
+    converted = [m.counts["converted"] for m in made]
+    assert sum(converted) == 12
+    assert min(converted) > 0
+    assert [m.counts["elsewhere"] for m in made] == [12 - converted[0], converted[2], 0]
+    assert set(scene.states().values()) == {"done"}
+    assert len(scene.starts()) == 12
+
+
+def test_parts_of_a_batch_make_what_retention_keeps(scene):
+    scene.step(*range(10, 130, 10))
+    for k in (1, 2, 3):
+        scene.round(shared={"part": f"{k}/3", "apply": True}, keep_last=3)
+    done = [step for step, state in scene.states().items() if state == "done"]
+    assert done == [100, 110, 120]
+    with pytest.raises(UsageError, match="no such part"):
+        scene.batch(shared={"part": "4/3"})

@@ -19,6 +19,7 @@ class BatchKeywords(TypedDict, total=False):
     """The options of ``streamconv batch`` beside those of a conversion."""
 
     max_mem: str | None
+    part: str | None
     jobs: int
     every: int | None
     steps: str | None

@@ -223,6 +223,7 @@ class Batch:
                 pin_folder=self._pins.folder,
                 stillness=self._stillness,
                 dry=dry,
+                share=self._settings.share,
             )
             survey.look()
         except StreamconvError as error:
@@ -320,7 +321,10 @@ def _ends_the_same(error: dict[str, Any]) -> bool:
 
 
 def _left_out(surveys: Sequence[Survey]) -> Counter[str]:
-    return Counter({"pruned": sum(survey.left_out for survey in surveys)})
+    return Counter(
+        pruned=sum(survey.left_out for survey in surveys),
+        elsewhere=sum(survey.of_others for survey in surveys),
+    )
 
 
 def _refused(error: OSError | StreamconvError, where: Path | None = None) -> StreamconvError:

@@ -28,6 +28,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from streamconv.batch.schedule import Schedule, parse_schedule
 from streamconv.batch.selection import Filter, Steps, namer, parse_steps
 from streamconv.batch.state import STATUS
+from streamconv.conversion.parts import Share
 from streamconv.errors import BadInputError, UsageError
 from streamconv.files.filesystems import real_path
 from streamconv.files.inputs import local_path
@@ -150,6 +151,7 @@ class BatchSettings(_Strict):
 
     run: tuple[RunSettings, ...] = Field(min_length=1)
     max_mem: _Memory | None = None
+    part: Annotated[str, _parsed_by(lambda text: Share.parse(text, {}))] | None = None
     jobs: _Count = 1
     retries: Annotated[int, Field(ge=0), BeforeValidator(_no_flag)] = 3
     watch: _When | None = None
@@ -164,6 +166,11 @@ class BatchSettings(_Strict):
     no_source_crc: bool = False
     checksum: Annotated[str, Field(pattern="^sha256$")] | None = None
     io_threads: _Count = 1
+
+    @property
+    def share(self) -> Share | None:
+        """Return this batch's part of the conversions, where others do the rest."""
+        return Share.parse(self.part, {}) if self.part else None
 
     @property
     def schedule(self) -> Schedule | None:

@@ -37,6 +37,7 @@ from streamconv.batch.tasks import UNCOMPARED, Task, take_over_finished
 from streamconv.batch.training import Stillness, Training
 from streamconv.conversion.finished import finished_output
 from streamconv.conversion.job import IdentifiedJob, identify, refuse_others
+from streamconv.conversion.parts import Share
 from streamconv.errors import LockedError, StreamconvError, UsageError
 from streamconv.files.filesystems import real_path
 from streamconv.files.inputs import cannot_read
@@ -51,7 +52,8 @@ class Survey:
     """One look at one run.
 
     ``tasks`` is what there is to do, of which :meth:`next_tasks` says what retention keeps,
-    ``left_out`` how many it does not; ``counts`` how many outputs are in which state,
+    ``left_out`` how many it does not, ``of_others`` how many are others' share; ``counts`` how many
+    outputs are in which state,
     ``candidates`` all that were chosen, by output name, ``problems`` what could not be looked at.
     ``gone`` are the records of those whose source went away, ``notices`` says what was left out.
     ``outputs`` are the output folders of all runs, which are not looked into; ``own_files`` returns
@@ -72,6 +74,7 @@ class Survey:
         own_files: Callable[[str], Mapping[Path, str]] = lambda _: {},
         pin_folder: Callable[[Path], Path] = lambda place: place,
         stillness: Stillness | None = None,
+        share: Share | None = None,
         dry: bool = False,
     ) -> None:
         self._run = run
@@ -83,6 +86,7 @@ class Survey:
         self._own_files = own_files
         self._pin_folder = pin_folder
         self._stillness = stillness or Stillness()
+        self._share = share
         self._name = namer(run.name, run.model)
         self._given: set[str] = set()
         self._root = real_path(run.root)
@@ -100,6 +104,7 @@ class Survey:
         self.notices: list[str] = []
         self.gone: list[Record] = []
         self.left_out = 0
+        self.of_others = 0
         self.training: dict[Path, Training] = {}
 
     def look(self) -> None:
@@ -355,7 +360,9 @@ class Survey:
             if not wanted:
                 self._leave_out(pending)
         self._given.update(t.record.name for t in wanted)
-        return wanted
+        mine = [t for t in wanted if self._share is None or self._share.has(t.record.name)]
+        self.of_others += len(wanted) - len(mine)
+        return mine
 
     def _leave_out(self, tasks: Collection[Task]) -> None:
         """Note what retention would remove as soon as it is there; what is there, it will remove."""

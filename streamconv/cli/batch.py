@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -55,6 +56,12 @@ def batch(
         typer.Argument(parser=local_path, metavar="DST", help="The folder for all outputs."),
     ] = None,
     max_mem: MaxMem = None,
+    part: Annotated[
+        str | None,
+        _option(
+            "--part", "Only part I of N of the conversions; auto: see `part`.", "I/N", group=WHICH
+        ),
+    ] = None,
     jobs: Annotated[
         int | None, _option("--jobs", "Conversions at once, within one --max-mem.", "N")
     ] = None,
@@ -189,7 +196,10 @@ def batch(
         render_round,
         round_json,
     )
+    from streamconv.conversion.parts import Share
 
+    if part is not None:
+        own["part"] = Share.parse(part, os.environ).text
     settings = _settings(root, dst, {**given(context, own), **job})
     live = not (json or quiet) and sys.stderr.isatty()
     view = LiveView() if live else None

@@ -15,6 +15,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import xxhash
+
 from streamconv.conversion.execution import Execution, choices, full_disk_told
 from streamconv.conversion.finished import missing_files
 from streamconv.conversion.job import budget_bytes, held, prepared, prepared_plan, refuse_others
@@ -50,6 +52,11 @@ class Share:
                 hint="`--part auto` takes Slurm's and Kubernetes' numbers from the environment",
             )
 
+    @property
+    def text(self) -> str:
+        """Return the share as :meth:`parse` takes it."""
+        return f"{self.index}/{self.count}"
+
     @staticmethod
     def parse(text: str, environment: Mapping[str, str]) -> Share:
         """Return the share that ``I/N`` means; ``auto`` takes it from a cluster's variables.
@@ -81,6 +88,10 @@ class Share:
                 "Kubernetes does not tell how many parts there are", hint="say it: --part auto/8"
             )
         return Share(index, int(count))
+
+    def has(self, name: str) -> bool:
+        """Whether what is called ``name`` belongs to this part, where sizes are not known."""
+        return xxhash.xxh3_64_intdigest(os.fsencode(name)) % self.count == self.index - 1
 
     def of(self, outputs: Sequence[OutputFile]) -> list[OutputFile]:
         """Return this part's files: the largest goes first, to whichever part has the fewest bytes."""
