@@ -9,6 +9,7 @@ the flavours that occur on disk.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable
 from typing import Any
@@ -164,7 +165,7 @@ def moe(w: Walk, mg: str, hf: str) -> None:
     w.put(mg + "mlp.experts.experts.linear_fc1.weight", first, gated=True)
     w.put(mg + "mlp.experts.experts.linear_fc2.weight", second)
     for name in ("shared_expert", "shared_experts", "shared_mlp"):
-        shared, key = f"{hf}mlp.{name}", mg + "mlp.shared_experts."
+        shared, key = f"{hf}{block}{name}", mg + "mlp.shared_experts."
         if w.has(shared + ".down_proj.weight"):
             gate_up(w, key + "linear_fc1", shared + ".")
             w.copy(key + "linear_fc2.weight", shared + ".down_proj.weight")
@@ -243,6 +244,130 @@ def deepseek(w: Walk, attend: Part = latent_attention) -> None:
         behind = "shared_head.norm" if w.has(hf + "shared_head.norm.weight") else "final_layernorm"
         names["final_layernorm"] = hf + behind
         prediction(w, attend, moe, names, "", hf)
+
+
+def bailing(w: Walk) -> None:
+    heads, groups = w.config["num_attention_heads"], w.config["num_key_value_heads"]
+    width = w.config["head_dim"]
+    for name in list(w.left):
+        new = name.replace("word_embeddings", "embed_tokens").replace(
+            ".attention.dense", ".self_attn.o_proj"
+        )
+        new = new.replace(".attention.query_layernorm", ".self_attn.q_norm")
+        new = new.replace(".attention.key_layernorm", ".self_attn.k_norm")
+        new = new.replace("gate.expert_bias", "gate.e_score_correction_bias")
+        tensor = w.take(name)
+        if ".query_key_value." not in name:
+            w.left[new] = tensor
+            continue
+        parts = tensor.split([heads * width, groups * width, groups * width])
+        for x, part in zip("qkv", parts, strict=True):
+            w.left[name.replace(".attention.query_key_value.", f".self_attn.{x}_proj.")] = part
+    glm4_moe(w)
+
+
+def uneven_attention(w: Walk, mg: str, hf: str) -> None:
+    """MiMo-V2-Flash: values narrower than keys, sinks under another name."""
+    w.copy(mg + "self_attention.linear_qkv.layer_norm_weight", hf + "input_layernorm.weight")
+    q, k, v = (w.take(f"{hf}self_attn.{x}_proj.weight") for x in "qkv")
+    groups = len(k) // w.config["head_dim"]
+    rows = [x.unflatten(0, (groups, -1)) for x in (q, k, v)]
+    w.put(mg + "self_attention.linear_qkv.weight", torch.cat(rows, 1).flatten(0, 1))
+    w.copy(mg + "self_attention.linear_proj.weight", hf + "self_attn.o_proj.weight")
+    sinks = mg + "self_attention.core_attention.softmax_offset"
+    w.copy(sinks, hf + "self_attn.attention_sink_bias", optional=True)
+
+
+def mimo_v2_flash(w: Walk) -> None:
+    language_model(w, uneven_attention, moe)
+    hf = "model.mtp.layers.0."
+    names = {x: hf + x for x in ("enorm", "hnorm", "eh_proj", "final_layernorm")}
+    dense = functools.partial(mlp, norm="pre_mlp_layernorm")
+    prediction(w, uneven_attention, dense, names, "", hf)
+
+
+def attention_behind(w: Walk, mg: str, hf: str) -> None:
+    """Attention without a norm before it."""
+    w.left[hf + "input_layernorm.weight"] = torch.empty(0)
+    attention(w, mg, hf)
+    del w.made[mg + "self_attention.linear_qkv.layer_norm_weight"]
+
+
+def mlp_of_exaone4(w: Walk, mg: str, hf: str) -> None:
+    gate_up(w, mg + "mlp.linear_fc1", hf + "mlp.")
+    w.copy(mg + "mlp.linear_fc2.weight", hf + "mlp.down_proj.weight")
+    after = "post_layernorm.weight"
+    w.copy(f"{mg}self_attention.linear_proj.{after}", hf + "post_attention_layernorm.weight")
+    w.copy(f"{mg}mlp.linear_fc2.{after}", hf + "post_feedforward_layernorm.weight")
+
+
+def minimax_m3(w: Walk, _: dict[str, Any]) -> None:
+    for layer in w.layers():
+        for x in ("q_proj", "k_proj", "q_norm", "k_norm"):
+            name = f"language_model.model.layers.{layer}.self_attn.index_{x}.weight"
+            w.copy(f"lightning_indexers.{layer}.{x}.weight", name, optional=True)
+    language_model(w, feed=moe, mg="language_model.", hf="language_model.model.")
+    for tower in ("vision_tower.", "multi_modal_projector."):
+        w.copy_all(tower, tower)
+
+
+def layer_of_deepseek_v4(w: Walk, mg: str, hf: str) -> None:
+    w.copy(mg + "input_layernorm.weight", hf + "attn_norm.weight")
+    w.copy(mg + "pre_mlp_layernorm.weight", hf + "ffn_norm.weight")
+    for key, name in {
+        "linear_q_down_proj.weight": "wq_a.weight",
+        "q_layernorm.weight": "q_norm.weight",
+        "linear_q_up_proj.weight": "wq_b.weight",
+        "linear_kv_proj.weight": "wkv.weight",
+        "kv_layernorm.weight": "kv_norm.weight",
+        "linear_o_group_proj": "wo_a.weight",
+        "linear_proj.weight": "wo_b.weight",
+        "core_attention.attn_sink": "attn_sink",
+    }.items():
+        w.copy(f"{mg}self_attention.{key}", f"{hf}attn.{name}")
+    core = mg + "self_attention.core_attention."
+    for inside in ("compressor.", "indexer.compressor."):
+        for x in ("wkv", "wgate"):
+            name = f"{hf}attn.{inside}{x}.weight"
+            w.copy(f"{core}{inside}linear_{x}.weight", name, optional=True)
+        for x in ("ape", "norm.weight"):
+            w.copy(core + inside + x, f"{hf}attn.{inside}{x}", optional=True)
+    for key, name in {"linear_wq_b": "wq_b", "linear_weights_proj": "scorer.weights_proj"}.items():
+        name = f"{hf}attn.indexer.{name}.weight"
+        w.copy(f"{core}indexer.{key}.weight", name, optional=True)
+    w.copy(mg + "mlp.router.weight", hf + "ffn.gate.weight")
+    w.copy(mg + "mlp.router.tid2eid", hf + "ffn.gate.tid2eid", optional=True)
+    w.copy(mg + "mlp.router.expert_bias", hf + "ffn.gate.bias", optional=True)
+    numbers = range(w.config["n_routed_experts"])
+    both = [[w.take(f"{hf}ffn.experts.{e}.{x}.weight") for x in ("w1", "w3")] for e in numbers]
+    first = torch.stack([torch.cat(pair) for pair in both])
+    w.put(mg + "mlp.experts.experts.linear_fc1.weight", first, gated=True)
+    down = [w.take(f"{hf}ffn.experts.{e}.w2.weight") for e in numbers]
+    w.put(mg + "mlp.experts.experts.linear_fc2.weight", torch.stack(down))
+    shared = [w.take(f"{hf}ffn.shared_experts.{x}.weight") for x in ("w1", "w3")]
+    w.put(mg + "mlp.shared_experts.linear_fc1.weight", torch.cat(shared), gated=True)
+    w.copy(mg + "mlp.shared_experts.linear_fc2.weight", hf + "ffn.shared_experts.w2.weight")
+    for block, name in (("self_attention", "attn"), ("mlp", "ffn")):
+        place = f"{mg}{block}_hyper_connection."
+        w.copy(place + "mapping_proj.weight", f"{hf}hc_{name}_fn")
+        w.copy(place + "bias", f"{hf}hc_{name}_base")
+        for x, number in zip(("pre", "post", "res"), w.take(f"{hf}hc_{name}_scale"), strict=True):
+            w.put(f"{place}alpha_{x}", number[None])
+
+
+def deepseek_v4(w: Walk) -> None:
+    w.put("embedding.word_embeddings.weight", padded(w.take("embed.weight")))
+    w.put("output_layer.weight", padded(w.take("head.weight")))
+    w.copy("decoder.final_layernorm.weight", "norm.weight")
+    for layer in w.layers():
+        layer_of_deepseek_v4(w, f"decoder.layers.{layer}.", f"layers.{layer}.")
+    layer_of_deepseek_v4(w, "mtp.layers.0.transformer_layer.", "mtp.0.")
+    for key, name in {"final_layernorm": "norm", "enorm": "enorm", "hnorm": "hnorm"}.items():
+        w.copy(f"mtp.layers.0.{key}.weight", f"mtp.0.{name}.weight")
+    for x in ("e_proj.weight", "h_proj.weight", "hc_head_fn", "hc_head_base", "hc_head_scale"):
+        w.copy(f"mtp.layers.0.{x}", f"mtp.0.{x}")
+    for x in ("hc_head_fn", "hc_head_base", "hc_head_scale"):
+        w.copy("decoder." + x, x)
 
 
 def glm4_moe(w: Walk) -> None:
@@ -439,6 +564,11 @@ BY_TYPE: dict[str, Callable[..., None]] = {
     "gemma3_text": lambda w: language_model(w, feed=mlp_of_gemma),
     "gemma3": gemma3_vl,
     "mimo": mimo,
+    "mimo_v2_flash": mimo_v2_flash,
+    "bailing_moe": bailing,
+    "exaone4": lambda w: language_model(w, attention_behind, mlp_of_exaone4),
+    "minimax_m3_vl": minimax_m3,
+    "deepseek_v4": deepseek_v4,
     "mistral3": beside_towers("language_model.model.", PIXTRAL),
     "internvl": beside_towers("language_model.model.", PIXTRAL),
     "internvl_chat": beside_towers(

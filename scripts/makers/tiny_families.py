@@ -273,6 +273,136 @@ def internvl_chat(state: State, config: dict[str, Any]) -> None:
     config["auto_map"] = {"AutoModel": "modeling_internvl_chat.InternVLChatModel"}
 
 
+def bailing(state: State, config: dict[str, Any]) -> None:
+    """Make it a Ling of the remote code's: queries, keys and values in one tensor."""
+    prediction_of_hy_v3(state, config)
+    names = {
+        "model.embed_tokens.": "model.word_embeddings.",
+        ".self_attn.o_proj.": ".attention.dense.",
+        ".self_attn.q_norm.": ".attention.query_layernorm.",
+        ".self_attn.k_norm.": ".attention.key_layernorm.",
+        "gate.e_score_correction_bias": "gate.expert_bias",
+    }
+    for name in list(state):
+        if name.endswith(".q_proj.weight"):
+            both = [state.pop(name.replace(".q_proj.", f".{x}_proj.")) for x in "qkv"]
+            fused = name.replace(".self_attn.q_proj.", ".attention.query_key_value.")
+            state[fused] = torch.cat(both)
+            continue
+        old = next((x for x in names if x in name), None)
+        if old is not None:
+            state[name.replace(old, names[old])] = state.pop(name)
+    config["model_type"] = "bailing_moe"
+    config["architectures"] = ["BailingMoeV2ForCausalLM"]
+    config["auto_map"] = {"AutoModelForCausalLM": "modeling_bailing_moe_v2.X"}
+
+
+def minimax_m3(state: State, config: dict[str, Any]) -> None:
+    """Make it MiniMax-M3 as released: a language model with shared experts, an indexer, a tower."""
+    for name in list(state):
+        tensor = state.pop(name)
+        if name.endswith("_norm.weight") and ".self_attn." in name:
+            tensor = tensor[:12].clone()  # of one head
+        state["language_model." + name] = tensor
+    for layer in range(3):
+        prefix = f"language_model.model.layers.{layer}."
+        for name, shape in {
+            "gate_proj": (14, 48),
+            "up_proj": (14, 48),
+            "down_proj": (48, 14),
+        }.items():
+            add(state, f"{prefix}block_sparse_moe.shared_experts.{name}.weight", shape)
+        if layer:
+            for name, shape in {"q_proj": (16, 48), "k_proj": (8, 48)}.items():
+                add(state, f"{prefix}self_attn.index_{name}.weight", shape)
+                add(state, f"{prefix}self_attn.index_{name.replace('proj', 'norm')}.weight", (8,))
+    for layer in range(2):
+        for name, shape in {"weight": (8, 8), "bias": (8,)}.items():
+            add(state, f"vision_tower.encoder.layers.{layer}.fc.{name}", shape)
+    add(state, "multi_modal_projector.linear.weight", (8, 8))
+    text = dict(config)
+    config.clear()
+    config.update(model_type="minimax_m3_vl", text_config=text, vision_config={"patch_size": 2})
+    config["architectures"] = ["MiniMaxM3SparseForConditionalGeneration"]
+
+
+def deepseek_v4() -> State:
+    """Return a model under the names of DeepSeek's own files; sizes are free but for experts'."""
+    state: State = {}
+    add(state, "embed.weight", (61, 48))
+    add(state, "head.weight", (61, 48))
+    add(state, "norm.weight", (48,))
+    for prefix in ("", "mtp.0."):
+        for name, shape in {"fn": (4, 192), "base": (4,), "scale": (1,)}.items():
+            add(state, f"{prefix}hc_head_{name}", shape)
+    for name in ("enorm", "hnorm", "norm"):
+        add(state, f"mtp.0.{name}.weight", (48,))
+    for name in ("e_proj", "h_proj"):
+        add(state, f"mtp.0.{name}.weight", (48, 48))
+    for number, prefix in enumerate((*(f"layers.{n}." for n in range(4)), "mtp.0.")):
+        ratio = (4, 0, 4, 0, 0)[number]
+        shapes: dict[str, tuple[int, ...]] = {
+            "attn_norm.weight": (48,),
+            "ffn_norm.weight": (48,),
+            "attn.wq_a.weight": (22, 48),
+            "attn.q_norm.weight": (22,),
+            "attn.wq_b.weight": (72, 22),
+            "attn.wkv.weight": (12, 48),
+            "attn.kv_norm.weight": (12,),
+            "attn.wo_a.weight": (20, 36),
+            "attn.wo_b.weight": (48, 20),
+            "attn.attn_sink": (6,),
+            "ffn.gate.weight": (4, 48),
+            f"ffn.gate.{'tid2eid' if number < 2 else 'bias'}": (61, 2) if number < 2 else (4,),
+            **{f"hc_{x}_{y}": z for x in ("attn", "ffn") for y, z in HYPER.items()},
+        }
+        for name in [f"experts.{e}" for e in range(4)] + ["shared_experts"]:
+            widths = {"w1": (14, 48), "w3": (14, 48), "w2": (48, 14)}
+            shapes |= {f"ffn.{name}.{w}.weight": shape for w, shape in widths.items()}
+        if ratio:
+            for inside, width in (("compressor.", 24), ("indexer.compressor.", 16)):
+                shapes |= {f"attn.{inside}{x}.weight": (width, 48) for x in ("wkv", "wgate")}
+                shapes |= {f"attn.{inside}ape": (ratio, width)}
+                shapes |= {f"attn.{inside}norm.weight": (width // 2,)}
+            shapes["attn.indexer.wq_b.weight"] = (24, 22)
+            shapes["attn.indexer.scorer.weights_proj.weight"] = (3, 48)
+        for name, shape in shapes.items():
+            add(state, prefix + name, shape)
+    return state
+
+
+HYPER: dict[str, tuple[int, ...]] = {"fn": (24, 192), "base": (24,), "scale": (3,)}
+
+
+def into_deepseek_v4(state: State, config: dict[str, Any]) -> None:
+    state.clear()
+    state.update(deepseek_v4())
+    config.update(model_type="deepseek_v4", num_hidden_layers=4, n_routed_experts=4)
+    config["architectures"] = ["DeepseekV4ForCausalLM"]
+    config["compress_ratios"] = [4, 0, 4, 0]
+    del config["layer_types"]
+
+
+def prediction_of_mimo_v2(state: State, config: dict[str, Any]) -> None:
+    """Add a prediction layer of MiMo-V2-Flash: with a window, and a dense MLP."""
+    hidden, wide = config["hidden_size"], config["intermediate_size"]
+    for name, shape in {
+        "enorm": (hidden,),
+        "hnorm": (hidden,),
+        "eh_proj": (hidden, 2 * hidden),
+        "final_layernorm": (hidden,),
+        "input_layernorm": (hidden,),
+        "pre_mlp_layernorm": (hidden,),
+        "mlp.gate_proj": (wide, hidden),
+        "mlp.up_proj": (wide, hidden),
+        "mlp.down_proj": (hidden, wide),
+    }.items():
+        add(state, f"model.mtp.layers.0.{name}.weight", shape)
+    for name in [n for n in state if n.startswith("model.layers.2.self_attn.")]:
+        inner = name.replace("model.layers.2.", "model.mtp.layers.0.")
+        add(state, inner, tuple(state[name].shape))
+
+
 def kimi(state: State, config: dict[str, Any]) -> None:
     config["model_type"] = "kimi_k2"
     config["architectures"] = ["DeepseekV3ForCausalLM"]
@@ -413,6 +543,45 @@ FAMILIES: dict[str, Tiny] = {
         TINY | ROUTED | LATENT | {"num_hidden_layers": 4},
         prediction_of_deepseek,
         MTP_LAST,
+    ),
+    "bailing_moe": Tiny(
+        "Glm4MoeForCausalLM",
+        "Glm4MoeConfig",
+        TINY
+        | ROUTED
+        | HEAD
+        | {"use_qk_norm": True, "num_hidden_layers": 5, "first_k_dense_replace": 2},
+        bailing,
+        loads=False,
+    ),
+    "deepseek_v4": Tiny("Qwen2ForCausalLM", "Qwen2Config", TINY, into_deepseek_v4, loads=False),
+    "exaone4": Tiny(
+        "Exaone4ForCausalLM",
+        "Exaone4Config",
+        TINY | HEAD | {"sliding_window": 8, "sliding_window_pattern": 3},
+    ),
+    "mimo_v2_flash": Tiny(
+        "MiMoV2FlashForCausalLM",
+        "MiMoV2FlashConfig",
+        TINY
+        | HEAD
+        | {
+            "num_attention_heads": 8,
+            "v_head_dim": 10,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 14,
+            "layer_types": ["full_attention", "full_attention", "sliding_attention"],
+        },
+        prediction_of_mimo_v2,
+        (r"model\.mtp\.",),
+    ),
+    "minimax_m3": Tiny(
+        "MiniMaxM2ForCausalLM",
+        "MiniMaxM2Config",
+        TINY | HEAD | LOCAL_MOE | {"rotary_dim": 8},
+        minimax_m3,
+        loads=False,
     ),
     "kimi_k25": Tiny(
         "DeepseekV3ForCausalLM",

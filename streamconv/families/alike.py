@@ -13,7 +13,7 @@ from streamconv.errors import BadInputError
 from streamconv.families.rules import Dims
 from streamconv.ir.boxes import Shape
 
-_LAYER = re.compile(r"((?:.+?\.)?(?:layers?|blocks)\.)([0-9]+)\.(.+)", re.ASCII)
+_LAYER = re.compile(r"((?:.+?\.)?(?:layers?|blocks|lightning_indexers)\.)([0-9]+)\.(.+)", re.ASCII)
 _AROUND = re.compile(
     r"(?:language_model\.)?(embedding\.word_embeddings|output_layer|decoder\.final_(?:layer)?norm)\.weight"
 )
@@ -21,11 +21,11 @@ _AROUND = re.compile(
 Tensors = dict[str, Shape]
 
 
-def check_alike(shapes: Mapping[str, Shape], dims: Dims) -> None:
+def check_alike(shapes: Mapping[str, Shape], dims: Dims, own: tuple[str, ...] = ()) -> None:
     """Raise :class:`BadInputError` that names what a layer lacks, or has of another shape.
 
-    All layers have the same attention, and those with experts the same experts. Sizes may differ where
-    config.json calls layers by other kinds.
+    All layers have the same attention, and those with experts the same experts; what begins with one of
+    ``own`` all have or lack together. Sizes may differ where config.json calls layers by other kinds.
     """
     for name, shape in shapes.items():
         if _AROUND.fullmatch(name) and shape[-1:] != (dims.hidden,):
@@ -38,11 +38,11 @@ def check_alike(shapes: Mapping[str, Shape], dims: Dims) -> None:
             layers.setdefault((match[1], int(match[2])), {})[match[3]] = shape
     first: dict[object, tuple[str, Tensors]] = {}
     sizes: dict[object, tuple[str, Tensors]] = {}
-    kinds = dims.get("layer_types")
+    kinds = dims.get("layer_types", "compress_ratios")
     for (block, number), layer in layers.items():
         kind = kinds[number] if isinstance(kinds, list) and number < len(kinds) else None
         prefix = f"{block}{number}"
-        for name, tensors in _parts(block, layer):
+        for name, tensors in _parts(block, layer, own):
             part = (block, name)
             _compare_names(prefix, tensors, *first.setdefault(part, (prefix, tensors)))
             _compare_shapes(prefix, tensors, *sizes.setdefault((kind, part), (prefix, tensors)))
@@ -60,7 +60,12 @@ def _check_around(seen: set[str], dims: Dims) -> None:
         raise _missing([f"{part}.weight" for part in missing], "what every model has")
 
 
-def _parts(block: str, layer: Tensors) -> Iterator[tuple[str, Tensors]]:
+def _parts(block: str, layer: Tensors, own: tuple[str, ...]) -> Iterator[tuple[str, Tensors]]:
+    for prefix in own:
+        part = {n: s for n, s in layer.items() if n.startswith(prefix)}
+        layer = {n: s for n, s in layer.items() if n not in part}
+        if part:
+            yield prefix, part
     if not block.endswith("decoder.layers."):
         yield "all", layer
         return

@@ -68,13 +68,14 @@ def convert(
     notices += _flat_rows(config, tensors)
     notices += _cut_rows(dims, tensors)
     shapes = {name: shape for name, (shape, _) in tensors.items()}
-    notices += check_prediction(shapes, dims, HYBRID if family.hybrid else MEGATRON)
     recipes = apply(family, dims, tensors)
+    names = HYBRID if family.hybrid else MEGATRON
+    notices += check_prediction(shapes, dims, names, family.parts)
     if model is None:
-        check_alike(shapes, dims)
+        check_alike(shapes, dims, family.parts)
     if original is not None:
-        names = {new: old for old, new in original.items()}
-        recipes = [Recipe(r.name, r.dtype, r.view.map_sources(names)) for r in recipes]
+        back = {new: old for old, new in original.items()}
+        recipes = [Recipe(r.name, r.dtype, r.view.map_sources(back)) for r in recipes]
     return put_together(
         recipes,
         model,

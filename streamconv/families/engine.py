@@ -138,10 +138,11 @@ class _Tracer:
     ) -> Iterator[Recipe]:
         """Yield the recipes of what ``rule`` makes of ``sources``."""
         headers = tuple(tensors[s] for s in sources)
-        key = (id(rule), headers)
+        dims = self._dims.of_layer(captures)
+        key = (id(rule), headers, dims.kind)
         if key not in self._traced:
             try:
-                self._traced[key] = list(self._trace(rule, headers))
+                self._traced[key] = list(self._trace(rule, headers, dims))
             except StreamconvError as error:
                 error.where = error.where or sources[0]
                 raise
@@ -167,7 +168,7 @@ class _Tracer:
             yield Recipe(name, recipe.dtype, recipe.view.map_sources(names))
 
     def _trace(
-        self, rule: Rule, headers: Sequence[tuple[Shape, DType]]
+        self, rule: Rule, headers: Sequence[tuple[Shape, DType]], dims: Dims
     ) -> Iterator[tuple[int, int | None, Recipe]]:
         per_expert = [
             "{expert}" in t and not any("{expert}" in s for s in rule.sources) for t in rule.targets
@@ -175,7 +176,7 @@ class _Tracer:
         order: list[tuple[int, int | None]] = []
 
         def body(given: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-            made = rule.how(self._dims, *given.values())
+            made = rule.how(dims, *given.values())
             made = (made,) if isinstance(made, torch.Tensor) else made
             if len(made) != len(rule.targets):
                 raise TypeError(f"{rule.how} makes {len(made)} tensors of {len(rule.targets)}")

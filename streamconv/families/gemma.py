@@ -7,7 +7,7 @@ vision tower (SigLIP): Megatron-Bridge keeps HuggingFace's module, mbridge build
 from __future__ import annotations
 
 from streamconv.families import ops, vision
-from streamconv.families.blocks import DENSE, D, L
+from streamconv.families.blocks import DENSE, MLP, MLP_NORM, OUT, QK_NORM, QKV, TOP, D, L
 from streamconv.families.rules import Dims, Family, prefixed, renamed, rule
 
 _INNER_NORM = {"post_attention_layernorm": "pre_feedforward_layernorm"}
@@ -78,6 +78,11 @@ _MEGATRON_TOWER = (
 )
 
 FAMILIES = (
+    Family(
+        name="exaone4",  # its norms are all behind a block
+        model_types=("exaone4",),
+        rules=(*TOP, *QKV, *OUT, *QK_NORM, *MLP[len(MLP_NORM) :], *_OUTER_NORMS),
+    ),
     Family(name="gemma", model_types=("gemma",), rules=DENSE, zero_centred_norms=True),
     Family(
         name="gemma2",

@@ -1,4 +1,4 @@
-"""GLM-4 (dense), GLM-4.5 and 4.6 (experts), and others with their layers: dots.llm1, Hunyuan 3.
+"""GLM-4 (dense), GLM-4.5 and 4.6 (experts), and others with their layers: dots.llm1, Hunyuan 3, Ling 2.
 
 DeepSeek's first model with experts has them, too: nothing in common with what followed it.
 """
@@ -48,6 +48,26 @@ _HY_V3 = renamed(
     },
 )
 
+# Ling and Ring 2: queries, keys and values in one tensor, one after the other.
+_BAILING_NAMES = {
+    ".self_attn.": ".attention.",
+    "attention.o_proj": "attention.dense",
+    "attention.q_norm": "attention.query_layernorm",
+    "attention.k_norm": "attention.key_layernorm",
+    "gate.e_score_correction_bias": "gate.expert_bias",
+}
+_BAILING = (
+    *(
+        rule(
+            f"{D}self_attention.linear_qkv.{kind}",
+            f"{L}attention.query_key_value.{kind}",
+            ops.joined_qkv,
+        )
+        for kind in ("weight", "bias")
+    ),
+    *renamed(GLM4_MOE, targets=_BAILING_NAMES),
+)
+
 FAMILIES = (
     Family(name="glm4", model_types=("glm4",), rules=GLM4),
     Family(
@@ -70,6 +90,16 @@ FAMILIES = (
             *TOP,
             *_HY_V3,
             *plain_mtp(_HY_V3, "model.layers.{mtp_layer}.", "final_layernorm"),
+        ),
+        extras=("model.layers.{mtp_layer}.{rest}",),
+    ),
+    Family(
+        name="bailing_moe",
+        model_types=("bailing_moe", "bailing_moe_v2"),
+        rules=(
+            *renamed(TOP, targets={"model.embed_tokens.": "model.word_embeddings."}),
+            *_BAILING,
+            *plain_mtp(_BAILING, "model.layers.{mtp_layer}.", "final_layernorm"),
         ),
         extras=("model.layers.{mtp_layer}.{rest}",),
     ),

@@ -73,6 +73,11 @@ def qkv(dims: Dims, tensor: Tensor) -> tuple[Tensor, ...]:
     )
 
 
+def joined_qkv(dims: Dims, tensor: Tensor) -> Tensor:
+    """The same in one tensor: all queries, all keys, all values."""
+    return torch.cat(qkv(dims, tensor))
+
+
 def gated_qkv(dims: Dims, tensor: Tensor) -> tuple[Tensor, ...]:
     """The same with a gate a query head: q ``[n·2·d, …]`` has query and gate of each head in turn."""
     grouped, per = _groups(dims, tensor, 2)
@@ -183,5 +188,7 @@ def _halves_of_heads(dims: Dims, tensor: Tensor, what: str, heads: int) -> Tenso
     return pairs.transpose(1, 2).flatten(0, 2)
 
 
-BY_HEADS = frozenset({qkv, gated_qkv, paired_qkv, flat_qkv, paired_queries, paired_keys})
+BY_HEADS = frozenset(
+    {qkv, joined_qkv, gated_qkv, paired_qkv, flat_qkv, paired_queries, paired_keys}
+)
 """Those that put other rows in other places where the numbers of heads are others."""

@@ -7,7 +7,7 @@ norms and a projection before it and a norm behind it. A checkpoint has all of i
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from streamconv.errors import BadInputError
@@ -54,13 +54,18 @@ HYBRID = PredictionNames(
 
 
 def check_prediction(
-    shapes: Mapping[str, Shape], dims: Dims, names: PredictionNames = MEGATRON
+    shapes: Mapping[str, Shape],
+    dims: Dims,
+    names: PredictionNames = MEGATRON,
+    parts: Sequence[str] = (),
 ) -> tuple[str, ...]:
     """Compare every layer for multi-token prediction with the last of the ordinary ones.
 
-    Returns what the user should know. Raises :class:`BadInputError` that lists what is missing or of
+    ``parts`` are prefixes within a layer of what not every one has (:class:`Family`). Returns what the
+    user should know. Raises :class:`BadInputError` that lists what is missing or of
     another shape.
     """
+    shapes = {n: s for n, s in shapes.items() if not any(f".{part}" in n for part in parts)}
     found = {at for name in shapes if (at := names.number(name))}
     for prefix, number in sorted(found):
         expected = _expected(shapes, names, prefix, number, dims.layers)
@@ -110,15 +115,18 @@ def _expected(
     if names.inner.endswith("layers."):
         inner = _like_any(shapes, f"{mtp}{names.inner}", ordinary)
     else:
-        inner = {f"{mtp}{names.inner}{rest}": shape for rest, shape in ordinary[-1].items()}
+        inner = _like(shapes, mtp + names.inner, ordinary)
     norm = shapes.get(prefix + names.final)
     if norm is None:  # whose absence is another check's to tell
         return inner
+    projections = {f"{mtp}eh_proj.weight": (norm[0], 2 * norm[0])}
+    if f"{mtp}e_proj.weight" in shapes:  # DeepSeek-V4 projects embedding and hidden state apart
+        projections = {f"{mtp}{x}_proj.weight": (norm[0], norm[0]) for x in "eh"}
     return {
         f"{mtp}enorm.weight": norm,
         f"{mtp}hnorm.weight": norm,
-        f"{mtp}eh_proj.weight": (norm[0], 2 * norm[0]),
         f"{mtp}{names.behind}": norm,
+        **projections,
         **inner,
     }
 
@@ -134,7 +142,25 @@ def _like_any(
     numbers = {int(rest.partition(".")[0]) for rest in _below(shapes, prefix)}
     expected: dict[str, Shape] = {}
     for number in range(max(numbers, default=0) + 1):
-        found = _below(shapes, f"{prefix}{number}.")
-        like = max(ordinary, key=lambda layer: len(layer.items() & found.items()))
-        expected |= {f"{prefix}{number}.{rest}": shape for rest, shape in like.items()}
+        expected |= _like(shapes, f"{prefix}{number}.", ordinary)
     return expected
+
+
+def _like(
+    shapes: Mapping[str, Shape], prefix: str, ordinary: list[dict[str, Shape]]
+) -> dict[str, Shape]:
+    """Return what a layer should have: the attention and the MLP of the most similar ordinary ones.
+
+    Where several are, the last.
+    """
+    found = _below(shapes, prefix)
+    expected: dict[str, Shape] = {}
+    for mlp in (False, True):
+        parts = [
+            {n: s for n, s in layer.items() if n.startswith(("mlp.", "pre_mlp_")) is mlp}
+            for layer in (*reversed(ordinary), found)
+        ]
+        own = parts.pop().items()
+        shared = [len(part.items() & own) for part in parts]
+        expected |= parts[shared.index(max(shared))]
+    return {prefix + rest: shape for rest, shape in expected.items()}

@@ -11,6 +11,7 @@ layers in HuggingFace's numbers, ``{inner_layer}`` is that of the ``{inner}`` on
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -49,7 +50,8 @@ class Family:
     has not. ``zero_centred_norms`` says that HuggingFace's class adds 1 to the weights of its norms.
     ``hybrid`` says that HuggingFace's model, too, has layers of single blocks (attention, MLP, Mamba).
     ``untrained`` are patterns of HuggingFace's tensors, one for each part of the model that a run may
-    leave out as a whole: they are the released model's then.
+    leave out as a whole: they are the released model's then. ``parts`` are prefixes, within a layer, of
+    what not all layers of a model have that transformers has no class for.
     ``signs`` are for tensors of one name and shape that trainers fill in different ways: for each way a
     regular expression, found in names that only such checkpoints have; ``Dims.signs`` has those that
     were seen. ``dropped`` are patterns of tensors that are left out, because HuggingFace's model has no
@@ -65,6 +67,7 @@ class Family:
     zero_centred_norms: bool = False
     hybrid: bool = False
     untrained: tuple[str, ...] = ()
+    parts: tuple[str, ...] = ()
     signs: Mapping[str, str] = dataclasses.field(default_factory=dict)
     dropped: tuple[tuple[str, str], ...] = ()
 
@@ -202,6 +205,8 @@ class Dims:
     ) -> None:
         self._settings = settings
         self.signs = signs
+        self.kind: str | None = None
+        """What config.json calls the layer that a rule is for, None for another."""
         self._vision = vision
         self.megatron = megatron
 
@@ -209,6 +214,16 @@ class Dims:
     def vision(self) -> Dims:
         """Return the sizes of the vision tower."""
         return Dims(self._vision or {}, self.megatron)
+
+    def of_layer(self, captures: Mapping[str, str]) -> Dims:
+        """Return the sizes with the kind of the layer that a rule's captures tell."""
+        kinds, number = self.get("layer_types"), captures.get("layer")
+        found = copy.copy(self)
+        if isinstance(kinds, list) and number is not None and int(number) < len(kinds):
+            found.kind = str(kinds[int(number)])
+        elif "mtp" in captures:
+            found.kind = "mtp"
+        return found
 
     def get(self, *names: str) -> Any:
         """Return the first of the settings ``names`` that the config has, or None."""
