@@ -15,7 +15,7 @@ import pytest
 
 from scripts.makers import runs
 from streamconv.environment import doctor, speed
-from streamconv.environment.forecast import moving_seconds, warnings
+from streamconv.environment.forecast import more_machines, moving_seconds, warnings
 from streamconv.executor import budget
 from streamconv.files.filesystems import FileSystem, filesystem_of
 from streamconv.system import memory
@@ -226,3 +226,19 @@ def test_plan_says_how_long_and_what_to_mind(tmp_path):
     assert data["checksum_rate"] > 0
     assert data["one_disk"] is True
     assert any("take turns" in w for w in data["warnings"])
+
+
+@pytest.mark.parametrize(
+    ("source", "output", "files", "by_processor", "expected"),
+    [
+        ("ext4", "nfs4", 9, False, "nothing: the source is on this one's disk"),
+        ("ext4", "tmpfs", 9, False, "nothing: the source and the output are"),
+        ("nfs4", "lustre", 1, True, "nothing: there is one output file"),
+        ("nfs4", "lustre", 9, True, "1/n of it, up to 9 parts"),
+        ("nfs4", "lustre", 9, False, "as far as the file server"),
+    ],
+)
+def test_what_more_machines_would_bring(source, output, files, by_processor, expected):
+    systems = [dataclasses.replace(DISK, kind=kind) for kind in (source, output)]
+    told = more_machines(*systems, files, by_processor)
+    assert expected in told

@@ -83,9 +83,8 @@ def _forecast_rows(told: Mapping[str, Any]) -> list[tuple[str, str]]:
     seconds = told["seconds"]
     speeds = f"reads {rate(told['read_rate'])}, writes {rate(told['write_rate'])}"
     time = "a moment" if seconds is None else f"about {format_duration(max(1.0, seconds))}"
-    return [("time", f"{time} to move the bytes ({speeds})")] + [
-        ("warning", warning) for warning in told["warnings"]
-    ]
+    rows = [("time", f"{time} to move the bytes ({speeds})"), ("machines", told["machines"])]
+    return rows + [("warning", warning) for warning in told["warnings"]]
 
 
 def render_plan(report: Mapping[str, Any]) -> str:

@@ -20,7 +20,8 @@ class Forecast:
     """What moving a plan's bytes will take.
 
     Rates are bytes per second, None where they could not be measured. ``seconds`` is for moving
-    (planning is done by then), None where there was nothing to measure it by.
+    (planning is done by then), None where there was nothing to measure it by. ``machines`` says what
+    more of them would bring.
     """
 
     seconds: float | None
@@ -30,6 +31,7 @@ class Forecast:
     one_disk: bool
     source: FileSystem
     output: FileSystem
+    machines: str
     warnings: tuple[str, ...]
 
 
@@ -43,6 +45,7 @@ def forecast(plan: Plan, dst: Path, budget_bytes: int, *, measure_seconds: float
     checksum_rate = speed.checksum_speed()
     one_disk = source.device == output.device and not output.is_memory
     totals = plan.head.totals
+    rates = [rate for rate in (read_rate, write_rate) if rate is not None]
     return Forecast(
         seconds=moving_seconds(
             totals.read_bytes,
@@ -58,6 +61,9 @@ def forecast(plan: Plan, dst: Path, budget_bytes: int, *, measure_seconds: float
         one_disk=one_disk,
         source=source,
         output=output,
+        machines=more_machines(
+            source, output, len(plan.outputs()), bool(rates) and min(rates) > checksum_rate
+        ),
         warnings=tuple(
             warnings(
                 source,
@@ -90,6 +96,31 @@ def moving_seconds(
     reading, writing = read_bytes / read_rate, write_bytes / write_rate
     disks = reading + writing if one_disk else max(reading, writing)
     return max(disks, max(read_bytes, write_bytes) / checksum_rate)
+
+
+def more_machines(source: FileSystem, output: FileSystem, files: int, by_processor: bool) -> str:
+    """Return in words what more machines would bring to a conversion into so many ``files``.
+
+    ``by_processor``: whether one machine's processor is slower than its way to the storage.
+    """
+    local = [
+        what
+        for what, system in (("the source", source), ("the output", output))
+        if not system.is_network
+    ]
+    if local:
+        return (
+            f"nothing: {' and '.join(local)} {'are' if len(local) > 1 else 'is'} on this one's disk"
+        )
+    if files == 1:
+        return "nothing: there is one output file, and a part is at least one (--max-shard-size)"
+    least = f"up to {files} parts, a file each"
+    if by_processor:
+        return f"the processor is what takes longest here: n of them take about 1/n of it, {least}"
+    return (
+        "the network is what takes longest here: they help as far as the file server gives them more "
+        f"than it gives one, {least}"
+    )
 
 
 def warnings(
