@@ -23,8 +23,10 @@ import streamconv
 from scripts.makers import megatron
 from scripts.makers.tiny_families import FAMILIES, State, TinyModel
 from scripts.outputs import differences, read_model, read_truth
+from streamconv.cli.commands import run
 from streamconv.errors import BadInputError, UsageError
 from streamconv.families import convert as family_conversion
+from streamconv.families.known import table
 from tests.family_cases import Case, plan, taken_apart
 from tests.replay import array, replay
 
@@ -162,6 +164,22 @@ def resized(tensor: torch.Tensor, axis: int) -> torch.Tensor:
     if axis == 0 and tensor.ndim == 2 and bool((tensor[-1] == 7).all()):
         keep = 60
     return tensor.narrow(axis, 0, keep)
+
+
+# --- what is said of them -----------------------------------------------------------------------
+
+
+def test_readme_has_the_table_of_all_families() -> None:
+    assert table() in (Path(__file__).parent.parent / "README.md").read_text()
+
+
+def test_the_command_shows_them(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["families"]) == 0
+    assert "deepseek_v32" in capsys.readouterr().out
+    assert run(["families", "glm_moe_dsa"]) == 0
+    assert "family: deepseek" in capsys.readouterr().out
+    with pytest.raises(UsageError, match="no family has the name"):
+        run(["families", "klingon"])
 
 
 # --- real folders ----------------------------------------------------------------------------

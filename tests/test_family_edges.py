@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -475,8 +476,10 @@ def test_gated_attention_of_forks_is_refused_by_name() -> None:
 
 def test_an_unknown_model_type() -> None:
     model, tensors = tiny("llama", model_type="klingon")
-    with pytest.raises(BadInputError, match="no family is known"):
+    with pytest.raises(BadInputError, match="no family is known") as refused:
         plan(model, tensors)
+    told = r"found: (\d+) of \1 kinds of names are those of the family llama"
+    assert re.search(told, str(refused.value))
 
 
 def test_two_tensors_of_one_name() -> None:

@@ -7,7 +7,8 @@ A file lists its families in ``FAMILIES`` and stands in ``_MODULES``; that is al
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from streamconv.errors import BadInputError, UsageError
@@ -44,11 +45,13 @@ def choose(
     override: str | None,
     known: Sequence[Family] | None = None,
     whose: str = "Megatron",
+    names: Collection[str] = (),
 ) -> Family:
     """Return the family of the model that a parsed config.json describes.
 
     ``override`` is the name of a family that the user chose, ``known`` are those to choose from
-    (Megatron's, where nothing is said) and ``whose`` their names. Raises :class:`UsageError` for a name
+    (Megatron's, where nothing is said), ``whose`` their names, and ``names`` those of the tensors, by
+    which the nearest family is told. Raises :class:`UsageError` for a name
     that is none, :class:`BadInputError` where no family has the config's model type.
     """
     known = list(families()) if known is None else known
@@ -73,7 +76,24 @@ def choose(
     raise BadInputError(
         f"no family is known for {whose} checkpoints of model type {model_type!r}",
         where="config.json",
-        expected="one of " + ", ".join(sorted(t for f in known for t in f.model_types)),
+        expected="one that `streamconv families` lists"
+        if names
+        else "one of " + ", ".join(sorted(t for f in known for t in f.model_types)),
+        found=_nearest(known, names) if names else None,
         hint="--family NAME takes the rules of another one; CONTRIBUTING.md, 'Adding a family', "
         "says how to add rules",
     )
+
+
+def _nearest(known: Sequence[Family], names: Collection[str]) -> str:
+    """Return in words which families know the most of the tensors."""
+    from streamconv.families.engine import knows
+
+    kinds = {re.sub(r"\d+", "0", name) for name in names}
+    counts = {family.name: knows(family, kinds) for family in known}
+    most = max(counts.values())
+    if not most:
+        return "no family knows any of its names"
+    rules = {family.name: len(family.rules) for family in known}
+    best = sorted((n for n, count in counts.items() if count == most), key=lambda n: rules[n])
+    return f"{most} of {len(kinds)} kinds of names are those of the family {' or '.join(best[:3])}"

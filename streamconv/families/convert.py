@@ -135,7 +135,7 @@ def describe(
             "the experts' gate and up rows are interleaved in this checkpoint, which is not supported",
             found=f"moe_mlp_glu_interleave_size {megatron['moe_mlp_glu_interleave_size']}",
         )
-    family = families.choose(config, job.family)
+    family = families.choose(config, job.family, names=tensors)
     notices = [f"Megatron's tensors are read as the family {family.name}"]
     config, changes = _for_these_weights(config, tensors)
     head = [m[1] for name in tensors if (m := _OUTPUT.fullmatch(name))] if changes.head else []

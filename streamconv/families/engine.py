@@ -78,6 +78,12 @@ def targets(family: Family, name: str) -> tuple[str, ...]:
     return tuple(_format(t, captures) for t in rule.targets)
 
 
+def knows(family: Family, names: Iterable[str]) -> int:
+    """Return how many of ``names`` a rule of the family knows."""
+    matcher = _Matcher(family.rules)
+    return sum(matcher.find(name) is not None for name in names)
+
+
 def _unknown(family: Family, names: Sequence[str], whose: str) -> BadInputError:
     alike: dict[str, int] = {}
     for name in names:
