@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 import streamconv
 from streamconv.errors import BadInputError, UsageError
 from streamconv.formats import find_model
+from scripts.makers.dcp import save_alone
 from tests.test_lora import convert, load, logits, trained
 
 PREFIX = "base_model.model."
@@ -99,6 +100,35 @@ def test_an_embedding_that_peft_saved_with_its_adapter(tmp_path):
     expected = model.merge_and_unload().state_dict()
     for name, tensor in load(tmp_path / "out").items():
         torch.testing.assert_close(tensor, expected[name], rtol=1e-6, atol=1e-7)
+
+
+def test_an_embedding_that_peft_saved_is_handed_on(tmp_path):
+    """It need not be that of the base model on disk, and PEFT takes it where the adapter has it."""
+    _, base, model = trained(tmp_path, target_modules=["q_proj", "embed_tokens"])
+    with torch.no_grad():
+        model.get_input_embeddings().base_layer.weight.add_(0.5)
+    model.save_pretrained(tmp_path / "peft", save_embedding_layers=True)
+    held = load_file(tmp_path / "peft/adapter_model.safetensors")
+    convert(tmp_path / "peft", tmp_path / "out", lora="adapter", base=base)
+    found = load(tmp_path / "out")
+    assert found.keys() == held.keys()
+    assert all(torch.equal(found[n], t) for n, t in held.items())
+    plain = transformers.AutoModelForCausalLM.from_pretrained(base, dtype="auto")
+    adapted = peft.PeftModel.from_pretrained(plain, tmp_path / "out")
+    assert torch.equal(logits(adapted), logits(model))
+    assert streamconv.verify(tmp_path / "out", base=base, forward=True).passed
+
+
+def test_an_embedding_beside_an_adapter_is_no_base_model(tmp_path):
+    """Accelerate saves of an adapter what PEFT does: the embedding may be there, and no other weight."""
+    _, base, model = trained(tmp_path, target_modules=["q_proj", "embed_tokens"])
+    model.save_pretrained(tmp_path / "peft", save_embedding_layers=True)
+    held = load_file(tmp_path / "peft/adapter_model.safetensors")
+    src = save_alone(tmp_path / "dcp", {f"model.{n}": t for n, t in held.items()})
+    convert(src, tmp_path / "adapter", hf_config=base, lora_alpha=8)
+    assert load(tmp_path / "adapter").keys() == held.keys()
+    convert(src, tmp_path / "merged", base=base, lora_alpha=8)
+    assert load(tmp_path / "merged").keys() == load(base).keys()
 
 
 def test_biases_that_were_trained_have_no_place(made, tmp_path):

@@ -27,6 +27,10 @@ from streamconv.lora.names import FOREIGN, ORIGINAL, PART, PARTS, SAVED, canonic
 from streamconv.lora.settings import CONFIG, PREFIX, Settings
 
 
+BELOW = "base_layer"
+"""The part of a target that is the base model's own weight, saved with the adapter."""
+
+
 @dataclass(frozen=True, slots=True)
 class Target:
     """An adapted module: its name in the base model, and the FQN of each part that is there."""
@@ -168,7 +172,9 @@ def with_trained(adapter: Adapter, others: Mapping[str, GlobalTensor]) -> Adapte
     """Return an adapter that was saved alone, ``others`` beside its factors: they were trained whole.
 
     In its own file PEFT calls what ``modules_to_save`` names as the base model does. What belongs to an
-    adapted module is the base model's own, and so is trl's value head, which no base model has.
+    adapted module is the base model's own, which PEFT saves of an embedding that has grown, or that it
+    adapts, and takes for the base model's when it loads the adapter. So is trl's value head, which no
+    base model has.
     """
     saved = {
         name: tensor
@@ -178,7 +184,18 @@ def with_trained(adapter: Adapter, others: Mapping[str, GlobalTensor]) -> Adapte
         and "v_head" not in name.split(".")
     }
     wrapped = adapter.wrapped | {name.rpartition(".")[0] for name in saved}
-    return dataclasses.replace(adapter, saved={**adapter.saved, **saved}, wrapped=wrapped)
+    below = {m: t for m in adapter.targets if (t := others.get(f"{m}.weight")) is not None}
+    targets = {
+        m: Target(m, {**t.parts, BELOW: below[m].fqn}) if m in below else t
+        for m, t in adapter.targets.items()
+    }
+    return dataclasses.replace(
+        adapter,
+        targets=targets,
+        saved={**adapter.saved, **saved},
+        wrapped=wrapped,
+        tensors={**adapter.tensors, **{t.fqn: t for t in below.values()}},
+    )
 
 
 def refuse_biases(adapter: Adapter) -> None:

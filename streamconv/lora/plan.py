@@ -137,7 +137,12 @@ class LoraPlan:
 
     def base_skipped(self) -> list[Skipped]:
         """Return the base weights as what is left out where the adapter alone is written."""
-        return [Skipped(n, _BASE) for n in self.checkpoint.tensors if n not in self.adapter.saved]
+        below = {t.parts.get(adapters.BELOW) for t in self.adapter.targets.values()}
+        return [
+            Skipped(n, _BASE)
+            for n, tensor in self.checkpoint.tensors.items()
+            if n not in self.adapter.saved and tensor.fqn not in below
+        ]
 
     def notices(self) -> list[str]:
         """Return what a user should know of the adapter."""
@@ -238,8 +243,7 @@ def plan_lora(
         _refuse_options(checkpoint, options)
         return None
     found, adapter = adapters.separate(checkpoint)
-    held = [m for m in adapter.targets if _weight_of(m) in found.tensors]
-    # PEFT saves an embedding that it adapts, or that has grown, with its adapter.
+    held = _with_weights(adapter, found)
     alone = not held or checkpoint.format == peft_folder.NAME
     if translate is not None:
         adapter = translate(adapter, checkpoint)
@@ -284,6 +288,16 @@ def plan_lora(
     return LoraPlan(
         found, adapter, settings, mode != "adapter", mode != "merge", diverged, options.base
     )
+
+
+def _with_weights(adapter: Adapter, checkpoint: Checkpoint) -> list[str]:
+    """Return the adapted modules whose weights show that the base model is there, too.
+
+    Embeddings do not where layers are adapted as well: PEFT saves those that it adapts, or that have
+    grown, with its adapter.
+    """
+    layers = [m for m in adapter.targets if any(map(str.isdecimal, m.split(".")))]
+    return [m for m in layers or adapter.targets if _weight_of(m) in checkpoint.tensors]
 
 
 def _weight_of(module: str) -> str:

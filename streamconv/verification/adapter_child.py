@@ -17,7 +17,7 @@ from typing import Any
 from streamconv.errors import BadInputError, StreamconvError, UsageError
 from streamconv.formats.safetensors_file import FileTensor, read_header
 from streamconv.lora import fit
-from streamconv.lora.adapters import Adapter, Target
+from streamconv.lora.adapters import BELOW, Adapter, Target
 from streamconv.lora.names import PART, canonical
 from streamconv.lora.settings import CONFIG, IDLE, WEIGHTS, checked_settings, read_object
 from streamconv.planning.sidefiles import read_config
@@ -55,7 +55,7 @@ def _adapter(tensors: Mapping[str, Any]) -> Adapter:
             key = f"{match[2]}.bias" if match[4] == "bias" else match[2]
             targets.setdefault(match[1], Target(match[1])).parts[key] = name
         else:
-            saved[canonical(name)] = tensor
+            saved[canonical(name).replace(f".{BELOW}.", ".")] = tensor
     whole = {
         m: t
         for m, t in targets.items()
