@@ -9,6 +9,7 @@ import dataclasses
 import enum
 import os
 import shutil
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -570,3 +571,40 @@ def test_masters_no_is_refused_where_there_are_masters_alone(tmp_path: Path) -> 
     tag = zero.write(run(stage=3), tmp_path / "src")
     with pytest.raises(UsageError, match="this checkpoint has none"):
         streamconv.convert(tag, tmp_path / "out", layout="memory", masters="no", sync=False)
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_masters_of_a_pipeline_without_zero(flat: bool, tmp_path: Path) -> None:
+    """Stage 0: the model files have masters without names, the layer files the weights in 16 bits."""
+    generator = torch.Generator().manual_seed(7)
+    layers = [
+        {n: torch.randn(s, generator=generator) for n, s in shapes.items()}
+        for shapes in (
+            {"weight": (33, 8)},
+            {"up.weight": (9, 8), "up.bias": (9,), "norm.weight": (8,)},
+            {"up.weight": (9, 8), "up.bias": (9,), "norm.weight": (8,)},
+            {"out.weight": (33, 8)},
+        )
+    ]
+    named = [{f"{k}.{n}": t for n, t in layer.items()} for k, layer in enumerate(layers)]
+    for k, layer in enumerate(layers):
+        path = tmp_path / f"layer_{k:02}-model_states.pt"
+        zero.save(OrderedDict((n, t.bfloat16()) for n, t in layer.items()), path)
+    # The last stage has the first layer's weight, too: it is tied.
+    for stage, held in enumerate((named[:2], [*named[2:], named[0]])):
+        own = {n: t for layer in held for n, t in layer.items()}
+        groups = [[t for t in own.values() if (t.ndim == 2) == two] for two in (True, False)]
+        masters: dict[str, Any] = {"fp32_groups": groups}
+        if flat:
+            vectors = [torch.cat([t.flatten() for t in group]) for group in groups]
+            masters = {"fp32_groups_flat": vectors}
+        zero.save(
+            {"module": None, "optimizer": masters, "mp_world_size": 2, "ds_version": "0.19.8"},
+            tmp_path / f"mp_rank_{stage:02}_model_states.pt",
+        )
+    found = checkpoint.read(tmp_path)
+    truth = {n: t for layer in named for n, t in layer.items()}
+    values = stored(found)
+    assert values.keys() == truth.keys()
+    assert all(torch.equal(values[n], t) for n, t in truth.items())
+    assert found.facts["weights"] == "fp32 masters"

@@ -7,6 +7,7 @@ import shutil
 from argparse import Namespace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -17,7 +18,9 @@ from scripts.makers import layouts
 from scripts.makers.dcp import save_alone
 from scripts.outputs import differences, read_model
 from streamconv import formats
+from streamconv.batch.discover import discover
 from streamconv.errors import BadInputError, UnsafeInputError, UsageError
+from tests.scenes import cli
 
 CONVERT = (
     "accelerate_full",
@@ -120,6 +123,39 @@ def test_a_truncated_file_is_refused(
     assert not (tmp_path / "out").exists()
 
 
+def test_what_else_is_a_model_in_the_folder_is_named(
+    llama: transformers.PreTrainedModel, tmp_path: Path
+) -> None:
+    src = layouts.finished(tmp_path / "src", llama)
+    for name in ("pytorch_model.bin", "last.ckpt", "model.gguf", "training_args.bin"):
+        (src / name).write_bytes(b"")
+    streamconv.convert(src, tmp_path / "out", sync=False)
+    skipped = json.loads((tmp_path / "out/streamconv.json").read_text())["skipped"]
+    assert {name for name, _ in skipped} == {
+        f"src/{n}" for n in ("pytorch_model.bin", "last.ckpt", "model.gguf")
+    }
+
+
+def test_an_index_is_not_read_to_find_a_model(
+    llama: transformers.PreTrainedModel, tmp_path: Path
+) -> None:
+    src = layouts.finished(tmp_path / "src", llama)
+    (src / "model.safetensors.index.json").write_text("{")
+    location = formats.find_model(src)
+    assert location.format == "huggingface"
+    with pytest.raises(BadInputError, match="JSON"):
+        location.identify()
+
+
+@pytest.mark.parametrize("size", [1 << 63, 1 << 80])
+def test_sizes_that_no_tensor_has_are_refused(size: int, tmp_path: Path) -> None:
+    header = json.dumps({"w": {"dtype": "F32", "shape": [0, size], "data_offsets": [0, 0]}})
+    raw = len(header).to_bytes(8, "little") + header.encode()
+    (tmp_path / "model.safetensors").write_bytes(raw)
+    with pytest.raises(BadInputError, match="not a valid safetensors file"):
+        formats.find_model(tmp_path).read()
+
+
 def test_a_config_of_another_model_is_refused(
     llama: transformers.PreTrainedModel, tmp_path: Path
 ) -> None:
@@ -151,6 +187,16 @@ def test_pieces_of_a_lost_rank_are_missed(
     next(src.glob(f"shard-{lost:05d}-*")).unlink()
     with pytest.raises(BadInputError):
         streamconv.convert(src, tmp_path / "out", sync=False)
+
+
+def test_pieces_need_a_model_that_shows_them_whole(
+    llama: transformers.PreTrainedModel, truth: Path, tmp_path: Path
+) -> None:
+    src = layouts.pieces(tmp_path / "src", llama.state_dict(), world=4)
+    with pytest.raises(BadInputError, match="last rank's pieces") as caught:
+        streamconv.convert(src, tmp_path / "out", sync=False)
+    assert "--hf-config DIR" in str(caught.value.hint)
+    converted(src, tmp_path / "out", truth, hf_config=truth)
 
 
 def test_pieces_that_do_not_say_where_they_belong_are_refused(
@@ -325,6 +371,83 @@ def test_two_models_in_one_file_are_asked_about(
     with pytest.raises(UsageError, match="2 models to choose from"):
         streamconv.convert(src, tmp_path / "out", hf_config=truth, sync=False)
     converted(src, tmp_path / "out", truth, hf_config=truth, model="main")
+
+
+def test_one_dict_by_two_keys_is_one_model(
+    llama: transformers.PreTrainedModel, truth: Path, tmp_path: Path
+) -> None:
+    state = dict(llama.state_dict())
+    content: dict[str, object] = {"model": state, "module": state}
+    content["all"] = content
+    src = layouts.write_single(tmp_path / "model.pt", content)
+    converted(src, tmp_path / "out", truth, hf_config=truth)
+
+
+def test_a_key_of_the_model_s_own_is_no_other_release(
+    llama: transformers.PreTrainedModel, truth: Path, tmp_path: Path
+) -> None:
+    src = layouts.write_single(tmp_path / "model.pt", {"model": dict(llama.state_dict())})
+    converted(src, tmp_path / "out", truth, hf_config=truth)
+    told = json.loads((tmp_path / "out/streamconv.json").read_text())["notices"]
+    assert any("prefix 'model.'" in n for n in told)
+    assert not any("another release" in n for n in told)
+
+
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [
+        ({0: torch.ones(2), 1: torch.ones(2)}, "tensors by numbers"),
+        ({"w": np.ones(2)}, "numpy"),
+        ({"step": 3}, "int"),
+        ({}, "nothing"),
+    ],
+)
+def test_what_holds_no_model_is_said(content: object, found: str, tmp_path: Path) -> None:
+    src = layouts.write_single(tmp_path / "model.pt", content)
+    with pytest.raises(BadInputError, match="no tensors by names") as caught:
+        formats.find_model(src).read()
+    assert found in str(caught.value.found)
+
+
+def test_a_run_of_files_is_a_run(
+    llama: transformers.PreTrainedModel, truth: Path, tmp_path: Path
+) -> None:
+    src = tmp_path / "checkpoints"
+    first, second = "epoch=0-step=3", "epoch=1-val_loss=0.25-v1"
+    for name in (first, "last", second):
+        layouts.write_single(src / f"{name}.ckpt", {"state_dict": llama.state_dict()})
+    with pytest.raises(UsageError, match="a run with 2 training steps") as caught:
+        streamconv.convert(src, tmp_path / "out", hf_config=truth, sync=False)
+    assert f"{second}.ckpt" in str(caught.value.found)
+    (src / f"{second}.ckpt").unlink()
+    converted(src, tmp_path / "one", truth, hf_config=truth)
+    layouts.write_single(src / f"{second}.ckpt", {"state_dict": llama.state_dict()})
+    found = [(c.place.as_posix(), c.step, c.format) for c in discover(tmp_path)]
+    assert sorted(found) == [
+        (f"checkpoints/{first}", 3, "torch_file"),
+        (f"checkpoints/{second}", 1, "torch_file"),
+    ]
+
+
+def test_a_batch_takes_each_file_of_a_run(
+    llama: transformers.PreTrainedModel, truth: Path, tmp_path: Path
+) -> None:
+    src, out = tmp_path / "checkpoints", tmp_path / "out"
+    layouts.write_single(src / "epoch=0-step=3.ckpt", {"state_dict": llama.state_dict()})
+    (src / "epoch=1-step=6.ckpt").write_bytes(b"no zip, and no pickle")
+    options = ("--hf-config", str(truth), "--settle", "0s", "--no-sync", "--pin")
+    done = cli("batch", str(src), str(out), *options)
+    assert done.returncode == 3
+    assert "error: epoch=1-step=6: " in done.stderr
+    assert "\n  where: " in done.stderr
+    assert not differences(read_model(out / "epoch=0-step=3"), read_model(truth))
+    states = {
+        c["step"]: c["state"] for c in json.loads((out / "status.json").read_text())["checkpoints"]
+    }
+    assert states == {3: "done", 6: "failed"}
+    gone = cli("batch", str(src), str(out), *options, "--verify", "--delete-sources", "--apply")
+    assert "only folders are deleted" in gone.stdout + gone.stderr
+    assert (src / "epoch=0-step=3.ckpt").is_file()
 
 
 def test_a_weight_that_is_no_tensor_is_not_left_out(

@@ -12,9 +12,9 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import streamconv
+from scripts.makers.dcp import save_alone
 from streamconv.errors import BadInputError, UsageError
 from streamconv.formats import find_model
-from scripts.makers.dcp import save_alone
 from tests.test_lora import convert, load, logits, trained
 
 PREFIX = "base_model.model."
@@ -120,7 +120,7 @@ def test_an_embedding_that_peft_saved_is_handed_on(tmp_path):
 
 
 def test_an_embedding_beside_an_adapter_is_no_base_model(tmp_path):
-    """Accelerate saves of an adapter what PEFT does: the embedding may be there, and no other weight."""
+    """Accelerate saves what PEFT does: the embedding may be there, and no other weight."""
     _, base, model = trained(tmp_path, target_modules=["q_proj", "embed_tokens"])
     model.save_pretrained(tmp_path / "peft", save_embedding_layers=True)
     held = load_file(tmp_path / "peft/adapter_model.safetensors")

@@ -13,9 +13,11 @@ from safetensors.torch import load_file, save_file
 
 import streamconv
 from scripts.makers.dcp import save_alone
-from streamconv.errors import OutputExistsError
+from streamconv.conversion.job import run_plan
+from streamconv.errors import OutputExistsError, SourceChangedError
 from streamconv.formats import find_model
 from streamconv.formats.huggingface.base import identify as identify_base
+from streamconv.options import RunOptions
 
 Write = Callable[[Path, float], Path]
 
@@ -148,3 +150,13 @@ def test_the_version_of_fsdp_is_part_of_the_job(tmp_path: Path) -> None:
             streamconv.conversion.job.identify(source, streamconv.options.JobOptions()).digest
         )
     assert len(digests) == 2
+
+
+@pytest.mark.parametrize("write", WRITERS)
+def test_written_anew_after_it_was_planned(write: Write, tmp_path: Path) -> None:
+    """What was planned is gone: that is no damage."""
+    source = write(tmp_path / "src", 1.0)
+    streamconv.plan(source, output=tmp_path / "plan", layout="memory")
+    write(source, 2.0)
+    with pytest.raises(SourceChangedError, match="planned"):
+        run_plan(tmp_path / "plan", tmp_path / "out", RunOptions(sync=False))

@@ -7,6 +7,7 @@ A run is a tree such as::
     ROOT/global_step_100/critic/…
     ROOT/iter_0000100/…                                           Megatron
     ROOT/step-1000/.metadata                                      torch DCP
+    ROOT/checkpoints/epoch=0-step=100.ckpt                        Lightning: a file for each step
 
 Whatever :func:`streamconv.formats.detect` recognises is a checkpoint; the nearest folder whose name
 ends in a number says its step. Links are not followed: ``latest`` must not be converted twice. What is
@@ -30,7 +31,7 @@ from streamconv.files.inputs import cannot_read, reading
 from streamconv.files.names import MANIFEST
 from streamconv.formats import finding, torch_file
 from streamconv.formats.megatron import rank_folders
-from streamconv.formats.steps import MARKERS, step_number
+from streamconv.formats.steps import MARKERS, step_files, step_number
 
 # Deep enough for every run; links being left out, it ends anyway.
 _MAX_DEPTH = 24
@@ -47,7 +48,7 @@ _COMMON = _FINISHED | {torch_file.NAME}
 class Candidate:
     """A checkpoint that was found.
 
-    ``path`` is its folder, ``relative`` the same below the root (``.`` where it is the root).
+    ``path`` is its folder or file, ``relative`` the same below the root (``.`` where it is the root).
     ``run`` is what stands before the step's folder (the root's name where nothing does),
     ``step_dir`` the step's folder and ``step`` its number, ``model`` what stands behind it
     (``actor``; empty where the step's folder is the checkpoint itself). ``beside`` is the folder with
@@ -74,6 +75,8 @@ class Candidate:
     def place(self) -> Path:
         """Return what to call it below the root: for a finished model, as its training's is called."""
         place = self.relative
+        if self.step_dir == self.path and place.suffix == ".ckpt":
+            place = place.with_suffix("")
         while self.finished and place.name in _OF_A_MODEL and place.parent != Path():
             place = place.parent
         return place
@@ -231,6 +234,9 @@ class _Walk:
                 if not common or (found.step is not None and not _is_output(folder)):
                     yield found
                     return
+            for file in [] if _is_output(folder) else step_files(folder):
+                side = torch_file.side_dir(file)
+                yield candidate_at(self._root, file, torch_file.NAME, side)
             below = _folders(folder)
             if any((folder / name).is_file() for name in MARKERS):
                 below = [name for name in below if not finding.is_state(name)]

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import stat
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -76,10 +77,15 @@ def look_at(candidate: Candidate) -> Snapshot:
 
 
 def snapshot(folder: Path) -> Snapshot:
-    """Return how ``folder`` looks now; raises ``OSError`` where it goes meanwhile."""
+    """Return how ``folder``, or a file, looks now; raises ``OSError`` where it goes meanwhile."""
     entries: list[str] = []
     marks: list[str] = []
-    newest = folder.stat().st_mtime_ns
+    status = folder.stat()
+    newest = status.st_mtime_ns
+    if not stat.S_ISDIR(status.st_mode):
+        entries.append(f"{folder.name}\0{status.st_size}\0{newest}")
+        marks.append(f"{folder.name}\0{status.st_ctime_ns}")
+        return Snapshot(_digest(entries), newest, status.st_size, _digest(marks), newest)
     total = written = 0
     for met in walk(folder):
         status = met.status

@@ -287,6 +287,11 @@ def remove_source(
 ) -> Removal:
     """Remove the source of a verified output, or say what would be removed."""
     path = candidate.path
+    if path.is_file():
+        nbytes = path.stat().st_size
+        return Removal(
+            "source", path, nbytes, refused="it is one file, and only folders are deleted"
+        )
     try:
         with store.holding(record.name):
             record = store.reload(record.name)

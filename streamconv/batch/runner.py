@@ -243,6 +243,9 @@ class Runner:
 
     def _pin(self, task: Task) -> None:
         source = task.candidate.path
+        if source.is_file():
+            self._tell("notice", task, "not pinned: it is one file, and only folders are")
+            return
         try:
             wanted = identify(source, task.job)
             location = formats.find_model(source)

@@ -55,7 +55,8 @@ class BatchLines:
 
     def __call__(self, what: What, task: Task, text: str) -> None:
         """Tell a line, or keep silent."""
-        record, name, text = task.record, shown(task.record.name), shown(text)
+        record, name = task.record, shown(task.record.name)
+        text = "\n".join(map(shown, text.split("\n")))
         if what == "failed":
             _line(f"error: {name}: {text}")
         elif self._quiet:

@@ -169,6 +169,23 @@ class SourceReader:
                     "a source file vanished", where=str(self.path(file))
                 ) from error
 
+    def check_same(self, file: int) -> None:
+        """Raise :class:`SourceChangedError` where a file was written since it was planned.
+
+        For one whose bytes are wrong: a file that is only older or newer by its time may be a copy.
+        """
+        planned = self.files[file]
+        mtime_ns = self.path(file).stat().st_mtime_ns
+        if mtime_ns != planned.mtime_ns:
+            raise SourceChangedError(
+                "a source file was written since it was planned, and its bytes are others",
+                where=str(self.path(file)),
+                expected=f"modified at {planned.mtime_ns} ns",
+                found=f"modified at {mtime_ns} ns",
+                hint="plan again; if the file is a copy of the one that was planned, it is damaged",
+            )
+        self._check_directory(file)
+
     def _check_directory(self, file: int) -> None:
         planned = self.files[file]
         if planned.index:

@@ -156,7 +156,11 @@ class RecordChecks:
             header = memoryview(bytearray(record.header_nbytes))
             self._reader.read(record.file, record.start - record.header_nbytes, header)
         name = _name(self._reader, record)
-        check_local_header(header, name, _where(self._reader, source.fqn, record))
+        try:
+            check_local_header(header, name, _where(self._reader, source.fqn, record))
+        except BadInputError:
+            self._reader.check_same(record.file)
+            raise
 
 
 class SharedRecords:
@@ -200,6 +204,7 @@ def _verdict(reader: SourceReader, fqn: str, record: Record, crc: int) -> int:
         return 0
     if record.crc32 == 0:
         return record.nbytes
+    reader.check_same(record.file)
     raise BadInputError(
         "a source record is damaged: its bytes do not match their CRC-32",
         where=_where(reader, fqn, record),

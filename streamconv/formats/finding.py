@@ -16,7 +16,14 @@ from streamconv.formats.format import Format, Location
 from streamconv.formats.fsdp import rank_files
 from streamconv.formats.huggingface import folder, pieces
 from streamconv.formats.megatron import adapter_files, rank_folders, torch_dist
-from streamconv.formats.steps import TRACKERS, is_step, named_step, read_tracker_file, step_number
+from streamconv.formats.steps import (
+    TRACKERS,
+    is_step,
+    named_step,
+    read_tracker_file,
+    step_files,
+    step_number,
+)
 
 FORMATS: tuple[Format, ...] = (
     rank_files,
@@ -129,7 +136,8 @@ def model_names(path: Path) -> tuple[str, ...]:
     if not path.is_dir() or detect(path):
         return ()
     steps = _steps(path)
-    return tuple(_in_folders(path) or (_in_folders(steps[0]) if len(steps) == 1 else ()))
+    single = len(steps) == 1 and steps[0].is_dir()
+    return tuple(_in_folders(path) or (_in_folders(steps[0]) if single else ()))
 
 
 def _in_folders(path: Path) -> dict[str, Location]:
@@ -152,7 +160,11 @@ def _within(folder: Path) -> Location | None:
             return found
         below = [p for f in level for p in _folders(f)]
         level = below or [
-            p for f in level if f.name == "weights" for p in _steps(f) if step_number(p.name) == 0
+            p
+            for f in level
+            if f.name == "weights"
+            for p in _steps(f)
+            if step_number(p.name) == 0 and p.is_dir()
         ]
     return next((loc for p in level if (loc := detect(p)) is not None), None)
 
@@ -201,6 +213,7 @@ def _in_run(path: Path, model: str | None) -> Location:
 
 def _steps(path: Path) -> list[Path]:
     steps = [p for p in path.iterdir() if p.is_dir() and is_step(p.name)]
+    steps += step_files(path)
     return sorted(steps, key=lambda p: (step_number(p.name) or 0, p.name))
 
 

@@ -20,6 +20,8 @@ SEVERAL = False
 _CONFIG = "adapter_config.json"
 _SAFETENSORS = "adapter_model.safetensors"
 _TORCH = "adapter_model.bin"
+WEIGHTS = (_SAFETENSORS, _TORCH)
+"""The files that PEFT would load, the first before the second."""
 
 
 def detect(path: Path) -> str | None:
@@ -31,7 +33,7 @@ def detect(path: Path) -> str | None:
 
 def _weights(path: Path) -> Path | None:
     """Return the file of weights that PEFT would load."""
-    return next((f for n in (_SAFETENSORS, _TORCH) if (f := path / n).is_file()), None)
+    return next((f for n in WEIGHTS if (f := path / n).is_file()), None)
 
 
 def side_dir(_: Path) -> Path | None:

@@ -24,6 +24,7 @@ from streamconv.ir.boxes import Shape
 from streamconv.ir.dtypes import BY_NAME, DType
 
 MAX_HEADER_BYTES = 100_000_000  # safetensors/src/tensor.rs
+_MAX_SIZE = (1 << 63) - 1  # torch's own
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,8 +99,8 @@ def _tensor(path: Path, name: str, entry: dict[str, Any], base: int) -> FileTens
     dtype = BY_NAME[entry["dtype"]]
     shape = tuple(entry["shape"])
     begin, end = entry["data_offsets"]
-    if not all(type(n) is int and n >= 0 for n in (*shape, begin, end)):
-        raise ValueError(f"{name}: sizes that are not counts")
+    if not all(type(n) is int and 0 <= n <= _MAX_SIZE for n in (*shape, begin, end)):
+        raise ValueError(f"{name[:200]}: sizes that are no counts of 63 bits")
     if end - begin != math.prod(shape) * dtype.itemsize:
         raise ValueError(f"{name}: {end - begin} bytes for {dtype} {list(shape)}")
     return FileTensor(name, path, dtype, shape, base + begin, base + end)

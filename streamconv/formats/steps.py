@@ -30,7 +30,8 @@ MARKERS = (
 
 _STEP = re.compile(
     r"(?:epoch[_=]?\d+[-_]?(?:epochstep\d+)?|ep\d+-)?"
-    r"(global_?step|iter|iteration|step|checkpoint|ckpt|epoch|ba)[-_=]?(\d{1,18})(?:\.ckpt)?",
+    r"(global_?step|iter|iteration|step|checkpoint|ckpt|epoch|ba)[-_=]?(\d{1,18})"
+    r"(?:(?:-\w+=[-+.\w]+?)*(?:-v\d+)?\.ckpt)?",
     re.ASCII | re.IGNORECASE,
 )
 _RELEASE = "release"  # Megatron's folder of a model that no training made
@@ -44,6 +45,8 @@ def step_number(name: str) -> int | None:
     (100, 200, None)
     >>> step_number("ep1-ba30"), step_number("epoch_2_step_40"), step_number("epoch=1-step=50.ckpt")
     (30, 40, 50)
+    >>> step_number("epoch=02-val_loss=0.32.ckpt"), step_number("epoch=0-step=7-v1.ckpt")
+    (2, 7)
     """
     match = _STEP.fullmatch(name)
     return int(match[2]) if match else None
@@ -62,6 +65,15 @@ def step_kind(name: str) -> str:
 def is_step(name: str) -> bool:
     """Whether a folder of this name is one step of a run, and no model's."""
     return name == _RELEASE or step_number(name) is not None
+
+
+def step_files(folder: Path) -> list[Path]:
+    """Return the files in a run's folder that are one training step each, as Lightning writes them."""
+    return sorted(
+        p
+        for p in folder.iterdir()
+        if p.suffix == ".ckpt" and step_number(p.name) is not None and p.is_file()
+    )
 
 
 def read_tracker_file(file: Path) -> tuple[str, int] | None:

@@ -242,7 +242,7 @@ class Checkpoint:
     which a model's most often lie below a key (:mod:`streamconv.tracing.hf_names` finds them), or which
     has names of the trainer's own model (:mod:`streamconv.families.native`).
     ``modules`` says that every tensor is a parameter or a buffer of some module, and none a counter of
-    the trainer's.
+    the trainer's. ``unproved`` says what only the shapes of the model can prove, empty for nothing.
     """
 
     root: Path
@@ -257,6 +257,7 @@ class Checkpoint:
     facts: Mapping[str, object] = field(default_factory=lambda: MappingProxyType({}))
     naming: Literal["hf", "mcore", "trainer"] = "hf"
     modules: bool = False
+    unproved: str = ""
 
     @cached_property
     def nbytes(self) -> int:

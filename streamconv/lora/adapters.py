@@ -26,7 +26,6 @@ from streamconv.ir.source import Checkpoint, GlobalTensor, Skipped
 from streamconv.lora.names import FOREIGN, ORIGINAL, PART, PARTS, SAVED, canonical
 from streamconv.lora.settings import CONFIG, PREFIX, Settings
 
-
 BELOW = "base_layer"
 """The part of a target that is the base model's own weight, saved with the adapter."""
 

@@ -11,6 +11,7 @@ from streamconv.errors import BadInputError, UsageError
 from streamconv.files.durable import hash_file
 from streamconv.formats import peft_folder
 from streamconv.formats.huggingface import base as base_model
+from streamconv.formats.huggingface import weights
 from streamconv.ir.identity import identified
 from streamconv.ir.planned import SideFile, TextFile
 from streamconv.ir.recipe import Recipe
@@ -263,11 +264,18 @@ def plan_lora(
         found, adapter = _with_base(found, adapter, options.base)
     mode = options.mode
     if mode == "auto" and checkpoint.format == peft_folder.NAME and options.base is None:
+        whole = weights.main_file(checkpoint.root)
         raise UsageError(
             "this is an adapter as PEFT saves it, and a model is made of it with its base model only",
             where=str(checkpoint.root),
             hint="name the folder of the model that it was trained on (--base DIR); --lora adapter "
-            "writes the adapter again, checked",
+            "writes the adapter again, checked"
+            + (
+                f". The whole model beside it ({whole.name}) is the source where the adapter's files "
+                "are not in its folder"
+                if whole is not None and whole.name not in peft_folder.WEIGHTS
+                else ""
+            ),
         )
     if mode == "auto":
         mode = "adapter" if alone and options.base is None else "merge"

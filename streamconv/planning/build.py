@@ -81,6 +81,12 @@ def build_plan(
     done = lora is not None and translate is not None and checkpoint.naming != "mcore"
     as_named = dataclasses.replace(job, family=None) if done else job
     made = _sources(checkpoint, config, as_named, notices)
+    if checkpoint.unproved and not (made.model is not None and made.model.certain):
+        raise BadInputError(
+            checkpoint.unproved,
+            where=str(checkpoint.root),
+            hint="--hf-config DIR names a folder that has it",
+        )
     made.config_changes = (*overrides, *made.config_changes)
     if lora is not None:
         lora = lora.fitted(made.model)
@@ -89,10 +95,9 @@ def build_plan(
     else:
         _refuse_unknown_names(checkpoint, made, job)
         _plan_model(made, lora, job, {s.name for s in side}, notices)
-        made.skipped += (
-            left_out(folder, checkpoint.root, {checkpoint.root / f.path for f in checkpoint.files})
-            if folder and folder != job.lora.base
-            else ()
+        beside = folder if folder != job.lora.base else None
+        made.skipped += left_out(
+            beside, checkpoint.root, {checkpoint.root / f.path for f in checkpoint.files}
         )
     if lora is not None:
         _plan_adapter(made, lora, job, notices)

@@ -10,6 +10,7 @@ import errno
 import fnmatch
 import json
 import os
+import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any
@@ -39,6 +40,12 @@ _WEIGHT_SUFFIXES = {
     ".distcp",
     ".onnx",
 }
+# Whole models in torch's files, or parts of them.
+_MODEL = re.compile(
+    r"(pytorch_model|adapter_model)(_fsdp|-\d+-of-\d+)?\.bin|(lit_)?model\.(pt|pth|ckpt)"
+    r"|consolidated\.\d+\.pth|.+\.ckpt",
+    re.ASCII,
+)
 # What save_pretrained of models, tokenizers and processors writes, custom code included.
 _NAMES = (
     "config.json",
@@ -241,26 +248,36 @@ def missing_code(side: Sequence[SideFile]) -> list[str]:
     ]
 
 
-def left_out(folder: Path, root: Path, sources: Collection[Path]) -> Iterator[Skipped]:
-    """Yield what lies in ``folder`` and is not copied: weights above all, the rank files are newer.
+def left_out(folder: Path | None, root: Path, sources: Collection[Path]) -> Iterator[Skipped]:
+    """Yield what lies in ``folder`` and beside the sources and is not copied: weights above all.
 
-    ``sources`` are the files that the output is made of.
+    ``folder`` has the config, ``root`` is the checkpoint's folder; ``sources`` are the files that the
+    output is made of.
     """
-    inside = folder.glob("*.safetensors") if holds_weights(folder, root) else folder.rglob("*")
-    for path in sorted(inside):
-        inner = path.relative_to(folder).as_posix()
-        if path in sources:
-            continue
-        if path.is_file() and _is_weights(path.name):
-            reason = "weights beside the config; the output is made of others"
-        elif path.is_file() and inner == _ADAPTER:
-            # With it transformers would look for an adapter, and find none.
-            reason = "an adapter's config; the output is a whole model"
-        elif path.is_dir() and path.is_symlink():
-            reason = "a link to a folder"
-        else:
-            continue
-        yield Skipped(f"{folder.name}/{inner}", reason)
+    for place in dict.fromkeys(p for p in (folder, root) if p is not None):
+        of_weights = holds_weights(place, root)
+        for path in sorted(place.iterdir() if of_weights else place.rglob("*")):
+            inner = path.relative_to(place).as_posix()
+            if path in sources:
+                continue
+            if path.is_file() and (_is_model if of_weights else _is_weights)(path.name):
+                beside = "beside the config" if place == folder else "beside the checkpoint's"
+                reason = f"weights {beside}; the output is made of others"
+            elif of_weights:
+                continue
+            elif path.is_file() and inner == _ADAPTER:
+                # With it transformers would look for an adapter, and find none.
+                reason = "an adapter's config; the output is a whole model"
+            elif path.is_dir() and path.is_symlink():
+                reason = "a link to a folder"
+            else:
+                continue
+            yield Skipped(f"{place.name}/{inner}", reason)
+
+
+def _is_model(name: str) -> bool:
+    """Whether a file among a trainer's is a model by its name, and no state of training."""
+    return name.endswith((".safetensors", ".gguf")) or _MODEL.fullmatch(name) is not None
 
 
 def _is_weights(name: str) -> bool:

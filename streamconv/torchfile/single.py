@@ -60,10 +60,16 @@ def _contents(root: Any, directory: ZipDirectory) -> TorchFile:
         )
     contents = Contents(RankReader(), directory, 0)
     nested = False
-    for prefix, state_dict in _state_dicts(root, ""):
+    numbered = False
+    for prefix, state_dict in _state_dicts(root, "", set()):
         nested = nested or prefix != ""
         for key, value in state_dict.items():
-            if type(key) is not str or type(value) in (dict, InertDict):
+            if type(value) in (dict, InertDict):
+                continue
+            if type(key) is not str:
+                numbered = True
+                name = f"{prefix}{str(key)[:40]}"
+                contents.skipped.append((name, f"its key is of type {type(key).__name__}, no name"))
                 continue
             name = prefix + key
             if isinstance(value, Inert) and type(value) not in TENSOR_CALLS:
@@ -77,15 +83,34 @@ def _contents(root: Any, directory: ZipDirectory) -> TorchFile:
             else:
                 contents.add(name, value)
     if not contents.tensors:
-        raise BadInputError("the file holds no tensors", where=where)
+        kinds = [*dict.fromkeys(name_of(v) for v in root.values())][:4]
+        raise BadInputError(
+            "the file holds no tensors by names",
+            where=where,
+            expected="a dict of tensors by their names, maybe below a trainer's keys",
+            found="tensors by numbers"
+            if numbered
+            else f"a dict of {', '.join(kinds) or 'nothing'}",
+        )
     return TorchFile(contents.tensors, tuple(contents.skipped), nested, directory.prefix)
 
 
-def _state_dicts(value: dict[Any, Any], prefix: str) -> Iterator[tuple[str, dict[Any, Any]]]:
-    """Yield the dicts that hold tensors, with the keys that lead there; objects are not entered."""
+def _state_dicts(
+    value: dict[Any, Any], prefix: str, seen: set[int]
+) -> Iterator[tuple[str, dict[Any, Any]]]:
+    """Yield the dicts that hold tensors, with the keys that lead there; objects are not entered.
+
+    One dict under two keys, which may be within itself, is one model and not two.
+    """
+    seen.add(id(value))
     if any(type(v) in TENSOR_CALLS for v in value.values()):
         yield prefix, value
     for key, inner in value.items():
         # An optimizer's states are numbered, as its parameters are.
-        if type(key) is str and type(inner) in (dict, InertDict) and prefix.count(".") < _DEEPEST:
-            yield from _state_dicts(inner, f"{prefix}{key}.")
+        if (
+            type(key) is str
+            and type(inner) in (dict, InertDict)
+            and id(inner) not in seen
+            and prefix.count(".") < _DEEPEST
+        ):
+            yield from _state_dicts(inner, f"{prefix}{key}.", seen)

@@ -40,7 +40,10 @@ def read_names(
     notices: list[str] = []
     canonical = {name: name for name in names}
     canonical = _apply(canonical, without_markers, "markers of wrapper modules", notices)
-    prefix = _wrapper_prefix(canonical.values(), lambda n: known(n) or known(renamed(n)))
+    # A name that is the model's own below a prefix is not looked for among those of other releases.
+    prefix = _wrapper_prefix(canonical.values(), known)
+    if not all(known(n.removeprefix(prefix)) for n in canonical.values()):
+        prefix = _wrapper_prefix(canonical.values(), lambda n: known(n) or known(renamed(n)))
     if prefix:
         canonical = _apply(
             canonical, lambda n: n.removeprefix(prefix), f"the wrapper prefix {prefix!r}", notices

@@ -182,22 +182,22 @@ def _add(weights: Weights, name: str, part: Part) -> None:
 def _add_layers(reader: Reader, ranks: Sequence[Weights], tp: int) -> None:
     """Add what the layer files of a pipeline hold, to the stage that has the layer."""
     layers = sorted({layer for layer, _ in reader.files.layers})
-    for layer in layers:
-        stage = _stage_of(layer, ranks, tp)
-        for t in range(tp):
-            path = reader.files.layers.get((layer, t))
-            if path is None:
-                raise BadInputError(
-                    "a layer file of a tensor-parallel rank is missing",
-                    where=str(reader.files.folder),
-                    expected=f"layer_{layer:02}-model_{t:02}-model_states.pt",
-                    hint=_NOT_COPIED,
-                )
-            weights = ranks[stage * tp + t]
-            held = dict(reader.tensors(path))
-            prefix = _prefix(layer, held, weights)
-            for name, part in held.items():
-                _add(weights, f"{prefix}.{name}", part)
+    held = {(layer, t): _layer(reader, layer, t) for layer in layers for t in range(tp)}
+    for number, weights in enumerate(ranks):
+        if weights.unnamed is not None:
+            # Which layers a stage has, no file says: those whose weights its masters are. That of the
+            # last may be tied to the first one's.
+            known = {
+                f"{layer}.{name}": part
+                for layer in layers
+                for name, part in held[layer, number % tp].items()
+            }
+            weights.masters = reader.named(weights.unnamed, known, rounds=2)
+    for (layer, t), parts in held.items():
+        weights = ranks[_stage_of(layer, ranks, tp) * tp + t]
+        prefix = _prefix(layer, parts, weights)
+        for name, part in parts.items():
+            _add(weights, f"{prefix}.{name}", part)
     trained = {n for w in ranks for n in w.masters}
     numbers = {int(n.partition(".")[0]) for n in trained if n.partition(".")[0].isdecimal()}
     lost = sorted(numbers - set(layers))
@@ -208,6 +208,19 @@ def _add_layers(reader: Reader, ranks: Sequence[Weights], tp: int) -> None:
             expected=f"layer_{lost[0]:02}-model_states.pt",
             hint=_NOT_COPIED,
         )
+
+
+def _layer(reader: Reader, layer: int, rank: int) -> dict[str, Part]:
+    """Return what a tensor-parallel rank's file of a pipeline's layer holds."""
+    path = reader.files.layers.get((layer, rank))
+    if path is None:
+        raise BadInputError(
+            "a layer file of a tensor-parallel rank is missing",
+            where=str(reader.files.folder),
+            expected=f"layer_{layer:02}-model_{rank:02}-model_states.pt",
+            hint=_NOT_COPIED,
+        )
+    return dict(reader.tensors(path))
 
 
 def _stage_of(layer: int, ranks: Sequence[Weights], tp: int) -> int:

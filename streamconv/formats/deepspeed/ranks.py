@@ -43,6 +43,15 @@ _MIXED = "the files are of different saves: use a checkpoint whose files belong 
 T = TypeVar("T")
 
 
+@dataclass(frozen=True, slots=True)
+class Unnamed:
+    """Groups of masters without names, whether each is one flat tensor, and their file's number."""
+
+    groups: Sequence[Sequence[Stored]]
+    flat: bool
+    number: int
+
+
 @dataclass(slots=True)
 class Weights:
     """What a model-parallel rank holds, by name.
@@ -51,6 +60,7 @@ class Weights:
     ``rest`` what has no masters. ``aliases`` are other names of what is stored, ``order`` the names as
     the model has them. ``shards`` is what the file says of tensor parallelism, ``degrees`` of the sizes
     of the run, ``experts`` how many each MoE layer has, ``shapes`` those of what was trained.
+    ``unnamed`` are masters of stage 0 whose parameters lie in the layer files of a pipeline.
     """
 
     rank: int
@@ -66,6 +76,7 @@ class Weights:
     shards: Mapping[str, Any] = field(default_factory=dict)
     experts: tuple[int, ...] = ()
     shapes: Mapping[str, Shape] = field(default_factory=dict)
+    unnamed: Unnamed | None = None
 
 
 class Reader:
@@ -183,8 +194,12 @@ class Reader:
             weights.stage = int(shares[0].file.said.get("zero_stage", 1))
             weights.ranks = len(shares)
         elif model.masters and not self.files.expert_optimizers:
-            parameters = {n: whole(number, s) for n, s in stored.items() if n not in model.buffers}
-            weights.masters = self.named(model.masters, model.flat_masters, parameters, number)
+            unnamed = Unnamed(model.masters, model.flat_masters, number)
+            if self.files.layers and not stored:
+                weights.unnamed = unnamed
+            else:
+                kept = {n: whole(number, s) for n, s in stored.items() if n not in model.buffers}
+                weights.masters = self.named(unnamed, kept)
         elif shapes and not self.files.universal and _is_narrow(stored, trained):
             self.notices.append(
                 "there are no optimizer files: the weights are taken as the run computed with them, "
@@ -332,20 +347,24 @@ class Reader:
         )
 
     def named(
-        self,
-        groups: Sequence[Sequence[Stored]],
-        flat: bool,
-        parameters: Mapping[str, Part],
-        number: int,
+        self, masters: Unnamed, parameters: Mapping[str, Part], *, rounds: int = 1
     ) -> dict[str, Part]:
         """Return masters without names by the names of the parameters that they are of."""
-        return name_masters(groups, flat, parameters, number, self.files.all, self.cutter)
+        return name_masters(
+            masters.groups,
+            masters.flat,
+            parameters,
+            masters.number,
+            self.files.all,
+            self.cutter,
+            rounds=rounds,
+        )
 
     def expert_masters(self, path: Path, parameters: Mapping[str, Part]) -> dict[str, Part]:
         """Return the masters of an expert-parallel rank of stage 0, whose parameters these are."""
         facts, groups, flat = read_masters_file(self._reader, path)
         self._note(facts, {}, ())
-        return self.named(groups, flat, parameters, self.numbers[path])
+        return self.named(Unnamed(groups, flat, self.numbers[path]), parameters)
 
     def tensors(self, path: Path) -> Iterator[tuple[str, Part]]:
         """Yield the tensors of a layer's or an expert's file."""

@@ -30,23 +30,25 @@ def name_masters(
     number: int,
     paths: Sequence[Path],
     cutter: Cutter,
+    *,
+    rounds: int = 1,
 ) -> dict[str, Part]:
     """Return the masters by the names of the ``parameters`` that they belong to.
 
-    ``parameters`` are the model's in their order, each once and whole. The masters lie in file
-    ``number``, and ``paths`` are all files. Raises :class:`BadInputError` where masters are left that
-    are nobody's.
+    ``parameters`` are the model's in their order, each once and whole; with two ``rounds`` it may begin
+    at any of them. The masters lie in file ``number``, and ``paths`` are all files. Raises
+    :class:`BadInputError` where masters are left that are nobody's.
     """
     heads: list[_Group] = [
         _Flat(g[0], number, cutter) if flat else _Shaped(g, number) for g in groups if g
     ]
     found: dict[str, Part] = {}
     with ElementReader(paths) as files:
-        for name, part in parameters.items():
+        for name, part in [*parameters.items()] * rounds:
             group = next(
                 (h for h in heads if h.fits(part) and h.is_like(files, number, part)), None
             )
-            if group is not None:
+            if group is not None and name not in found:
                 found[name] = group.take(part.shape)
     left = sum(h.left for h in heads)
     if left:

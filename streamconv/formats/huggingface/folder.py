@@ -22,8 +22,8 @@ SEVERAL = True
 
 def detect(path: Path) -> str | None:
     """Return why ``path`` looks like such a folder, or None."""
-    found = weights.find(path)
-    return found[0].name if found else None
+    found = weights.main_file(path)
+    return found.name if found is not None else None
 
 
 def side_dir(path: Path) -> Path | None:
@@ -38,7 +38,8 @@ def _of_pieces(path: Path) -> bool:
 
 def index_file(path: Path) -> Path | None:
     """Return the index of the files; None for a single one."""
-    return weights.index_of(weights.find(path))
+    found = weights.main_file(path)
+    return found if found is not None and found.suffix == ".json" else None
 
 
 def identify(path: Path) -> tuple[SourceFile, ...]:

@@ -4,8 +4,8 @@ torch's ``HuggingFaceStorageWriter`` (transformers' ``save_pretrained(distribute
 NeMo Automodel, torchtitan, verl with either) writes ``shard-RRRRR-model-NNNNN-of-MMMMM.safetensors``: R
 is the rank, counted from 1, and a rank without any piece has no file. In each header ``__metadata__``
 has ``DCP_SHARDING_INFO``, JSON text that gives the offsets of each piece in its tensor. The whole shape
-is nowhere: it is as far as pieces reach, so that config.json alone can tell that the last rank is lost.
-Names are those in memory.
+is nowhere: it is as far as pieces reach, so that the model of config.json alone can tell that the last
+rank is lost. Names are those in memory.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ SEVERAL = False
 
 _PIECES = re.compile(r"shard-\d{5}-model-(?P<file>\d{5})-of-(?P<of>\d{5})\.safetensors", re.ASCII)
 _UNSEEN = (
-    "whether the last rank's pieces are missing cannot be seen without config.json (--hf-config DIR "
-    "names a folder that has it)"
+    "whether the last rank's pieces are missing cannot be seen without config.json of a model that "
+    "transformers knows"
 )
 _SHARDING = "DCP_SHARDING_INFO"
 JOINED = "consolidated"
@@ -50,7 +50,7 @@ def holds(path: Path) -> bool:
 def detect(path: Path) -> str | None:
     """Return why ``path`` looks like such a folder, or None; where they were joined, that is taken."""
     files = _files(path)
-    if not files or weights.find(path / JOINED):
+    if not files or weights.main_file(path / JOINED) is not None:
         return None
     return f"{len(files)} files shard-*-model-*.safetensors"
 
@@ -105,6 +105,7 @@ def read(path: Path) -> Checkpoint:
         tensors=MappingProxyType(tensors_made),
         side_dir=side,
         notices=_notices(files, path, side),
+        unproved=_UNSEEN,
         facts=MappingProxyType({"ranks": len({f.name[:11] for f in files})}),
     )
 

@@ -22,7 +22,6 @@ from streamconv.formats.safetensors_file import (
     listed_files,
     read_header,
     read_index,
-    weight_files,
 )
 from streamconv.formats.whole_tensors import stored_tensor, whole_tensor
 from streamconv.ir.source import GlobalTensor, Skipped, SourceFile
@@ -32,19 +31,24 @@ _STEP_NBYTES = 1 << 20
 _SINGLE = (SINGLE, BIN, "adapter_model.safetensors", "adapter_model.bin")
 
 
+def main_file(folder: Path) -> Path | None:
+    """Return the file that shows that a model is here, an index or the only file, by names alone."""
+    if not folder.is_dir():
+        return None
+    safe = sorted(folder.glob("*.safetensors"))
+    named = [folder / SINGLE, folder / INDEX, *(safe if len(safe) == 1 else [])]
+    return next((p for p in (*named, folder / BIN, folder / BIN_INDEX) if p.is_file()), None)
+
+
 def find(folder: Path) -> list[Path]:
     """Return the weight files that a loader takes, none where there is no model.
 
     Raises :class:`BadInputError` for an index that is damaged, or names what is not there.
     """
-    if not folder.is_dir():
+    main = main_file(folder)
+    if main is None:
         return []
-    safe = weight_files(folder)
-    if len(safe) == 1 or (safe and (folder / INDEX).is_file()):
-        return safe
-    if (folder / BIN).is_file():
-        return [folder / BIN]
-    return listed_files(folder / BIN_INDEX) if (folder / BIN_INDEX).is_file() else []
+    return listed_files(main) if main.name in (INDEX, BIN_INDEX) else [main]
 
 
 def index_of(paths: Sequence[Path]) -> Path | None:
