@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import re
+import resource
 import subprocess
 import sys
 import tempfile
@@ -32,6 +33,8 @@ class Ran:
     """The largest sum of resident sizes over the process and its descendants."""
     high_water_bytes: int
     """VmHWM of the process itself, which no sample can miss."""
+    cpu_seconds: float
+    """User and system time of the process and of the children that it waited for."""
 
     @property
     def peak_bytes(self) -> int:
@@ -45,7 +48,7 @@ class Ran:
 
 def watched(command: Sequence[str], env: Mapping[str, str] | None = None) -> Ran:
     """Run a command, ``env`` added to its environment, and sample its process tree."""
-    start = time.perf_counter()
+    start, used = time.perf_counter(), _cpu_of_children()
     # Files and not pipes: nobody reads while the process is at work, and a full pipe would stop it.
     with (
         tempfile.TemporaryFile("w+") as out,
@@ -65,12 +68,18 @@ def watched(command: Sequence[str], env: Mapping[str, str] | None = None) -> Ran
         seconds = time.perf_counter() - start
         out.seek(0)
         err.seek(0)
-        return Ran(process.returncode, out.read(), err.read(), seconds, tree, high_water)
+        cpu = _cpu_of_children() - used
+        return Ran(process.returncode, out.read(), err.read(), seconds, tree, high_water, cpu)
 
 
 def run(*arguments: object) -> Ran:
     """Run a command of streamconv."""
     return watched([sys.executable, "-m", "streamconv", *map(str, arguments)])
+
+
+def _cpu_of_children() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def _resident(process: psutil.Process) -> int:

@@ -608,3 +608,21 @@ def test_masters_of_a_pipeline_without_zero(flat: bool, tmp_path: Path) -> None:
     assert values.keys() == truth.keys()
     assert all(torch.equal(values[n], t) for n, t in truth.items())
     assert found.facts["weights"] == "fp32 masters"
+
+
+def test_mics_writes_the_files_of_its_first_group_alone(tmp_path: Path) -> None:
+    """partition_count is the size of a group then, and dp_world_size counts all ranks."""
+    made = run(stage=3, ranks=2)
+    tag = zero.write(made, tmp_path)
+    for rank in range(2):
+        change(model_file(tag, rank), dp_world_size=6)
+    assert_right(read(tmp_path), made)
+
+
+def test_experts_of_autoep_under_stage_3_are_refused_by_name(tmp_path: Path) -> None:
+    tag = zero.write(run(stage=3, ranks=2), tmp_path)
+    for rank in range(2):
+        layers = [{"checkpoint_format": "zero3_partitioned"}]
+        change(model_file(tag, rank), ds_autoep_layers=layers)
+    with pytest.raises(BadInputError, match="AutoEP"):
+        read(tmp_path)

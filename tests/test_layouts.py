@@ -322,8 +322,11 @@ def contents(state: dict[str, torch.Tensor]) -> dict[str, object]:
         "plain": state,
         "model": {"model": state, "step": 7, "args": Namespace(lr=0.1)},
         "lightning": {
-            "state_dict": {f"model.{n}": t for n, t in state.items()},
-            "callbacks": {"ModelCheckpoint": Callback(), "settings": Settings(a=1)},
+            "state_dict": {f"llm.{n}": t for n, t in state.items()},
+            "callbacks": {
+                "ModelCheckpoint": {"kth_value": torch.tensor(2.5), "best": Callback()},
+                "settings": Settings(a=1),
+            },
             "optimizer_states": [adam],
             "loops": {"fit_loop": {"epoch": torch.tensor(2)}},
             "epoch": 1,
@@ -356,10 +359,12 @@ def test_one_of_several_files_must_be_named(
     src = tmp_path / "src"
     for name in ("epoch=0-step=3.ckpt", "epoch=1-step=6.ckpt"):
         layouts.write_single(src / name, {"state_dict": llama.state_dict()})
+    for path in list(src.iterdir()):
+        path.rename(path.with_name(path.name.replace("epoch=", "best-of-")))
     with pytest.raises(BadInputError, match="no checkpoint of a known format") as caught:
         streamconv.convert(src, tmp_path / "out", hf_config=truth, sync=False)
-    assert "epoch=0-step=3.ckpt" in str(caught.value)
-    converted(src / "epoch=0-step=3.ckpt", tmp_path / "out", truth, hf_config=truth)
+    assert "best-of-0-step=3.ckpt" in str(caught.value)
+    converted(src / "best-of-0-step=3.ckpt", tmp_path / "out", truth, hf_config=truth)
 
 
 def test_two_models_in_one_file_are_asked_about(

@@ -11,7 +11,7 @@ STATE = "optimizer or trainer state"
 _BY_COMPONENT = re.compile(
     r"(^|\.)(optim|optimizers?|optimizer_states?|optimizer_state_dict|optim_state_dict|"
     r"lr_schedulers?|schedulers?|dataloader|train_state|rng_state|extra_state)(\.|$)"
-    r"|^(optim|optimizer)_\d+\.",
+    r"|^(optim|optimizer)_\d+\.|^(callbacks|loops)\.",  # Lightning's
     re.ASCII,
 )
 # What optimizers keep of a weight. "step" may be a weight's name, hence only beside another of these.

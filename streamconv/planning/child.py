@@ -170,7 +170,7 @@ def _inspect(request: dict[str, Any]) -> dict[str, Any]:
             for t in tensors
         ],
         "skipped": [{"name": s.name, "reason": s.reason} for s in c.skipped],
-        "notices": list(c.notices),
+        "notices": [*c.notices, *([c.unproved] if c.unproved and c.side_dir is None else [])],
     }
 
 

@@ -7,16 +7,11 @@ leave in front, and names that another release of transformers uses in memory.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 
 from streamconv.tracing.wrappers import without_markers
-
-# What DDP, a trainer's own module or TRL's value-head model put in front, possibly several times.
-# "app" is what the tutorial of torch's DCP calls the state that it saves.
-_WRAPPERS = ("module", "model", "pretrained_model", "actor", "base_model", "app")
-_MOST_WRAPPERS = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,31 +111,26 @@ def _wrapper_prefix(names: Iterable[str], resolves: Callable[[str], bool]) -> st
 
     best, most = "", resolved("")
     total = sum(amount for _, amount in samples)
-    for prefix in _common(name for name, _ in samples) if most < total else ():
+    for prefix in _prefixes(name for name, _ in samples):
+        if most == total:
+            break
         if resolved(prefix) > most:
             best, most = prefix, resolved(prefix)
-    tried = [""]
-    while tried and most < total:
-        prefix = tried.pop(0)
-        for wrapper in _WRAPPERS:
-            longer = f"{prefix}{wrapper}."
-            if not any(name.startswith(longer) for name, _ in samples):
-                continue
-            if resolved(longer) > most:
-                best, most = longer, resolved(longer)
-            if longer.count(".") < _MOST_WRAPPERS:
-                tried.append(longer)
     return best
 
 
-def _common(names: Iterable[str]) -> Iterator[str]:
-    """Yield the prefixes that all names have, shortest first: whatever a trainer calls its model."""
-    prefix = ""
-    for parts in zip(*(name.split(".")[:-1] for name in names), strict=False):
-        if len(set(parts)) > 1 or parts[0].isdigit():
-            return
-        prefix += f"{parts[0]}."
-        yield prefix
+def _prefixes(names: Iterable[str]) -> list[str]:
+    """Return what names begin with before a number, shortest first: whatever trainers put there.
+
+    Not all names need have it: a trainer's own tensors stand beside the model's.
+    """
+    found = {
+        ".".join((*parts[:k], ""))
+        for parts in (name.split(".") for name in names)
+        for k in range(1, len(parts))
+        if not any(part.isdigit() for part in parts[:k])
+    }
+    return sorted(found, key=lambda prefix: (prefix.count("."), prefix))
 
 
 def _renamed(

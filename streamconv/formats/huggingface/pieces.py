@@ -129,8 +129,6 @@ def _notices(files: Sequence[Path], path: Path, side: Path | None) -> tuple[str,
         )
     if missing:
         return (f"no rank has {names}: config.json tells whether the model is whole without them",)
-    if side is None:
-        return (_UNSEEN,)
     return ()
 
 
