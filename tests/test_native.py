@@ -556,7 +556,7 @@ def test_the_shared_cases(case: str, folder: str, shared_checkpoints: Path, tmp_
 def test_the_shared_case_of_torchtune(shared_checkpoints: Path, tmp_path: Path) -> None:
     """Its query and key rows are HuggingFace's, which torchtune's never are: they come out moved.
 
-    Logits are the judge: torchtune 0.6.1's llama3 with these weights differs from transformers' model by
+    Logits are the judge: torchtune 0.6.1's llama3 with these weights differs from HuggingFace's by
     6e-7 with the rows that come out, and by 0.8 (of 2) with those of the folder beside it.
     """
     root = shared_checkpoints / "layouts" / "torchtune_dcp"
