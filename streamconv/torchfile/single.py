@@ -23,6 +23,8 @@ from streamconv.torchfile.zipdir import ZipDirectory
 _DEEPEST = 8
 # What a layer keeps beside its weights may be of any class (Transformer Engine).
 _EXTRA = "_extra_state"
+# Where Lightning keeps what callbacks and loops count, objects beside tensors.
+_NO_WEIGHTS = ("callbacks.", "loops.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +75,7 @@ def _contents(root: Any, directory: ZipDirectory) -> TorchFile:
                 continue
             name = prefix + key
             if isinstance(value, Inert) and type(value) not in TENSOR_CALLS:
-                if not name.endswith(_EXTRA):
+                if not (name.endswith(_EXTRA) or name.startswith(_NO_WEIGHTS)):
                     raise BadInputError(
                         "a weight is stored as something other than a tensor",
                         where=f"{where}, {name[:200]}",
