@@ -89,7 +89,7 @@ def _nearest(known: Sequence[Family], names: Collection[str]) -> str:
     """Return in words which families know the most of the tensors."""
     from streamconv.families.engine import knows
 
-    kinds = {re.sub(r"\d+", "0", name) for name in names}
+    kinds = {re.sub(r"(?<=\.)\d+(?=\.)", "0", name) for name in names}
     counts = {family.name: knows(family, kinds) for family in known}
     most = max(counts.values())
     if not most:
