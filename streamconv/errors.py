@@ -218,7 +218,16 @@ _VALUE = rf"[A-Z]+(?:=[A-Z]+)?\b|[\w.%-]*\d[\w.%]*|\w+(?:\|\w+)+|{_CHOICES}"
 _OPTION = re.compile(rf"--([a-z][a-z0-9-]+)(?:[ =]({_VALUE})(?![\w/]))?")
 _SWITCHED_OFF = {"no-sync": "sync=False", "no-source-crc": "source_crc=False"}
 _SWITCHES = frozenset(
-    {"overwrite", "strict", "direct", "allow-zero-delta", "lora-rslora", "keep-buffers", "private"}
+    {
+        "overwrite",
+        "strict",
+        "direct",
+        "allow-zero-delta",
+        "lora-rslora",
+        "keep-buffers",
+        "private",
+        "dequantize",
+    }
 )
 
 

@@ -81,7 +81,8 @@ class JobOptions:
     the fp32 masters are taken where a checkpoint has them beside the 16-bit weights. ``config``: values
     that replace config.json's, each ``KEY=VALUE``. ``strip_prefix``: what the names of the model's
     tensors begin with, where that cannot be found out. ``keep_buffers``: write what quantization-aware
-    training measures beside the weights.
+    training measures beside the weights. ``dequantize``: make floats of quantized weights, bfloat16
+    where ``dtype`` does not say.
     """
 
     layout: Layout = "hub"
@@ -98,6 +99,7 @@ class JobOptions:
     config: tuple[str, ...] = ()
     strip_prefix: str | None = None
     keep_buffers: bool = False
+    dequantize: bool = False
 
     def __post_init__(self) -> None:
         _check_choice("value head", self.value_head, ValueHead)
@@ -178,6 +180,7 @@ class JobKeywords(TypedDict, total=False):
     config: Sequence[str]
     strip_prefix: str | None
     keep_buffers: bool
+    dequantize: bool
 
 
 class ConvertKeywords(JobKeywords, total=False):

@@ -127,6 +127,7 @@ class RunSettings(_Strict):
     config: tuple[Annotated[str, _parsed_by(parse_override)], ...] = ()
     strip_prefix: str | None = None
     keep_buffers: bool = False
+    dequantize: bool = False
     overwrite: bool = False
 
     @property

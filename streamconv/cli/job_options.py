@@ -167,6 +167,14 @@ KeepBuffers = Annotated[
         rich_help_panel=MODEL,
     ),
 ]
+Dequantize = Annotated[
+    bool,
+    typer.Option(
+        "--dequantize",
+        help="Make floats of quantized weights (fp8, mxfp4, nvfp4): bfloat16, or what --dtype says.",
+        rich_help_panel=MODEL,
+    ),
+]
 
 _JOB: Mapping[str, tuple[Any, Any]] = {
     "max_shard_size": (MaxShard, "5GB"),
@@ -188,6 +196,7 @@ _JOB: Mapping[str, tuple[Any, Any]] = {
     "allow_zero_delta": (AllowZeroDelta, False),
     "value_head": (ValueHeadOption, "keep"),
     "keep_buffers": (KeepBuffers, False),
+    "dequantize": (Dequantize, False),
 }
 _PARAMETER = "job"
 JobOptions = Mapping[str, Any]

@@ -38,7 +38,8 @@ def plan_report(plan: Plan, dst: Path | None, budget_bytes: int | None = None) -
     smallest_convert = smallest_convert_bytes()
     outputs = plan.outputs()
     beside = beside_bytes(
-        max((o.tensors for o in outputs), default=0), merging=bool(head.totals.merged)
+        max((o.tensors for o in outputs), default=0),
+        merging=head.totals.placed,
     )
     # `run` has the byte path loaded when it looks at what is left for windows.
     importlib.import_module("streamconv.conversion.job")

@@ -152,7 +152,7 @@ class Execution:
         run, head = self.run, self.plan.head
         max_window, factors = budgets.shares(
             self.budget,
-            merging=bool(head.totals.merged),
+            merging=head.totals.placed,
             tensors=max((o.tensors for o in outputs), default=0),
             io_threads=run.io_threads,
             buffer_bytes=DIRECT_BYTES if run.direct else 0,

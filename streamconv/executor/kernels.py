@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 
 from streamconv.errors import UnfitValuesError
+from streamconv.executor.codes import decoding
 from streamconv.ir.dtypes import DType
 from streamconv.ir.lowering import Dim, MoveOp
-from streamconv.ir.recipe import AddScalar, Cast, Zero
+from streamconv.ir.recipe import AddScalar, Cast, Decode, Zero
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -72,6 +73,11 @@ def apply(ops: Sequence[MoveOp], value: Array, out: Array, what: str) -> None:
     _apply(ops[-1], value, out, what)
 
 
+def apply_one(op: MoveOp, value: Array, what: str) -> Array:
+    """Return what ``op`` makes of ``value``."""
+    return _apply(op, value, None, what)
+
+
 def _slices(shape: tuple[int, ...]) -> list[tuple[slice | int, ...]]:
     """Cut a walk along its outer dims into pieces of about ``_CAST_ELEMENTS``."""
     size = int(np.prod(shape))
@@ -93,6 +99,10 @@ def _apply(op: MoveOp, value: Array, out: Array | None, what: str) -> Array:
             made += wide.type(op.value)
     elif isinstance(op, Zero):
         made = np.zeros_like(value)
+    elif isinstance(op, Decode):
+        value = made = decoding(op.code).take(value.view(np.uint8))
+        if out is None:
+            return made
     elif isinstance(op, Cast):
         made = value
         if op.dtype.name in ("BF16", "F16") and value.dtype.itemsize == 8:

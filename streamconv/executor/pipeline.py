@@ -19,7 +19,7 @@ import xxhash
 
 from streamconv.errors import VerificationError
 from streamconv.executor.kernels import run as run_kernel
-from streamconv.executor.products import Factors, add_product
+from streamconv.executor.products import Factors, run_placed
 from streamconv.executor.reader import SourceReader
 from streamconv.executor.records import RecordChecks
 from streamconv.executor.windows import (
@@ -33,7 +33,7 @@ from streamconv.executor.windows import (
     windows,
 )
 from streamconv.executor.writer import ShardWriter
-from streamconv.ir.lowering import ProductAt
+from streamconv.ir.lowering import PlacedAt
 from streamconv.ir.planned import OutputFile, PlannedTensor
 
 # Bytes are summed, hashed and written in steps that are still in the CPU's cache from the one before.
@@ -146,8 +146,8 @@ class WindowFiller:
 
     def _copy(self, fill: Fill, data_lo: int, data: memoryview, buffer: memoryview) -> None:
         ops = fill.move.ops
-        if ops and isinstance(ops[0], ProductAt):
-            add_product(
+        if any(isinstance(op, PlacedAt) for op in ops):
+            run_placed(
                 buffer[fill.dst_at :],
                 fill.tensor.dtype,
                 data[fill.lo - data_lo :],

@@ -1,9 +1,10 @@
-"""Low-rank updates (LoRA): adds ``scale * (left @ right)`` to what a move takes out of a matrix.
+"""What depends on where in a matrix an element lies: block-wise scales, and low-rank updates (LoRA).
 
-The factors are read in tiles, and the product is made in blocks that stay in the CPU's cache, so that
+The scales of quantized weights multiply what a move takes out of a matrix, ``scale * (left @ right)``
+is added to it. Scales and factors are read in tiles, and blocks stay in the CPU's cache, so that
 neither needs memory that the budget does not give. The bits do not depend on tiles or blocks: every
-element is a sum over the rank in rising order, each step rounded to float32. BLAS would be faster, but
-sums in an order that changes with the shape of a block, and with the CPU.
+element of a product is a sum over the rank in rising order, each step rounded to float32. BLAS would
+be faster, but sums in an order that changes with the shape of a block, and with the CPU.
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from streamconv.errors import UnfitValuesError
-from streamconv.executor.kernels import Array, apply, check_finite, strided
+from streamconv.executor.kernels import Array, apply, apply_one, check_finite, strided
 from streamconv.executor.windows import PRODUCT_BLOCK_ELEMENTS, Segment, Window
 from streamconv.ir.dtypes import F32, DType
-from streamconv.ir.lowering import Dim, MoveOp, Patch, ProductAt, patches
+from streamconv.ir.lowering import Dim, MoveOp, Patch, PlacedAt, ProductAt, ScaledAt, patches
 from streamconv.ir.planned import PlannedTensor
 from streamconv.ir.recipe import Cast
 
@@ -37,14 +38,14 @@ class Factors:
     """Tiles of the factors of products, as float32; safe to use from several threads.
 
     ``fill`` brings a window of a tensor into a buffer. No more than ``max_bytes`` are held as long as
-    at most ``threads`` threads hold a tile of each side at a time.
+    at most ``threads`` threads hold a tile of each side, and of scales, at a time.
     """
 
     def __init__(
         self, fill: Callable[[Window, memoryview], None], max_bytes: int, threads: int
     ) -> None:
         self._fill = fill
-        self._tile_bytes = max(1, max_bytes // (_KEPT_TILES + 2 * threads))
+        self._tile_bytes = max(1, max_bytes // (_KEPT_TILES + 3 * threads))
         self._kept: OrderedDict[tuple[object, ...], Array] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -54,8 +55,37 @@ class Factors:
 
     def tile(self, tensor: PlannedTensor, number: int, side: Side, index: int) -> Array:
         """Return tile ``index`` of a factor of product ``number`` of ``tensor``."""
+        return self._kept_tile(
+            (tensor.name, number, side, index),
+            lambda: self._read(tensor.factor(number, side), side, index),
+        )
+
+    def steps(self, tensor: PlannedTensor, op: PlacedAt) -> tuple[int, int]:
+        """Return how many rows and columns of the matrix one tile of what ``op`` needs is for."""
+        if isinstance(op, ProductAt):
+            size = self.tile_size(tensor.products[op.number].rank)
+            return size, size
+        s = tensor.scales[op.number]
+        high, wide = self._scale_tile(s.grid)
+        return high * s.block[0], wide * s.block[1]
+
+    def _scale_tile(self, grid: tuple[int, int]) -> tuple[int, int]:
+        most = max(1, self._tile_bytes // F32.itemsize)
+        wide = min(max(grid[1], 1), most)
+        return max(1, min(grid[0], most // wide)), wide
+
+    def scales(self, tensor: PlannedTensor, number: int, row: int, column: int) -> Array:
+        """Return a tile of scale ``number`` of ``tensor``, finite all of it.
+
+        Raises :class:`UnfitValuesError` where it is not.
+        """
+        return self._kept_tile(
+            (tensor.name, number, row, column),
+            lambda: self._read_scales(tensor, number, row, column),
+        )
+
+    def _kept_tile(self, key: tuple[object, ...], read: Callable[[], Array]) -> Array:
         # The plan has no two tensors of one name, and a lazy slice is no other matrix.
-        key = (tensor.name, number, side, index)
         with self._lock:
             found = self._kept.get(key)
             if found is not None:
@@ -63,35 +93,57 @@ class Factors:
                 return found
             while len(self._kept) >= _KEPT_TILES:
                 self._kept.popitem(last=False)
-            tile = self._kept[key] = self._read(tensor.factor(number, side), side, index)
+            tile = self._kept[key] = read()
             return tile
+
+    def _read_scales(self, tensor: PlannedTensor, number: int, row: int, column: int) -> Array:
+        s = tensor.scales[number]
+        high, wide = self._scale_tile(s.grid)
+        tile = self._rectangle(
+            tensor.scale(number),
+            range(row * high, min((row + 1) * high, s.grid[0])),
+            range(column * wide, min((column + 1) * wide, s.grid[1])),
+        )
+        outer = tensor.outer_scale(number)
+        if outer is not None:
+            one = self._rectangle(outer, range(1), range(1))
+            with np.errstate(all="ignore"):
+                tile = tile / one if s.divide else tile * one
+        if not np.isfinite(tile).all():
+            raise UnfitValuesError(
+                "a scale of quantized weights is not finite",
+                where=tensor.name,
+                hint="the checkpoint is damaged, or training diverged before it was quantized",
+            )
+        return tile
 
     def _read(self, factor: PlannedTensor, side: Side, index: int) -> Array:
         rows, columns = factor.shape
         step = self.tile_size(columns if side == "left" else rows)
         lo = index * step
         if side == "left":
-            hi = min(lo + step, rows)
-            shape = (hi - lo, columns)
-            runs = [(lo * columns, hi * columns)]
+            return self._rectangle(factor, range(lo, min(lo + step, rows)), range(columns))
+        return self._rectangle(factor, range(rows), range(lo, min(lo + step, columns)))
+
+    def _rectangle(self, tensor: PlannedTensor, rows: range, columns: range) -> Array:
+        """Return some rows and columns of a matrix of float32."""
+        width = tensor.shape[1]
+        if len(columns) == width:
+            runs = [(rows.start * width, rows.stop * width)]
         else:
-            hi = min(lo + step, columns)
-            shape = (rows, hi - lo)
-            runs = [(k * columns + lo, k * columns + hi) for k in range(rows)]
-            if hi - lo == columns:
-                runs = [(0, rows * columns)]
+            runs = [(k * width + columns.start, k * width + columns.stop) for k in rows]
         segments = []
         at = 0
         for first, end in runs:
-            segments.append(Segment(factor, first, end, at))
+            segments.append(Segment(tensor, first, end, at))
             at += (end - first) * F32.itemsize
         buffer = memoryview(mmap.mmap(-1, max(at, 1)))
         self._fill(Window(at, tuple(segments)), buffer)
-        array: Array = np.frombuffer(buffer[:at], dtype=np.float32).reshape(shape)
-        return array
+        array: Array = np.frombuffer(buffer[:at], dtype=np.float32)
+        return array.reshape(len(rows), len(columns))
 
 
-def add_product(
+def run_placed(
     out: memoryview,
     out_dtype: DType,
     data: memoryview,
@@ -102,30 +154,22 @@ def add_product(
     tensor: PlannedTensor,
     factors: Factors,
 ) -> None:
-    """Copy the walk ``dims`` from ``data`` into ``out`` with the product added.
+    """Copy the walk ``dims`` from ``data`` into ``out``, applying ``ops`` to each element.
 
-    As :func:`streamconv.executor.kernels.run`; the first of ``ops`` is the :class:`ProductAt`, and
-    ``src_offset`` the storage element at which ``data`` begins. Raises :class:`UnfitValuesError` where
-    the update is not finite, or the sum does not fit the output's type.
+    As :func:`streamconv.executor.kernels.run`, with a :class:`ScaledAt` or :class:`ProductAt` among the
+    ops; ``src_offset`` is the storage element at which ``data`` begins. Raises
+    :class:`UnfitValuesError` where scales or updates are not finite, or a result does not fit its type.
     """
-    at = ops[0]
-    if not isinstance(at, ProductAt):
-        raise TypeError(f"no low-rank update: {at}")
-    rest = tuple(ops[1:])
+    placed = [op for op in ops if isinstance(op, PlacedAt)]
+    first = ops.index(placed[0])
+    last = len(ops) - 1 - list(reversed(ops)).index(placed[-1])
+    before, middle, rest = ops[:first], ops[first : last + 1], tuple(ops[last + 1 :])
     if not rest or not isinstance(rest[0], Cast):
-        rest = (Cast(data_dtype), *rest)
-    size = factors.tile_size(tensor.products[at.product].rank)
+        rest = (Cast(F32 if before else data_dtype), *rest)
+    at = placed[0]
+    steps = [factors.steps(tensor, op) for op in placed]
     for patch in patches(dims, src_offset, at):
-        for rows, columns, dst in _blocks(patch, size):
-            left = factors.tile(tensor, at.product, "left", rows.tile)[rows.within]
-            right = factors.tile(tensor, at.product, "right", columns.tile)[:, columns.within]
-            update = _product(left, right, tensor.products[at.product].scale)
-            if not np.isfinite(update).all():
-                raise UnfitValuesError(
-                    "the update of an adapter is not finite",
-                    where=tensor.name,
-                    hint="the adapter's own values are infinite, NaN or too large: training diverged",
-                )
+        for rows, columns, dst in _blocks(patch, [s[0] for s in steps], [s[1] for s in steps]):
             src = (
                 at.start
                 - src_offset
@@ -136,13 +180,61 @@ def add_product(
                 Dim(rows.size, rows.dst, rows.step * at.row_step),
                 Dim(columns.size, columns.dst, columns.step * at.column_step),
             )
-            source = strided(data[src * data_dtype.itemsize :], data_dtype.to_numpy(), walk, "src")
+            value = strided(data[src * data_dtype.itemsize :], data_dtype.to_numpy(), walk, "src")
             target = strided(out[dst * out_dtype.itemsize :], out_dtype.to_numpy(), walk, "dst")
-            wide = np.float64 if data_dtype.itemsize == 8 else np.float32
-            with np.errstate(over="ignore", invalid="ignore"):
-                total: Array = np.add(source.astype(wide), update, dtype=wide)
-            check_finite((source, update), total, tensor.name)
-            apply(rest, total, target, tensor.name)
+            for op in before:
+                value = apply_one(op, value, tensor.name)
+            for op in middle:
+                if isinstance(op, ScaledAt):
+                    value = _scaled(value, factors, tensor, op.number, rows, columns)
+                elif isinstance(op, ProductAt):
+                    value = _added(value, factors, tensor, op.number, rows, columns)
+                else:
+                    value = apply_one(op, value, tensor.name)
+            apply(rest, value, target, tensor.name)
+
+
+def _scaled(
+    value: Array, factors: Factors, tensor: PlannedTensor, number: int, rows: _Cut, columns: _Cut
+) -> Array:
+    """Return the elements times the scales of their blocks."""
+    high, wide = tensor.scales[number].block
+    row_step, column_step = factors.steps(tensor, ScaledAt(number, 0, 0, 0, 0, 0))
+    tile = factors.scales(tensor, number, rows.first // row_step, columns.first // column_step)
+    row_of = (rows.first % row_step + rows.step * np.arange(rows.size)) // high
+    column_of = (columns.first % column_step + columns.step * np.arange(columns.size)) // wide
+    # Consecutive rows mostly share their scales.
+    used, which = np.unique(row_of, return_inverse=True)
+    spread = tile[used][:, column_of]
+    if len(used) > 1:
+        spread = spread[which]
+    with np.errstate(over="ignore", invalid="ignore"):
+        made: Array = np.multiply(value, spread, dtype=np.float32)
+    check_finite((value, spread), made, tensor.name)
+    return made
+
+
+def _added(
+    value: Array, factors: Factors, tensor: PlannedTensor, number: int, rows: _Cut, columns: _Cut
+) -> Array:
+    """Return the elements with those of a product added."""
+    size = factors.tile_size(tensor.products[number].rank)
+    row_tile, row_slice = rows.within(size)
+    column_tile, column_slice = columns.within(size)
+    left = factors.tile(tensor, number, "left", row_tile)[row_slice]
+    right = factors.tile(tensor, number, "right", column_tile)[:, column_slice]
+    update = _product(left, right, tensor.products[number].scale)
+    if not np.isfinite(update).all():
+        raise UnfitValuesError(
+            "the update of an adapter is not finite",
+            where=tensor.name,
+            hint="the adapter's own values are infinite, NaN or too large: training diverged",
+        )
+    wide = np.float64 if value.dtype.itemsize == 8 else np.float32
+    with np.errstate(over="ignore", invalid="ignore"):
+        total: Array = np.add(value.astype(wide), update, dtype=wide)
+    check_finite((value, update), total, tensor.name)
+    return total
 
 
 def _product(left: Array, right: Array, scale: float) -> Array:
@@ -158,17 +250,22 @@ def _product(left: Array, right: Array, scale: float) -> Array:
 
 
 class _Cut(NamedTuple):
-    """Some indices along one axis of the matrix, ``step`` apart, all within one tile."""
+    """Some indices along one axis of the matrix, ``step`` apart, all within one tile of each kind."""
 
     first: int
     size: int
     step: int
     dst: int  # elements of the output between two of them
-    tile: int
-    within: slice  # where in the tile they are
+
+    def within(self, tile: int) -> tuple[int, slice]:
+        """Return which tile of ``tile`` indices they are in, and where in it."""
+        number, at = divmod(self.first, tile)
+        return number, slice(at, at + (self.size - 1) * self.step + 1, self.step)
 
 
-def _blocks(patch: Patch, tile: int) -> Iterator[tuple[_Cut, _Cut, int]]:
+def _blocks(
+    patch: Patch, row_tiles: Sequence[int], column_tiles: Sequence[int]
+) -> Iterator[tuple[_Cut, _Cut, int]]:
     """Yield (rows, columns, first element of the output) of the blocks that make up ``patch``."""
     row_dim, outer_rows = _longest(patch.rows)
     column_dim, outer_columns = _longest(patch.columns)
@@ -178,9 +275,9 @@ def _blocks(patch: Patch, tile: int) -> Iterator[tuple[_Cut, _Cut, int]]:
         row = patch.row + sum(steps[: len(outer_rows)])
         column = patch.column + sum(steps[len(outer_rows) : len(outer_rows) + len(outer_columns)])
         dst = patch.dst_offset + sum(i * d.dst for i, d in zip(index, outer, strict=True))
-        for at, columns in _cuts(column, column_dim, tile, _BLOCK_COLUMNS):
+        for at, columns in _cuts(column, column_dim, column_tiles, _BLOCK_COLUMNS):
             for i, rows in _cuts(
-                row, row_dim, tile, max(1, PRODUCT_BLOCK_ELEMENTS // columns.size)
+                row, row_dim, row_tiles, max(1, PRODUCT_BLOCK_ELEMENTS // columns.size)
             ):
                 yield rows, columns, dst + at * columns.dst + i * rows.dst
 
@@ -192,13 +289,11 @@ def _longest(dims: Sequence[Dim]) -> tuple[Dim, tuple[Dim, ...]]:
     return dims[k], (*dims[:k], *dims[k + 1 :])
 
 
-def _cuts(first: int, dim: Dim, tile: int, most: int) -> Iterator[tuple[int, _Cut]]:
+def _cuts(first: int, dim: Dim, tiles: Sequence[int], most: int) -> Iterator[tuple[int, _Cut]]:
     """Yield (how many steps precede, cut) for the indices ``first + i * dim.src``."""
     i = 0
     while i < dim.size:
         here = first + i * dim.src
-        number, at = divmod(here, tile)
-        size = min(dim.size - i, most, (tile - 1 - at) // dim.src + 1)
-        within = slice(at, at + (size - 1) * dim.src + 1, dim.src)
-        yield i, _Cut(here, size, dim.src, dim.dst, number, within)
+        size = min(dim.size - i, most, *((t - 1 - here % t) // dim.src + 1 for t in tiles))
+        yield i, _Cut(here, size, dim.src, dim.dst)
         i += size

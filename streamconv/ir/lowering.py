@@ -20,7 +20,18 @@ from typing import NamedTuple
 
 from streamconv.errors import BadInputError
 from streamconv.ir.boxes import Box, Shape, contiguous_strides
-from streamconv.ir.recipe import AddProduct, AddScalar, Cast, Gather, Op, View, Zero
+from streamconv.ir.recipe import (
+    AddProduct,
+    AddScalar,
+    Cast,
+    Decode,
+    Gather,
+    MulScale,
+    Op,
+    Placed,
+    View,
+    Zero,
+)
 from streamconv.ir.source import ShardLayout
 
 # No view that a known model makes needs a single step; what needs more would swell the plan.
@@ -36,15 +47,15 @@ class Dim(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class ProductAt:
-    """A low-rank update as the elements of one shard see it: where in the matrix they lie.
+class PlacedAt:
+    """What depends on where in a matrix the elements of one shard lie.
 
     The shard's first element is storage element ``start`` and lies at (``row``, ``column``); rows are
-    ``row_step`` and columns ``column_step`` storage elements apart. ``product`` numbers the products
-    of the output tensor.
+    ``row_step`` and columns ``column_step`` storage elements apart. ``number`` is that of the product,
+    or the scale, among those of the output tensor.
     """
 
-    product: int
+    number: int
     start: int
     row: int
     column: int
@@ -52,7 +63,17 @@ class ProductAt:
     column_step: int
 
 
-MoveOp = Cast | AddScalar | ProductAt | Zero
+@dataclass(frozen=True, slots=True)
+class ProductAt(PlacedAt):
+    """A low-rank update as the elements of one shard see it."""
+
+
+@dataclass(frozen=True, slots=True)
+class ScaledAt(PlacedAt):
+    """A block-wise scale as the elements of one shard see it."""
+
+
+MoveOp = Cast | AddScalar | ProductAt | ScaledAt | Zero | Decode
 
 
 class Patch(NamedTuple):
@@ -115,7 +136,8 @@ def lower(
     """
     if order is None:
         order = {fqn: k for k, fqn in enumerate(view.sources())}
-    numbers = {update: k for k, update in enumerate(view.products())}
+    numbers: dict[Placed, int] = {update: k for k, update in enumerate(view.products())}
+    numbers |= {scaled: k for k, scaled in enumerate(view.scales())}
     dims = tuple(
         Dim(n, d, s)
         for n, d, s in zip(view.shape, contiguous_strides(view.shape), view.strides, strict=True)
@@ -132,7 +154,7 @@ def _lower(
     view: View,
     outer_ops: tuple[Op, ...],
     order: Mapping[str, int],
-    numbers: Mapping[AddProduct, int],
+    numbers: Mapping[Placed, int],
     layout_of: Callable[[str], ShardLayout],
     moves: list[Move],
 ) -> None:
@@ -154,8 +176,8 @@ def _lower(
         _lower(piece, base.parts[j].view, ops, order, numbers, layout_of, moves)
 
 
-def _placed(op: Op, numbers: Mapping[AddProduct, int], layout: ShardLayout, shard: int) -> MoveOp:
-    if not isinstance(op, AddProduct):
+def _placed(op: Op, numbers: Mapping[Placed, int], layout: ShardLayout, shard: int) -> MoveOp:
+    if not isinstance(op, AddProduct | MulScale):
         return op
     (row, column), (rows, columns) = layout.boxes[shard].offsets, layout.boxes[shard].sizes
     row_step, column_step = layout.strides[shard]
@@ -165,10 +187,11 @@ def _placed(op: Op, numbers: Mapping[AddProduct, int], layout: ShardLayout, shar
     if rows == 1:
         row_step = columns * column_step
     start = layout.storage_offsets[shard]
-    return ProductAt(numbers[op], start, row, column, row_step, column_step)
+    kind = ProductAt if isinstance(op, AddProduct) else ScaledAt
+    return kind(numbers[op], start, row, column, row_step, column_step)
 
 
-def patches(dims: Sequence[Dim], src_offset: int, at: ProductAt) -> Iterator[Patch]:
+def patches(dims: Sequence[Dim], src_offset: int, at: PlacedAt) -> Iterator[Patch]:
     """Yield the rectangles of the matrix that a walk over a shard's storage meets.
 
     ``src_offset`` is the storage element at which the walk begins.

@@ -13,7 +13,8 @@ One line is one JSON object whose first key says what it is. The order is fixed:
       {"source": 3, "fqn": …, "files": […], …}    where a tensor's shards lie (one column each)
       {"pattern": 7, "moves": [[…], …]}           strided copies; shared by tensors cut alike
       {"tensor": …, "at": [begin, end], "sources": [3], "pattern": 7, "last": [3]}
-        (and "products": [[shape, rank, scale, left pattern, right pattern]], low-rank updates)
+        (and "products": [[shape, rank, scale, left pattern, right pattern]], low-rank updates,
+        "scales": [[grid, block, pattern, outer pattern, divide]], of quantized weights)
       {"tied": …, "same_as": …}                   dropped if its bytes equal those of another tensor
     {"end": digest, "lines": n}
 

@@ -12,22 +12,23 @@ import math
 from array import array
 from collections.abc import Sequence
 from pathlib import PurePosixPath
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 from streamconv.files.jsonfile import COUNT, NUMBER, TEXT, Leaf, mismatches, unique_keys
 from streamconv.files.names import is_output_name
 from streamconv.ir.dtypes import BY_NAME, F32, DType
-from streamconv.ir.lowering import Dim, Move, MoveOp, ProductAt
+from streamconv.ir.lowering import Dim, Move, MoveOp, ProductAt, ScaledAt
 from streamconv.ir.planned import (
     OutputFile,
     PlannedProduct,
+    PlannedScale,
     PlannedSource,
     PlannedTensor,
     SideFile,
     Totals,
     WrittenFile,
 )
-from streamconv.ir.recipe import AddScalar, Cast, Zero
+from streamconv.ir.recipe import AddScalar, Cast, Code, Decode, Zero
 from streamconv.ir.source import ShardTable, Skipped, SourceFile
 
 # Of a table of shards; a column of one value throughout is written as that value.
@@ -63,6 +64,7 @@ _TOTALS = {
     ),
     "source_dtypes": _BYTES_BY_TYPE,
     "output_dtypes": _BYTES_BY_TYPE,
+    "scaled?": COUNT,
 }
 
 
@@ -250,21 +252,38 @@ def _op(data: Sequence[Any]) -> MoveOp:
     kind, *values = data
     if kind == "product":
         return ProductAt(*(count(v, "a place in a product") for v in values))
+    if kind == "scaled":
+        return ScaledAt(*(count(v, "a place in a matrix") for v in values))
     if kind == "zero" and not values:
         return Zero()
     (value,) = values
     if kind == "cast":
         return Cast(BY_NAME[value])
+    if kind == "decode":
+        _need(value in get_args(Code), f"the code {str(value)[:40]}")
+        return Decode(value)
     _need(kind == "add" and NUMBER.holds(value), f"the op {str(kind)[:40]}")
     return AddScalar(float(value))
 
 
 def _result(ops: Sequence[MoveOp]) -> DType | None:
     """Return the type that the ops leave an element with; None for that of its source."""
-    return next((op.dtype for op in reversed(ops) if isinstance(op, Cast)), None)
+    for op in reversed(ops):
+        if isinstance(op, Cast):
+            return op.dtype
+        if isinstance(op, Decode | ScaledAt):
+            return F32
+    return None
 
 
-def _fits(shape: Shape, sources: Sequence[PlannedSource], dtype: DType, numel: int, n: int) -> None:
+def _fits(
+    shape: Shape,
+    sources: Sequence[PlannedSource],
+    dtype: DType,
+    numel: int,
+    products: int = 0,
+    scales: int = 0,
+) -> None:
     """Raise ``ValueError`` unless moves fill ``numel`` elements of ``dtype`` from what there is."""
     _need(shape.elements == numel, f"{shape.elements} elements are moved into {numel}")
     _need(shape.last_dst < numel, "a move writes past the end")
@@ -276,9 +295,13 @@ def _fits(shape: Shape, sources: Sequence[PlannedSource], dtype: DType, numel: i
         )
         made = taken.dtype if result is None else result
         _need(made == dtype, f"{made} is moved where {dtype} is written")
-        for op in ops:
+        for k, op in enumerate(ops):
             if isinstance(op, ProductAt):
-                _need(op.product < n, "a product that there is not")
+                _need(op.number < products, "a product that there is not")
+            if isinstance(op, ScaledAt):
+                _need(op.number < scales, "a scale that there is not")
+            if isinstance(op, Decode):
+                _need(k == 0 and itemsize == 1, f"{taken.fqn}: codes that are no bytes")
 
 
 def tensor(
@@ -294,8 +317,9 @@ def tensor(
     _need(end - begin == numel * dtype.itemsize, f"{name}: {end - begin} bytes for {dtype} {shape}")
     drawn = tuple(sources[k] for k in data["sources"])
     products = [_product(p, drawn, patterns) for p in data.get("products", ())]
+    scales = [_scale(s, drawn, patterns) for s in data.get("scales", ())]
     moves, amount = patterns[data["pattern"]]
-    _fits(amount, drawn, dtype, numel, len(products))
+    _fits(amount, drawn, dtype, numel, len(products), len(scales))
     return PlannedTensor(
         name=name,
         dtype=dtype,
@@ -308,6 +332,7 @@ def tensor(
         same_as=_text(data["same_as"], "a name") if tied else None,
         products=tuple(products),
         ended=_ended(data["ended"], drawn) if "ended" in data else None,
+        scales=tuple(scales),
     )
 
 
@@ -326,9 +351,29 @@ def _product(
     for size in (rows, columns, rank):
         count(size, "a size")
     _need(NUMBER.holds(scale), "a scale that is not a number")
-    _fits(patterns[left][1], drawn, F32, rows * rank, 0)
-    _fits(patterns[right][1], drawn, F32, rank * columns, 0)
+    _fits(patterns[left][1], drawn, F32, rows * rank)
+    _fits(patterns[right][1], drawn, F32, rank * columns)
     return PlannedProduct((rows, columns), rank, scale, patterns[left][0], patterns[right][0])
+
+
+def _scale(
+    data: Sequence[Any], drawn: Sequence[PlannedSource], patterns: dict[int, Pattern]
+) -> PlannedScale:
+    (rows, columns), (high, wide), moves, outer, divide = data
+    for size in (rows, columns, high, wide):
+        count(size, "a size")
+    _need(high > 0 and wide > 0, "a block of no size")
+    _need(isinstance(divide, bool), "how a scale is used")
+    _fits(patterns[moves][1], drawn, F32, rows * columns)
+    if outer is not None:
+        _fits(patterns[outer][1], drawn, F32, 1)
+    return PlannedScale(
+        (rows, columns),
+        (high, wide),
+        patterns[moves][0],
+        () if outer is None else patterns[outer][0],
+        divide,
+    )
 
 
 class Header:

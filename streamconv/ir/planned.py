@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -41,6 +42,22 @@ class PlannedProduct:
 
 
 @dataclass(frozen=True, slots=True)
+class PlannedScale:
+    """The scales that the blocks of a matrix are multiplied by.
+
+    The moves make float32, C-contiguous, out of the tensor's sources: of the shape ``grid``, a scale
+    for each ``block`` of rows and columns. ``outer`` makes one element, which multiplies the scales,
+    or which they are divided by.
+    """
+
+    grid: tuple[int, int]
+    block: tuple[int, int]
+    moves: tuple[Move, ...]
+    outer: tuple[Move, ...] = ()
+    divide: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class PlannedTensor:
     """One tensor of an output file.
 
@@ -48,7 +65,8 @@ class PlannedTensor:
     (into ``sources``) of those that no later tensor of the plan draws from, and their records with
     them; where records are shared with later tensors, ``ended`` holds those that are not, as (source,
     shard). ``same_as`` names the tensor whose bytes this one repeats; such a tensor is compared and not
-    written. ``products`` are what the moves' :class:`ProductAt` speak of.
+    written. ``products`` are what the moves' :class:`ProductAt` speak of, ``scales`` their
+    :class:`ScaledAt`.
     """
 
     name: str
@@ -62,6 +80,7 @@ class PlannedTensor:
     same_as: str | None = None
     products: tuple[PlannedProduct, ...] = ()
     ended: tuple[tuple[int, int], ...] | None = None
+    scales: tuple[PlannedScale, ...] = ()
 
     def ended_records(self) -> Iterator[tuple[PlannedSource, Record]]:
         """Yield the records that no later tensor of the plan draws from, with a source that does."""
@@ -86,9 +105,21 @@ class PlannedTensor:
         p = self.products[product]
         shape = (p.shape[0], p.rank) if side == "left" else (p.rank, p.shape[1])
         moves = p.left if side == "left" else p.right
-        nbytes = shape[0] * shape[1] * F32.itemsize
-        name = f"{self.name} ({side} factor of its update)"
-        return PlannedTensor(name, F32, shape, 0, nbytes, self.sources, moves)
+        return self._beside(f"{side} factor of its update", shape, moves)
+
+    def scale(self, number: int) -> PlannedTensor:
+        """Return one of the scales as a tensor of its own."""
+        s = self.scales[number]
+        return self._beside("scale", s.grid, s.moves)
+
+    def outer_scale(self, number: int) -> PlannedTensor | None:
+        """Return what multiplies one of the scales, or divides it, if anything does."""
+        s = self.scales[number]
+        return self._beside("outer scale", (1, 1), s.outer) if s.outer else None
+
+    def _beside(self, what: str, shape: Shape, moves: tuple[Move, ...]) -> PlannedTensor:
+        nbytes = math.prod(shape) * F32.itemsize
+        return PlannedTensor(f"{self.name} ({what})", F32, shape, 0, nbytes, self.sources, moves)
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +170,8 @@ class OutputFile:
 class Totals:
     """What a plan amounts to; sizes in bytes, dtypes as bytes per torch name.
 
-    ``merged`` counts the tensors that an adapter is merged into.
+    ``merged`` counts the tensors that an adapter is merged into, ``scaled`` those that are made of
+    quantized ones.
     """
 
     tensors: int
@@ -150,6 +182,12 @@ class Totals:
     source_dtypes: dict[str, int]
     output_dtypes: dict[str, int]
     merged: int = 0
+    scaled: int = 0
+
+    @property
+    def placed(self) -> bool:
+        """Whether scales or factors are read beside the weights."""
+        return bool(self.merged or self.scaled)
 
 
 @dataclass(frozen=True, slots=True)

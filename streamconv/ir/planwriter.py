@@ -11,10 +11,10 @@ from typing import IO, Any
 import xxhash
 
 from streamconv.ir.identity import SCHEMA
-from streamconv.ir.lowering import Move, MoveOp, ProductAt
+from streamconv.ir.lowering import Move, MoveOp, ProductAt, ScaledAt
 from streamconv.ir.planlines import COLUMNS
 from streamconv.ir.planned import OutputFile, PlanHead, PlannedSource, PlannedTensor, TextFile
-from streamconv.ir.recipe import Cast, Zero
+from streamconv.ir.recipe import Cast, Decode, Zero
 
 _PIECE_CHARACTERS = 1 << 16
 
@@ -22,6 +22,10 @@ _PIECE_CHARACTERS = 1 << 16
 def _op_to_json(op: MoveOp) -> list[Any]:
     if isinstance(op, ProductAt):
         return ["product", *astuple(op)]
+    if isinstance(op, ScaledAt):
+        return ["scaled", *astuple(op)]
+    if isinstance(op, Decode):
+        return ["decode", op.code]
     if isinstance(op, Zero):
         return ["zero"]
     return ["cast", op.dtype.name] if isinstance(op, Cast) else ["add", op.value]
@@ -53,7 +57,10 @@ class PlanWriter:
         """Write everything that comes before the first section; ``texts`` are ``head.written``."""
         self._line({"streamconv_plan": SCHEMA, "root": head.root})
         self._line({"job": head.job})
-        self._line({"totals": asdict(head.totals)})
+        totals = asdict(head.totals)
+        if not head.totals.scaled:
+            del totals["scaled"]  # as before there were any
+        self._line({"totals": totals})
         self._line({"notices": list(head.notices)})
         self._line({"skipped": [[s.name, s.reason] for s in head.skipped]})
         for f in head.files:
@@ -100,7 +107,15 @@ class PlanWriter:
                 [p.shape, p.rank, p.scale, self._pattern_id(p.left), self._pattern_id(p.right)]
                 for p in tensor.products
             ]
+        if tensor.scales:
+            line["scales"] = [
+                [s.grid, s.block, self._pattern_id(s.moves), self._outer_id(s.outer), s.divide]
+                for s in tensor.scales
+            ]
         self._line(line)
+
+    def _outer_id(self, moves: tuple[Move, ...]) -> int | None:
+        return self._pattern_id(moves) if moves else None
 
     def _source_id(self, source: PlannedSource) -> int:
         known = self._sources.get(id(source.shards))

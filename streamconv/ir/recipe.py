@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 from streamconv.ir.boxes import Box, Shape, contiguous_strides
 from streamconv.ir.dtypes import DType
@@ -59,7 +60,39 @@ class Zero:
     """
 
 
-Op = Cast | AddScalar | AddProduct | Zero
+@dataclass(frozen=True, slots=True)
+class Decode:
+    """Take each byte for a code, and put the float32 that it stands for in its place.
+
+    ``e4m3`` and ``e5m2`` are floats of 8 bits; ``low4`` and ``high4`` take the e2m1 of the lower or
+    upper half of a byte; ``exp2`` is the power of two with this biased exponent (e8m0: byte 127 is 1).
+    """
+
+    code: Code
+
+
+Code = Literal["e4m3", "e5m2", "low4", "high4", "exp2"]
+
+
+@dataclass(frozen=True, slots=True)
+class MulScale:
+    """Multiply each element of a matrix by the scale of the block that it lies in.
+
+    Among the first ops of a view whose base is the matrix, a global tensor of rank 2, right behind the
+    :class:`Decode`. The scale of an element is ``scale[row // block[0], column // block[1]]``, which
+    comes as float32; edge blocks are short. ``outer``, of one element, multiplies the scales, or is
+    what they are divided by, before they multiply anything. All of it is computed in float32, each
+    step rounded.
+    """
+
+    scale: View
+    block: tuple[int, int]
+    outer: View | None = None
+    divide: bool = False
+
+
+Placed = AddProduct | MulScale
+Op = Cast | AddScalar | AddProduct | Zero | Decode | MulScale
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,9 +132,12 @@ class View:
     def sources(self) -> list[str]:
         """Return the FQNs of the global tensors, each once, in first-use order.
 
-        The factors of low-rank updates come last.
+        Scales and the factors of low-rank updates come last.
         """
         seen = dict.fromkeys(source.fqn for source, _ in self.leaves())
+        for scaled in self.scales():
+            for view in filter(None, (scaled.scale, scaled.outer)):
+                seen |= dict.fromkeys(view.sources())
         for update in self.products():
             seen |= dict.fromkeys((*update.left.sources(), *update.right.sources()))
         return list(seen)
@@ -110,6 +146,11 @@ class View:
         """Return the low-rank updates, each once, in first-use order."""
         ops = (op for _, view in self.leaves() for op in view.ops)
         return list(dict.fromkeys(op for op in ops if isinstance(op, AddProduct)))
+
+    def scales(self) -> list[MulScale]:
+        """Return the scales that elements are multiplied by, each once, in first-use order."""
+        ops = (op for _, view in self.leaves() for op in view.ops)
+        return list(dict.fromkeys(op for op in ops if isinstance(op, MulScale)))
 
     def map_sources(self, names: Mapping[str, str]) -> View:
         """Return the same view of the global tensors that ``names`` gives for the FQNs of these."""

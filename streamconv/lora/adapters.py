@@ -349,7 +349,8 @@ def _update(
             where=weight.fqn,
             expected=f"floats of shape {list(expected)}",
             found=f"{weight.dtype} {list(weight.shape)}",
-            hint="take the adapter by itself: --lora adapter",
+            hint="take the adapter by itself: --lora adapter"
+            + ("" if weight.dtype.castable else "; --dequantize merges it into a quantized model"),
         )
     left, right = (_view(a, turned=True), _view(b, turned=True)) if turned else (_view(b), _view(a))
     return AddProduct(left, right, scale)

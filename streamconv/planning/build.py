@@ -39,7 +39,7 @@ from streamconv.planning.sidefiles import (
     overridden,
     read_config,
 )
-from streamconv.quantization import scales
+from streamconv.quantization import decoding, scales
 from streamconv.tracing.model import Model
 
 if TYPE_CHECKING:
@@ -77,6 +77,11 @@ def build_plan(
         checkpoint, side = lora.checkpoint, lora.side(side)
     else:
         notices += idle_options(job.lora)
+    decoded = _decoded(checkpoint, config, job, notices)
+    if decoded is not None:
+        checkpoint = decoded.checkpoint
+        if lora is not None:
+            lora = dataclasses.replace(lora, checkpoint=checkpoint)
     # An adapter's names were a family's, and are the Hub's now.
     done = lora is not None and translate is not None and checkpoint.naming != "mcore"
     as_named = dataclasses.replace(job, family=None) if done else job
@@ -88,6 +93,7 @@ def build_plan(
             hint="--hf-config DIR names a folder that has it",
         )
     made.config_changes = (*overrides, *made.config_changes)
+    made.decoded = decoded
     if lora is not None:
         lora = lora.fitted(made.model)
     if lora is not None and not lora.merge:
@@ -165,6 +171,24 @@ class _Output:
     placed: list[tuple[OutputFile, list[placing.Placed]]] = field(default_factory=list)
     texts: list[TextFile] = field(default_factory=list)
     side_left_out: set[str] = field(default_factory=set)
+    decoded: decoding.Decoded | None = None
+
+
+def _decoded(
+    checkpoint: Checkpoint, config: Mapping[str, Any] | None, job: JobOptions, notices: list[str]
+) -> decoding.Decoded | None:
+    """Return the checkpoint with floats in the place of quantized weights, where that is asked for."""
+    if not job.dequantize:
+        return None
+    base = read_config(job.lora.base) if job.lora.base is not None else None
+    configs = [c for c in (base, config) if c is not None]
+    declared = declared_dtype(config) if config else None
+    decoded = decoding.decode(checkpoint, configs, decoding.float_type(job.dtype, declared))
+    if decoded is None:
+        notices.append("--dequantize is without effect: no weight is quantized")
+    else:
+        notices.append(decoded.notice)
+    return decoded
 
 
 def _sources(
@@ -315,11 +339,14 @@ def _plan_model(
         recipes = lora.merged(recipes, made.tensors, model)
     declared = declared_dtype(config) if config else None
     recipes = checks.with_dtypes(recipes, job, model, declared, fixed=quantized)
+    if made.decoded is not None:
+        if quantized.weights:
+            raise decoding.not_decoded(next(iter(quantized.weights)))
+        recipes, made.tensors = made.decoded.resolved(recipes, made.tensors)
     if quantized.weights and job.dtype != "keep":
         notices.append(
             f"--dtype {job.dtype} does not touch {len(quantized.weights)} quantized weights and their "
-            "scales: they are written as they are. To have them as floats, convert without it and let "
-            "another program dequantize the output"
+            "scales: they are written as they are. --dequantize makes floats of them"
         )
     ties = checks.decide_ties(recipes, model, made.tensors)
     for alias, kept in ties.kept.items():
@@ -551,4 +578,5 @@ def _totals(
         source_dtypes=checks.dtype_histogram((tensors[f].dtype, tensors[f].nbytes) for f in used),
         output_dtypes=checks.dtype_histogram((p.recipe.dtype, p.end - p.begin) for p in written),
         merged=sum(1 for p in written if p.recipe.view.products()),
+        scaled=sum(1 for p in written if p.recipe.view.scales()),
     )

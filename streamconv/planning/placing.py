@@ -14,9 +14,15 @@ from dataclasses import dataclass, replace
 from streamconv.errors import UsageError
 from streamconv.files.names import SINGLE
 from streamconv.ir.lowering import Move, lower
-from streamconv.ir.planned import OutputFile, PlannedProduct, PlannedSource, PlannedTensor
+from streamconv.ir.planned import (
+    OutputFile,
+    PlannedProduct,
+    PlannedScale,
+    PlannedSource,
+    PlannedTensor,
+)
 from streamconv.ir.planwriter import PlanWriter
-from streamconv.ir.recipe import AddProduct, Op, Recipe, SourceRef, View
+from streamconv.ir.recipe import AddProduct, MulScale, Op, Recipe, SourceRef, View
 from streamconv.ir.source import GlobalTensor, ShardLayout
 from streamconv.planning.checks import Ties
 from streamconv.units import format_size
@@ -162,6 +168,16 @@ class Lowerer:
                 for product in view.products()
             ),
             ended=None if ended is None else tuple((numbers[f], j) for f, j in ended),
+            scales=tuple(
+                PlannedScale(
+                    (scaled.scale.shape[0], scaled.scale.shape[1]),
+                    scaled.block,
+                    self._lowered(scaled.scale, numbers),
+                    self._lowered(scaled.outer, numbers) if scaled.outer else (),
+                    scaled.divide,
+                )
+                for scaled in view.scales()
+            ),
         )
 
     def _lowered(self, view: View, numbers: Mapping[str, int]) -> tuple[Move, ...]:
@@ -187,6 +203,9 @@ class Lowerer:
         return view.shape, view.strides, view.offset, ops, base
 
     def _op_key(self, op: Op, numbers: Mapping[str, int]) -> object:
+        if isinstance(op, MulScale):
+            outer = self._key(op.outer, numbers) if op.outer else None
+            return self._key(op.scale, numbers), op.block, outer, op.divide
         if not isinstance(op, AddProduct):
             return op
         return self._key(op.left, numbers), self._key(op.right, numbers), op.scale

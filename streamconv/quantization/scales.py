@@ -49,7 +49,7 @@ _LEAVES = {
 # Tensors that can be nothing but the scale of a quantized weight.
 _PLAIN_SCALES = ("_scale_inv", ".weight_scale", ".qscale_weight", ".weight_scale_2")
 # Of activations, beside a quantized weight.
-_OF_ACTIVATIONS = frozenset(
+OF_ACTIVATIONS = frozenset(
     {
         "input_scale",
         "input_scale_inv",
@@ -61,7 +61,7 @@ _OF_ACTIVATIONS = frozenset(
     }
 )
 # Of the cache of keys and values, which may be quantized where no weight is.
-_OF_CACHE = frozenset({"k_scale", "v_scale", "q_scale", "kv_scale", "prob_output_scale"})
+OF_CACHE = frozenset({"k_scale", "v_scale", "q_scale", "kv_scale", "prob_output_scale"})
 
 # Kinds that keep several elements in a byte, and what to call them.
 _PACKED = {
@@ -139,7 +139,7 @@ def find(outputs: Headers, expected: Mapping[str, Shape]) -> Quantized:
         owner = next((w for w in _owners(name) if w in kinds), None)
         if owner is not None:
             scales[name] = owner
-        elif leaf in _OF_CACHE or (leaf in _OF_ACTIVATIONS and kinds):
+        elif leaf in OF_CACHE or (leaf in OF_ACTIVATIONS and kinds):
             scales[name] = ""
     if expected:
         _refuse_packed(kinds, outputs, expected)
@@ -209,7 +209,8 @@ def _refuse_packed(
             where=_listed(packed),
             expected="weights of the shapes that the model has",
             found=f"{packed[0]}: {dtype} {list(shape)}",
-            hint="save the model as bfloat16 first; an adapter can be taken by itself "
+            hint="--dequantize makes floats of fp4, mxfp4 and nvfp4; save others as bfloat16 "
+            "first. An adapter can be taken by itself "
             "(--lora adapter) or merged into a bfloat16 model (--base DIR)",
         )
 

@@ -86,7 +86,7 @@ def differing_tensors(
     with ExitStack() as stack:
         reader = stack.enter_context(SourceReader(Path(plan.head.root), plan.head.files))
         checks = RecordChecks(reader, check_crc=source_crc)
-        max_window, factors = budgets.shares(budget, merging=bool(plan.head.totals.merged))
+        max_window, factors = budgets.shares(budget, merging=plan.head.totals.placed)
         filler = WindowFiller(reader, checks, max_bytes=max_window, factor_bytes=factors)
         stack.callback(filler.close)
         streams: dict[Path, IO[bytes]] = {}

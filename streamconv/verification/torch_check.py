@@ -28,7 +28,17 @@ from streamconv.formats.safetensors_file import FileTensor, read_folder
 from streamconv.ir.boxes import Shape
 from streamconv.ir.dtypes import BY_TORCH, DType
 from streamconv.ir.planfile import Plan
-from streamconv.ir.recipe import AddProduct, Cast, Gather, Recipe, SourceRef, View, Zero
+from streamconv.ir.recipe import (
+    AddProduct,
+    Cast,
+    Decode,
+    Gather,
+    MulScale,
+    Recipe,
+    SourceRef,
+    View,
+    Zero,
+)
 from streamconv.lora.names import has_adapter
 from streamconv.options import JobOptions
 from streamconv.planning.build import one_model, side_files
@@ -431,8 +441,8 @@ def evaluate(
     begin = sum(a * s for a, s in zip(low, strides, strict=True))
     made = base.view(-1).as_strided(sizes, view.strides, first - begin)
     for op in view.ops:
-        if isinstance(op, AddProduct):
-            raise AssertionError("adapters are left to the other reader")
+        if isinstance(op, AddProduct | MulScale | Decode):
+            raise AssertionError("adapters and scales are left to the other reader")
         if isinstance(op, Zero):
             made = torch.zeros_like(made)
         elif isinstance(op, Cast):
