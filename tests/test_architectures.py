@@ -1,4 +1,4 @@
-"""What README says is supported is what the sweep over all architectures saw, and its sample holds."""
+"""What docs say is supported is what the sweep over all architectures saw, and its sample holds."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from scripts.campaigns.architectures import README, RESULT, readme_with
+from scripts.campaigns.architectures import PAGE, RESULT, page_with
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -17,8 +17,8 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 def test_readme_says_what_the_sweep_saw() -> None:
     kept = json.loads(RESULT.read_text())
     assert "wrong" not in {c["is"] for c in kept["classes"].values()}
-    text = README.read_text()
-    assert text == readme_with(text, kept), "python -m scripts.campaigns.architectures --readme"
+    text = PAGE.read_text()
+    assert text == page_with(text, kept), "python -m scripts.campaigns.architectures --readme"
 
 
 @pytest.mark.slow

@@ -592,9 +592,9 @@ def test_real_conversions_and_a_lost_state(scene):
     assert made.tasks == []
 
 
-def test_the_job_file_of_the_readme_is_taken_by_the_command(scene):
+def test_the_job_file_of_the_guide_is_taken_by_the_command(scene):
     scene.step(100, 150)
-    text = (Path(__file__).parents[1] / "README.md").read_text()
+    text = (Path(__file__).parents[1] / "docs/guides/batch.md").read_text()
     (example,) = re.findall(r"```toml\n(.*?)```", text, re.DOTALL)
     places = {"/runs/qwen-grpo": str(scene.run), "/models/qwen-grpo": str(scene.out)}
     for place, here in places.items():

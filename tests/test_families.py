@@ -20,6 +20,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import streamconv
+from scripts.docs_pages import families as page_of_families
 from scripts.makers import megatron
 from scripts.makers.tiny_families import FAMILIES, State, TinyModel
 from scripts.outputs import differences, read_model, read_truth
@@ -169,8 +170,8 @@ def resized(tensor: torch.Tensor, axis: int) -> torch.Tensor:
 # --- what is said of them -----------------------------------------------------------------------
 
 
-def test_readme_has_the_table_of_all_families() -> None:
-    assert table() in (Path(__file__).parent.parent / "README.md").read_text()
+def test_the_documentation_has_the_table_of_all_families() -> None:
+    assert table() in page_of_families()
 
 
 def test_the_command_shows_them(capsys: pytest.CaptureFixture[str]) -> None:

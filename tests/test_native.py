@@ -20,6 +20,7 @@ import transformers
 from safetensors.torch import load_file
 
 import streamconv
+from scripts.docs_pages import families
 from scripts.makers.dcp import Pieces, save_alone
 from scripts.makers.native_inverse import TRAINERS, balancing, make
 from scripts.makers.tiny_families import State, TinyModel
@@ -31,7 +32,6 @@ from streamconv.families.native import convert as conversion
 from streamconv.families.native.beside import said_of_run
 from streamconv.options import JobOptions
 from streamconv.planning import checks
-from tests.conftest import REPOSITORY
 from tests.replay import array, dtype_of, replay
 
 CASES = [(trainer, model) for trainer, found in TRAINERS.items() for model in found.models]
@@ -158,11 +158,11 @@ def test_markers_of_wrappers_are_left_out() -> None:
     assert {s for r in made.recipes for s in r.view.sources()} == set(wrapped)
 
 
-def test_readme_lists_them() -> None:
-    readme = (REPOSITORY / "README.md").read_text()
+def test_the_page_of_families_lists_them() -> None:
+    page = families()
     for dialect in native.dialects():
         types = ", ".join(t for f in dialect.families for t in f.model_types)
-        assert f"| {dialect.name} | {types} |" in readme
+        assert f"| {dialect.name} | {types} |" in page
 
 
 # --- refusals ----------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Every architecture of transformers comes out right: what README says is supported is made here.
+"""Every architecture of transformers comes out right: what docs say is supported is made here.
 
 COUNT classes of the installed transformers (all by default) are made as tiny models, each as FSDP2
 writes it on two ranks, twice: under the names that the model has in memory and under those of the Hub.
@@ -9,7 +9,7 @@ for bit; and the logits. A class is *right* when all of it is so; *equal when lo
 from ``save_pretrained``'s and what loads is the same; *refused* when streamconv says why; *wrong* else.
 
 ``--write`` keeps the outcome in bench/architectures.json, where it takes the place of an earlier one
-of the same classes, and README's statement with it; ``--readme`` writes the statement anew.
+of the same classes, and the page's statement with it; ``--readme`` writes the statement anew.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ from streamconv.options import JobOptions, RunOptions
 from streamconv.planning.build import build_plan
 
 RESULT = REPOSITORY / "bench" / "architectures.json"
-README = REPOSITORY / "README.md"
+PAGE = REPOSITORY / "docs" / "reference" / "architectures.md"
 _BEGIN, _END = "<!-- architectures -->", "<!-- end of architectures -->"
 
 RIGHT, LOADED, REFUSED, WRONG, UNBUILT = (
@@ -227,7 +227,7 @@ def written(kept: Mapping[str, Any]) -> str:
 
 
 def statement(kept: Mapping[str, Any]) -> str:
-    """Return README's statement of what is supported."""
+    """Return the page's statement of what is supported."""
     classes = kept["classes"].values()
     tried = [c for c in classes if c["is"] != UNBUILT]
     counts = Counter(c["is"] for c in classes)
@@ -256,15 +256,15 @@ def statement(kept: Mapping[str, Any]) -> str:
             lines += ["", f"{verdict.capitalize()}: {', '.join(names)}."]
     untried = (
         f"{counts[UNBUILT]} more could not be made small, want libraries that were not there, or "
-        "cannot be loaded from what they save. [bench/architectures.json](bench/architectures.json) "
+        "cannot be loaded from what they save. `bench/architectures.json` "
         "names every class and every reason."
     )
     lines += ["", untried]
     return "\n".join(lines) + "\n"
 
 
-def readme_with(text: str, kept: Mapping[str, Any]) -> str:
-    """Return README's text with the statement that belongs to a kept outcome."""
+def page_with(text: str, kept: Mapping[str, Any]) -> str:
+    """Return the page's text with the statement that belongs to a kept outcome."""
     head, _, rest = text.partition(_BEGIN)
     _, _, tail = rest.partition(_END)
     return f"{head}{_BEGIN}\n{statement(kept)}{_END}{tail}"
@@ -302,10 +302,12 @@ def main() -> None:
     parser.add_argument("--work", type=Path, help="a folder for temporary files")
     parser.add_argument("--only", action="append", help="a class or a model type; may be repeated")
     parser.add_argument("--write", action="store_true", help=f"keep the outcome in {RESULT.name}")
-    parser.add_argument("--readme", action="store_true", help="only write README's statement anew")
+    parser.add_argument(
+        "--readme", action="store_true", help="only write the page's statement anew"
+    )
     options = parser.parse_args()
     if options.readme:
-        README.write_text(readme_with(README.read_text(), json.loads(RESULT.read_text())))
+        PAGE.write_text(page_with(PAGE.read_text(), json.loads(RESULT.read_text())))
         return
     resource.setrlimit(resource.RLIMIT_AS, (_MEMORY_BYTES, _MEMORY_BYTES))
     started = time.monotonic()
@@ -321,7 +323,7 @@ def main() -> None:
         before = json.loads(RESULT.read_text()) if RESULT.exists() else {}
         kept = merged(before, outcomes)
         RESULT.write_text(written(kept))
-        README.write_text(readme_with(README.read_text(), kept))
+        PAGE.write_text(page_with(PAGE.read_text(), kept))
     line = ", ".join(f"{counts[verdict]} {verdict}" for verdict in _VERDICTS)
     compared = sum(o.logits for o in outcomes.values())
     print(

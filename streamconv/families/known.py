@@ -1,7 +1,7 @@
 """What is known of each family: who writes it, what it was tried with, and what nothing can check.
 
-The data of ``streamconv families`` and of README's table. A family is tried with files that the real
-trainer wrote, or with a model that is laid out as such files or the trainer's source code have it.
+The data of ``streamconv families`` and of the documentation. A family is tried with files that the real
+trainer wrote, or with a model that is laid out as such files or the source code of the trainer have it.
 """
 
 from __future__ import annotations
