@@ -83,8 +83,9 @@ class Training:
 
     ``whole`` is what lies in each step's folder now, ``untrainable`` what is whole there but for its
     optimizer, ``order`` when each item was finished, ``taken`` are items that training itself removed
-    or wrote over, ``rewritten`` those of single steps written anew, ``broken`` are steps with a
-    damaged file, ``files`` all that a whole folder must hold.
+    or wrote over, ``rewritten`` those of single steps written anew, or with the times of what lay there
+    before: nobody can tell how old they are. ``broken`` are steps with a damaged file, ``files`` all
+    that a whole folder must hold.
     """
 
     name: str
@@ -207,6 +208,8 @@ class Training:
             folder = self.folder(step, model)
             folder.mkdir(parents=True, exist_ok=True)
             item = Item(self.name, step, model, self.versions)
+            if same_times and (folder / RANK_FILE).exists():
+                self.rewritten.add(item)
             data = rank_file(self.base, item.payload)
             optimizer = rank_file(self.base, item.payload[::-1])
             if damaged == "weights" and model == "actor":
