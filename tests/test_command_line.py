@@ -38,6 +38,9 @@ def test_no_command_shows_the_list_and_is_wrong_usage():
     done = run()
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("Usage: streamconv SRC DST")
+    done = run("verl")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("Usage: streamconv verl")
 
 
 def test_help_for_a_command_is_its_help():

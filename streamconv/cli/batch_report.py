@@ -118,18 +118,16 @@ class LiveView(Spinner):
         total = sum(r.total_bytes for r in running)
         seconds = time.monotonic() - self._began
         rate = (self._moved + done) / seconds if seconds else 0.0
+        moving = f" ({format_size(done)} of {format_size(total)})" if total else ", planning"
         parts = [
             f"{self._outcomes['done']} done",
             *([f"{self._outcomes['failed']} failed"] if self._outcomes["failed"] else []),
-            f"{len(running)} running ({format_size(done)} of {format_size(total)})",
-            f"{format_size(rate)}/s",
-            *(
-                [f"{format_duration((total - done) / rate)} left of these"]
-                if rate and total
-                else []
-            ),
-            f"memory {format_size(tree_bytes())}",
+            f"{len(running)} running{moving}",
         ]
+        if total and rate:
+            parts.append(f"{format_size(rate)}/s")
+            parts.append(f"{format_duration((total - done) / rate)} left of these")
+        parts.append(f"memory {format_size(tree_bytes())}")
         while len(parts) > 1 and len("  ".join(parts)) > width:
             parts.pop()
         return "  ".join(parts)[:width]

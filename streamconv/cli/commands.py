@@ -33,7 +33,7 @@ def run(arguments: Sequence[str]) -> int:
             standalone_mode=False,
         )
     except ParseError as error:
-        if not arguments:  # the list of commands is what to say then
+        if type(error).__name__ == "NoArgsIsHelpError":  # the list of commands is what to say then
             tell(str(error))
             return 2
         raise as_ours(error) from None
