@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 from streamconv.errors import NoSpaceError, StreamconvError, UsageError, VerificationError
 from streamconv.files import askedfile
-from streamconv.files.inputs import StrPath, local_path, reading
+from streamconv.files.inputs import local_path, reading
 from streamconv.options import (
     Cancel,
     ConvertKeywords,
@@ -34,6 +34,8 @@ from streamconv.options import (
     ignore_event,
     job_options,
 )
+from streamconv.storage.address import Address, StrPath, place
+from streamconv.storage.objects import forget
 from streamconv.units import format_size, parse_size
 
 _LOG = logging.getLogger("streamconv")
@@ -73,7 +75,7 @@ def convert(
     """
     from streamconv.conversion.job import convert as run_job
 
-    src, dst, report = local_path(src), local_path(dst), _local(report)
+    src, dst, report = _source(src, job), place(dst), _local(report)
     options = job_options(**job)
     run = run_options(
         max_mem, overwrite, sync, direct, source_crc, checksum, io_threads, on_event, cancel
@@ -186,6 +188,21 @@ def _reading(
     return reading(src, job.get("hf_config"), job.get("base"), but=dst)
 
 
+def _source(src: StrPath, job: JobKeywords) -> Path:
+    """Return where a checkpoint lies, a path or an address; what was learnt of stores is forgotten."""
+    found = place(src)
+    if isinstance(found, Address):
+        forget()
+        if job.get("base") is not None:
+            raise UsageError(
+                "an adapter in a store cannot be merged into a base model on a disk",
+                where=str(found),
+                found=str(job["base"]),
+                hint="copy the adapter's checkpoint to a disk; it is small",
+            )
+    return found
+
+
 def _local(path: StrPath | None) -> Path | None:
     return None if path is None else local_path(path)
 
@@ -244,7 +261,7 @@ def convert_all(
     """
     from streamconv.formats import model_names
 
-    src, dst, page = local_path(src), local_path(dst), _local(options.pop("report", None))
+    src, dst, page = _source(src, {}), place(dst), _local(options.pop("report", None))
     with reading(src):
         names = model_names(src)
     if not names:
@@ -285,7 +302,7 @@ def run(
     """
     from streamconv.conversion.job import run_plan
 
-    plan, dst, page = local_path(plan), local_path(dst), _local(report)
+    plan, dst, page = local_path(plan), place(dst), _local(report)
     how = run_options(
         max_mem, overwrite, sync, direct, source_crc, checksum, io_threads, on_event, cancel
     )
@@ -348,7 +365,7 @@ def plan(
     """
     from streamconv.planning.child import make_plan
 
-    src, dst, output = local_path(src), _local(dst), _local(output)
+    src, dst, output = _source(src, job), _local(dst), _local(output)
     options = job_options(**job)
     budget = memory_bytes(max_mem)
     if output is not None:
@@ -381,7 +398,7 @@ def open(  # noqa: A001 - meant to be called as streamconv.open
     """
     from streamconv.conversion.lazy import open_checkpoint
 
-    src, options = local_path(src), job_options(**job)
+    src, options = _source(src, job), job_options(**job)
     with _reading(src, job):
         return open_checkpoint(src, options)
 
@@ -422,7 +439,8 @@ def verify(
     from streamconv.verification.room import check_room
     from streamconv.verification.source import verify_source
 
-    here, truth, other = local_path(folder), _local(source), _local(reference)
+    here, other = local_path(folder), _local(reference)
+    truth = None if source is None else _source(source, {})
     model, config = _local(base), _local(hf_config)
     _check_forward_options(forward, prompt, token_ids, logits_atol)
     _check_tolerances(atol, rtol, logits_atol)
@@ -521,7 +539,7 @@ def inspect(src: StrPath, *, model: str | None = None) -> dict[str, Any]:
     """Return what is in the checkpoint as plain data: format, facts, files, tensors, notices."""
     from streamconv.planning.child import inspect_checkpoint
 
-    src = local_path(src)
+    src = _source(src, {})
     with reading(src):
         return inspect_checkpoint(src, model)
 

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any, Literal, TypedDict, Unpack, get_args
 
 from streamconv.errors import CancelledError, UsageError
-from streamconv.files.inputs import StrPath, local_path
+from streamconv.files.inputs import local_path
+from streamconv.storage.address import StrPath
 from streamconv.units import format_size, parse_size
 
 Layout = Literal["hub", "memory"]

@@ -15,6 +15,7 @@ import xxhash
 
 from scripts.makers.zips import BufferWindow, E, Zip
 from streamconv.errors import BadInputError, SourceChangedError, UnsafeInputError
+from streamconv.files.inputs import LocalFile
 from streamconv.torchfile.window import FileWindow
 from streamconv.torchfile.zipdir import ZipDirectory, check_local_header, read_directory
 
@@ -59,7 +60,7 @@ def test_what_torch_writes(name: str, tmp_path_factory: pytest.TempPathFactory) 
     path = tmp_path_factory.mktemp("torch") / name
     torch.save({str(k): torch.arange(k + 1) for k in range(40)}, path)
     fd = os.open(path, os.O_RDONLY)
-    found = read_directory(FileWindow(fd, str(path), 0, path.stat().st_size))
+    found = read_directory(FileWindow(LocalFile(fd, str(path))))
     with zipfile.ZipFile(path) as peer:
         for info in peer.infolist():
             prefix, _, rest = info.filename.partition("/")
@@ -259,7 +260,7 @@ def test_file_that_shrinks(tmp_path_factory: pytest.TempPathFactory) -> None:
     fd = os.open(path, os.O_RDWR)
     os.ftruncate(fd, 10)
     with pytest.raises(SourceChangedError):
-        read_directory(FileWindow(fd, "a.pt", 0, size))
+        read_directory(FileWindow(LocalFile(fd, "a.pt"), 0, size))
     os.close(fd)
 
 

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 from streamconv.errors import UsageError
-from streamconv.files.inputs import StrPath, local_path
+from streamconv.files.inputs import local_path
 from streamconv.options import JobKeywords
+from streamconv.storage.address import StrPath
 
 if TYPE_CHECKING:
     from streamconv.batch.round import Round

@@ -17,7 +17,7 @@ from typing import Any
 
 from streamconv.batch.state import write_whole
 from streamconv.errors import SourceChangedError, StreamconvError
-from streamconv.files.inputs import cannot_read, open_input
+from streamconv.files.inputs import LocalFile, cannot_read, open_input
 from streamconv.files.jsonfile import COUNT, FLAG, TEXT, Leaf, mismatches, read_json
 from streamconv.formats.dcp.folder import INDEX, read_index
 from streamconv.torchfile.checksums import check_records
@@ -202,9 +202,11 @@ def _read(path: Path, mark: _Mark, records: _Records) -> tuple[_Found, bool]:
 def _check(fd: int, path: Path, nbytes: int, records: _Records) -> bool:
     """Check the records of a file; return whether checksums vouch for all of them."""
     if path.suffix != ".distcp":
-        return _check_file(FileWindow(fd, str(path), 0, nbytes), path.suffix in TORCH_SUFFIXES)
-    places = records.of(path)
-    whole = [_check_zip(FileWindow(fd, str(path), start, size)) for start, size in places]
+        return _check_file(
+            FileWindow(LocalFile(fd, str(path)), 0, nbytes), path.suffix in TORCH_SUFFIXES
+        )
+    places, file = records.of(path), LocalFile(fd, str(path))
+    whole = [_check_zip(FileWindow(file, start, size)) for start, size in places]
     return all(whole) and (bool(places) or not nbytes)
 
 

@@ -24,6 +24,7 @@ from streamconv.batch.ready import Tracker, lies_still, read_tracker
 from streamconv.batch.removal import is_aside
 from streamconv.batch.walk import Entry, walk
 from streamconv.errors import StreamconvError
+from streamconv.files.inputs import LocalFile
 from streamconv.files.jsonfile import read_json
 from streamconv.formats.safetensors_file import read_header
 from streamconv.formats.steps import step_kind, step_number
@@ -340,7 +341,7 @@ def _broken_torch_file(path: Path, size: int) -> Iterator[str]:
             if size and (begin != ZIP or end != ZIP_END):
                 yield f"{path} is not whole"
         elif begin == ZIP:
-            hash_directory(FileWindow(fd, str(path), 0, size))
+            hash_directory(FileWindow(LocalFile(fd, str(path)), 0, size))
         elif path.suffix in {".pt", ".pth"} and begin[:1] != _PICKLE:
             yield f"{path} is not a file of torch's"
     finally:

@@ -14,6 +14,7 @@ from streamconv.cli.output import columns, say, say_json
 from streamconv.cli.verl import app as verl_app
 from streamconv.errors import shown
 from streamconv.files.inputs import local_path
+from streamconv.storage.address import place
 
 
 class _Root(Group):
@@ -38,13 +39,21 @@ app = typer.Typer(
 Source = Annotated[
     Path,
     typer.Argument(
-        parser=local_path,
+        parser=place,
         metavar="SRC",
-        help="The checkpoint: a folder of rank files, an actor folder, a step folder.",
+        help="The checkpoint: a folder of rank files, an actor folder, a step folder, or where "
+        "one lies in a store (s3://, gs://, az://, https://).",
     ),
 ]
 Target = Annotated[
     Path, typer.Argument(parser=local_path, metavar="DST", help="The output folder.")
+]
+# Where one command writes the whole output, it may be in a store.
+TargetPlace = Annotated[
+    Path,
+    typer.Argument(
+        parser=place, metavar="DST", help="The output folder, or its address (s3://, gs://, az://)."
+    ),
 ]
 MaxMem = Annotated[
     str | None,
@@ -183,7 +192,7 @@ def _root(
 def convert(
     context: typer.Context,
     src: Source,
-    dst: Target,
+    dst: TargetPlace,
     max_mem: MaxMem = None,
     job: JobOptions = NONE,
     overwrite: Overwrite = False,
@@ -283,7 +292,7 @@ def run(
         Path,
         typer.Argument(parser=local_path, metavar="PLAN", help="What `streamconv plan -o` wrote."),
     ],
-    dst: Target,
+    dst: TargetPlace,
     max_mem: MaxMem = None,
     overwrite: Overwrite = False,
     no_sync: NoSync = False,
@@ -331,7 +340,7 @@ def verify(
         Path | None,
         typer.Option(
             "--source",
-            parser=local_path,
+            parser=place,
             metavar="SRC",
             help="Compare every tensor with the checkpoint.",
         ),
@@ -499,7 +508,7 @@ def inspect(
 def doctor(
     src: Annotated[
         Path | None,
-        typer.Argument(parser=local_path, metavar="SRC", help="A checkpoint to try reading."),
+        typer.Argument(parser=place, metavar="SRC", help="A checkpoint to try reading."),
     ] = None,
     dst: Annotated[
         Path | None,

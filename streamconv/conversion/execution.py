@@ -18,6 +18,7 @@ from pathlib import Path
 import xxhash
 
 from streamconv.errors import (
+    BadInputError,
     BudgetError,
     DamagedPlanError,
     NoSpaceError,
@@ -26,10 +27,18 @@ from streamconv.errors import (
 )
 from streamconv.executor import budget as budgets
 from streamconv.executor.pipeline import WindowFiller, write_output
-from streamconv.executor.reader import SourceReader
+from streamconv.executor.reader import Source
 from streamconv.executor.records import RecordChecks, SharedRecords
-from streamconv.executor.writer import DIRECT_BYTES
+from streamconv.executor.remote import open_source
+from streamconv.executor.windows import Ahead
+from streamconv.executor.writer import (
+    DIRECT_BYTES,
+    UPLOAD_BASE_BYTES,
+    UPLOADS_AT_ONCE,
+    part_bytes,
+)
 from streamconv.files.durable import hash_file, no_space, write_text
+from streamconv.files.inputs import opened
 from streamconv.files.names import MANIFEST
 from streamconv.files.namesakes import refuse_folded
 from streamconv.ir.planfile import Plan
@@ -40,6 +49,7 @@ from streamconv.output.journal import Choices, FileNote
 from streamconv.output.manifest import write_manifest
 from streamconv.output.publication import OldFile
 from streamconv.output.staging import Staging
+from streamconv.storage.address import Address, place
 from streamconv.system import memory
 from streamconv.units import format_size
 
@@ -61,10 +71,10 @@ def full_disk_told(dst: Path) -> Iterator[None]:
 
 
 @dataclass
-class _Stream:
+class Stream:
     """What moves bytes: a reader of the source, the checks of what it reads, and windows."""
 
-    reader: SourceReader
+    reader: Source
     checks: RecordChecks
     filler: WindowFiller
 
@@ -95,7 +105,7 @@ class Execution:
                 todo = [o for o in outputs if o.name not in self.staging.journal.notes]
                 total = sum(o.nbytes for o in outputs)
                 with self._streaming(outputs) as stream:
-                    self._write_all(todo, stream, _Progress(self, total, reused))
+                    self._write_all(todo, stream, Progressing(self, total, reused))
                     return self._complete(stream, outputs, reused)
         except (DamagedPlanError, SourceChangedError, UnfitValuesError):
             # Nobody can go on with this plan: what it speaks of is gone, or is not fit for it.
@@ -114,7 +124,7 @@ class Execution:
         nothing of theirs is removed.
         """
         with self._telling(), self._streaming(outputs) as stream:
-            progress = _Progress(self, sum(o.nbytes for o in outputs), 0)
+            progress = Progressing(self, sum(o.nbytes for o in outputs), 0)
             self._write_all(outputs, stream, progress)
             stream.reader.check_unchanged()
             return stream.reader.read_bytes
@@ -148,18 +158,13 @@ class Execution:
             raise
 
     @contextmanager
-    def _streaming(self, outputs: Iterable[OutputFile]) -> Iterator[_Stream]:
+    def _streaming(self, outputs: Iterable[OutputFile]) -> Iterator[Stream]:
         run, head = self.run, self.plan.head
-        max_window, factors = budgets.shares(
-            self.budget,
-            merging=head.totals.placed,
-            tensors=max((o.tensors for o in outputs), default=0),
-            io_threads=run.io_threads,
-            buffer_bytes=DIRECT_BYTES if run.direct else 0,
-        )
+        root = place(head.root)
+        max_window, factors, ahead = self._shares(root, outputs)
         verifiable = run.source_crc and not head.totals.unverifiable_bytes
-        with SourceReader(
-            Path(head.root), head.files, drop_cache=run.sync, strict_mtime=not verifiable
+        with open_source(
+            root, head.files, drop_cache=run.sync, strict_mtime=not verifiable
         ) as reader:
             checks = RecordChecks(reader, check_crc=run.source_crc)
             filler = WindowFiller(
@@ -168,14 +173,41 @@ class Execution:
                 max_bytes=max_window,
                 io_threads=run.io_threads,
                 factor_bytes=factors,
+                ahead=ahead,
             )
             try:
-                yield _Stream(reader, checks, filler)
+                yield Stream(reader, checks, filler)
             finally:
                 filler.close()
 
+    def _shares(self, root: Path, outputs: Iterable[OutputFile]) -> tuple[int, int, Ahead | None]:
+        """Return how large windows and what is held of factors may be, and how a store is read."""
+        run = self.run
+        merging = self.plan.head.totals.placed
+        tensors = max((o.tensors for o in outputs), default=0)
+        buffer_bytes = DIRECT_BYTES if run.direct else 0
+        if isinstance(self.dst, Address):
+            part = part_bytes(max((o.nbytes for o in self.plan.outputs()), default=0))
+            buffer_bytes = UPLOAD_BASE_BYTES + part * (UPLOADS_AT_ONCE + 1)
+        if isinstance(root, Address):
+            return budgets.remote_shares(
+                self.budget,
+                merging=merging,
+                tensors=tensors,
+                most_requests=run.io_threads if run.io_threads > 1 else None,
+                buffer_bytes=buffer_bytes,
+            )
+        window, factors = budgets.shares(
+            self.budget,
+            merging=merging,
+            tensors=tensors,
+            io_threads=run.io_threads,
+            buffer_bytes=buffer_bytes,
+        )
+        return window, factors, None
+
     def _write_all(
-        self, outputs: Iterable[OutputFile], stream: _Stream, progress: _Progress
+        self, outputs: Iterable[OutputFile], stream: Stream, progress: Progressing
     ) -> None:
         self.run.on_event(Phase("write"))
         names = {o.name for o in outputs}
@@ -220,8 +252,8 @@ class Execution:
         self,
         output: OutputFile,
         tensors: Iterable[PlannedTensor],
-        stream: _Stream,
-        progress: _Progress,
+        stream: Stream,
+        progress: Progressing,
     ) -> None:
         partial, target = self.staging.partial(output.name), self.staging.locate(output.name)
         before, read_before = progress.done, stream.reader.read_bytes
@@ -259,7 +291,7 @@ class Execution:
 
     def _complete(
         self,
-        stream: _Stream,
+        stream: Stream,
         outputs: list[OutputFile],
         reused: int,
         parts: Sequence[FileNote] = (),
@@ -319,8 +351,10 @@ class Execution:
             target = self.staging.files / side.name
             target.parent.mkdir(parents=True, exist_ok=True)
             try:
-                copied = _copy(Path(side.path), target, sync=self.run.sync)
-            except FileNotFoundError as error:
+                copied = _copy(place(side.path), target, sync=self.run.sync)
+            except BadInputError as error:
+                if not isinstance(error.__cause__, FileNotFoundError):
+                    raise
                 raise SourceChangedError("a side file vanished", where=side.path) from error
             if copied != side.xxh3:
                 raise SourceChangedError("a side file changed meanwhile", where=side.path)
@@ -346,7 +380,7 @@ class Execution:
         self.staging.discard()
 
 
-class _Progress:
+class Progressing:
     """Counts output bytes and tells the listener now and then."""
 
     _EVERY_SECONDS = 0.2
@@ -359,6 +393,7 @@ class _Progress:
         self._told = 0.0
 
     def add(self, nbytes: int, file: str) -> None:
+        """Count bytes of a file; the listener hears of them now and then."""
         if self._job.run.cancel is not None:
             self._job.run.cancel.check()
         self.done += nbytes
@@ -382,16 +417,13 @@ class _Progress:
 def _copy(source: Path, target: Path, *, sync: bool) -> str:
     """Copy a file in small steps (a tokenizer of a gigabyte must not need one); return its xxh3_128."""
     digest = xxhash.xxh3_128()
-    # Of a pipe that took the file's place nothing is waited for.
-    read = os.open(source, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    try:
-        with target.open("wb") as write:
-            while piece := os.read(read, _COPY_BYTES):
-                digest.update(piece)
-                write.write(piece)
-            write.flush()
-            if sync:
-                os.fsync(write.fileno())
-    finally:
-        os.close(read)
+    with opened(source) as read, target.open("wb") as write:
+        at = 0
+        while piece := read.pread(_COPY_BYTES, at):
+            digest.update(piece)
+            write.write(piece)
+            at += len(piece)
+        write.flush()
+        if sync:
+            os.fsync(write.fileno())
     return digest.hexdigest()

@@ -12,6 +12,14 @@ from typing import Any
 
 from streamconv.conversion.execution import Execution, choices, full_disk_told
 from streamconv.conversion.finished import missing_files, proven_output
+from streamconv.conversion.remote import (
+    RemoteExecution,
+    RemoteStaging,
+    locked_target,
+    refuse_overlap,
+    scratch_folder,
+    staged,
+)
 from streamconv.errors import (
     BadInputError,
     BudgetError,
@@ -32,6 +40,7 @@ from streamconv.output.publication import OldFile
 from streamconv.output.staging import Staging, check_target, locked, staging_path
 from streamconv.output.unfinished import discard_leftover, staged_plan
 from streamconv.planning.child import make_plan
+from streamconv.storage.address import Address, place
 from streamconv.system import memory
 from streamconv.units import format_size
 
@@ -79,11 +88,13 @@ def refuse_others(dst: Path, job: JobIdentity, *, overwrite: bool) -> tuple[OldF
     Raises :class:`OutputExistsError` where ``dst`` holds what it must not replace.
     """
     # What a stopped run has begun to put in its place, the next command finishes.
-    if not dst.is_dir() or is_empty(dst) or publication.is_begun(staging_path(dst)):
+    if not dst.is_dir() or is_empty(dst):
+        return ()
+    if not isinstance(dst, Address) and publication.is_begun(staging_path(dst)):
         return ()
     if overwrite:
         return former_output(dst)
-    ours = os.path.lexists(dst / MANIFEST)
+    ours = (dst / MANIFEST).is_symlink() or (dst / MANIFEST).exists()
     what, found = (
         _which_job(dst, job)
         if ours
@@ -134,6 +145,18 @@ def prepared(
     """Lock the output, plan, and yield what remains to be executed; a result where nothing does."""
     source = identify(src, job)
     budget = budget_bytes(run)
+    if isinstance(dst, Address):
+        refuse_overlap(dst, source.root, source.side_dir)
+
+        def planned(path: Path) -> Plan:
+            run.on_event(Phase("plan"))
+            return make_plan(src, job, path, asked=source.identity, max_mem_bytes=budget)
+
+        with _in_store(
+            dst, source.root, source.side, source.identity, run, budget, planned
+        ) as ready:
+            yield ready
+        return
     dst = output_path(dst, source.root, source.side_dir, job.lora.base)
     with full_disk_told(dst), held(dst) as lock, memory.PeakMeter() as meter:
 
@@ -169,11 +192,26 @@ def prepared_plan(plan_path: Path, dst: Path, run: RunOptions) -> Iterator[Execu
     plan = Plan(plan_path)
     budget = budget_bytes(run)
     first = next(iter(plan.head.side), None)
-    side_dir = Path(first.path.removesuffix(first.name)) if first else None
-    dst = output_path(dst, Path(plan.head.root), side_dir)
+    side_dir = place(first.path.removesuffix(first.name)) if first else None
+    if isinstance(dst, Address):
+        source_root, beside = place(plan.head.root), plan.head.side
+        refuse_overlap(dst, source_root, side_dir)
+
+        def copied(path: Path) -> Plan:
+            copy = _copied(plan, path)
+            copy.find_sources(source_root, beside)
+            return copy
+
+        identity = JobIdentity.from_json(plan.head.job)
+        with _in_store(
+            dst, source_root, beside, identity, run, budget, copied, plan.digest
+        ) as ready:
+            yield ready
+        return
+    dst = output_path(dst, place(plan.head.root), side_dir)
     with full_disk_told(dst), held(dst), memory.PeakMeter() as meter:
         job = JobIdentity.from_json(plan.head.job)
-        root, side = Path(plan.head.root), plan.head.side
+        root, side = place(plan.head.root), plan.head.side
 
         def plan_at(path: Path) -> Plan:
             copy = _copied(plan, path)
@@ -191,6 +229,38 @@ def prepared_plan(plan_path: Path, dst: Path, run: RunOptions) -> Iterator[Execu
         else:
             staged.find_sources(root, side)
         yield Execution(staged, dst, run, budget, staging, meter, old)
+
+
+@contextmanager
+def _in_store(
+    dst: Address,
+    root: Path,
+    side: tuple[SideFile, ...],
+    job: JobIdentity,
+    run: RunOptions,
+    budget: int,
+    plan_at: Callable[[Path], Plan],
+    plan_digest: str | None = None,
+) -> Iterator[Execution | Result]:
+    """Do what remains of :func:`prepared` where the output goes to a store."""
+    with locked_target(dst) as lease, memory.PeakMeter() as meter, scratch_folder() as scratch:
+        done = proven_output(dst, job.digest, run, budget, plan_at)
+        staging = RemoteStaging(dst, scratch, lease)
+        if done is not None:
+            staging.discard()
+            yield _nothing_to_do(dst, done)
+            return
+        plan = staged(staging, root, job, run, plan_digest)
+        if plan is not None:
+            plan.find_sources(root, side)
+            old: tuple[OldFile, ...] = ()
+        else:
+            old = refuse_others(dst, job, overwrite=run.overwrite)
+            plan = plan_at(staging.plan_path)
+            staging.seal(plan, choices(run))
+        execution = RemoteExecution(plan, dst, run, budget, staging, meter, old)
+        execution.begin_in_store()
+        yield execution
 
 
 def _begun(staging: Staging, plan_at: Callable[[Path], Plan], run: RunOptions) -> Plan:
@@ -252,6 +322,17 @@ def output_path(dst: Path, source: Path, *others: Path | None) -> Path:
     return real_path(dst)
 
 
+def _nothing_to_do(dst: Path, done: Mapping[str, Any]) -> Result:
+    files = done["files"]
+    return Result(
+        "nothing-to-do",
+        dst,
+        write_bytes=sum(f["nbytes"] for f in files),
+        files=len(files),
+        tensors=len(done["tensors"]),
+    )
+
+
 def _preflight(
     dst: Path,
     job: JobIdentity,
@@ -265,15 +346,7 @@ def _preflight(
     done = proven_output(dst, digest, run, budget, plan_at)
     if done is not None:
         discard_leftover(dst, digest)
-        files = done["files"]
-        result = Result(
-            "nothing-to-do",
-            dst,
-            write_bytes=sum(f["nbytes"] for f in files),
-            files=len(files),
-            tensors=len(done["tensors"]),
-        )
-        return result, ()
+        return _nothing_to_do(dst, done), ()
     old = refuse_others(dst, job, overwrite=run.overwrite)
     _refuse_unwritable(dst)
     return None, old

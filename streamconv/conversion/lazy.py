@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from streamconv.executor.pipeline import WindowFiller
-from streamconv.executor.reader import SourceReader
+from streamconv.executor.reader import Source
 from streamconv.executor.records import RecordChecks
+from streamconv.executor.remote import open_source
 from streamconv.executor.windows import Segment, Window
 from streamconv.ir.boxes import Shape
 from streamconv.ir.dtypes import DType
@@ -28,6 +29,7 @@ from streamconv.ir.planned import PlannedTensor
 from streamconv.ir.source import SourceFile
 from streamconv.options import JobOptions
 from streamconv.planning.child import make_plan
+from streamconv.storage.address import place
 from streamconv.units import format_size
 
 if TYPE_CHECKING:
@@ -49,7 +51,7 @@ class LazyTensor:
     checkpoint is closed reading raises :class:`ClosedError`.
     """
 
-    def __init__(self, tensor: PlannedTensor, filler: WindowFiller, reader: SourceReader) -> None:
+    def __init__(self, tensor: PlannedTensor, filler: WindowFiller, reader: Source) -> None:
         self._tensor = tensor
         self._filler = filler
         self._reader = reader
@@ -202,7 +204,7 @@ class LazyCheckpoint(Mapping[str, LazyTensor]):
         self,
         plan: Plan,
         tensors: Mapping[str, PlannedTensor],
-        reader: SourceReader,
+        reader: Source,
         tied: Mapping[str, str],
     ) -> None:
         self.plan = plan
@@ -275,17 +277,17 @@ def open_checkpoint(src: Path, job: JobOptions) -> LazyCheckpoint:
         planned = [t for _, section in plan.sections() for t in section]
     tensors = {t.name: t for t in planned if not t.same_as}
     tied = {t.name: t.same_as for t in planned if t.same_as}
-    reader = SourceReader(Path(plan.head.root), plan.head.files)
+    reader = open_source(place(plan.head.root), plan.head.files)
     return LazyCheckpoint(plan, tensors, reader, tied)
 
 
-def _filler(reader: SourceReader) -> WindowFiller:
+def _filler(reader: Source) -> WindowFiller:
     return WindowFiller(reader, RecordChecks(reader, check_crc=False), max_bytes=4 << 20)
 
 
 @functools.lru_cache(maxsize=_SOURCES_KEPT)
-def _opened_again(root: Path, files: tuple[SourceFile, ...]) -> tuple[WindowFiller, SourceReader]:
-    reader = SourceReader(root, files)
+def _opened_again(root: Path, files: tuple[SourceFile, ...]) -> tuple[WindowFiller, Source]:
+    reader = open_source(root, files)
     return _filler(reader), reader
 
 

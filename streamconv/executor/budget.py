@@ -14,6 +14,7 @@ from streamconv.executor.windows import (
     MAX_WINDOW_BYTES,
     MIN_WINDOW_BYTES,
     SCRATCH_BYTES,
+    Ahead,
 )
 from streamconv.system.memory import resident_bytes
 from streamconv.units import format_size
@@ -30,6 +31,14 @@ _THREAD_BYTES = 64 << 10
 # process that waits for it; bench/RESULTS.md has the figures. Refusing early beats being killed.
 # Kernels that map libraries in large pages (6.18 was seen to) count 45 MB more of torch's code.
 PLANNING_FLOOR_BYTES = 490 * 10**6
+
+# What an object store's client takes beside answers: connections, TLS, its threads.
+_CLIENT_BYTES = 10 << 20
+# And of an answer, while it is copied.
+_ANSWER_BYTES = 3 << 19
+MIN_REQUEST_BYTES = 1 << 20
+_REQUEST_BYTES = ((600 << 20, 8 << 20), (280 << 20, 4 << 20), (120 << 20, 2 << 20))
+_MOST_REQUESTS = 64
 
 # Factors of low-rank updates: tiles that are worth a read, and more than any adapter's matrix has.
 _MIN_FACTOR_BYTES = 1 << 20
@@ -91,6 +100,40 @@ def shares(
     factors = factor_bytes(budget_bytes)
     beside = beside_bytes(tensors, merging=merging, factors=factors, io_threads=io_threads)
     return window_bytes(budget_bytes, buffer_bytes + beside), factors
+
+
+def remote_shares(
+    budget_bytes: int,
+    *,
+    merging: bool,
+    tensors: int = 0,
+    most_requests: int | None = None,
+    buffer_bytes: int = 0,
+) -> tuple[int, int, Ahead]:
+    """Return the same where the source is in a store, and how it is read.
+
+    Half of what is free is for windows, half for requests in flight: each has a buffer of its own, and
+    what the client holds of an answer. More small ones are faster than fewer large ones as long as a
+    round trip is worth less than what one of them brings. Raises :class:`BudgetError` where
+    nothing fits.
+    """
+    factors = factor_bytes(budget_bytes)
+    beside = beside_bytes(tensors, merging=merging, factors=factors) + _CLIENT_BYTES
+    free = budget_bytes - resident_bytes() - _RESERVE_BYTES - buffer_bytes - beside
+    least = 2 * (MIN_REQUEST_BYTES + _ANSWER_BYTES) * 2
+    if free < least:
+        need = -(-(budget_bytes - free + least + (1 << 20)) // 10**6)
+        raise BudgetError(
+            "the memory budget is too small to move tensors out of a store",
+            expected=f"at least {format_size(need * 10**6)}",
+            found=format_size(budget_bytes),
+            hint=f"--max-mem {need}MB is the smallest that works",
+        )
+    request = next((n for at, n in _REQUEST_BYTES if free >= at), MIN_REQUEST_BYTES)
+    fitting = free // 2 // (request + _ANSWER_BYTES + (SCRATCH_BYTES if merging else 0))
+    ahead = Ahead(max(1, min(fitting, most_requests or _MOST_REQUESTS)), request)
+    window = free // 2 // ahead.windows * KNOWLEDGE_SHARE // (KNOWLEDGE_SHARE + 1)
+    return min(max(window, 4096) // 4096 * 4096, MAX_WINDOW_BYTES), factors, ahead
 
 
 def window_bytes(budget_bytes: int, buffer_bytes: int = 0) -> int:

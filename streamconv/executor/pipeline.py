@@ -11,7 +11,7 @@ import mmap
 import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,12 +20,13 @@ import xxhash
 from streamconv.errors import VerificationError
 from streamconv.executor.kernels import run as run_kernel
 from streamconv.executor.products import Factors, run_placed
-from streamconv.executor.reader import SourceReader
+from streamconv.executor.reader import Source
 from streamconv.executor.records import RecordChecks
 from streamconv.executor.windows import (
     CAST_THREADS,
     FACTOR_READ_BYTES,
     SMALL_WINDOW_BYTES,
+    Ahead,
     Fill,
     Run,
     Window,
@@ -61,32 +62,43 @@ class WindowFiller:
     ``io_threads`` read at once. Casts are work for the CPU and not for the disk: two threads share
     them whatever ``io_threads`` is.
     ``factor_bytes`` bounds what is held of the factors of low-rank updates, where there are any.
+    ``ahead`` says how a store is read, where each read costs a round trip.
     """
 
     def __init__(
         self,
-        reader: SourceReader,
+        reader: Source,
         checks: RecordChecks,
         *,
         max_bytes: int,
         io_threads: int = 1,
         factor_bytes: int = 8 << 20,
+        ahead: Ahead | None = None,
     ) -> None:
         self._reader = reader
         self._checks = checks
         self.max_bytes = max_bytes
-        self._io_threads = io_threads
-        most = max(io_threads, CAST_THREADS)
-        self._run_bytes = max(1, min(SMALL_WINDOW_BYTES, max_bytes) // most)
+        self.ahead = ahead
+        self._io_threads = io_threads if ahead is None else ahead.requests
+        most = max(self._io_threads, CAST_THREADS)
+        if ahead is None:
+            self._run_bytes = max(1, min(SMALL_WINDOW_BYTES, max_bytes) // most)
+        else:
+            self._run_bytes = ahead.request_bytes
         self._staging = threading.local()
         # The calling thread is one of them.
         self._pool = ThreadPoolExecutor(most - 1, thread_name_prefix="window-filler")
         self._factors = Factors(self._fill_factor, factor_bytes, most)
         self._factor_filler: WindowFiller | None = None
 
+    def begin(self, window: Window, buffer: memoryview) -> list[Future[None]]:
+        """Begin to bring every byte of ``window`` into ``buffer``: it is there when all is done."""
+        reads = runs(window, self._run_bytes, self._reader.gap_bytes)
+        return [self._pool.submit(self._serve, read, buffer) for read in reads]
+
     def fill(self, window: Window, buffer: memoryview) -> None:
         """Bring every byte of ``window`` into ``buffer``."""
-        reads = runs(window, self._run_bytes)
+        reads = runs(window, self._run_bytes, self._reader.gap_bytes)
         threads = self._io_threads
         if any(fill.move.ops for read in reads for fill in read.fills):
             threads = max(threads, CAST_THREADS)
@@ -123,8 +135,9 @@ class WindowFiller:
         """Read a run, its first bytes into ``header`` and the rest into ``data``, and check it."""
         records = {f.record.start: f for f in reversed(read.fills)}
         begin = read.lo + len(header)
-        for lo in range(begin, read.hi, _STEP_BYTES):
-            piece = data[lo - begin : lo - begin + _STEP_BYTES]
+        step = min(self._reader.step_bytes, max(1, read.hi - begin))
+        for lo in range(begin, read.hi, step):
+            piece = data[lo - begin : lo - begin + step]
             if lo == begin:
                 self._reader.read(read.file, read.lo, header, piece)
             else:
@@ -194,12 +207,14 @@ def write_output(
     direct: bool = False,
     seed: int = 0,
     on_bytes: Callable[[int], None],
+    before_end: Callable[[], None] = lambda: None,
 ) -> FinishedFile:
     """Write one output file to ``path`` and return its digests.
 
     ``seed`` is that of the hash ``keyed``, which nobody can foretell who does not know it.
     ``on_bytes`` is called with the number of output bytes done since the last call. Raises what the
     reader, the checks and the writer raise; the partial file then stays for the caller to remove.
+    ``before_end`` is called when all bytes are written and the file is not yet whole.
     """
     digests: dict[str, str] = {}
     digest = xxhash.xxh3_128()
@@ -216,6 +231,7 @@ def write_output(
                     _tensor_done(segment.tensor, digest.hexdigest(), digests)
                     digest.reset()
             on_bytes(window.nbytes if window.segments[0].tensor.same_as is None else 0)
+        before_end()
         writer.finish()
         return FinishedFile(
             output.name, output.nbytes, writer.xxh3, writer.sha256, digests, writer.keyed
@@ -240,6 +256,9 @@ def _tensor_done(tensor: PlannedTensor, digest: str, digests: dict[str, str]) ->
     digests[tensor.name] = digest
 
 
+_Filled = tuple[Window, memoryview, list[Future[None]]]
+
+
 class _Pipeline:
     """Windows filled by a thread of their own, handed over in order, two buffers taking turns."""
 
@@ -250,34 +269,52 @@ class _Pipeline:
         self._filler = filler
         self._checks = checks
         self._free: queue.Queue[memoryview | None] = queue.Queue()
-        for _ in range(2):
+        ahead = filler.ahead
+        for _ in range(2 if ahead is None else ahead.windows):
             # Anonymous maps: only pages that a window really fills become resident.
             self._free.put(memoryview(mmap.mmap(-1, max(filler.max_bytes, 4096))))
-        self._full: queue.Queue[tuple[Window, memoryview] | BaseException | None] = queue.Queue()
+        self._full: queue.Queue[_Filled | BaseException | None] = queue.Queue()
+        self._begun: list[Future[None]] = []
         self._thread = threading.Thread(target=self._fill_all, name="window-filler")
 
     def _fill_all(self) -> None:
         try:
-            for window in windows(self._tensors, self._filler.max_bytes):
+            most, ahead = self._filler.max_bytes, self._filler.ahead
+            small = SMALL_WINDOW_BYTES if ahead is None else most
+            for window in windows(self._tensors, most, small):
                 buffer = self._free.get()
                 if buffer is None:
                     return
-                self._filler.fill(window, buffer)
-                self._full.put((window, buffer))
-                for segment in window.segments:
-                    tensor = segment.tensor
-                    if segment.hi * tensor.dtype.itemsize == tensor.nbytes:
-                        self._checks.finish(tensor.ended_records())
+                if ahead is None:
+                    self._filler.fill(window, buffer)
+                    self._full.put((window, buffer, []))
+                    self._finish_records(window)
+                else:
+                    self._begun = [f for f in self._begun if not f.done()]
+                    reads = self._filler.begin(window, buffer)
+                    self._begun += reads
+                    self._full.put((window, buffer, reads))
             self._full.put(None)
         except BaseException as error:  # noqa: BLE001 - handed to the thread that waits
             self._full.put(error)
+
+    def _finish_records(self, window: Window) -> None:
+        for segment in window.segments:
+            tensor = segment.tensor
+            if segment.hi * tensor.dtype.itemsize == tensor.nbytes:
+                self._checks.finish(tensor.ended_records())
 
     def __iter__(self) -> Iterator[tuple[Window, memoryview]]:
         while (item := self._full.get()) is not None:
             if isinstance(item, BaseException):
                 raise item
-            yield item
-            self._free.put(item[1])
+            window, buffer, reads = item
+            for read in reads:
+                read.result()
+            if self._filler.ahead is not None:
+                self._finish_records(window)
+            yield window, buffer
+            self._free.put(buffer)
 
     def __enter__(self) -> _Pipeline:
         self._thread.start()
@@ -286,3 +323,6 @@ class _Pipeline:
     def __exit__(self, *exc: object) -> None:
         self._free.put(None)
         self._thread.join()
+        for read in self._begun:
+            read.cancel()
+        wait(self._begun)  # none may write into a buffer any more

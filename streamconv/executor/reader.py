@@ -13,11 +13,12 @@ import threading
 from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Protocol
 
 import xxhash
 
 from streamconv.errors import BadInputError, ClosedError, SourceChangedError
-from streamconv.files.inputs import open_input, readable
+from streamconv.files.inputs import open_input, opened, readable
 from streamconv.ir.source import SourceFile
 from streamconv.torchfile.window import FileWindow
 from streamconv.torchfile.zipdir import hash_directory
@@ -29,6 +30,45 @@ _DROP_BYTES = 16 << 20
 _DROP_OVERLAP_BYTES = 8 << 20
 
 
+class Source(Protocol):
+    """What is asked of whoever reads source files, on a disk or in a store.
+
+    A read takes ``step_bytes`` at most; what lies between two wanted stretches is read for nothing up
+    to ``gap_bytes``, or as a disk is best read where that is None.
+    """
+
+    files: Sequence[SourceFile]
+    read_bytes: int
+    step_bytes: int
+    gap_bytes: int | None
+
+    @property
+    def root(self) -> Path:
+        """Return the folder that the files' paths are relative to."""
+
+    def path(self, file: int, /) -> Path:
+        """Return where a file lies."""
+
+    def read(self, file: int, offset: int, /, *buffers: memoryview) -> None:
+        """Fill ``buffers`` from byte ``offset`` of a file."""
+
+    def check_open(self) -> None:
+        """Raise :class:`ClosedError` after :meth:`close`."""
+
+    def check_unchanged(self) -> None:
+        """Raise :class:`SourceChangedError` unless every file is what was planned."""
+
+    def check_same(self, file: int, /) -> None:
+        """Raise :class:`SourceChangedError` where a file was written since it was planned."""
+
+    def close(self) -> None:
+        """Read no more."""
+
+    def __enter__(self) -> Source: ...
+
+    def __exit__(self, *exc: object) -> None: ...
+
+
 class SourceReader:
     """Reads from the files of a checkpoint; safe to use from several threads.
 
@@ -37,6 +77,9 @@ class SourceReader:
     the kernel to forget pages that have been read. ``strict_mtime`` takes a newer modification time
     for a change: the only sign of one where no checksums are there to tell.
     """
+
+    step_bytes = _READ_BYTES
+    gap_bytes: int | None = None
 
     def __init__(
         self,
@@ -193,14 +236,11 @@ class SourceReader:
             return
         if not planned.entry_prefix:
             return
-        fd = open_input(self.path(file))
         try:
-            window = FileWindow(fd, str(self.path(file)), 0, planned.nbytes)
-            found, _ = hash_directory(window)
+            with opened(self.path(file)) as stored:
+                found, _ = hash_directory(FileWindow(stored, 0, planned.nbytes))
         except BadInputError as error:
             found = error.what
-        finally:
-            os.close(fd)
         if found != planned.directory_hash:
             raise SourceChangedError(
                 "a source file is not the one that was planned",

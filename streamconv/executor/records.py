@@ -14,7 +14,7 @@ from dataclasses import astuple, dataclass, field
 from typing import Any, NamedTuple
 
 from streamconv.errors import BadInputError
-from streamconv.executor.reader import SourceReader
+from streamconv.executor.reader import Source
 from streamconv.ir.planned import PlannedSource
 from streamconv.ir.source import Record
 from streamconv.torchfile.crc import Coverage
@@ -59,7 +59,7 @@ class RecordChecks:
     only headers are checked.
     """
 
-    def __init__(self, reader: SourceReader, *, check_crc: bool = True) -> None:
+    def __init__(self, reader: Source, *, check_crc: bool = True) -> None:
         self._reader = reader
         self._check_crc = check_crc
         self._seen: dict[tuple[int, int], _Seen] = {}
@@ -176,7 +176,7 @@ class SharedRecords:
             known = self._found.setdefault(key, (fqn, record, Coverage()))
             known[2].merge(seen)
 
-    def settle(self, reader: SourceReader) -> int:
+    def settle(self, reader: Source) -> int:
         """Read what nobody saw, and judge every record; return the bytes without a checksum.
 
         Raises :class:`BadInputError` for a wrong checksum, naming file, tensor and record.
@@ -195,7 +195,7 @@ class SharedRecords:
         return unverifiable
 
 
-def _verdict(reader: SourceReader, fqn: str, record: Record, crc: int) -> int:
+def _verdict(reader: Source, fqn: str, record: Record, crc: int) -> int:
     """Hold the CRC-32 of a record's bytes against the stored one; ``fqn`` is a tensor in it.
 
     Returns the bytes that cannot be verified, as their writer stored none.
@@ -214,9 +214,9 @@ def _verdict(reader: SourceReader, fqn: str, record: Record, crc: int) -> int:
     )
 
 
-def _name(reader: SourceReader, record: Record) -> str:
+def _name(reader: Source, record: Record) -> str:
     return f"{reader.files[record.file].entry_prefix}/data/{record.key}"
 
 
-def _where(reader: SourceReader, fqn: str, record: Record) -> str:
+def _where(reader: Source, fqn: str, record: Record) -> str:
     return f"{reader.path(record.file)}, {fqn}, record {_name(reader, record)}"

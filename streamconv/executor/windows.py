@@ -44,6 +44,15 @@ SCRATCH_BYTES = 4 * PRODUCT_BLOCK_ELEMENTS * 4
 
 
 @dataclass(frozen=True, slots=True)
+class Ahead:
+    """How a store is read: ``requests`` of ``request_bytes`` at once, for several ``windows``."""
+
+    requests: int
+    request_bytes: int
+    windows: int = 3
+
+
+@dataclass(frozen=True, slots=True)
 class Segment:
     """The elements ``[lo, hi)`` of a tensor, at byte ``at`` of the window."""
 
@@ -112,14 +121,16 @@ class Run:
     fills: tuple[Fill, ...]
 
 
-def windows(tensors: Iterable[PlannedTensor], max_bytes: int) -> Iterator[Window]:
+def windows(
+    tensors: Iterable[PlannedTensor], max_bytes: int, small_bytes: int = SMALL_WINDOW_BYTES
+) -> Iterator[Window]:
     """Cut the tensors of an output file, in their order, into windows of at most ``max_bytes``.
 
-    A window closes as soon as its reads are good ones: at 4 MiB where each file gives long
+    A window closes as soon as its reads are good ones: at ``small_bytes`` where each file gives long
     stretches, as late as ``max_bytes`` where a thousand files give a few bytes each. And as soon as
     what is known of its tensors takes more than a ``KNOWLEDGE_SHARE`` of that.
     """
-    small = min(SMALL_WINDOW_BYTES, max_bytes)
+    small = min(small_bytes, max_bytes)
     most_known = max(small, max_bytes // KNOWLEDGE_SHARE)
     segments: list[Segment] = []
     files: set[int] = set()
@@ -138,7 +149,7 @@ def windows(tensors: Iterable[PlannedTensor], max_bytes: int) -> Iterator[Window
             yield close()
         itemsize = tensor.dtype.itemsize
         numel = tensor.nbytes // itemsize
-        step = _step(tensor, max_bytes)
+        step = _step(tensor, max_bytes, small)
         at = 0
         while at < numel or (numel == 0 and at == 0):
             take = min(numel - at, step, (max_bytes - size) // itemsize)
@@ -167,7 +178,7 @@ def _files(tensor: PlannedTensor, lo: int, hi: int) -> Iterator[int]:
             yield tensor.sources[move.source].shards.files[move.shard]
 
 
-def _step(tensor: PlannedTensor, max_bytes: int) -> int:
+def _step(tensor: PlannedTensor, max_bytes: int, small_bytes: int) -> int:
     """Return how many elements of a tensor go into one window.
 
     Whole rows where they fit: a cut in the middle of a row makes three copies out of one. More than
@@ -177,7 +188,7 @@ def _step(tensor: PlannedTensor, max_bytes: int) -> int:
     numel = tensor.nbytes // itemsize
     if numel == 0:
         return 1
-    step = max(1, min(SMALL_WINDOW_BYTES, max_bytes) // itemsize)
+    step = max(1, small_bytes // itemsize)
     while True:
         step = _whole_rows(tensor.shape, min(step, numel))
         nbytes = step * itemsize
@@ -198,10 +209,11 @@ def _whole_rows(shape: Shape, step: int) -> int:
     return max(row, step // row * row)
 
 
-def runs(window: Window, max_run_bytes: int) -> list[Run]:
+def runs(window: Window, max_run_bytes: int, gap_bytes: int | None = None) -> list[Run]:
     """Return the reads that fill ``window``, by file and offset, none longer than ``max_run_bytes``.
 
     Headers of records come on top, and a single element that is wider than that is still read whole.
+    What lies between two stretches is read over up to ``gap_bytes``; None: as a disk is best read.
     """
     fills: list[Fill] = []
     for segment in window.segments:
@@ -214,7 +226,7 @@ def runs(window: Window, max_run_bytes: int) -> list[Run]:
         inside = group and fill.record.start == group[-1].record.start
         if group and (
             fill.record.file != group[0].record.file
-            or fill.begin > hi + (_GAP_BYTES if inside else _RECORD_GAP_BYTES)
+            or fill.begin > hi + (gap_bytes or (_GAP_BYTES if inside else _RECORD_GAP_BYTES))
             or max(hi, fill.hi) - group[0].lo > max_run_bytes
         ):
             result.append(Run(group[0].record.file, group[0].begin, hi, tuple(group)))

@@ -25,6 +25,7 @@ import xxhash
 from streamconv.files import newfile
 from streamconv.files.durable import no_space
 from streamconv.ir.planned import OutputFile
+from streamconv.storage.address import Address
 
 _WRITE_BYTES = 1 << 20
 # Dirty pages are pushed out in bursts, the next one written meanwhile. A disk that also reads wants
@@ -41,6 +42,11 @@ _STEP_BYTES = 1 << 20
 # What a direct write moves at once (a constant of the budget's, too), and what it is aligned to.
 DIRECT_BYTES = 4 << 20
 _BLOCK_BYTES = 4096
+# Parts of an upload (S3 takes no more than 10,000 of them), and how many are on their way at once.
+MIN_PART_BYTES = 8 << 20
+UPLOADS_AT_ONCE = 2
+UPLOAD_BASE_BYTES = 12 << 20
+_MOST_PARTS = 9000
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _SYNC_FILE_RANGE_WRITE = 2
@@ -100,6 +106,9 @@ class _CachedFile:
             self._burst = next_burst(self._burst, time.monotonic() - start)
         self._clean, self._pushed = self._pushed, self._at
 
+    def close(self) -> None:
+        os.close(self._fd)
+
     def finish(self) -> None:
         if self._sync:
             _sync_file_range(self._fd, self._pushed, self._at, _SYNC_FILE_RANGE_WRITE)
@@ -133,6 +142,9 @@ class _DirectFile:
             if self._filled == DIRECT_BYTES:
                 self._write(DIRECT_BYTES)
                 self._filled = 0
+
+    def close(self) -> None:
+        os.close(self._fd)
 
     def finish(self) -> None:
         nbytes = self._at + self._filled
@@ -168,6 +180,41 @@ def _pwrite_all(fd: int, data: memoryview, at: int, step: int = _WRITE_BYTES) ->
     return at
 
 
+class _Object:
+    """Appends to a new object of a store, which appears when it is whole, and not at all otherwise."""
+
+    def __init__(self, path: Address, nbytes: int) -> None:
+        self._path = path
+        self._upload = path.bucket.upload(path.key, part_bytes(nbytes), UPLOADS_AT_ONCE)
+
+    def append(self, data: memoryview) -> None:
+        # The client keeps what it is given, and these bytes are a window's, which is filled again.
+        self._upload.write(bytes(data))
+
+    def finish(self) -> None:
+        self._upload.finish()
+
+    def close(self) -> None:
+        self._upload.close()
+
+
+def part_bytes(nbytes: int) -> int:
+    """Return in what parts an object of so many bytes is uploaded.
+
+    It follows from the size alone, as the version that some stores give to an object depends on it.
+    """
+    return max(MIN_PART_BYTES, -(-nbytes // _MOST_PARTS >> 20) + 1 << 20)
+
+
+def _created(
+    path: Path, output: OutputFile, *, sync: bool, direct: bool
+) -> _Object | _CachedFile | _DirectFile:
+    if isinstance(path, Address):
+        return _Object(path, output.nbytes)
+    path.unlink(missing_ok=True)  # what a stopped run left; written through, it may be a link
+    return (_DirectFile if direct else _CachedFile)(newfile.create(path), sync=sync)
+
+
 class ShardWriter:
     """Writes one output file; as a context manager it leaves a partial file on an exception.
 
@@ -194,14 +241,12 @@ class ShardWriter:
         self._nbytes = 0
         self.xxh3 = self.keyed = ""
         self.sha256: str | None = None
-        path.unlink(missing_ok=True)  # what a stopped run left; written through, it may be a link
-        self._fd = newfile.create(path)
+        self._file = _created(path, output, sync=sync, direct=direct)
         try:
-            self._file = (_DirectFile if direct else _CachedFile)(self._fd, sync=sync)
             header = output.header.encode()
             self.write(memoryview(len(header).to_bytes(8, "little") + header))
         except BaseException:
-            os.close(self._fd)
+            self._file.close()
             raise
 
     def write(self, data: memoryview) -> None:
@@ -240,4 +285,4 @@ class ShardWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        os.close(self._fd)
+        self._file.close()

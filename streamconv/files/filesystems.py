@@ -8,6 +8,8 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from streamconv.storage.address import Address
+
 _MOUNTINFO = Path("/proc/self/mountinfo")
 _NETWORK = frozenset(
     {
@@ -52,7 +54,7 @@ def real_path(path: Path) -> Path:
     ``Path.resolve`` says the same, but for links that lead to themselves: these it takes for an error
     of the program's before Python 3.13.
     """
-    return Path(os.path.realpath(path))
+    return path if isinstance(path, Address) else Path(os.path.realpath(path))
 
 
 def nearest(path: Path) -> Path:
@@ -71,6 +73,8 @@ def lies_in(path: Path, folder: Path) -> bool:
     path = real_path(path)
     if path.is_relative_to(real_path(folder)):
         return True
+    if isinstance(path, Address) or isinstance(folder, Address):
+        return False
     try:
         wanted = folder.stat()
     except OSError:

@@ -8,14 +8,15 @@ input: a full disk, or too few descriptors or memory, says nothing about it.
 from __future__ import annotations
 
 import errno
+import io
 import os
-import re
 import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from streamconv.errors import BadInputError, UsageError
+from streamconv.storage.address import Address, ObjectStream, StrPath, place
 
 # These are this machine's or this process's own.
 _OURS = frozenset(
@@ -60,28 +61,20 @@ def _shown(path: Path | str) -> str:
     return Path(path).name or str(path)
 
 
-StrPath = str | os.PathLike[str]
-# An address begins with a scheme; of its slashes a Path keeps one. ./s3:/x is a path in any case.
-_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
-
-
 def local_path(path: StrPath) -> Path:
     """Return ``path`` as a path of a file system; raises :class:`UsageError` for an address (``s3://``).
 
-    Every path that a user gives goes through here: taken for a path, an address would become a folder
-    of that name.
+    Every path that a user gives goes through here, or through :func:`place` where an address will do:
+    taken for a path, an address would become a folder of that name.
     """
-    text = os.fspath(path)
-    if _ADDRESS.match(text):
-        scheme, _, rest = text.partition(":")
+    found = place(path)
+    if isinstance(found, Address):
         raise UsageError(
-            f"{scheme}:// is not supported: streamconv reads and writes files and folders",
-            where=f"{scheme}://{rest.lstrip('/')}",
-            hint="give the path alone"
-            if scheme == "file"
-            else "copy the checkpoint to a disk, or mount the store, and name that folder",
+            f"{found.scheme}:// is not supported here: only checkpoints and outputs may lie in a store",
+            where=str(found),
+            hint="give a path of this machine",
         )
-    return Path(path)
+    return found
 
 
 @contextmanager
@@ -98,6 +91,82 @@ def readable(path: Path | str) -> Iterator[None]:
         if error.errno in _OURS:
             raise
         raise cannot_read(error, path) from error
+
+
+class LocalFile:
+    """An open file of a file system, by its descriptor."""
+
+    def __init__(self, fd: int, name: str) -> None:
+        self._fd = fd
+        self.name = name
+
+    @property
+    def status(self) -> os.stat_result:
+        """Return what the system says of it now."""
+        return os.fstat(self._fd)
+
+    def pread(self, nbytes: int, offset: int) -> bytes:
+        """Return bytes from ``offset`` on, fewer where the file ends or the system gives no more."""
+        with readable(self.name):
+            return os.pread(self._fd, nbytes, offset)
+
+    def stream(self) -> io.RawIOBase:
+        """Return a stream of its bytes, from the first one."""
+        return io.FileIO(os.dup(self._fd), "rb")
+
+    def close(self) -> None:
+        """Close it."""
+        os.close(self._fd)
+
+
+class RemoteFile:
+    """An object of a store: a :class:`LocalFile` in all that is asked of one."""
+
+    def __init__(self, path: Address) -> None:
+        check_regular(path.stat().st_mode, path)
+        self._object = path.bucket.stat(path.key)
+        self.name = str(path)
+
+    @property
+    def status(self) -> os.stat_result:
+        """Return what the store says of it."""
+        return self._object.status
+
+    def pread(self, nbytes: int, offset: int) -> bytes:
+        """Return bytes from ``offset`` on, fewer where the object ends."""
+        return self._object.read(offset, nbytes)
+
+    def stream(self) -> io.RawIOBase:
+        """Return a stream of its bytes, from the first one."""
+        return ObjectStream(self._object)
+
+    def close(self) -> None:
+        """Do nothing: nothing is open."""
+
+
+InputFile = LocalFile | RemoteFile
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[InputFile]:
+    """Yield a regular file or an object, to be read at any place; it closes at the end.
+
+    Raises :class:`BadInputError` for anything else, and where there is nothing.
+    """
+    try:
+        file: InputFile = (
+            RemoteFile(path)
+            if isinstance(path, Address)
+            else LocalFile(open_input(path), str(path))
+        )
+    except OSError as error:
+        if error.errno in _OURS:
+            raise
+        raise cannot_read(error, path) from error
+    try:
+        yield file
+    finally:
+        file.close()
 
 
 def open_input(path: Path) -> int:
@@ -133,7 +202,7 @@ def reading(*places: StrPath | None, but: StrPath | None = None) -> Iterator[Non
     try:
         yield
     except OSError as error:
-        told = of_input(error, [Path(p) for p in places if p is not None], but)
+        told = of_input(error, [place(p) for p in places if p is not None], but)
         if told is None:
             raise
         raise told from error
@@ -147,7 +216,7 @@ def of_input(
     if error.errno in _OURS or not isinstance(name, str | bytes) or error.filename2 is not None:
         return None
     path = Path(os.fsdecode(name))
-    if but is not None:
+    if but is not None and not isinstance(but, Address):
         output = Path(but)
         # What is staged lies beside it, under a name made of its own.
         beside = any(s.name.startswith(f".{output.name}.") for s in (path, *path.parents))
@@ -158,6 +227,8 @@ def of_input(
 
 def _within(path: Path, place: Path) -> bool:
     """Whether ``path`` is ``place`` or lies in it, as they are written or where they lead."""
+    if isinstance(place, Address):
+        return False
     paths = {path.absolute(), Path(os.path.realpath(path))}
     starts = {place.absolute(), Path(os.path.realpath(place))}
     return any(p.is_relative_to(s) for p in paths for s in starts)

@@ -8,15 +8,15 @@ identity, and samples of the bytes, for where times are coarse or were copied al
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
 import xxhash
 
-from streamconv.files.inputs import cannot_read, open_input
+from streamconv.files.inputs import opened
 from streamconv.ir.source import SourceFile
+from streamconv.storage.address import Address
 from streamconv.torchfile.legacy import hash_head, is_legacy
 from streamconv.torchfile.window import FileWindow
 from streamconv.torchfile.zipdir import hash_directory
@@ -30,15 +30,9 @@ def identify_file(file: Path, root: Path) -> SourceFile:
 
     Nothing is parsed: whoever reads the file checks what it holds.
     """
-    try:
-        fd = open_input(file)
-        try:
-            status = os.fstat(fd)
-            digest, checksums = hash_directory(FileWindow(fd, str(file), 0, status.st_size))
-        finally:
-            os.close(fd)
-    except OSError as error:
-        raise cannot_read(error, file) from error
+    with opened(file) as stored:
+        status = stored.status
+        digest, checksums = hash_directory(FileWindow(stored))
     return SourceFile(
         file.relative_to(root).as_posix(),
         status.st_size,
@@ -105,18 +99,15 @@ def identify_torch_file(file: Path, root: Path | None) -> SourceFile:
 def evidence_of(file: Path) -> str:
     """Return what tells one content of a file from another where no checksum does.
 
-    Not the time of the inode's change, which a hard link changes, too.
+    Not the time of the inode's change, which a hard link changes, too. In a store it is the object's
+    version, which no two contents have.
     """
+    if isinstance(file, Address):
+        return file.version
     samples = xxhash.xxh3_64()
-    try:
-        fd = open_input(file)
-        try:
-            status = os.fstat(fd)
-            last = max(0, status.st_size - _SAMPLE_NBYTES)
-            for k in range(_SAMPLES):
-                samples.update(os.pread(fd, _SAMPLE_NBYTES, last * k // (_SAMPLES - 1)))
-        finally:
-            os.close(fd)
-    except OSError as error:
-        raise cannot_read(error, file) from error
+    with opened(file) as stored:
+        status = stored.status
+        last = max(0, status.st_size - _SAMPLE_NBYTES)
+        for k in range(_SAMPLES):
+            samples.update(stored.pread(_SAMPLE_NBYTES, last * k // (_SAMPLES - 1)))
     return f"{status.st_mtime_ns}-{samples.hexdigest()}"

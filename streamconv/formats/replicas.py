@@ -8,7 +8,6 @@ none: then the elements themselves are compared, a MiB at a time.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from streamconv.errors import BadInputError
-from streamconv.files.inputs import readable
+from streamconv.files.inputs import InputFile, opened
 from streamconv.ir.boxes import Shape
 from streamconv.ir.dtypes import DType
 from streamconv.ir.source import Record
@@ -143,7 +142,7 @@ class _View:
         shift = sum(o * s for o, s in zip(offsets, self.strides, strict=True)) * self.itemsize
         return _View(self.path, self.start + shift, sizes, self.strides, self.itemsize)
 
-    def read(self, fd: int) -> npt.NDArray[Any]:
+    def read(self, file: InputFile) -> npt.NDArray[Any]:
         """Return the elements, each as its bytes; in no more pieces than their distances ask for."""
         span = self.span_nbytes
         if span > max(_READ_NBYTES, 4 * math.prod(self.shape) * self.itemsize):
@@ -156,11 +155,11 @@ class _View:
                 self.box(
                     tuple(half * k if d == dim else 0 for d in range(len(self.shape))),
                     tuple(sizes[k] if d == dim else n for d, n in enumerate(self.shape)),
-                ).read(fd)
+                ).read(file)
                 for k in range(2)
             ]
             return np.concatenate(parts, axis=dim)
-        raw = _read(fd, self.start, span, self.path)
+        raw = _read(file, self.start, span, self.path)
         strides = (*(s * self.itemsize for s in self.strides), 1)
         return np.ndarray((*self.shape, self.itemsize), np.uint8, raw, 0, strides)
 
@@ -170,18 +169,18 @@ def _same_elements(one: _View, two: _View) -> bool:
     dims = [d for d, n in enumerate(one.shape) if n > 1]
     dims.sort(key=lambda d: -one.strides[d])
     one, two = one.ordered(dims), two.ordered(dims)
-    with one.path.open("rb") as first, two.path.open("rb") as second:
+    with opened(one.path) as first, opened(two.path) as second:
         if one.strides == two.strides and _is_dense(one.shape, one.strides):
             nbytes = one.span_nbytes
             return all(
-                _read(first.fileno(), one.start + at, min(_READ_NBYTES, nbytes - at), one.path)
-                == _read(second.fileno(), two.start + at, min(_READ_NBYTES, nbytes - at), two.path)
+                _read(first, one.start + at, min(_READ_NBYTES, nbytes - at), one.path)
+                == _read(second, two.start + at, min(_READ_NBYTES, nbytes - at), two.path)
                 for at in range(0, nbytes, _READ_NBYTES)
             )
         return all(
             np.array_equal(
-                one.box(offsets, sizes).read(first.fileno()),
-                two.box(offsets, sizes).read(second.fileno()),
+                one.box(offsets, sizes).read(first),
+                two.box(offsets, sizes).read(second),
             )
             for offsets, sizes in _tiles((0,) * len(dims), one.shape)
         )
@@ -211,9 +210,8 @@ def _is_dense(shape: Shape, strides: Shape) -> bool:
     return True
 
 
-def _read(fd: int, start: int, nbytes: int, path: Path) -> bytes:
-    with readable(path):
-        data = os.pread(fd, nbytes, start)
+def _read(file: InputFile, start: int, nbytes: int, path: Path) -> bytes:
+    data = file.pread(nbytes, start)
     if len(data) < nbytes:
         raise BadInputError("the file became shorter while replicas were compared", where=str(path))
     return data

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from streamconv.errors import BadInputError, UnsafeInputError
-from streamconv.files.inputs import cannot_read, open_input, readable
+from streamconv.files.inputs import opened
 from streamconv.files.jsonfile import TEXT, mismatches, read_json, unique_keys
 from streamconv.files.memory_limit import too_much
 from streamconv.files.names import INDEX, SINGLE
@@ -57,13 +56,9 @@ def read_header_and_metadata(path: Path) -> tuple[dict[str, FileTensor], dict[st
     Raises :class:`BadInputError` for a damaged file, :class:`UnsafeInputError` for an oversized
     header.
     """
-    try:
-        fd = open_input(path)
-    except FileNotFoundError as error:
-        raise cannot_read(error, path) from error
-    with os.fdopen(fd, "rb") as stream, readable(path):
-        size = os.fstat(fd).st_size
-        length = int.from_bytes(stream.read(8), "little")
+    with opened(path) as file:
+        size = file.status.st_size
+        length = int.from_bytes(file.pread(8, 0), "little")
         if length > MAX_HEADER_BYTES:
             raise UnsafeInputError(
                 "a safetensors header is too large",
@@ -71,7 +66,9 @@ def read_header_and_metadata(path: Path) -> tuple[dict[str, FileTensor], dict[st
                 expected=f"at most {MAX_HEADER_BYTES} bytes",
                 found=f"{length} bytes",
             )
-        raw = stream.read(length)
+        raw = b""
+        while piece := file.pread(length - len(raw), 8 + len(raw)):
+            raw += piece  # one read gives all of it, but for a signal
     try:
         if size < 8 or len(raw) != length:
             raise ValueError("the file is cut off in its header")

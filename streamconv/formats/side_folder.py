@@ -6,7 +6,6 @@ none, a ``config.json`` beside the weights counts if it is a model's: trainers c
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from streamconv.errors import StreamconvError
@@ -45,7 +44,7 @@ def _is_model_config(file: Path) -> bool:
     So is what has the name alone: a pipe, a folder, a link that leads nowhere.
     """
     if not file.is_file():
-        return os.path.lexists(file)
+        return file.exists() or file.is_symlink()
     try:
         # Inner objects become flags: nobody has limited this process's memory.
         config = read_json(

@@ -8,12 +8,11 @@
 
 from __future__ import annotations
 
-import os
 import re
 from pathlib import Path
 
 from streamconv.errors import StreamconvError
-from streamconv.files.inputs import open_input
+from streamconv.files.inputs import opened
 
 TRACKERS = (
     "latest_checkpointed_iteration.txt",  # verl, Megatron
@@ -79,16 +78,11 @@ def step_files(folder: Path) -> list[Path]:
 def read_tracker_file(file: Path) -> tuple[str, int] | None:
     """Return what a tracker file says and when it was written (ns); None where it cannot be read."""
     try:
-        fd = open_input(file)
+        with opened(file) as tracker:
+            text = tracker.pread(_MAX_TRACKER_BYTES, 0).decode(errors="replace").strip()
+            return text, tracker.status.st_mtime_ns
     except (StreamconvError, OSError):
         return None
-    try:
-        text = os.read(fd, _MAX_TRACKER_BYTES).decode(errors="replace").strip()
-        return text, os.fstat(fd).st_mtime_ns
-    except OSError:
-        return None
-    finally:
-        os.close(fd)
 
 
 def named_step(text: str) -> int | None:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from streamconv.errors import BadInputError
-from streamconv.files.inputs import readable
+from streamconv.files.inputs import InputFile, opened
 from streamconv.ir.dtypes import DType
 
 STEP_BYTES = 1 << 20
@@ -31,16 +30,13 @@ _MASKS: dict[str, np.unsignedinteger[Any]] = {
 
 def pieces(path: Path, begin: int, nbytes: int, step: int = STEP_BYTES) -> Iterator[bytes]:
     """Yield ``nbytes`` of a file in pieces of ``step``; :class:`BadInputError` where some are gone."""
-    with readable(path), path.open("rb", buffering=0) as stream:
-        stream.seek(begin)
-        left = nbytes
-        while left:
-            piece = stream.read(min(left, step))
+    with opened(path) as file:
+        for at in range(begin, begin + nbytes, step):
+            piece = file.pread(min(step, begin + nbytes - at), at)
             # A local file gives all that it has; one cut off in an element is no tensor.
-            if len(piece) < min(left, step):
+            if len(piece) < min(step, begin + nbytes - at):
                 raise BadInputError("the file became shorter", where=str(path))
             yield piece
-            left -= len(piece)
 
 
 def is_finite(dtype: DType, data: Iterable[bytes]) -> bool:
@@ -56,7 +52,7 @@ class ElementReader:
 
     def __init__(self, paths: Sequence[Path]) -> None:
         self._paths = paths
-        self._open: dict[int, IO[bytes]] = {}
+        self._open: dict[int, InputFile] = {}
         self._stack = ExitStack()
 
     def read(
@@ -64,11 +60,10 @@ class ElementReader:
     ) -> npt.NDArray[np.generic]:
         """Return ``numel`` elements from ``at`` on of the record that begins at byte ``start``."""
         path = self._paths[file]
-        with readable(path):
-            if file not in self._open:
-                self._open[file] = self._stack.enter_context(path.open("rb", buffering=0))
-            nbytes = numel * dtype.itemsize
-            data = os.pread(self._open[file].fileno(), nbytes, start + at * dtype.itemsize)
+        if file not in self._open:
+            self._open[file] = self._stack.enter_context(opened(path))
+        nbytes = numel * dtype.itemsize
+        data = self._open[file].pread(nbytes, start + at * dtype.itemsize)
         if len(data) < nbytes:
             raise BadInputError("the file became shorter", where=str(path))
         return np.frombuffer(data, dtype.to_numpy())

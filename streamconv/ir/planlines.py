@@ -30,6 +30,7 @@ from streamconv.ir.planned import (
 )
 from streamconv.ir.recipe import AddScalar, Cast, Code, Decode, Zero
 from streamconv.ir.source import ShardTable, Skipped, SourceFile
+from streamconv.storage.objects import SCHEMES
 
 # Of a table of shards; a column of one value throughout is written as that value.
 COLUMNS = {
@@ -122,6 +123,8 @@ def _clean(path: str, *, absolute: bool) -> bool:
     """Whether a path is written in the one way that leads nowhere else."""
     parts = path.split("/")
     if absolute:
+        if parts[0].removesuffix(":") in SCHEMES and parts[1:2] == [""]:
+            del parts[0]  # an address: its bucket is what a path's first folder is
         first, *parts = parts
         if first:
             return False
@@ -154,6 +157,7 @@ def source_file(data: dict[str, Any], base: str | None) -> SourceFile:
         "directory_hash": TEXT,
         "entry_prefix": TEXT,
         "index": TEXT,
+        "version?": TEXT,
     }
     wrong = next(mismatches(data, shape), None)
     _need(wrong is None, f"a source file: {wrong}")

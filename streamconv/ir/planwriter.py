@@ -64,7 +64,10 @@ class PlanWriter:
         self._line({"notices": list(head.notices)})
         self._line({"skipped": [[s.name, s.reason] for s in head.skipped]})
         for f in head.files:
-            self._line({"file": f.path, **{k: v for k, v in asdict(f).items() if k != "path"}})
+            said = {k: v for k, v in asdict(f).items() if k not in ("path", "version")}
+            # A file of a file system has none.
+            version = {"version": f.version} if f.version else {}
+            self._line({"file": f.path, **said, **version})
         for side in head.side:
             self._line(
                 {"side": side.name, "path": side.path, "nbytes": side.nbytes, "xxh3": side.xxh3}

@@ -47,6 +47,7 @@ class SourceFile:
     entry_prefix: str = ""
     index: str = ""
     evidence: str = ""
+    version: str = ""
 
     def __post_init__(self) -> None:
         check_file_name(self.path)

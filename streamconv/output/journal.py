@@ -45,7 +45,7 @@ class FileNote:
 
     ``mtime_ns`` is the file's, ``read_bytes`` and ``seconds`` are what writing it took, ``peak_bytes``
     is the most that the process which wrote it had in memory until then. ``unverifiable_bytes`` have
-    no checksum in the source.
+    no checksum in the source. ``version`` is that of an object in a store.
     """
 
     finished: FinishedFile
@@ -55,6 +55,7 @@ class FileNote:
     unverifiable_bytes: int
     seconds: float
     peak_bytes: int
+    version: str = ""
 
 
 class Journal:
@@ -114,8 +115,12 @@ class Journal:
         unverifiable_bytes: int,
         seconds: float,
         peak_bytes: int,
+        version: str = "",
     ) -> None:
-        """Note that the file at ``path`` is finished (it is durable by now), with what it saw."""
+        """Note that the file at ``path`` is finished (it is durable by now), with what it saw.
+
+        ``version`` is an object's.
+        """
         data = {
             "file": {k: v for k, v in asdict(finished).items() if k != "keyed"},
             "proof": self._proof(finished),
@@ -126,13 +131,16 @@ class Journal:
             "peak_bytes": peak_bytes,
             "shared": [s.to_json() for s in shared],
         }
+        if version:
+            data["version"] = version
         self._write(self._at(finished.name), "done", data)
         self.notes[finished.name] = self._note(data)
 
     @staticmethod
     def _note(data: dict[str, Any]) -> FileNote:
         finished = replace(FinishedFile(**data["file"]), tensors={})
-        rest = {f.name: data[f.name] for f in fields(FileNote) if f.name != "finished"}
+        names = {f.name for f in fields(FileNote)} - {"finished"}
+        rest = {name: data[name] for name in names if name in data or name != "version"}
         return FileNote(finished, **rest)
 
     def forget(self, name: str) -> None:
@@ -179,6 +187,10 @@ class Journal:
         if data is None:
             raise FileNotFoundError(2, "the note of a finished file is gone", str(self._at(name)))
         return data
+
+    def note_path(self, name: str) -> Path:
+        """Return where the note of a file lies, or will."""
+        return self._at(name)
 
     def _at(self, name: str) -> Path:
         return self._folder / f"{name}.json"

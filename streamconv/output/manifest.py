@@ -124,7 +124,7 @@ def read_manifest(folder: Path, *, entries: bool = True) -> dict[str, Any] | Non
     :class:`UnsafeInputError` for a monstrous file.
     """
     path = folder / MANIFEST
-    if not os.path.lexists(path):
+    if not (path.is_symlink() or path.exists()):
         return None
     try:
         manifest: dict[str, Any] = read_json(

@@ -110,9 +110,9 @@ class Staging:
     it: such a folder may lie in the archive that a checkpoint came in.
     """
 
-    def __init__(self, target: Path, *, sync: bool) -> None:
+    def __init__(self, target: Path, *, sync: bool, root: Path | None = None) -> None:
         self.target = target
-        self.root = staging_path(target)
+        self.root = staging_path(target) if root is None else root
         self.inside = self.root.parent == target
         self.files = self.root / "files"
         self.plan_path = self.root / PLAN

@@ -21,6 +21,7 @@ from streamconv.ir.planfile import Plan
 from streamconv.options import Notice, RunOptions
 from streamconv.output.journal import DONE, JOURNAL
 from streamconv.output.staging import PLAN, Staging
+from streamconv.storage.address import place
 
 _NAMED = re.compile(rb'\{"(?:side|text|output)": ?"([^"\\]{1,1024})"')
 # The number of a part is missing where an older release wrote it.
@@ -63,7 +64,7 @@ def staged_plan(
     _refuse_strangers(staging, _names_of(plan))
     if plan.head.job["digest"] == job.digest and plan_digest in (None, plan.digest):
         return plan
-    if not run.overwrite and not _superseded(plan, root, job):
+    if not run.overwrite and not superseded(plan, root, job):
         raise OutputExistsError(
             "an unfinished run of another job is staged for this output",
             where=str(staging.root),
@@ -74,14 +75,15 @@ def staged_plan(
     return None
 
 
-def _superseded(staged: Plan, root: Path, job: JobIdentity) -> bool:
+def superseded(staged: Plan, root: Path, job: JobIdentity) -> bool:
     """Whether a staged plan is of what was asked for again, but its source was rewritten since.
 
     Or it is gone. Nobody can go on with such a plan, not even its own command.
     """
     head = staged.head
     asked = ("options", "given")
-    same_place = Path(head.root) == root.absolute() or not Path(head.root).exists()
+    before = place(head.root)
+    same_place = before == root.absolute() or not before.exists()
     another_source = head.job["digest"] != job.digest
     now = job.to_json()
     return same_place and another_source and all(head.job.get(k) == now.get(k) for k in asked)

@@ -14,6 +14,7 @@ import os
 import resource
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from streamconv.ir.identity import JobIdentity
 from streamconv.ir.planfile import Plan
 from streamconv.ir.source import Checkpoint
 from streamconv.options import JobOptions
+from streamconv.storage.address import Address, place
 from streamconv.system.children import ask, serve, too_large
 from streamconv.system.children import limited_memory as _limited_memory
 from streamconv.system.memory import available_bytes
@@ -99,8 +101,10 @@ def _ask(
 @contextlib.contextmanager
 def _limited_time(src: Path) -> Any:
     """End this process by SIGXCPU when it works for too long on the metadata of ``src``."""
-    files = sum(len(names) for _, _, names in os.walk(src))
-    seconds = min(_PARSE_SECONDS + _PARSE_SECONDS_A_FILE * files, _MOST_PARSE_SECONDS)
+    seconds = _MOST_PARSE_SECONDS
+    if not isinstance(src, Address):
+        files = sum(len(names) for _, _, names in os.walk(src))
+        seconds = min(_PARSE_SECONDS + _PARSE_SECONDS_A_FILE * files, seconds)
     soft, hard = resource.getrlimit(resource.RLIMIT_CPU)
     limits = [n for n in (soft, hard) if n != resource.RLIM_INFINITY]
     limit = min([math.ceil(time.process_time() + seconds), *limits])
@@ -122,7 +126,7 @@ def read_checkpoint(src: Path, model: str | None) -> Checkpoint:
                 location = formats.find_model(src, model)
             most = max(PARSE_BYTES, _PARSE_BYTES_A_BYTE * location.index_nbytes)
             with _limited_memory(most):
-                return location.read()
+                return _pinned(location.read())
     except MemoryNeededError:
         raise
     except MemoryError:
@@ -132,11 +136,20 @@ def read_checkpoint(src: Path, model: str | None) -> Checkpoint:
         raise too_large(src) from None
 
 
+def _pinned(checkpoint: Checkpoint) -> Checkpoint:
+    """Return a checkpoint in a store with the versions that were read: whoever goes on reads these."""
+    root = checkpoint.root
+    if not isinstance(root, Address):
+        return checkpoint
+    files = tuple(replace(f, version=(root / f.path).version) for f in checkpoint.files)
+    return replace(checkpoint, files=files)
+
+
 def _plan(request: dict[str, Any]) -> dict[str, Any]:
     from streamconv.planning.build import build_plan
 
     job = JobOptions.from_json(request["job"])
-    checkpoint = read_checkpoint(Path(request["src"]), job.model)
+    checkpoint = read_checkpoint(place(request["src"]), job.model)
     asked = request["asked"]
     with os.fdopen(request["plan_fd"], "w", encoding="utf-8", closefd=False) as stream:
         build_plan(checkpoint, job, stream, asked and JobIdentity.from_json(asked))
@@ -146,7 +159,7 @@ def _plan(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def _inspect(request: dict[str, Any]) -> dict[str, Any]:
-    c = read_checkpoint(Path(request["src"]), request["model"])
+    c = read_checkpoint(place(request["src"]), request["model"])
     tensors = [*c.tensors.values(), *(u.pieces for u in c.undecided.values())]
     return {
         "streamconv": __version__,

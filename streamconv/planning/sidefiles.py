@@ -27,6 +27,7 @@ from streamconv.ir.source import Skipped
 from streamconv.options import parse_override
 from streamconv.planning import version_4
 from streamconv.planning.custom_code import code_of
+from streamconv.storage.address import place
 
 _WEIGHT_SUFFIXES = {
     ".safetensors",
@@ -79,7 +80,7 @@ _ROPE = "rope_parameters"
 def read_config(folder: Path) -> dict[str, Any] | None:
     """Return the parsed config.json of ``folder``, None where there is none."""
     path = folder / "config.json"
-    if not os.path.lexists(path):
+    if not (path.exists() or path.is_symlink()):
         return None
     config = read_json(path, most_bytes=_MAX_CONFIG_BYTES)
     if not isinstance(config, dict):
@@ -242,9 +243,9 @@ def missing_code(side: Sequence[SideFile]) -> list[str]:
     """Return what the custom code among the side files asks for and does not find among them."""
     if not side:
         return []
-    folder = Path(side[0].path.removesuffix(side[0].name))
+    folder = place(side[0].path.removesuffix(side[0].name))
     return [
-        f"custom code: {text}" for text in code_of(folder, [Path(s.path) for s in side]).missing
+        f"custom code: {text}" for text in code_of(folder, [place(s.path) for s in side]).missing
     ]
 
 
@@ -254,14 +255,14 @@ def left_out(folder: Path | None, root: Path, sources: Collection[Path]) -> Iter
     ``folder`` has the config, ``root`` is the checkpoint's folder; ``sources`` are the files that the
     output is made of.
     """
-    for place in dict.fromkeys(p for p in (folder, root) if p is not None):
-        of_weights = holds_weights(place, root)
-        for path in sorted(place.iterdir() if of_weights else place.rglob("*")):
-            inner = path.relative_to(place).as_posix()
+    for around in dict.fromkeys(p for p in (folder, root) if p is not None):
+        of_weights = holds_weights(around, root)
+        for path in sorted(around.iterdir() if of_weights else around.rglob("*")):
+            inner = path.relative_to(around).as_posix()
             if path in sources:
                 continue
             if path.is_file() and (_is_model if of_weights else _is_weights)(path.name):
-                beside = "beside the config" if place == folder else "beside the checkpoint's"
+                beside = "beside the config" if around == folder else "beside the checkpoint's"
                 reason = f"weights {beside}; the output is made of others"
             elif of_weights:
                 continue
@@ -272,7 +273,7 @@ def left_out(folder: Path | None, root: Path, sources: Collection[Path]) -> Iter
                 reason = "a link to a folder"
             else:
                 continue
-            yield Skipped(f"{place.name}/{inner}", reason)
+            yield Skipped(f"{around.name}/{inner}", reason)
 
 
 def _is_model(name: str) -> bool:
@@ -364,7 +365,7 @@ def corrected_tokenizer(side: Iterable[SideFile]) -> tuple[TextFile | None, list
     None where it is right as it stands, is not there, or is no JSON.
     """
     name = version_4.TOKENIZER_CONFIG
-    path = next((Path(s.path) for s in side if s.name == name), None)
+    path = next((place(s.path) for s in side if s.name == name), None)
     if path is None:
         return None, []
     try:

@@ -22,6 +22,7 @@ from streamconv.errors import BadInputError, BudgetError, StreamconvError
 from streamconv.files.durable import no_space
 from streamconv.files.inputs import of_input
 from streamconv.files.memory_limit import PARSE_BYTES, MemoryNeededError, bind, share_of
+from streamconv.storage.address import place
 from streamconv.system.memory import resident_bytes
 from streamconv.system.signals import end_with_parent, how_it_ended
 from streamconv.units import format_size
@@ -187,7 +188,7 @@ def _places(request: Mapping[str, Any]) -> list[Path]:
         job.get("hf_config"),
         job.get("lora", {}).get("base"),
     )
-    return [Path(place) for place in given if place]
+    return [place(given_place) for given_place in given if given_place]
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ from typing import IO, Any, cast
 import xxhash
 
 from streamconv.errors import BadInputError, UnsafeInputError
-from streamconv.files.inputs import cannot_read, open_input, readable
+from streamconv.files.inputs import opened, readable
 from streamconv.ir.dtypes import BY_TORCH
 from streamconv.torchfile.allowlist import KEPT, STORAGE_DTYPES
 from streamconv.torchfile.inert import InertDict, InertStorage, RefusedPickleError
@@ -42,15 +42,8 @@ def hash_head(path: Path) -> str:
 
 
 def _head(path: Path, nbytes: int) -> bytes:
-    try:
-        fd = open_input(path)
-    except OSError as error:
-        raise cannot_read(error, path) from error
-    try:
-        with readable(path):
-            return os.pread(fd, nbytes, 0)
-    finally:
-        os.close(fd)
+    with opened(path) as file:
+        return file.pread(nbytes, 0)
 
 
 def read_legacy(path: Path, *, max_nbytes: int) -> tuple[os.stat_result, ZipDirectory, object]:
@@ -60,12 +53,8 @@ def read_legacy(path: Path, *, max_nbytes: int) -> tuple[os.stat_result, ZipDire
     :class:`UnsafeInputError` for one that is a trap.
     """
     where = str(path)
-    try:
-        fd = open_input(path)
-    except OSError as error:
-        raise cannot_read(error, path) from error
-    with os.fdopen(fd, "rb", buffering=0) as raw:
-        status = os.fstat(fd)
+    with opened(path) as file, file.stream() as raw:
+        status = file.status
         # Limited, and read through a BufferedReader: an unpickler leaves that right behind its pickle.
         limited = _Limited(raw, max_nbytes, where)
         stream = io.BufferedReader(cast("io.RawIOBase", limited), 1 << 16)
@@ -76,7 +65,7 @@ def read_legacy(path: Path, *, max_nbytes: int) -> tuple[os.stat_result, ZipDire
             at = stream.tell()
         magic, protocol, machine, root, keys = values
         _check_head(magic, protocol, machine, where)
-        window = FileWindow(fd, where, 0, status.st_size)
+        window = FileWindow(file)
         entries = _places(window, at, keys, known)
     return status, ZipDirectory(window, "", entries, hash_head(path), False), root
 
@@ -145,8 +134,8 @@ class _Unpickler(InertUnpickler):
 class _Limited(io.RawIOBase):
     """The first bytes of a file, and an error behind them."""
 
-    def __init__(self, raw: IO[bytes], nbytes: int, where: str) -> None:
-        self._readinto: Callable[[Any], int | None] = raw.readinto  # type: ignore[attr-defined]
+    def __init__(self, raw: io.RawIOBase, nbytes: int, where: str) -> None:
+        self._readinto: Callable[[Any], int | None] = raw.readinto
         self._left = nbytes
         self._where = where
         self._at = 0

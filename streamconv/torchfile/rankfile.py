@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from streamconv.errors import BadInputError, StreamconvError, UnsafeInputError
-from streamconv.files.inputs import cannot_read, open_input
+from streamconv.files.inputs import opened
 from streamconv.ir.dtypes import DType
 from streamconv.ir.placements import Placement, ShardOrder
 from streamconv.torchfile import allowlist as allowed
@@ -213,18 +213,11 @@ class RankReader:
 @contextmanager
 def open_archive(path: Path) -> Iterator[tuple[os.stat_result, ZipDirectory]]:
     """Open the torch.save zip ``path`` and yield its status and directory; it closes at the end."""
-    where = str(path)
-    try:
-        fd = open_input(path)
-    except OSError as error:
-        raise cannot_read(error, path) from error
-    try:
-        status = os.fstat(fd)
-        directory = read_directory(FileWindow(fd, where, 0, status.st_size))
+    with opened(path) as file:
+        status = file.status
+        directory = read_directory(FileWindow(file))
         check_archive(directory)
         yield status, directory
-    finally:
-        os.close(fd)
 
 
 class Contents:

@@ -26,6 +26,7 @@ from streamconv.errors import BadInputError, StreamconvError
 from streamconv.files import memory_limit
 from streamconv.ir.dtypes import BY_NAME
 from streamconv.ir.placements import Kind, Placement
+from streamconv.storage.address import place
 from streamconv.system.signals import end_with_parent, how_it_ended
 from streamconv.torchfile.meshes import Mesh
 from streamconv.torchfile.rankfile import LocalSpec, RankFile, RankReader, Stored
@@ -181,7 +182,7 @@ def _serve(stdin: IO[bytes], stdout: IO[bytes]) -> None:
     names: tuple[str, ...] | None = None
     for rank, path in marshal.loads(stdin.read()):  # noqa: S302 - see above
         try:
-            found = reader.read(Path(path), rank)
+            found = reader.read(place(path), rank)
         except StreamconvError as error:
             _send(stdout, {"error": error.to_json()})
             return
@@ -189,7 +190,7 @@ def _serve(stdin: IO[bytes], stdout: IO[bytes]) -> None:
             if isinstance(error, memory_limit.MemoryNeededError):
                 needed = error.where, error.nbytes, error.needed_bytes
             else:
-                needed = path, Path(path).stat().st_size, memory_limit.PARSE_BYTES
+                needed = path, place(path).stat().st_size, memory_limit.PARSE_BYTES
             _send(stdout, {"memory": needed})
             return
         same = names == (names := tuple(found.tensors))

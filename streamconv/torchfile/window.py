@@ -7,11 +7,10 @@ file that shrinks meanwhile into a SIGBUS.
 
 from __future__ import annotations
 
-import os
 from typing import Protocol
 
 from streamconv.errors import BadInputError, SourceChangedError
-from streamconv.files.inputs import readable
+from streamconv.files.inputs import InputFile
 
 
 class Window(Protocol):
@@ -27,15 +26,15 @@ class Window(Protocol):
 
 
 class FileWindow:
-    """A window over an open file descriptor, which stays the caller's to close."""
+    """A window over an open file, which stays the caller's to close; over all of it, or a part."""
 
-    __slots__ = ("_fd", "base", "name", "nbytes")
+    __slots__ = ("_file", "base", "name", "nbytes")
 
-    def __init__(self, fd: int, name: str, base: int, nbytes: int) -> None:
-        self._fd = fd
-        self.name = name
+    def __init__(self, file: InputFile, base: int = 0, nbytes: int | None = None) -> None:
+        self._file = file
+        self.name = file.name
         self.base = base
-        self.nbytes = nbytes
+        self.nbytes = file.status.st_size - base if nbytes is None else nbytes
 
     def read(self, offset: int, nbytes: int) -> bytes:
         """Return exactly ``nbytes`` bytes; raises when they lie outside or the file has shrunk."""
@@ -43,8 +42,7 @@ class FileWindow:
         pieces: list[bytes] = []
         position, missing = self.base + offset, nbytes
         while missing:  # one pread returns at most 2 GiB, and may return less
-            with readable(self.name):
-                piece = os.pread(self._fd, missing, position)
+            piece = self._file.pread(missing, position)
             if not piece:
                 raise SourceChangedError(
                     "the file became shorter while it was read", where=self.name

@@ -19,6 +19,7 @@ from streamconv.files.inputs import readable
 from streamconv.files.names import MANIFEST
 from streamconv.ir.planfile import Plan
 from streamconv.output.former import NOT_OUTPUT
+from streamconv.storage.address import place
 
 # Of these the differing keys are named.
 _MOST_NAMED_BYTES = 1 << 20
@@ -34,7 +35,7 @@ def file_problems(folder: Path, plan: Plan) -> Iterator[tuple[str, str]]:
         if not path.is_file():
             yield side.name, "the source has it, the output does not"
         elif path.stat().st_size != side.nbytes or hash_file(path) != side.xxh3:
-            yield side.name, f"differs from the source's{_keys(path, Path(side.path))}"
+            yield side.name, f"differs from the source's{_keys(path, place(side.path))}"
     for written in plan.head.written:
         expected.add(written.name)
         path = folder / written.name

@@ -15,11 +15,12 @@ from typing import IO
 from streamconv.errors import BadInputError, UnsafeInputError
 from streamconv.executor import budget as budgets
 from streamconv.executor.pipeline import WindowFiller, filled_windows
-from streamconv.executor.reader import SourceReader
 from streamconv.executor.records import RecordChecks
+from streamconv.executor.remote import open_source
 from streamconv.formats.safetensors_file import FileTensor, read_folder
 from streamconv.ir.planfile import Plan
 from streamconv.ir.planned import PlannedTensor
+from streamconv.storage.address import Address, place
 from streamconv.verification.beside import file_problems
 from streamconv.verification.room import check_room
 
@@ -84,10 +85,16 @@ def differing_tensors(
         return set(), 0
     bad: set[str] = set()
     with ExitStack() as stack:
-        reader = stack.enter_context(SourceReader(Path(plan.head.root), plan.head.files))
+        reader = stack.enter_context(open_source(place(plan.head.root), plan.head.files))
         checks = RecordChecks(reader, check_crc=source_crc)
-        max_window, factors = budgets.shares(budget, merging=plan.head.totals.placed)
-        filler = WindowFiller(reader, checks, max_bytes=max_window, factor_bytes=factors)
+        merging, ahead = plan.head.totals.placed, None
+        if isinstance(place(plan.head.root), Address):
+            max_window, factors, ahead = budgets.remote_shares(budget, merging=merging)
+        else:
+            max_window, factors = budgets.shares(budget, merging=merging)
+        filler = WindowFiller(
+            reader, checks, max_bytes=max_window, factor_bytes=factors, ahead=ahead
+        )
         stack.callback(filler.close)
         streams: dict[Path, IO[bytes]] = {}
         last = {s.fqn: t.name for t in planned_tensors(plan) if t.name in names for s in t.sources}

@@ -9,7 +9,6 @@ one read at each boundary between records serves the end of one and the beginnin
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from typing import Any
 import xxhash
 
 from streamconv.errors import BadInputError, StreamconvError, UnsafeInputError
-from streamconv.files.inputs import cannot_read, check_regular, open_input, readable
+from streamconv.files.inputs import InputFile, cannot_read, check_regular, opened
 from streamconv.formats.assembly import Stored
 from streamconv.formats.identity import evidence_of
 from streamconv.ir.source import Record, SourceFile
@@ -93,14 +92,12 @@ def hash_index(folder: Path) -> str:
     """Return the digest of the index, which need not fit into memory."""
     path = folder / INDEX
     digest = xxhash.xxh3_128()
-    try:
-        fd = open_input(path)
-    except OSError as error:
-        raise cannot_read(error, path) from error
-    with os.fdopen(fd, "rb", buffering=0) as stream, readable(path):
-        _check_size(path, os.fstat(fd).st_size)
-        while piece := stream.read(_STEP_NBYTES):
+    with opened(path) as file:
+        _check_size(path, file.status.st_size)
+        at = 0
+        while piece := file.pread(_STEP_NBYTES, at):
             digest.update(piece)
+            at += len(piece)
     return digest.hexdigest()
 
 
@@ -167,7 +164,8 @@ class RecordReader:
                         hint="copy the whole folder, of every node that wrote to it",
                     )
                 wanted.sort(key=lambda w: (w[0], w[2].name))
-                with _Edges(self._folder / name) as edges:
+                with opened(self._folder / name) as file:
+                    edges = _Edges(file)
                     for _, k, tensor, piece in wanted:
                         found[tensor.name][k] = self._stored(edges, tensor, piece)
         return {name: [s for s in pieces if s is not None] for name, pieces in found.items()}
@@ -235,12 +233,8 @@ class RecordReader:
 class _Edges:
     """An open file of records; what was read around the last two places is kept."""
 
-    def __init__(self, path: Path) -> None:
-        try:
-            self._fd = open_input(path)
-        except OSError as error:
-            raise cannot_read(error, path) from error
-        self.whole = FileWindow(self._fd, str(path), 0, os.fstat(self._fd).st_size)
+    def __init__(self, file: InputFile) -> None:
+        self.whole = FileWindow(file)
         self._kept: list[tuple[int, bytes]] = []
 
     def read(self, start: int, nbytes: int) -> bytes:
@@ -255,12 +249,6 @@ class _Edges:
         data = self.whole.read(begin, min(self.whole.nbytes, end + _AROUND_NBYTES) - begin)
         self._kept = [(begin, data), *self._kept[:1]]
         return data[start - begin : end - begin]
-
-    def __enter__(self) -> _Edges:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        os.close(self._fd)
 
 
 class _RecordWindow:

@@ -6,7 +6,6 @@ safetensors file; then the same of ``pytorch_model.bin``, which torch wrote.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +13,7 @@ from pathlib import Path
 import xxhash
 
 from streamconv.errors import BadInputError
-from streamconv.files.inputs import cannot_read, open_input, readable
+from streamconv.files.inputs import opened
 from streamconv.files.names import BIN, BIN_INDEX, INDEX, SINGLE
 from streamconv.formats.identity import evidence_of, identify_torch_file
 from streamconv.formats.safetensors_file import (
@@ -112,18 +111,14 @@ def read(
 
 def identify_safetensors(path: Path, root: Path | None) -> SourceFile:
     """Return what identifies a safetensors file: size, time, the hash of its header, and samples."""
-    try:
-        fd = open_input(path)
-    except FileNotFoundError as error:
-        raise cannot_read(error, path) from error
-    with os.fdopen(fd, "rb") as stream, readable(path):
-        stat = os.fstat(fd)
-        prefix = stream.read(8)
+    with opened(path) as file:
+        stat = file.status
+        prefix = file.pread(8, 0)
         digest = xxhash.xxh3_128(prefix)
-        left = min(int.from_bytes(prefix, "little"), MAX_HEADER_BYTES)
-        while left and (piece := stream.read(min(left, _STEP_NBYTES))):
+        at, end = 8, 8 + min(int.from_bytes(prefix, "little"), MAX_HEADER_BYTES)
+        while piece := file.pread(min(end - at, _STEP_NBYTES), at):
             digest.update(piece)
-            left -= len(piece)
+            at += len(piece)
     return SourceFile(
         str(path.absolute()) if root is None else path.relative_to(root).as_posix(),
         stat.st_size,

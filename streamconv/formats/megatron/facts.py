@@ -9,13 +9,12 @@ lists of them are taken, and what cannot be read is no reason to fail.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from streamconv.errors import StreamconvError
-from streamconv.files.inputs import open_input
+from streamconv.files.inputs import opened
 from streamconv.files.jsonfile import object_or_empty
 from streamconv.formats.megatron.run_yaml import settings_below
 from streamconv.formats.side_folder import above
@@ -117,18 +116,12 @@ _KINDS = (int, float, bool, str)
 def of_file(path: Path, offset: int = 0, nbytes: int | None = None) -> dict[str, object]:
     """Return the facts in a file that torch.save wrote, or in the record at ``offset`` of one."""
     try:
-        fd = open_input(path)
-    except (StreamconvError, OSError):
-        return {}
-    try:
-        size = os.fstat(fd).st_size if nbytes is None else nbytes
-        directory = read_directory(FileWindow(fd, str(path), offset, size))
-        data = directory.read_entry("data.pkl", max_nbytes=_MAX_NBYTES)
+        with opened(path) as file:
+            directory = read_directory(FileWindow(file, offset, nbytes))
+            data = directory.read_entry("data.pkl", max_nbytes=_MAX_NBYTES)
         return dict(_scalars(load_inert(data, str(path), unknown="keep"), 0))
     except (StreamconvError, OSError):
         return {}
-    finally:
-        os.close(fd)
 
 
 def of_json(path: Path) -> dict[str, object]:

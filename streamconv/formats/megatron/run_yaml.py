@@ -8,14 +8,13 @@ value, or for nothing, so that none can grow.
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Container, Iterator
 from pathlib import Path
 from typing import Any
 
 from streamconv.errors import StreamconvError
-from streamconv.files.inputs import open_input
+from streamconv.files.inputs import opened
 
 _MAX_NBYTES = 1 << 20
 _MAX_DEPTH = 64
@@ -30,18 +29,12 @@ _NOTHING = object()
 def settings_below(path: Path, keys: tuple[str, ...], wanted: Container[str]) -> dict[str, object]:
     """Return the ``wanted`` settings below ``keys``; none where the file cannot be read as such."""
     try:
-        fd = open_input(path)
+        with opened(path) as file:
+            if file.status.st_size > _MAX_NBYTES:
+                return {}
+            text = file.pread(_MAX_NBYTES, 0)
     except (StreamconvError, OSError):
         return {}
-    try:
-        if os.fstat(fd).st_size > _MAX_NBYTES:
-            return {}
-        with os.fdopen(os.dup(fd), "rb") as file:
-            text = file.read(_MAX_NBYTES)
-    except OSError:
-        return {}
-    finally:
-        os.close(fd)
     return _settings(text, keys, wanted)
 
 

@@ -1,0 +1,343 @@
+"""A conversion into an object store: whole or absent, without a rename.
+
+Stores have none: every object appears under its final name, whole, when its upload ends. So what makes
+the output an output comes last, and what is known of an unfinished one lies beside it::
+
+    DST/.streamconv/lock               held while a process works on DST (storage.lease)
+    DST/.streamconv/plan.jsonl         the plan that is being executed
+    DST/.streamconv/journal.jsonl      as on a disk, sealed with the user's key
+    DST/.streamconv/done/NAME.json     the note of a finished file, with the version of its object
+    DST/model-00001-of-….safetensors   the weights, then
+    DST/config.json, tokenizer …       what lies beside them, then
+    DST/model.safetensors.index.json   without which no loader starts, and
+    DST/streamconv.json                at last
+
+The journal is kept in a folder of this machine meanwhile, and each note is copied to the store as
+it is made: whoever goes on, here or elsewhere, begins with what is there. No weights are kept here.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from streamconv.conversion.execution import Execution, Progressing, Stream
+from streamconv.errors import (
+    OutputExistsError,
+    StreamconvError,
+    UsageError,
+)
+from streamconv.executor.pipeline import write_output
+from streamconv.files.names import MANIFEST
+from streamconv.ir.identity import JobIdentity
+from streamconv.ir.planfile import Plan
+from streamconv.ir.planned import OutputFile, PlannedTensor
+from streamconv.options import RunOptions
+from streamconv.output.journal import DONE, JOURNAL, Choices
+from streamconv.output.staging import PLAN, Staging
+from streamconv.output.unfinished import superseded
+from streamconv.storage.address import Address
+from streamconv.storage.lease import Lease, held
+from streamconv.storage.objects import forget
+
+WORK = ".streamconv"
+_LOCK = "lock"
+_OLD = "old"
+# Larger files beside the weights are uploaded in parts.
+_SMALL_BYTES = 8 << 20
+_CONFIGS = frozenset({"config.json", "adapter_config.json"})
+
+
+class RemoteStaging(Staging):
+    """What is known of an unfinished output in a store; its journal lies in the folder ``scratch``."""
+
+    def __init__(self, target: Address, scratch: Path, lease: Lease) -> None:
+        super().__init__(target, sync=False, root=scratch)
+        self.address = target
+        self._names: frozenset[str] = frozenset()
+        self.work = target / WORK
+        self.lease = lease
+
+    def fetch(self) -> None:
+        """Bring what a stopped run has left in the store into the folder."""
+        bucket = self.work.bucket
+        for name, found in bucket.below(self.work.key).items():
+            known = name in (PLAN, JOURNAL) or (name.startswith(f"{DONE}/") and ".." not in name)
+            if known:
+                path = self.root / name
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(
+                    bucket.get(f"{self.work.key}/{name}", 0, found.nbytes, found.version)
+                )
+
+    def seal(self, plan: Plan, choices: Choices) -> None:
+        """Begin the journal of the plan that lies in the folder by now."""
+        self._names = frozenset(o.name for o in plan.outputs())
+        super().seal(plan, choices)
+
+    def sealed_plan(self) -> Plan | None:
+        """Return the plan of a run of this user for this target; None without one."""
+        plan = super().sealed_plan()
+        if plan is not None:
+            self._names = frozenset(o.name for o in plan.outputs())
+            for name in self._names:
+                self.journal.note_path(name).parent.mkdir(parents=True, exist_ok=True)
+        return plan
+
+    def keep(self, path: Path) -> None:
+        """Copy a file of the folder to the store."""
+        name = path.relative_to(self.root).as_posix()
+        put_file(self.work / name, path)
+
+    def locate(self, name: str) -> Path:
+        """Return where a finished file lies."""
+        return self.target / name
+
+    def discard(self) -> None:
+        """Remove what is known of the run, and what it wrote unless the output is whole."""
+        forget()
+        below = self.address.bucket.below(self.address.key)
+        gone = [] if MANIFEST in below else [n for n in below if n in self._names]
+        # The journal, which says whose these are, goes last.
+        works = sorted(n for n in below if n.startswith(f"{WORK}/") and n != f"{WORK}/{_LOCK}")
+        works.sort(key=lambda n: n.endswith(JOURNAL))
+        self.address.bucket.delete(f"{self.address.key}/{n}" for n in (*gone, *works))
+        forget()
+
+    def clear_scratch(self) -> None:
+        """Empty the folder of this machine."""
+        shutil.rmtree(self.root, ignore_errors=True)
+        self.root.mkdir(mode=0o700)
+        self.files.mkdir()
+
+
+def put_file(target: Address, path: Path) -> None:
+    """Copy a file to the store."""
+    size = path.stat().st_size
+    bucket = target.bucket
+    if size <= _SMALL_BYTES:
+        bucket.put(target.key, path.read_bytes())
+        return
+    upload = bucket.upload(target.key, _SMALL_BYTES, 1)
+    try:
+        with path.open("rb") as stream:
+            while piece := stream.read(1 << 20):
+                upload.write(piece)
+        upload.finish()
+    finally:
+        upload.close()
+
+
+@contextmanager
+def locked_target(target: Address) -> Iterator[Lease]:
+    """Hold the lock of an output in a store."""
+    if target.scheme in ("http", "https"):
+        raise UsageError(
+            f"{target.scheme}:// can only be read",
+            where=str(target),
+            hint="write to s3://, gs://, az:// or a folder",
+        )
+    if not target.key:
+        raise UsageError(
+            "an output needs a folder of its own in the bucket",
+            where=str(target),
+            hint=f"such as {target}/model",
+        )
+    with held(target / WORK / _LOCK) as lease:
+        forget()
+        yield lease
+
+
+@contextmanager
+def scratch_folder() -> Iterator[Path]:
+    """Yield a folder of this machine for the plan and the journal."""
+    with tempfile.TemporaryDirectory(prefix="streamconv-") as folder:
+        root = Path(folder) / "staging"
+        root.mkdir(mode=0o700)
+        (root / "files").mkdir()
+        yield root
+
+
+def staged(
+    staging: RemoteStaging,
+    root: Path,
+    job: JobIdentity,
+    run: RunOptions,
+    plan_digest: str | None = None,
+) -> Plan | None:
+    """Return the plan of a stopped run that can go on; what cannot is removed where it is ours.
+
+    Raises :class:`OutputExistsError` where it is another job's, or nothing shows that it is ours.
+    """
+    staging.fetch()
+    plan = staging.sealed_plan()
+    if plan is None:
+        rest = [n for n in staging.work.bucket.below(staging.work.key) if n != _LOCK]
+        if JOURNAL in rest and not staging.journal.is_ours():
+            raise OutputExistsError(
+                "an unfinished run lies here, and nothing shows that this user wrote it with this "
+                "version of streamconv",
+                where=str(staging.work),
+                hint="go on with the version and the key that began it (STREAMCONV_KEY), or delete "
+                f"{staging.work} and what it had written",
+            )
+        staging.discard()
+        staging.clear_scratch()
+        return None
+    if plan.head.job["digest"] == job.digest and plan_digest in (None, plan.digest):
+        return plan
+    if not run.overwrite and not superseded(plan, root, job):
+        raise OutputExistsError(
+            "an unfinished run of another job is staged for this output",
+            where=str(staging.work),
+            hint="finish it with its own command, or start afresh with --overwrite",
+        )
+    plan.close()
+    staging.discard()
+    staging.clear_scratch()
+    return None
+
+
+@dataclass
+class RemoteExecution(Execution):
+    """A plan that is executed into a store."""
+
+    def store(self) -> RemoteStaging:
+        """Return the staging, which is that of a store."""
+        assert isinstance(self.staging, RemoteStaging)  # noqa: S101 - made for it
+        return self.staging
+
+    def begin_in_store(self) -> None:
+        """Write down in the store what is begun; take the former output out of the way."""
+        staging = self.store()
+        staging.lease.check()
+        for name in (JOURNAL, PLAN):
+            staging.keep(staging.root / name)
+        if self.old:
+            # No loader shall start with the one's index and the other's weights.
+            bucket, key = staging.address.bucket, staging.address.key
+            first = [MANIFEST, *(o.name for o in self.old if o.name.endswith(".index.json"))]
+            first += [o.name for o in self.old if o.name in _CONFIGS]
+            rest = [o.name for o in self.old if o.name not in first]
+            bucket.delete(f"{key}/{name}" for name in (*first, *rest))
+            self.old = ()
+            forget()
+
+    def _begin(self) -> list[OutputFile]:
+        return self.plan.outputs()
+
+    def _check_finished(self, outputs: list[OutputFile]) -> int:
+        good = 0
+        journal, bucket = self.staging.journal, self.store().address.bucket
+        for output in outputs:
+            note = journal.notes.get(output.name)
+            if note is None:
+                continue
+            try:
+                found = bucket.look(f"{self.store().address.key}/{output.name}")
+                same = (found.nbytes, found.version) == (output.nbytes, note.version)
+            except FileNotFoundError:
+                same = False
+            if same:
+                good += output.nbytes
+            else:
+                journal.forget(output.name)
+        return good
+
+    def check_disk(self) -> None:
+        """Do nothing: a store is never full."""
+
+    def _disk(self) -> tuple[int, int]:
+        return self.plan.disk_bytes(), shutil.disk_usage(self.staging.root).free
+
+    def _write(
+        self,
+        output: OutputFile,
+        tensors: Iterable[PlannedTensor],
+        stream: Stream,
+        progress: Progressing,
+    ) -> None:
+        staging = self.store()
+        target = staging.address / output.name
+        before, read_before = progress.done, stream.reader.read_bytes
+        unverifiable_before = stream.checks.unverifiable_bytes
+        started = time.monotonic()
+        stream.checks.begin(output.shared)
+        staging.lease.check()
+        finished = write_output(
+            output,
+            tensors,
+            target,
+            stream.filler,
+            stream.checks,
+            sync=False,
+            sha256=self.run.sha256,
+            seed=staging.seed,
+            on_bytes=lambda n: progress.add(n, output.name),
+            before_end=staging.lease.check,
+        )
+        found = target.bucket.look(target.key)
+        if found.nbytes != output.nbytes:
+            raise StreamconvError(
+                "the store has not what was written",
+                where=str(target),
+                expected=f"{output.nbytes} bytes",
+                found=f"{found.nbytes} bytes",
+            )
+        progress.add(output.nbytes - (progress.done - before), output.name)  # the header
+        staging.journal.record(
+            finished,
+            target,
+            stream.checks.shared() if self.run.source_crc else (),
+            read_bytes=stream.reader.read_bytes - read_before,
+            unverifiable_bytes=stream.checks.unverifiable_bytes - unverifiable_before,
+            seconds=time.monotonic() - started,
+            peak_bytes=self.meter.peak_bytes,
+            version=found.version,
+        )
+        staging.keep(staging.journal.note_path(output.name))
+
+    def _publish(self, outputs: list[OutputFile]) -> Path | None:
+        """Upload what lies beside the weights; the index comes last but one, then the manifest."""
+        staging = self.store()
+        names = [p.relative_to(staging.files).as_posix() for p in _files(staging.files)]
+        names.sort(key=lambda n: (n == MANIFEST, n.endswith(".index.json"), n in _CONFIGS, n))
+        strange = {
+            n
+            for n in staging.address.bucket.below(staging.address.key)
+            if not n.startswith(f"{WORK}/")
+        } - {*names, *(o.name for o in outputs)}
+        if strange:
+            raise OutputExistsError(
+                "something has appeared in the output folder meanwhile",
+                where=str(staging.address),
+                found=min(strange),
+                hint="move it away and run the same command again: it goes on where it was",
+            )
+        for name in names:
+            staging.lease.check()
+            put_file(staging.address / name, staging.files / name)
+        self._discard()
+        return None
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            yield path
+
+
+def refuse_overlap(dst: Address, *sources: Path | None) -> None:
+    """Raise :class:`UsageError` for an output that contains, or lies in, what it is made of."""
+    for source in sources:
+        if isinstance(source, Address) and source.is_relative_to(dst):
+            raise UsageError(
+                "the output folder contains the source",
+                where=str(dst),
+                hint="choose another folder",
+            )

@@ -1,0 +1,1 @@
+"""Object stores: places with an address, listed, read and written by requests."""

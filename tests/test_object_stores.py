@@ -1,0 +1,360 @@
+"""Checkpoints in object stores: read, converted and verified there, by a small store on loopback."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import streamconv
+from scripts.object_store import Request, Store, environment, serving
+from streamconv.conversion.job import run_plan
+from streamconv.errors import (
+    BadInputError,
+    LockedError,
+    OutputExistsError,
+    SourceChangedError,
+    StreamconvError,
+    UsageError,
+)
+from streamconv.options import RunOptions
+from streamconv.storage import lease, objects
+from streamconv.storage.address import Address, place
+
+pytest.importorskip("obstore")
+
+
+@pytest.fixture
+def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
+    made = Store()
+    with serving(made) as address:
+        for name, value in environment(address).items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr(objects, "_buckets", {})
+        monkeypatch.setattr(objects, "_PAUSES_SECONDS", (0.01,) * 4)
+        yield made
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    paths = (p for p in folder.rglob("*") if p.is_file() and p.name != "streamconv.json")
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in paths}
+
+
+def put(store: Store, folder: Path, prefix: str = "run/actor/") -> str:
+    store.add_folder("bucket", folder, prefix)
+    return f"s3://bucket/{prefix.rstrip('/')}"
+
+
+def test_an_address_is_no_path():
+    a = place("s3://bucket/run//actor/")
+    assert isinstance(a, Address)
+    assert (str(a), str(a / "x.pt"), str(a.parent), a.key) == (
+        "s3://bucket/run/actor",
+        "s3://bucket/run/actor/x.pt",
+        "s3://bucket/run",
+        "run/actor",
+    )
+    assert (a / "x").relative_to(a).as_posix() == "x"
+    assert (a / ".." / "b").key == "run/b"
+    assert place(str(a)) == a
+    with pytest.raises(TypeError, match="not a path"):
+        Path(os.fspath(a))
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        "s3://key:hunter2@bucket/x",
+        "https://me:hunter2@host/x",
+        "https://host/x?sig=hunter2",
+        "hf://org/name",
+        "hdfs://host/x",
+        "s3://",
+        "s3://bucket/../x",
+    ],
+)
+def test_addresses_that_are_refused(given):
+    with pytest.raises(UsageError) as caught:
+        place(given)
+    assert "hunter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["fsdp2", "fsdp1-tp", "fsdp2-no-crc", "fsdp2-lora"])
+def test_same_bytes_as_from_a_disk(name, store, checkpoints, tmp_path):
+    source = checkpoints[name].source
+    address = put(store, source)
+    streamconv.convert(source, tmp_path / "disk", sync=False)
+    before = len(store.requests)
+    result = streamconv.convert(address, tmp_path / "store", sync=False)
+    assert files(tmp_path / "disk") == files(tmp_path / "store")
+    assert result.status == "done"
+    assert len(store.requests) - before < 30 + 16 * sum(1 for _ in source.rglob("*"))
+    assert streamconv.convert(address, tmp_path / "store").status == "nothing-to-do"
+    assert streamconv.verify(tmp_path / "store", source=address).passed
+
+
+def test_dcp_and_inspect(store, checkpoints, tmp_path):
+    source = checkpoints["fsdp2-w2"].dcp
+    address = put(store, source)
+    here, there = streamconv.inspect(source), streamconv.inspect(address)
+    assert there.pop("root") == address
+    here.pop("root")
+    for found in (here, there):
+        found.pop("side_dir")
+    assert here == there
+
+
+def ranges(request: Request) -> bool:
+    """Whether a request is for weights: in the middle of a big object."""
+    return request.method == "GET" and request.range is not None and request.key.endswith(".pt")
+
+
+@pytest.mark.parametrize("ignored", [False, True], ids=["conditions", "no-conditions"])
+def test_a_source_that_changes_is_noticed(ignored, store, checkpoints, tmp_path):
+    """Between the plan and its execution an object is written anew: other bytes, same size."""
+    address = put(store, checkpoints["fsdp2-no-crc"].source)
+    plan = tmp_path / "plan.jsonl"
+    streamconv.plan(address, output=plan)
+    name = next(k for k in store.names("bucket") if k.endswith("rank_1.pt"))
+    data = bytearray(store.bytes_of("bucket", name))
+    data[len(data) // 2] ^= 1
+    store.put("bucket", name, bytes(data))
+    if ignored:
+        store.ignores = {"if-match"}
+    with pytest.raises(SourceChangedError, match="not the one that was planned"):
+        run_plan(plan, tmp_path / "out", RunOptions(sync=False))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("fault", [503, 500, "reset"])
+def test_what_passes_is_tried_again(fault, store, checkpoints, tmp_path):
+    address = put(store, checkpoints["fsdp2"].source)
+    streamconv.convert(checkpoints["fsdp2"].source, tmp_path / "disk", sync=False)
+    seen = []
+
+    def every_third(request: Request) -> int | str | None:
+        seen.append(request)
+        return fault if request.method == "GET" and len(seen) % 3 == 0 else None
+
+    store.fault = every_third
+    streamconv.convert(address, tmp_path / "store", sync=False)
+    assert files(tmp_path / "disk") == files(tmp_path / "store")
+
+
+def test_damage_is_found(store, checkpoints, tmp_path):
+    address = put(store, checkpoints["fsdp2"].source)
+    name = next(k for k in store.names("bucket") if k.endswith("rank_1.pt"))
+    data = bytearray(store.bytes_of("bucket", name))
+    data[len(data) // 2] ^= 1
+    store.put("bucket", name, bytes(data))
+    with pytest.raises(BadInputError, match="CRC-32"):
+        streamconv.convert(address, tmp_path / "out", sync=False)
+    assert not (tmp_path / "out").exists()
+
+
+def test_refused_and_missing(store, checkpoints, tmp_path):
+    address = put(store, checkpoints["fsdp2"].source)
+    store.fault = lambda _: 403
+    with pytest.raises(BadInputError, match="refuses access") as caught:
+        streamconv.inspect(address)
+    assert "not-to-be-seen" not in str(caught.value)
+    assert "AWS_ACCESS_KEY_ID" in caught.value.hint
+    store.fault = lambda _: None
+    with pytest.raises(BadInputError, match="no such checkpoint"):
+        streamconv.inspect("s3://bucket/nowhere")
+
+
+def test_nothing_secret_is_told(store, checkpoints, tmp_path):
+    address = put(store, checkpoints["fsdp2"].source)
+    plan = tmp_path / "plan.jsonl"
+    streamconv.plan(address, output=plan)
+    streamconv.convert(address, tmp_path / "out", sync=False, report=tmp_path / "page.html")
+    for path in (plan, tmp_path / "page.html", tmp_path / "out" / "streamconv.json"):
+        assert "not-to-be-seen" not in path.read_text()
+    assert (
+        json.loads((tmp_path / "out" / "streamconv.json").read_text())["run"]["source"] == address
+    )
+
+
+def test_lazy_tensors(store, checkpoints):
+    source = checkpoints["fsdp2"].source
+    with streamconv.open(source) as here, streamconv.open(put(store, source)) as there:
+        assert list(here) == list(there)
+        for name in here:
+            assert here[name][...].tobytes() == there[name][...].tobytes()
+
+
+def test_a_server_that_is_not_there(monkeypatch):
+    monkeypatch.setattr(objects, "_buckets", {})
+    for name, value in environment("http://127.0.0.1:9").items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(StreamconvError, match="does not answer"):
+        streamconv.inspect("s3://bucket/x")
+
+
+@pytest.fixture(scope="module")
+def planned(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A plan with several output files, and what a disk gets of it."""
+    import torch
+
+    folder = tmp_path_factory.mktemp("planned")
+    plan = folder / "plan.jsonl"
+    source = folder / "step"
+    source.mkdir()
+    tensors = {f"layers.{k}.weight": torch.randn(64, 96) for k in range(8)}
+    torch.save(tensors, source / "model_world_size_1_rank_0.pt")
+    streamconv.plan(source, output=plan, max_shard_size="60kB")
+    run_plan(plan, folder / "out", RunOptions(sync=False))
+    return plan, folder / "out"
+
+
+TARGET = "s3://out/models/m"
+
+
+def written(store: Store) -> dict[str, bytes]:
+    """Return the objects of the output, the manifest left out (it has timings)."""
+    prefix = "models/m/"
+    names = store.names("out", prefix)
+    return {
+        n.removeprefix(prefix): store.bytes_of("out", n) for n in names if "streamconv" not in n
+    }
+
+
+def run(plan: Path, **options: object):
+    return run_plan(plan, place(TARGET), RunOptions(sync=False, **options))
+
+
+def assert_whole(store: Store, out: Path) -> None:
+    assert written(store) == files(out)
+    assert "models/m/streamconv.json" in store.names("out")
+    assert not store.names("out", "models/m/.streamconv")
+    assert not store.uploads
+
+
+def test_an_output_in_a_store(store, planned):
+    plan, out = planned
+    assert run(plan).status == "done"
+    assert_whole(store, out)
+    put = [r.key.rpartition("/")[2] for r in store.requests if r.method == "PUT"]
+    assert put[-1] == "streamconv.json"
+    assert run(plan).status == "nothing-to-do"
+
+
+def test_resume_goes_on_file_by_file(store, planned):
+    plan, out = planned
+    weights = [n for n in files(out) if n.endswith(".safetensors")]
+    assert len(weights) > 2
+    store.fault = lambda r: 403 if r.method == "PUT" and weights[2] in r.key else None
+    with pytest.raises(BadInputError, match="refuses access"):
+        run(plan)
+    assert set(weights[:2]) <= set(written(store))
+    assert "models/m/streamconv.json" not in store.names("out")
+    store.fault = lambda _: None
+    before = len(store.requests)
+    assert run(plan).reused_bytes == sum(len(files(out)[n]) for n in weights[:2])
+    again = [r.key for r in store.requests[before:] if r.method == "PUT"]
+    assert not any(k.endswith(tuple(weights[:2])) for k in again)
+    assert_whole(store, out)
+
+
+def test_what_lies_in_the_way(store, planned):
+    plan, _ = planned
+    store.put("out", "models/m/notes.txt", b"mine")
+    for overwrite in (False, True):
+        with pytest.raises(OutputExistsError):
+            run(plan, overwrite=overwrite)
+    assert store.names("out") == ["models/m/notes.txt"]
+
+
+def test_overwrite_replaces_another_jobs_output(store, planned, tmp_path):
+    plan, out = planned
+    other = tmp_path / "other.jsonl"
+    streamconv.plan(plan.parent / "step", output=other, max_shard_size="45kB")
+    run(other)
+    with pytest.raises(OutputExistsError, match="another job"):
+        run(plan)
+    run(plan, overwrite=True)
+    assert_whole(store, out)
+
+
+@pytest.mark.parametrize("ignored", ["if-match", "if-none-match"])
+def test_a_store_without_conditions_is_refused(ignored, store, planned):
+    store.ignores = {ignored}
+    with pytest.raises(UsageError, match="takes no notice of conditions"):
+        run(planned[0])
+    assert not store.names("out")
+
+
+def test_two_runs(store, planned, monkeypatch):
+    monkeypatch.setattr(lease, "RENEW_SECONDS", 0.1)
+    with (
+        lease.held(place(TARGET) / ".streamconv" / "lock"),
+        pytest.raises(LockedError, match="another conversion"),
+    ):
+        run(planned[0])
+    run(planned[0])
+
+
+def test_a_lost_lease_is_taken_over_and_noticed(store, monkeypatch):
+    """A holder that stops renewing, and is not known to be dead, is waited for and then replaced."""
+    monkeypatch.setattr(lease, "EXPIRE_SECONDS", 1.0)
+    monkeypatch.setattr(lease, "RENEW_SECONDS", 60.0)
+    lock = place(TARGET) / ".streamconv" / "lock"
+    with lease.held(lock) as zombie:
+        began = time.monotonic()
+        with lease.held(lock) as heir:
+            assert time.monotonic() - began > 1
+            heir.check()
+            with pytest.raises(LockedError, match="taken over"):
+                zombie.check()
+        assert lock.key not in store.names("out")
+
+
+def test_an_upload_that_is_given_up_leaves_nothing(store):
+    bucket = place("s3://out/x").bucket
+    upload = bucket.upload("x/y", 5 << 20, 2)
+    for k in range(12):
+        upload.write(bytes([k]) * (1 << 20))
+    upload.close()
+    assert not store.names("out")
+    assert not store.uploads
+    upload = bucket.upload("x/y", 5 << 20, 2)
+    for k in range(12):
+        upload.write(bytes([k]) * (1 << 20))
+    upload.finish()
+    assert store.bytes_of("out", "x/y") == b"".join(bytes([k]) * (1 << 20) for k in range(12))
+
+
+KILLED = (3, 10, 14, 17, 20, 25, 29, 31, 34)
+
+
+def test_killed_at_requests(store, planned):
+    """After kill -9 at any request: no whole output of other bytes, and the same command goes on."""
+    plan, out = planned
+    command = [sys.executable, "-m", "streamconv", "run", str(plan), TARGET, "--quiet", "--no-sync"]
+    for number in KILLED:
+        first = len(store.requests)
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+
+        def strike(request: Request, first: int = first, number: int = number, pid=process.pid):
+            if request.number - first >= number:
+                os.kill(pid, signal.SIGKILL)
+                return 500
+            return None
+
+        store.fault = strike
+        process.communicate(timeout=120)
+        store.fault = lambda _: None
+        if "models/m/streamconv.json" in store.names("out"):
+            assert written(store) == files(out)
+        again = subprocess.run(command, stderr=subprocess.PIPE, text=True, timeout=120)
+        assert again.returncode == 0, (number, again.stderr)
+        assert_whole(store, out)
+        store.objects.clear()
