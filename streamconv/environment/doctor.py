@@ -9,6 +9,7 @@ import resource
 import shutil
 import stat
 import sys
+import time
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,9 @@ from typing import Any
 from streamconv._version import __version__
 from streamconv.errors import BudgetError, StreamconvError
 from streamconv.files.names import in_words
+from streamconv.storage import aws
+from streamconv.storage.address import Address
+from streamconv.storage.objects import CREDENTIALS
 from streamconv.units import format_size
 
 _LIBRARIES = ("torch", "transformers", "safetensors", "numpy", "isal", "xxhash", "ml_dtypes")
@@ -24,6 +28,7 @@ _LOADERS = ("vllm", "sglang", "peft", "accelerate", "ctranslate2", "mlx-lm", "te
 _MEASURE_SECONDS = 0.5
 # The reader keeps up to 128 files open, and there are libraries and pipes beside it.
 _FEW_OPEN_FILES = 256
+_REQUESTS_TRIED = 5
 
 
 def examine(
@@ -120,9 +125,21 @@ def _filesystems(src: Path | None, dst: Path | None) -> list[dict[str, Any]]:
                 "free_bytes": system.free_bytes,
                 "read_bytes_per_second": read,
                 "write_bytes_per_second": write,
+                **(_of_store(path) if isinstance(path, Address) else {}),
             }
         )
     return measured
+
+
+def _of_store(path: Address) -> dict[str, Any]:
+    """Return how long a request takes, and where credentials come from; never what they are."""
+    files = [p for p in path.rglob("*") if p.is_file()] if path.is_dir() else [path]
+    began = time.monotonic()
+    for file in files[:_REQUESTS_TRIED]:
+        path.bucket.look(file.key)
+    latency = (time.monotonic() - began) / max(1, min(len(files), _REQUESTS_TRIED))
+    source = aws.source() if path.scheme == "s3" else CREDENTIALS[path.scheme]
+    return {"latency_seconds": latency, "credentials": source}
 
 
 def _large_files(path: Path, most: int = 64) -> list[Path]:
@@ -152,6 +169,9 @@ def _filesystem_rows(systems: list[dict[str, Any]]) -> list[tuple[str, str]]:
         ]
         kind = s["type"] + (", network" if s["network"] else ", in memory" if s["memory"] else "")
         facts = [f"{kind} at {s['mount']}", f"{format_size(s['free_bytes'])} free", *speeds]
+        if "credentials" in s:
+            latency = f"{1000 * s['latency_seconds']:.0f} ms a request"
+            facts = [kind, latency, *speeds, f"credentials: {s['credentials']}"]
         rows.append((f"disk of {s['role']}", ", ".join(facts)))
     return rows
 

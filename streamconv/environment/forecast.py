@@ -8,6 +8,7 @@ from pathlib import Path
 from streamconv.environment import speed
 from streamconv.files.filesystems import FileSystem, filesystem_of, why_not_writable
 from streamconv.ir.planfile import Plan
+from streamconv.storage.address import place
 from streamconv.system import memory
 from streamconv.units import format_size
 
@@ -37,7 +38,7 @@ class Forecast:
 
 def forecast(plan: Plan, dst: Path, budget_bytes: int, *, measure_seconds: float = 1.0) -> Forecast:
     """Measure both disks for a moment and say how long ``plan`` will take into ``dst``."""
-    root = Path(plan.head.root)
+    root = place(plan.head.root)
     files = [root / f.path for f in sorted(plan.head.files, key=lambda f: -f.nbytes)]
     source, output = filesystem_of(root), filesystem_of(dst)
     read_rate = speed.read_speed(files, measure_seconds)

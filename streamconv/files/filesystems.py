@@ -40,7 +40,7 @@ class FileSystem:
     @property
     def is_network(self) -> bool:
         """Whether its files are another machine's."""
-        return self.kind in _NETWORK
+        return self.kind in _NETWORK or self.kind == "object store"
 
     @property
     def is_memory(self) -> bool:
@@ -99,7 +99,12 @@ def why_not_writable(path: Path) -> str | None:
 
 
 def filesystem_of(path: Path, mountinfo: Path = _MOUNTINFO) -> FileSystem:
-    """Return the file system that ``path``, which need not exist yet, lies on or would lie on."""
+    """Return the file system that ``path``, which need not exist yet, lies on or would lie on.
+
+    A store is one, too, without an end.
+    """
+    if isinstance(path, Address):
+        return FileSystem(path, "object store", path.bucket.name, -1, 1 << 62, 1 << 62)
     here = real_path(nearest(path))
     mount, kind, source = Path("/"), "unknown", ""
     for line in _lines(mountinfo):
