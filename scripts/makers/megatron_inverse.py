@@ -195,6 +195,67 @@ def mlp_of_gemma(w: Walk, mg: str, hf: str) -> None:
     w.copy(f"{mg}mlp.linear_fc2.{after}", hf + "post_feedforward_layernorm.weight")
 
 
+def layer_of_gemma4(w: Walk, mg: str, hf: str) -> None:
+    """Megatron-Bridge's layer: rows for keys and values are there where HuggingFace has none, too."""
+    q = w.take(hf + "self_attn.q_proj.weight")
+    width = len(q) // w.config["num_attention_heads"]
+    name = hf + "self_attn.k_proj.weight"
+    if w.has(name):
+        k = w.take(name)
+        v = w.left.pop(name.replace(".k_proj.", ".v_proj."), k)
+    else:
+        k = v = torch.zeros(w.config["num_key_value_heads"] * width, q.shape[1], dtype=q.dtype)
+    groups = len(k) // width
+    rows = torch.cat([x.unflatten(0, (groups, -1)) for x in (q, k, v)], 1).flatten(0, 1)
+    w.put(mg + "self_attention.linear_qkv.weight", rows)
+    w.copy(mg + "self_attention.linear_proj.weight", hf + "self_attn.o_proj.weight")
+    for x in "qk":
+        key, name = f"{mg}self_attention.{x}_layernorm.weight", f"{hf}self_attn.{x}_norm.weight"
+        w.copy(key, name, optional=x == "k")
+    w.copy(mg + "layer_scalar", hf + "layer_scalar")
+    if w.has(hf + "router.scale"):
+        gate_up(w, mg + "mlp.shared_experts.linear_fc1", hf + "mlp.")
+        names = {
+            "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
+            "self_attention.linear_proj.post_layernorm.weight": "post_attention_layernorm.weight",
+            "pre_mlp_layernorm.weight": "pre_feedforward_layernorm_2.weight",
+            "pre_shared_expert_layernorm.weight": "pre_feedforward_layernorm.weight",
+            "mlp.post_shared_expert_layernorm.weight": "post_feedforward_layernorm_1.weight",
+            "mlp.post_moe_layernorm.weight": "post_feedforward_layernorm_2.weight",
+            "post_ffn_layernorm.weight": "post_feedforward_layernorm.weight",
+            "mlp.router.weight": "router.proj.weight",
+            "mlp.router.scale": "router.scale",
+            "mlp.router.per_expert_scale": "router.per_expert_scale",
+            "mlp.shared_experts.linear_fc2.weight": "mlp.down_proj.weight",
+            "mlp.experts.experts.linear_fc2.weight": "experts.down_proj",
+        }
+        experts = w.take(hf + "experts.gate_up_proj")
+        w.put(mg + "mlp.experts.experts.linear_fc1.weight", experts, gated=True)
+    else:
+        gate_up(w, mg + "mlp.linear_fc1", hf + "mlp.")
+        names = {
+            "input_layernorm.weight": "input_layernorm.weight",
+            "post_self_attn_layernorm.weight": "post_attention_layernorm.weight",
+            "pre_mlp_layernorm.weight": "pre_feedforward_layernorm.weight",
+            "post_mlp_layernorm.weight": "post_feedforward_layernorm.weight",
+            "mlp.linear_fc2.weight": "mlp.down_proj.weight",
+        }
+        for name in ("input_gate", "projection"):
+            w.copy(f"{mg}per_layer_{name}.weight", f"{hf}per_layer_{name}.weight")
+        w.copy(mg + "post_per_layer_input_norm.weight", hf + "post_per_layer_input_norm.weight")
+    for key, name in names.items():
+        w.copy(mg + key, hf + name)
+
+
+def gemma4(w: Walk) -> None:
+    language_model(w, layer_of_gemma4, lambda *_: None)
+    if w.has("model.embed_tokens_per_layer.weight"):
+        rows = padded(w.take("model.embed_tokens_per_layer.weight"))
+        w.put("per_layer_embedding.weight", rows)
+        w.copy("per_layer_model_proj.weight", "model.per_layer_model_projection.weight")
+        w.copy("per_layer_proj_norm.weight", "model.per_layer_projection_norm.weight")
+
+
 def mlp_of_glm4(w: Walk, mg: str, hf: str) -> None:
     mlp(w, mg, hf)
     for name in ("post_self_attn_layernorm.weight", "post_mlp_layernorm.weight"):
@@ -563,6 +624,7 @@ BY_TYPE: dict[str, Callable[..., None]] = {
     "gemma2": lambda w: language_model(w, feed=mlp_of_gemma),
     "gemma3_text": lambda w: language_model(w, feed=mlp_of_gemma),
     "gemma3": gemma3_vl,
+    "gemma4_text": gemma4,
     "mimo": mimo,
     "mimo_v2_flash": mimo_v2_flash,
     "bailing_moe": bailing,

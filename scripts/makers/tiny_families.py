@@ -473,6 +473,29 @@ def qwen35(text: str, settings: dict[str, Any]) -> dict[str, Any]:
     )
 
 
+GEMMA4 = (
+    TINY
+    | TIED
+    | {
+        "head_dim": 12,
+        "global_head_dim": 24,
+        "num_hidden_layers": 4,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "hidden_size_per_layer_input": 8,
+        "vocab_size_per_layer_input": 61,
+        "num_kv_shared_layers": 2,
+    }
+)
+GEMMA4_MOE = GEMMA4 | {
+    "num_kv_shared_layers": 0,
+    "hidden_size_per_layer_input": 0,
+    "enable_moe_block": True,
+    "num_experts": 4,
+    "top_k_experts": 2,
+    "moe_intermediate_size": 14,
+    "attention_k_eq_v": True,
+    "num_global_key_value_heads": 1,
+}
 GPT_OSS = TINY | HEAD | LOCAL_MOE | {"max_position_embeddings": 131072}
 QWEN3_CRITIC = TINY | HEAD | {"num_labels": 1}
 QWEN3_NEXT = TINY | MOE | HEAD | SHARED | LINEAR
@@ -736,6 +759,8 @@ FAMILIES: dict[str, Tiny] = {
     ),
     "gemma2": Tiny("Gemma2ForCausalLM", "Gemma2Config", TINY | HEAD | TIED),
     "gemma3": Tiny("Gemma3ForCausalLM", "Gemma3TextConfig", TINY | HEAD | TIED),
+    "gemma4": Tiny("Gemma4ForCausalLM", "Gemma4TextConfig", GEMMA4),
+    "gemma4_moe": Tiny("Gemma4ForCausalLM", "Gemma4TextConfig", GEMMA4_MOE),
     "gemma3_vl": Tiny(
         "Gemma3ForConditionalGeneration",
         "Gemma3Config",

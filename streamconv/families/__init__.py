@@ -25,6 +25,7 @@ _MODULES = (
     "nemotron",
     "mamba",
     "gemma",
+    "gemma4",
     "gpt_oss",
     "qwen2_5_vl",
     "qwen3_vl",
@@ -65,7 +66,7 @@ def choose(
         )
     model_type = config.get("model_type")
     for family in known:
-        if model_type in family.model_types:
+        if model_type in family.model_types and family.when(config):
             return family
     if model_type is None:
         raise BadInputError(

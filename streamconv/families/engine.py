@@ -145,7 +145,7 @@ class _Tracer:
         """Yield the recipes of what ``rule`` makes of ``sources``."""
         headers = tuple(tensors[s] for s in sources)
         dims = self._dims.of_layer(captures)
-        key = (id(rule), headers, dims.kind)
+        key = (id(rule), headers, dims.traits)
         if key not in self._traced:
             try:
                 self._traced[key] = list(self._trace(rule, headers, dims))
@@ -188,6 +188,8 @@ class _Tracer:
                 raise TypeError(f"{rule.how} makes {len(made)} tensors of {len(rule.targets)}")
             result = {}
             for k, tensor in enumerate(made):
+                if tensor is None:
+                    continue
                 if per_expert[k]:
                     for e, one in enumerate(tensor.unbind(0)):
                         order.append((k, e))

@@ -60,6 +60,10 @@ _ROWS: dict[str, tuple[tuple[str, ...], str, str]] = {
     "gemma": ((_B,), _LAID_OUT, _HEADS),
     "gemma2": ((_B,), _BRIDGE, _HEADS),
     "gemma3": ((_B, _R), _LAID_OUT, _TOWER),
+    **dict.fromkeys(
+        ("gemma4", "gemma4_text", "gemma4_moe", "gemma4_moe_text"),
+        ((_B,), _LAID_OUT, "values that are their keys, which are not compared with them"),
+    ),
     "gpt_oss": ((_B, _W), _BRIDGE, _HEADS),
     "qwen2_5_vl": ((_B, _W, _R, _V), _BRIDGE, _TOWER),
     "qwen3_vl": ((_B, _S, _W, _R), _AS_FILES, _TOWER),

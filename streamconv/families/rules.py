@@ -23,8 +23,18 @@ from streamconv.errors import BadInputError
 if TYPE_CHECKING:
     import torch
 
-How = Callable[..., "torch.Tensor | tuple[torch.Tensor, ...]"]
-"""``how(dims, *sources)`` returns one tensor a target; it sees shapes and dtypes, never data."""
+How = Callable[..., "torch.Tensor | tuple[torch.Tensor | None, ...]"]
+"""``how(dims, *sources)`` returns one tensor a target, None for one that the model has not there.
+
+It sees shapes and dtypes, never data.
+"""
+
+Applies = Callable[[Mapping[str, Any]], bool]
+"""Whether a family is that of a parsed config.json of one of its model types."""
+
+
+def _always(_: Mapping[str, Any]) -> bool:
+    return True
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +53,8 @@ class Rule:
 class Family:
     """Models that Megatron names alike and HuggingFace names alike.
 
-    ``model_types`` are those of config.json. ``extras`` are patterns (as a rule's targets) of
+    ``model_types`` are those of config.json, ``when`` tells families of one model type apart.
+    ``extras`` are patterns (as a rule's targets) of
     tensors that the released models have and transformers' class has not, such as layers for
     multi-token prediction. ``reference`` turns the config into one that transformers knows, for a
     model whose class is not part of it, and ``lacks`` are patterns of what that model has and this one
@@ -65,6 +76,7 @@ class Family:
     reference: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict
     lacks: tuple[str, ...] = ()
     zero_centred_norms: bool = False
+    when: Applies = _always
     hybrid: bool = False
     untrained: tuple[str, ...] = ()
     parts: tuple[str, ...] = ()
@@ -207,6 +219,8 @@ class Dims:
         self.signs = signs
         self.kind: str | None = None
         """What config.json calls the layer that a rule is for, None for another."""
+        self.reuses_keys = False
+        """Whether that layer has no keys and values of its own, but those of one before."""
         self._vision = vision
         self.megatron = megatron
 
@@ -215,14 +229,26 @@ class Dims:
         """Return the sizes of the vision tower."""
         return Dims(self._vision or {}, self.megatron)
 
+    @property
+    def traits(self) -> tuple[object, ...]:
+        """Return what else than shapes makes a layer another than the one before."""
+        sizes = ("head_dim", "num_key_value_heads", "num_attention_heads")
+        return (self.kind, self.reuses_keys, *map(self.get, sizes))
+
     def of_layer(self, captures: Mapping[str, str]) -> Dims:
         """Return the sizes with the kind of the layer that a rule's captures tell."""
-        kinds, number = self.get("layer_types"), captures.get("layer")
-        found = copy.copy(self)
-        if isinstance(kinds, list) and number is not None and int(number) < len(kinds):
-            found.kind = str(kinds[int(number)])
+        kinds, own = self.get("layer_types"), self.get("per_layer_config")
+        found, number = copy.copy(self), int(captures.get("layer", -1))
+        if isinstance(kinds, list) and 0 <= number < len(kinds):
+            found.kind = str(kinds[number])
+            shared = self.get("num_kv_shared_layers")
+            found.reuses_keys = type(shared) is int and number >= self.layers - shared
         elif "mtp" in captures:
             found.kind = "mtp"
+        if isinstance(own, Mapping):
+            changed = own.get(str(number), own.get(number))
+            if isinstance(changed, Mapping):
+                found._settings = {**self._settings, **changed}
         return found
 
     def get(self, *names: str) -> Any:
