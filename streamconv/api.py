@@ -58,6 +58,7 @@ def convert(
     source_crc: bool = True,
     checksum: str | None = None,
     io_threads: int = 1,
+    cache: bool = True,
     on_event: Callable[[Event], None] = ignore_event,
     cancel: Cancel | None = None,
     report: StrPath | None = None,
@@ -68,17 +69,18 @@ def convert(
 
     ``max_mem`` is the budget of the whole process tree (bytes, ``"32GB"``, ``"80%"``; None: what the
     machine can give). After an error ``dst`` is as it was; the same call again resumes, output file by
-    output file. ``on_event`` hears how it goes, ``cancel`` ends it from another thread. ``report`` is
-    an HTML file to write about it, ``job`` what decides the output: see :class:`JobKeywords`.
-    ``nodes`` is a cluster that does it, ``"ray"`` or ``"ray://HOST"``, whose machines share both paths;
-    ``max_mem`` is each worker's then (None: 1 GB).
+    output file. ``cache``: what transformers says of the model is remembered for the next time, when
+    neither it nor torch is loaded. ``on_event`` hears how it goes, ``cancel`` ends it from another
+    thread. ``report`` is an HTML file to write about it, ``job`` what decides the output: see
+    :class:`JobKeywords`. ``nodes`` is a cluster that does it, ``"ray"`` or ``"ray://HOST"``, whose
+    machines share both paths; ``max_mem`` is each worker's then (None: 1 GB).
     """
     from streamconv.conversion.job import convert as run_job
 
     src, dst, report = _source(src, job), place(dst), _local(report)
     options = job_options(**job)
     run = run_options(
-        max_mem, overwrite, sync, direct, source_crc, checksum, io_threads, on_event, cancel
+        max_mem, overwrite, sync, direct, source_crc, checksum, io_threads, on_event, cancel, cache
     )
     if nodes is not None:
         return _convert_on(nodes, src, dst, options, run, report)
@@ -356,12 +358,14 @@ def plan(
     *,
     max_mem: int | str | None = None,
     output: StrPath | None = None,
+    cache: bool = True,
     **job: Unpack[JobKeywords],
 ) -> Plan:
     """Return what :func:`convert` would do; no byte of a weight is read.
 
     The plan is written to ``output``, or to a temporary file that goes when the plan object does.
-    With ``dst``, raises :class:`NoSpaceError` where the output would not fit on its disk.
+    ``cache`` is as for :func:`convert`. With ``dst``, raises :class:`NoSpaceError` where the output
+    would not fit on its disk.
     """
     from streamconv.planning.child import make_plan
 
@@ -371,14 +375,14 @@ def plan(
     if output is not None:
         place = _own_file(output, askedfile.PLAN, src, dst, options)
         with _reading(src, job), askedfile.aside(place, askedfile.PLAN) as partial:
-            made = make_plan(src, options, partial, max_mem_bytes=budget)
+            made = make_plan(src, options, partial, max_mem_bytes=budget, cache=cache)
         made.path = place
     else:
         folder = tempfile.mkdtemp(prefix="streamconv-")
         path = Path(folder) / "plan.jsonl"
         try:
             with _reading(src, job):
-                made = make_plan(src, options, path, max_mem_bytes=budget)
+                made = make_plan(src, options, path, max_mem_bytes=budget, cache=cache)
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise
@@ -554,6 +558,7 @@ def run_options(
     io_threads: int,
     on_event: Callable[[Event], None],
     cancel: Cancel | None = None,
+    cache: bool = True,
 ) -> RunOptions:
     """Return the options that decide how it is run; raises :class:`UsageError`."""
     if checksum not in (None, "sha256"):
@@ -568,6 +573,7 @@ def run_options(
         source_crc=source_crc,
         sha256=checksum == "sha256",
         io_threads=io_threads,
+        cache=cache,
         on_event=_logged(on_event),
         cancel=cancel,
     )

@@ -380,7 +380,7 @@ class RunOptions:
     ``sync``: make the output durable. ``direct``: write past the page cache (O_DIRECT) where the file
     system can. ``source_crc``: check every source record's CRC-32.
     ``sha256``: add sha256 digests to the manifest. ``io_threads``: readers at work at once. ``cancel``
-    ends it from another thread.
+    ends it from another thread. ``cache``: remember what transformers says of models.
     """
 
     max_mem_bytes: int | None = None
@@ -390,6 +390,7 @@ class RunOptions:
     source_crc: bool = True
     sha256: bool = False
     io_threads: int = 1
+    cache: bool = True
     on_event: Callable[[Event], None] = ignore_event
     cancel: Cancel | None = None
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import os
 import shutil
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import pytest
 from filelock import FileLock
@@ -23,10 +24,11 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 
 @pytest.fixture(scope="session", autouse=True)
 def user_state(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Keep the key of a user of these tests away from that of whoever runs them."""
+    """Keep the key and the cache of a user of these tests away from those of whoever runs them."""
     folder = tmp_path_factory.mktemp("state")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_STATE_HOME", str(folder))
+        patch.setenv("STREAMCONV_CACHE", str(tmp_path_factory.mktemp("cache") / "streamconv"))
         yield folder
 
 
@@ -116,6 +118,18 @@ def scene(tmp_path: Path, lone_rank_file: Path, lone_output: Path) -> Scene:
     return Scene(tmp_path, lone_rank_file, lone_output)
 
 
+class _DictCache(dict[str, bytes]):
+    """A cache in memory."""
+
+    def put(self, key: str, data: bytes) -> bool:
+        self[key] = data
+        return True
+
+
+def _refuse() -> None:
+    raise AssertionError("transformers is asked what it was asked before")
+
+
 @pytest.fixture
 def planned_here(monkeypatch: pytest.MonkeyPatch) -> None:
     """Run the planning child's task in this process, without its limit on memory."""
@@ -123,11 +137,31 @@ def planned_here(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def plan_here(patch: pytest.MonkeyPatch) -> None:
-    """Do as :func:`planned_here` for as long as ``patch`` is in force."""
-    from streamconv.planning import child
+    """Do as :func:`planned_here` for as long as ``patch`` is in force.
+
+    Each plan is made twice: the second time nobody may be asked what was asked the first time, and it
+    must be the same byte for byte.
+    """
+    from streamconv.planning import build, child
+    from streamconv.planning.answers import Answers
+
+    make = build.build_plan
 
     def ask(request: dict[str, Any], **_: object) -> dict[str, Any]:
         return child._TASKS[request["task"]](request)
 
+    def make_twice(
+        checkpoint: Any, job: Any, stream: IO[str], asked: Any = None, answers: Any = None
+    ) -> None:
+        cache: Any = _DictCache()
+        plan, first = io.StringIO(), Answers(cache)
+        make(checkpoint, job, plan, asked, first)
+        stream.write(plan.getvalue())
+        if first.remembered:
+            again = io.StringIO()
+            make(checkpoint, job, again, asked, Answers(cache, _refuse))
+            assert again.getvalue() == plan.getvalue()
+
     patch.setattr(child, "_ask", ask)
+    patch.setattr(build, "build_plan", make_twice)
     patch.setattr(child, "_limited_memory", contextlib.nullcontext)

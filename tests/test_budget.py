@@ -214,13 +214,13 @@ def test_a_limit_of_open_files_is_kept(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def in_150_mb(monkeypatch: pytest.MonkeyPatch) -> None:
+def in_100_mb(monkeypatch: pytest.MonkeyPatch) -> None:
     """A budget that a test can afford to exceed; this process, which has torch, counts for nothing."""
     monkeypatch.setattr(children, "resident_bytes", lambda: 0)
-    monkeypatch.setattr(child, "available_bytes", lambda: (150 * 10**6, "the test"))
+    monkeypatch.setattr(child, "available_bytes", lambda: (100 * 10**6, "the test"))
 
 
-def test_a_pickle_that_needs_more_than_the_budget_is_named(in_150_mb: None, tmp_path: Path) -> None:
+def test_a_pickle_that_needs_more_than_the_budget_is_named(in_100_mb: None, tmp_path: Path) -> None:
     path = tmp_path / "model_world_size_1_rank_0.pt"
     torch.save({"a.weight": torch.ones(2), "more": [{} for _ in range(10**6)]}, path)
     with pytest.raises(BudgetError, match=r"rank_0\.pt says") as caught:
@@ -229,7 +229,7 @@ def test_a_pickle_that_needs_more_than_the_budget_is_named(in_150_mb: None, tmp_
     assert "--max-mem" in str(caught.value.hint)
 
 
-def test_what_no_budget_is_worth_is_unsafe(in_150_mb: None, tmp_path: Path) -> None:
+def test_what_no_budget_is_worth_is_unsafe(in_100_mb: None, tmp_path: Path) -> None:
     """A memo index of two billion: the pickle is tiny, and its table is not."""
     hostile = b"\x80\x02}r" + (2**31 - 1).to_bytes(4, "little") + b"."
     raw = Zip([E("data.pkl", hostile), E("version", b"3\n")]).bytes()

@@ -391,10 +391,10 @@ def test_router_biases_stay_in_float32() -> None:
     meta = meta_of({**config, **TINY, **ROUTED, **LATENT})
     bias = "model.layers.1.mlp.gate.e_score_correction_bias"
     assert bias in meta.hub_shapes
-    assert meta.keep_fp32(bias, BF16)
-    assert meta.keep_fp32(bias, F16)
-    assert not meta.keep_fp32(bias, F32)
-    assert not meta.keep_fp32("model.layers.1.mlp.experts.0.up_proj.weight", BF16)
+    other = "model.layers.1.mlp.experts.0.up_proj.weight"
+    assert meta.kept_fp32([bias, other], BF16) == {bias}
+    assert meta.kept_fp32([bias, other], F16) == {bias}
+    assert not meta.kept_fp32([bias, other], F32)
 
 
 def test_multi_token_prediction_layers_are_not_unexpected() -> None:

@@ -14,7 +14,7 @@ from streamconv.ir.dtypes import BF16
 from streamconv.ir.recipe import Recipe
 from streamconv.planning.checks import check_loads
 from streamconv.tracing.hf import MetaModel
-from streamconv.tracing.hf_load import Loaded
+from streamconv.tracing.model import Loaded
 from tests.hf_models import (
     GEMMA3_VL,
     HEAD,

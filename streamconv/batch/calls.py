@@ -45,6 +45,7 @@ class BatchKeywords(TypedDict, total=False):
     no_source_crc: bool
     checksum: str | None
     io_threads: int
+    no_cache: bool
 
 
 class RunKeywords(BatchKeywords, JobKeywords, total=False):

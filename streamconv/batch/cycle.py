@@ -203,6 +203,7 @@ class Batch:
             "source_crc": not s.no_source_crc,
             "sha256": s.checksum == "sha256",
             "io_threads": s.io_threads,
+            "cache": not s.no_cache,
         }
         try:
             refuse_inside_checkpoint(run.output, run.root, "the output folder")

@@ -167,6 +167,7 @@ class BatchSettings(_Strict):
     no_source_crc: bool = False
     checksum: Annotated[str, Field(pattern="^sha256$")] | None = None
     io_threads: _Count = 1
+    no_cache: bool = False
 
     @property
     def share(self) -> Share | None:

@@ -116,6 +116,16 @@ IoThreads = Annotated[
         rich_help_panel=SPEED,
     ),
 ]
+NoCache = Annotated[
+    bool,
+    typer.Option(
+        "--no-cache",
+        envvar="STREAMCONV_NO_CACHE",
+        show_envvar=True,
+        help="Ask transformers again what it said of such a model before, and remember nothing.",
+        rich_help_panel=SPEED,
+    ),
+]
 Report = Annotated[
     Path | None,
     typer.Option(
@@ -210,6 +220,7 @@ def convert(
             rich_help_panel=SPEED,
         ),
     ] = None,
+    no_cache: NoCache = False,
     report: Report = None,
     hf_upload_path: UploadPath = None,
     private: Private = False,
@@ -228,6 +239,7 @@ def convert(
         "source_crc": not no_source_crc,
         "checksum": checksum,
         "io_threads": io_threads,
+        "cache": not no_cache,
         "report": report,
         "nodes": nodes,
     }
@@ -259,6 +271,7 @@ def plan(
         ),
     ] = None,
     max_mem: MaxMem = None,
+    no_cache: NoCache = False,
     job: JobOptions = NONE,
     json: Json = False,
     quiet: Quiet = False,
@@ -269,7 +282,7 @@ def plan(
     from streamconv.cli.report import plan_report, render_plan
 
     with working("planning", json=json, quiet=quiet):
-        made = api.plan(src, max_mem=max_mem, output=output, **job)
+        made = api.plan(src, max_mem=max_mem, output=output, cache=not no_cache, **job)
         report = plan_report(made, dst, api.memory_bytes(max_mem))
     if json:
         say_json(report, indent=2)

@@ -18,6 +18,7 @@ from streamconv.cli.app import (
     IoThreads,
     Json,
     MaxMem,
+    NoCache,
     NoSourceCrc,
     NoSync,
     Overwrite,
@@ -175,6 +176,7 @@ def batch(
     no_source_crc: NoSourceCrc = False,
     checksum: Checksum = None,
     io_threads: IoThreads = 1,
+    no_cache: NoCache = False,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:

@@ -35,7 +35,7 @@ def plan_report(plan: Plan, dst: Path | None, budget_bytes: int | None = None) -
 
     head = plan.head
     available, limit = available_bytes()
-    smallest_convert = smallest_convert_bytes()
+    smallest_convert = smallest_convert_bytes(remembered=plan.remembered)
     outputs = plan.outputs()
     beside = beside_bytes(
         max((o.tensors for o in outputs), default=0),

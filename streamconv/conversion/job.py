@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from streamconv.conversion.remote import (
 from streamconv.errors import (
     BadInputError,
     BudgetError,
+    NoSpaceError,
     OutputExistsError,
     StreamconvError,
 )
@@ -45,6 +47,8 @@ from streamconv.system import memory
 from streamconv.units import format_size
 
 _COPY_BYTES = 1 << 20
+# A plan, a journal, a manifest: no conversion writes less.
+_LEAST_BYTES = 64 << 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,7 +166,15 @@ def prepared(
 
         def plan_at(path: Path) -> Plan:
             run.on_event(Phase("plan"))
-            return make_plan(src, job, path, asked=source.identity, max_mem_bytes=budget, lock=lock)
+            return make_plan(
+                src,
+                job,
+                path,
+                asked=source.identity,
+                max_mem_bytes=budget,
+                lock=lock,
+                cache=run.cache,
+            )
 
         done, old = _preflight(dst, source.identity, run, budget, plan_at)
         if done:
@@ -173,6 +185,7 @@ def prepared(
         if plan is not None:
             plan.find_sources(source.root, source.side)
         else:
+            _refuse_full_disk(dst, source)
             plan = _begun(staging, plan_at, run)
             if meter.peak_bytes > budget:
                 plan.close()
@@ -184,6 +197,23 @@ def prepared(
                     hint=f"--max-mem {meter.peak_bytes * 102 // 10**8 + 1}MB works",
                 )
         yield Execution(plan, dst, run, budget, staging, meter, old)
+
+
+def _refuse_full_disk(dst: Path, source: IdentifiedJob) -> None:
+    """Raise :class:`NoSpaceError` before planning where not even what is copied has room.
+
+    What the weights need, the plan says.
+    """
+    needed = sum(side.nbytes for side in source.side) + _LEAST_BYTES
+    above = next(p for p in (dst, *dst.parents) if p.exists())
+    room = shutil.disk_usage(above).free
+    if room < needed:
+        raise NoSpaceError(
+            "not enough disk space for the output",
+            where=str(above),
+            expected=f"more than {format_size(needed)}",
+            found=f"{format_size(room)} free",
+        )
 
 
 @contextmanager

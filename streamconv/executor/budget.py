@@ -6,6 +6,8 @@ resident set sizes over the process and its children.
 
 from __future__ import annotations
 
+import sys
+
 from streamconv.errors import BudgetError
 from streamconv.executor.windows import (
     CAST_THREADS,
@@ -21,6 +23,8 @@ from streamconv.units import format_size
 
 # What a Python heap may grow by between two windows: plan lines, read lists, thread stacks.
 _RESERVE_BYTES = 10 << 20
+# It is loaded by the first copy that is not small and plain.
+_NUMPY_BYTES = 14 << 20
 # What is kept of each tensor of an output file while it is written: header, digest, journal, manifest.
 # The reserve has room for so many.
 _ENTRY_BYTES = 1000
@@ -31,6 +35,9 @@ _THREAD_BYTES = 64 << 10
 # process that waits for it; bench/RESULTS.md has the figures. Refusing early beats being killed.
 # Kernels that map libraries in large pages (6.18 was seen to) count 45 MB more of torch's code.
 PLANNING_FLOOR_BYTES = 490 * 10**6
+# The same where nothing has to be asked of transformers: both are Python with our own modules.
+REMEMBERED_FLOOR_BYTES = 64 * 10**6
+_REMEMBERED_CHILD_BYTES = 28 * 10**6
 
 # What an object store's client takes beside answers: connections, TLS, its threads.
 _CLIENT_BYTES = 10 << 20
@@ -52,10 +59,16 @@ def smallest_run_bytes(buffer_bytes: int = 0) -> int:
 
     ``buffer_bytes`` are needed beside windows and reads.
     """
-    need = resident_bytes() + _RESERVE_BYTES + buffer_bytes + _window_cost(MIN_WINDOW_BYTES)
+    need = _own_bytes() + buffer_bytes + _window_cost(MIN_WINDOW_BYTES)
     # The next process, which is told this, may be a little larger by chance.
     need += 1 << 20
     return -(-need // 10**6) * 10**6
+
+
+def _own_bytes() -> int:
+    """Return what this process takes beside its buffers, now and later."""
+    numpy = 0 if "numpy" in sys.modules else _NUMPY_BYTES
+    return resident_bytes() + _RESERVE_BYTES + numpy
 
 
 def _window_cost(window_bytes: int) -> int:
@@ -142,7 +155,7 @@ def window_bytes(budget_bytes: int, buffer_bytes: int = 0) -> int:
     The budget is a ceiling and no target: more than 256 MiB gains nothing. ``buffer_bytes`` are
     needed beside windows and reads.
     """
-    free = budget_bytes - resident_bytes() - _RESERVE_BYTES - buffer_bytes
+    free = budget_bytes - _own_bytes() - buffer_bytes
     if free < _window_cost(MIN_WINDOW_BYTES):
         smallest = smallest_run_bytes(buffer_bytes)
         raise BudgetError(
@@ -157,15 +170,24 @@ def window_bytes(budget_bytes: int, buffer_bytes: int = 0) -> int:
     return min(size // 4096 * 4096, MAX_WINDOW_BYTES)
 
 
-def smallest_convert_bytes() -> int:
-    """Return the smallest budget with which this process could plan and convert now."""
+def smallest_convert_bytes(*, remembered: bool = False) -> int:
+    """Return the smallest budget with which this process could plan and convert now.
+
+    ``remembered``: transformers need not be asked about the model.
+    """
+    if remembered:
+        need = max(REMEMBERED_FLOOR_BYTES, resident_bytes() + _REMEMBERED_CHILD_BYTES)
+        return -(-need // 10**6) * 10**6
     need = max(PLANNING_FLOOR_BYTES, resident_bytes() + 430 * 10**6)
     return -(-need // 10**7) * 10**7
 
 
-def check_planning(budget_bytes: int) -> None:
-    """Raise :class:`BudgetError` where the planning child would not fit into the budget."""
-    need = smallest_convert_bytes()
+def check_planning(budget_bytes: int, need_bytes: int | None = None) -> None:
+    """Raise :class:`BudgetError` where a planning child with transformers would not fit.
+
+    ``need_bytes`` is what the process needs that waits for this one, if not this one itself.
+    """
+    need = smallest_convert_bytes() if need_bytes is None else need_bytes
     if budget_bytes < need:
         raise BudgetError(
             "the memory budget is too small to plan: the model's structure comes from transformers",
@@ -173,4 +195,18 @@ def check_planning(budget_bytes: int) -> None:
             found=format_size(budget_bytes),
             hint=f"--max-mem {need // 10**6}MB is the smallest that works; or plan where there is "
             "more memory (`streamconv plan SRC -o PLAN`) and then `streamconv run PLAN DST`",
+        )
+
+
+def check_reading(budget_bytes: int) -> None:
+    """Raise :class:`BudgetError` where not even the metadata of a checkpoint could be read."""
+    need, loaded = smallest_convert_bytes(remembered=True), smallest_convert_bytes()
+    if budget_bytes < need:
+        raise BudgetError(
+            "the memory budget is too small to read a checkpoint's metadata",
+            expected=f"at least {format_size(need)}, and {format_size(loaded)} where transformers has "
+            "to be asked about the model",
+            found=format_size(budget_bytes),
+            hint=f"--max-mem {loaded // 10**6}MB is enough for both; or plan where there is more "
+            "memory (`streamconv plan SRC -o PLAN`) and then `streamconv run PLAN DST`",
         )

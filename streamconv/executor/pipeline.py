@@ -14,12 +14,11 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import xxhash
 
 from streamconv.errors import VerificationError
-from streamconv.executor.kernels import run as run_kernel
-from streamconv.executor.products import Factors, run_placed
 from streamconv.executor.reader import Source
 from streamconv.executor.records import RecordChecks
 from streamconv.executor.windows import (
@@ -37,8 +36,12 @@ from streamconv.executor.writer import ShardWriter
 from streamconv.ir.lowering import PlacedAt
 from streamconv.ir.planned import OutputFile, PlannedTensor
 
+if TYPE_CHECKING:
+    from streamconv.executor.products import Factors
+
 # Bytes are summed, hashed and written in steps that are still in the CPU's cache from the one before.
 _STEP_BYTES = 1 << 20
+_PLAIN_BYTES = 64 << 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +91,9 @@ class WindowFiller:
         self._staging = threading.local()
         # The calling thread is one of them.
         self._pool = ThreadPoolExecutor(most - 1, thread_name_prefix="window-filler")
-        self._factors = Factors(self._fill_factor, factor_bytes, most)
+        self._factor_bytes = factor_bytes
+        self._factors: Factors | None = None
+        self._making = threading.Lock()
         self._factor_filler: WindowFiller | None = None
 
     def begin(self, window: Window, buffer: memoryview) -> list[Future[None]]:
@@ -159,7 +164,14 @@ class WindowFiller:
 
     def _copy(self, fill: Fill, data_lo: int, data: memoryview, buffer: memoryview) -> None:
         ops = fill.move.ops
+        nbytes = _plain_nbytes(fill)
+        if nbytes is not None:
+            at = fill.lo - data_lo
+            buffer[fill.dst_at : fill.dst_at + nbytes] = data[at : at + nbytes]
+            return
         if any(isinstance(op, PlacedAt) for op in ops):
+            from streamconv.executor.products import run_placed
+
             run_placed(
                 buffer[fill.dst_at :],
                 fill.tensor.dtype,
@@ -169,9 +181,11 @@ class WindowFiller:
                 (fill.lo - fill.record.start) // fill.source.dtype.itemsize,
                 ops,
                 fill.tensor,
-                self._factors,
+                self._tiles(),
             )
             return
+        from streamconv.executor.kernels import run as run_kernel
+
         run_kernel(
             buffer[fill.dst_at :],
             fill.tensor.dtype,
@@ -181,6 +195,15 @@ class WindowFiller:
             ops,
             what=fill.tensor.name,
         )
+
+    def _tiles(self) -> Factors:
+        from streamconv.executor.products import Factors
+
+        with self._making:
+            if self._factors is None:
+                most = max(self._io_threads, CAST_THREADS)
+                self._factors = Factors(self._fill_factor, self._factor_bytes, most)
+            return self._factors
 
     def _staging_buffer(self, nbytes: int) -> memoryview:
         buffer: memoryview | None = getattr(self._staging, "buffer", None)
@@ -193,6 +216,20 @@ class WindowFiller:
         self._pool.shutdown(wait=True, cancel_futures=True)
         if self._factor_filler is not None:
             self._factor_filler.close()
+
+
+def _plain_nbytes(fill: Fill) -> int | None:
+    """Return the bytes of a copy that is one small run on both sides, None for any other.
+
+    numpy, which is not loaded for such, lets go of the interpreter's lock while it copies more.
+    """
+    numel = 1
+    for size, dst, src in reversed(fill.dims):
+        if dst != numel or src != numel:
+            return None
+        numel *= size
+    nbytes = numel * fill.tensor.dtype.itemsize
+    return nbytes if not fill.move.ops and nbytes <= _PLAIN_BYTES else None
 
 
 def write_output(

@@ -5,12 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from streamconv.families.rules import Dims, Family, compiled
 from streamconv.ir.recipe import Recipe
 from streamconv.ir.source import Skipped
-from streamconv.tracing.hf import MetaModel
+
+if TYPE_CHECKING:
+    from streamconv.tracing.hf import MetaModel
+    from streamconv.tracing.model import Model
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +28,7 @@ class Converted:
     """
 
     recipes: tuple[Recipe, ...]
-    model: MetaModel | None
+    model: Model | None
     architecture: str | None
     config: Mapping[str, Any]
     changes: tuple[str, ...]

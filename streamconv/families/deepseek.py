@@ -6,8 +6,6 @@ own, and hyper-connections.
 
 from __future__ import annotations
 
-import torch
-
 from streamconv.families import ops
 from streamconv.families.blocks import (
     EXPERT_BIAS,
@@ -33,6 +31,7 @@ from streamconv.families.rules import (
     rule,
     without_class,
 )
+from streamconv.tracing.later import torch
 
 _LAYER = (*MLA, *INDEXER, *MLP, *ROUTER, *EXPERT_BIAS, *EXPERTS, *SHARED_EXPERTS)
 

@@ -5,12 +5,11 @@ The released files are quantized (``*_blocks``, ``*_scales``); a trained model's
 
 from __future__ import annotations
 
-import torch
-
 from streamconv.families import ops
 from streamconv.families.blocks import ATTENTION, MLP_NORM, TOP, D, L
 from streamconv.families.ops import Tensor
 from streamconv.families.rules import Dims, Family, rule
+from streamconv.tracing.later import torch
 
 
 def alternating(dims: Dims, fc1: Tensor) -> Tensor:

@@ -6,12 +6,11 @@ after the other. Nemotron-H's MLPs and experts have no gate.
 
 from __future__ import annotations
 
-import torch
-
 from streamconv.families import ops
 from streamconv.families.blocks import ATTENTION, MLP, TOP, D, L
 from streamconv.families.ops import Tensor
 from streamconv.families.rules import Dims, Family, Rule, moved, renamed, rule
+from streamconv.tracing.later import torch
 
 _PROJECTED, _CONVOLVED = ("z", "x", "B", "C", "dt"), ("x", "B", "C")
 

@@ -5,8 +5,6 @@ MiMo-V2-Flash has values narrower than keys, and in layers with a window other n
 
 from __future__ import annotations
 
-import torch
-
 from streamconv.families import ops
 from streamconv.families.blocks import (
     ATTENTION,
@@ -25,6 +23,7 @@ from streamconv.families.blocks import (
     plain_mtp,
 )
 from streamconv.families.rules import Dims, Family, borrowing, renamed, replaced, rule
+from streamconv.tracing.later import torch
 
 
 def uneven_qkv(dims: Dims, tensor: ops.Tensor) -> tuple[ops.Tensor, ...]:

@@ -6,12 +6,10 @@ MLP, E experts. Shapes are torch's ``[out, in]``.
 
 from __future__ import annotations
 
-import torch
-
 from streamconv.errors import BadInputError
 from streamconv.families.rules import Dims
-
-Tensor = torch.Tensor
+from streamconv.tracing.later import Tensor as Tensor
+from streamconv.tracing.later import torch
 
 
 def copy(_: Dims, tensor: Tensor) -> Tensor:

@@ -16,8 +16,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
-
 from streamconv.errors import BadInputError
 from streamconv.families import ops
 from streamconv.families.blocks import (
@@ -47,6 +45,7 @@ from streamconv.families.rules import (
     rule,
 )
 from streamconv.families.vision import kept
+from streamconv.tracing.later import torch
 
 _A = D + "self_attention."
 _N = L + "linear_attn."

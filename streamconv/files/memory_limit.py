@@ -23,6 +23,8 @@ _EMPTY_BYTES = 64 << 20
 # pages of libraries that are resident beside its own: measured with torch and transformers loaded.
 _UNTOUCHED_BYTES = 35 * 10**6
 _LIBRARY_BYTES = 90 * 10**6
+# The same of an interpreter that has loaded neither.
+_PYTHON_BYTES = 11 * 10**6
 
 
 class MemoryNeededError(MemoryError):
@@ -38,9 +40,13 @@ class MemoryNeededError(MemoryError):
         self.needed_bytes = needed_bytes
 
 
-def share_of(budget_bytes: int, others_bytes: int) -> int:
-    """Return the limit with which a process stays within a budget of which others take a part."""
-    return max(1 << 20, budget_bytes - others_bytes - _LIBRARY_BYTES + _UNTOUCHED_BYTES)
+def share_of(budget_bytes: int, others_bytes: int, *, torch: bool = True) -> int:
+    """Return the limit with which a process stays within a budget of which others take a part.
+
+    ``torch``: the process loads torch and transformers.
+    """
+    libraries = _LIBRARY_BYTES - _UNTOUCHED_BYTES if torch else _PYTHON_BYTES
+    return max(1 << 20, budget_bytes - others_bytes - libraries)
 
 
 def bind(nbytes: int, pid: int = 0) -> int | None:

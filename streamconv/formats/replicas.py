@@ -11,10 +11,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-import numpy.typing as npt
+from typing import TYPE_CHECKING, Any
 
 from streamconv.errors import BadInputError
 from streamconv.files.inputs import InputFile, opened
@@ -22,6 +19,9 @@ from streamconv.ir.boxes import Shape
 from streamconv.ir.dtypes import DType
 from streamconv.ir.source import Record
 from streamconv.torchfile.rankfile import Stored
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
 
 _READ_NBYTES = 1 << 20
 _TILE_NUMEL = 1 << 16
@@ -144,6 +144,8 @@ class _View:
 
     def read(self, file: InputFile) -> npt.NDArray[Any]:
         """Return the elements, each as its bytes; in no more pieces than their distances ask for."""
+        import numpy as np
+
         span = self.span_nbytes
         if span > max(_READ_NBYTES, 4 * math.prod(self.shape) * self.itemsize):
             # Far apart: along the longest way, in two halves.
@@ -169,6 +171,8 @@ def _same_elements(one: _View, two: _View) -> bool:
     dims = [d for d, n in enumerate(one.shape) if n > 1]
     dims.sort(key=lambda d: -one.strides[d])
     one, two = one.ordered(dims), two.ordered(dims)
+    import numpy as np
+
     with opened(one.path) as first, opened(two.path) as second:
         if one.strides == two.strides and _is_dense(one.shape, one.strides):
             nbytes = one.span_nbytes

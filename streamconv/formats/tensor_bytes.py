@@ -5,26 +5,27 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-import numpy.typing as npt
+from typing import TYPE_CHECKING
 
 from streamconv.errors import BadInputError
 from streamconv.files.inputs import InputFile, opened
 from streamconv.ir.dtypes import DType
 
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
 STEP_BYTES = 1 << 20
 # An exponent of all ones is NaN or infinity; of fp8 without infinities all bits but the sign are.
-_MASKS: dict[str, np.unsignedinteger[Any]] = {
-    "F64": np.uint64(0x7FF << 52),
-    "F32": np.uint32(0xFF << 23),
-    "C64": np.uint32(0xFF << 23),
-    "F16": np.uint16(0x1F << 10),
-    "BF16": np.uint16(0xFF << 7),
-    "F8_E5M2": np.uint8(0x1F << 2),
-    "F8_E4M3": np.uint8(0x7F),
-    "F8_E8M0": np.uint8(0xFF),
+_MASKS = {
+    "F64": ("u8", 0x7FF << 52),
+    "F32": ("u4", 0xFF << 23),
+    "C64": ("u4", 0xFF << 23),
+    "F16": ("u2", 0x1F << 10),
+    "BF16": ("u2", 0xFF << 7),
+    "F8_E5M2": ("u1", 0x1F << 2),
+    "F8_E4M3": ("u1", 0x7F),
+    "F8_E8M0": ("u1", 0xFF),
 }
 
 
@@ -41,8 +42,13 @@ def pieces(path: Path, begin: int, nbytes: int, step: int = STEP_BYTES) -> Itera
 
 def is_finite(dtype: DType, data: Iterable[bytes]) -> bool:
     """Whether no number is NaN or an infinity, in ``data`` of whole elements; integers are finite."""
-    mask = _MASKS.get(dtype.name)
-    return mask is None or not any(
+    if dtype.name not in _MASKS:
+        return True
+    import numpy as np
+
+    kind, bits = _MASKS[dtype.name]
+    mask = np.dtype(kind).type(bits)
+    return not any(
         bool(((np.frombuffer(piece, mask.dtype) & mask) == mask).any()) for piece in data
     )
 
@@ -59,6 +65,8 @@ class ElementReader:
         self, file: int, start: int, dtype: DType, at: int, numel: int
     ) -> npt.NDArray[np.generic]:
         """Return ``numel`` elements from ``at`` on of the record that begins at byte ``start``."""
+        import numpy as np
+
         path = self._paths[file]
         if file not in self._open:
             self._open[file] = self._stack.enter_context(opened(path))
@@ -77,6 +85,8 @@ class ElementReader:
 
 def rounds_to(wide: npt.NDArray[np.generic], narrow: npt.NDArray[np.generic]) -> bool:
     """Whether each element of ``narrow`` is that of ``wide``, cast; a NaN is a NaN."""
+    import numpy as np
+
     with np.errstate(over="ignore", invalid="ignore"):
         cast = wide.astype(narrow.dtype)
     return bool(np.all((cast == narrow) | ((cast != cast) & (narrow != narrow))))

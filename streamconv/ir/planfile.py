@@ -99,8 +99,11 @@ def is_plan(path: Path) -> bool:
 class Plan:
     """A plan in a file. The head is read at once, sections are streamed as often as one likes.
 
-    The file is opened once: what takes its place meanwhile is not this plan.
+    The file is opened once: what takes its place meanwhile is not this plan. ``remembered`` says of one
+    that was made now that making it again needs neither torch nor transformers.
     """
+
+    remembered = False
 
     def __init__(self, path: Path, fd: int | None = None) -> None:
         """Read the head and check the digest; raises :class:`BadInputError` for a damaged plan.

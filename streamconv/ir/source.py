@@ -260,6 +260,10 @@ class Checkpoint:
     modules: bool = False
     unproved: str = ""
 
+    def headers(self) -> dict[str, tuple[Shape, DType]]:
+        """Return shape and element type of every decided tensor."""
+        return {name: (t.shape, t.dtype) for name, t in self.tensors.items()}
+
     @cached_property
     def nbytes(self) -> int:
         """Return the bytes of all decided tensors, each counted once."""

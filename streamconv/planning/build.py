@@ -28,6 +28,7 @@ from streamconv.lora.adapters import Adapter
 from streamconv.lora.plan import LoraPlan, Translate, adapter_inputs, idle_options, plan_lora
 from streamconv.options import JobOptions, Layout
 from streamconv.planning import checks, placing, strays, untrained
+from streamconv.planning.answers import Answers, headers_json
 from streamconv.planning.precision import chosen_weights
 from streamconv.planning.sidefiles import (
     corrected_config,
@@ -48,13 +49,19 @@ if TYPE_CHECKING:
 
 
 def build_plan(
-    checkpoint: Checkpoint, job: JobOptions, stream: IO[str], asked: JobIdentity | None = None
+    checkpoint: Checkpoint,
+    job: JobOptions,
+    stream: IO[str],
+    asked: JobIdentity | None = None,
+    answers: Answers | None = None,
 ) -> None:
     """Write the plan of converting ``checkpoint`` to ``stream``.
 
-    ``asked`` is the job that was asked for: what was read must be that one's source. Raises
-    :class:`BadInputError` for what is missing, contradictory or cannot be written.
+    ``asked`` is the job that was asked for: what was read must be that one's source. ``answers`` are
+    what is known about its model. Raises :class:`BadInputError` for what is missing, contradictory or
+    cannot be written.
     """
+    answers = answers or Answers()
     checkpoint = chosen_weights(checkpoint, job)
     if job.strip_prefix is not None:
         checkpoint = strays.stripped(checkpoint, job.strip_prefix)
@@ -71,7 +78,8 @@ def build_plan(
         )
     config, overrides = overridden(read_config(folder) if folder else None, job.config)
     _check_config(folder, side)
-    translate = _translation(checkpoint, config, job, notices)
+    answers.open(checkpoint, config)
+    translate = _translation(checkpoint, config, job, notices, answers)
     lora = plan_lora(checkpoint, job.lora, translate)
     if lora is not None:
         checkpoint, side = lora.checkpoint, lora.side(side)
@@ -85,7 +93,7 @@ def build_plan(
     # An adapter's names were a family's, and are the Hub's now.
     done = lora is not None and translate is not None and checkpoint.naming != "mcore"
     as_named = dataclasses.replace(job, family=None) if done else job
-    made = _sources(checkpoint, config, as_named, notices)
+    made = _sources(checkpoint, config, as_named, notices, answers)
     if checkpoint.unproved and not (made.model is not None and made.model.certain):
         raise BadInputError(
             checkpoint.unproved,
@@ -142,6 +150,7 @@ def build_plan(
     )
     placing.write_sections(writer, made.placed, made.tensors)
     writer.end()
+    answers.close()
 
 
 def _check_config(folder: Path | None, side: Iterable[SideFile]) -> None:
@@ -192,12 +201,16 @@ def _decoded(
 
 
 def _sources(
-    checkpoint: Checkpoint, config: Mapping[str, Any] | None, job: JobOptions, notices: list[str]
+    checkpoint: Checkpoint,
+    config: Mapping[str, Any] | None,
+    job: JobOptions,
+    notices: list[str],
+    answers: Answers,
 ) -> _Output:
     if checkpoint.naming == "mcore":
         from streamconv.families.converted import left_out as parts_left_out
 
-        found = _of_family(checkpoint, config, job)
+        found = _of_family(checkpoint, config, job, answers)
         notices += [n for n in found.notices if n not in notices]
         filled = untrained.fill(checkpoint, parts_left_out(found), job.lora.base)
         if filled.recipes:
@@ -221,14 +234,14 @@ def _sources(
         )
     dialect = _dialect(checkpoint, config, job)
     if dialect is not None:
-        return _of_dialect(checkpoint, dialect, config, job, notices)
+        return _of_dialect(checkpoint, dialect, config, job, notices, answers)
     _refuse_family(job)
     if config is None:
         notices.append(
             "no config.json: names and shapes could not be checked, and the output has none "
             "(--hf-config DIR names a folder that has it)"
         )
-    chosen, model, prefix = one_model(checkpoint, config, job, notices)
+    chosen, model, prefix = one_model(checkpoint, config, job, notices, answers)
     tensors = checks.decide_plain(chosen, model)
     architecture = model.architecture if model is not None and model.certain else None
     tensors = {n: tensors[n] for n in (*chosen.tensors, *chosen.undecided)}
@@ -266,15 +279,24 @@ def _of_dialect(
     config: Mapping[str, Any] | None,
     job: JobOptions,
     notices: list[str],
+    answers: Answers,
 ) -> _Output:
     from streamconv.families.native.beside import said_of_run
-    from streamconv.families.native.convert import convert
 
     wanted = job.model if job.model != checkpoint.root.absolute().name else None
     chosen, _ = strays.choose(checkpoint, dialect.has, wanted, keep_buffers=job.keep_buffers)
     tensors = checks.decide_plain(chosen, None)
     headers = {n: (t.shape, t.dtype) for n, t in tensors.items()}
-    found = convert(dialect, headers, config, said_of_run(checkpoint.root), job)
+    run, options = said_of_run(checkpoint.root), _for_family(job)
+
+    def convert() -> Converted:
+        from streamconv.families.native import convert
+
+        return convert.convert(dialect, headers, config, run, options)
+
+    found = answers.converted(
+        [dialect.name, headers_json(headers), config, run, options.to_json()], convert
+    )
     recipes = list(found.recipes)
     notices += found.notices
     if found.model is not None:
@@ -292,14 +314,20 @@ def _of_dialect(
 
 
 def one_model(
-    checkpoint: Checkpoint, config: Mapping[str, Any] | None, job: JobOptions, notices: list[str]
+    checkpoint: Checkpoint,
+    config: Mapping[str, Any] | None,
+    job: JobOptions,
+    notices: list[str],
+    answers: Answers | None = None,
 ) -> tuple[Checkpoint, Model | None, str]:
     """Return the checkpoint with one model in it, that model, and what its names begin with.
 
     The user may have named it among several (:mod:`streamconv.planning.strays`); a folder of
     that name was found before.
     """
-    model = _model(config, [*checkpoint.tensors, *checkpoint.undecided], job.layout, notices)
+    answers = answers or Answers()
+    names = [*checkpoint.tensors, *checkpoint.undecided]
+    model = _model(config, names, job.layout, notices, answers)
     wanted = job.model if job.model != checkpoint.root.absolute().name else None
     chosen, prefix = strays.choose(
         checkpoint,
@@ -309,7 +337,7 @@ def one_model(
     )
     if model is not None and chosen is not checkpoint:
         # Heads of the others must not betray a critic.
-        model = _model(config, [*chosen.tensors, *chosen.undecided], job.layout, [])
+        model = _model(config, [*chosen.tensors, *chosen.undecided], job.layout, [], answers)
     return chosen, model, prefix
 
 
@@ -420,6 +448,7 @@ def _translation(
     config: Mapping[str, Any] | None,
     job: JobOptions,
     notices: list[str],
+    answers: Answers,
 ) -> Translate | None:
     """Return what makes an adapter on HuggingFace's modules of one on Megatron's.
 
@@ -432,6 +461,7 @@ def _translation(
         return None
 
     def translate(adapter: Adapter, source: Checkpoint) -> Adapter:
+        answers.asks_anew()
         from streamconv.families.convert import check_run, describe
         from streamconv.lora import megatron
 
@@ -454,13 +484,26 @@ def _refuse_adapter(dialect: Dialect, adapter: Adapter, _: Checkpoint) -> Adapte
 
 
 def _of_family(
-    checkpoint: Checkpoint, config: Mapping[str, Any] | None, job: JobOptions
+    checkpoint: Checkpoint, config: Mapping[str, Any] | None, job: JobOptions, answers: Answers
 ) -> Converted:
-    from streamconv.families.convert import convert
+    headers, options = checkpoint.headers(), _for_family(job)
+    said = checkpoint.facts.get("megatron")
+    megatron = said if isinstance(said, Mapping) else {}
 
-    headers = {n: (t.shape, t.dtype) for n, t in checkpoint.tensors.items()}
-    megatron = checkpoint.facts.get("megatron")
-    return convert(headers, config, megatron if isinstance(megatron, Mapping) else {}, job)
+    def convert() -> Converted:
+        from streamconv.families.convert import convert
+
+        return convert(headers, config, megatron, options)
+
+    facts = dict(megatron)
+    return answers.converted(
+        ["mcore", headers_json(headers), config, facts, options.to_json()], convert
+    )
+
+
+def _for_family(job: JobOptions) -> JobOptions:
+    """Return those options that the rules of a family may depend on."""
+    return JobOptions(family=job.family, layout=job.layout)
 
 
 def _refuse_unknown_names(checkpoint: Checkpoint, made: _Output, job: JobOptions) -> None:
@@ -510,13 +553,15 @@ def side_files(
 
 
 def _model(
-    config: Mapping[str, Any] | None, names: list[str], layout: Layout, notices: list[str]
+    config: Mapping[str, Any] | None,
+    names: list[str],
+    layout: Layout,
+    notices: list[str],
+    answers: Answers,
 ) -> Model | None:
     if config is None:
         return None
-    from streamconv.tracing.hf import build_meta
-
-    model = build_meta(config, names, layout)
+    model = answers.model(config, names, layout)
     if model is None:
         notices.append(
             f"transformers does not know the model type {config.get('model_type')!r}: converted by "

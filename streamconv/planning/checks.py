@@ -219,6 +219,11 @@ def with_dtypes(
         target = declared
     elif options.dtype != "keep":
         target = BY_TORCH[options.dtype]
+    recipes = list(recipes)
+    castable = [r.name for r in recipes if r.dtype.castable and r.dtype != target]
+    in_fp32: frozenset[str] = frozenset()
+    if model is not None and target is not None and castable:
+        in_fp32 = model.kept_fp32(castable, target)
     result = []
     for r in recipes:
         if not r.dtype.writable:
@@ -233,7 +238,7 @@ def with_dtypes(
             and r.dtype.castable
             and r.dtype != target
             and not kept
-            and not (model is not None and model.keep_fp32(r.name, target))
+            and r.name not in in_fp32
         ):
             view = dataclasses.replace(r.view, ops=(*r.view.ops, Cast(target)))
             r = Recipe(r.name, target, view)

@@ -20,7 +20,7 @@ from typing import Any
 
 from streamconv._version import __version__
 from streamconv.errors import SourceChangedError
-from streamconv.executor.budget import check_planning
+from streamconv.executor.budget import check_planning, check_reading, smallest_convert_bytes
 from streamconv.files import memory_limit
 from streamconv.files.memory_limit import PARSE_BYTES, MemoryNeededError
 from streamconv.files.newfile import replacing
@@ -29,7 +29,7 @@ from streamconv.ir.planfile import Plan
 from streamconv.ir.source import Checkpoint
 from streamconv.options import JobOptions
 from streamconv.storage.address import Address, place
-from streamconv.system.children import ask, serve, too_large
+from streamconv.system.children import ask, make_room_for_torch, serve, too_large
 from streamconv.system.children import limited_memory as _limited_memory
 from streamconv.system.memory import available_bytes
 
@@ -51,19 +51,21 @@ def make_plan(
     asked: JobIdentity | None = None,
     max_mem_bytes: int | None = None,
     lock: int | None = None,
+    cache: bool = True,
 ) -> Plan:
     """Plan the conversion of ``src`` and write the plan to ``plan_path``.
 
-    ``asked`` is the job that it must be the plan of, whatever becomes of ``src`` meanwhile.
+    ``asked`` is the job that it must be the plan of, whatever becomes of ``src`` meanwhile. ``cache``:
+    what was asked about the model before need not be asked again (:mod:`streamconv.planning.answers`).
 
     The child writes into a file that is made here, and inherits the descriptor ``lock``: whenever this
     process is killed, the child neither outlives the lock nor writes into what a later run has made.
     Raises what planning raises, and :class:`BudgetError` where it would not fit ``max_mem_bytes``.
     """
     if max_mem_bytes is not None:
-        check_planning(max_mem_bytes)
+        check_reading(max_mem_bytes)
     with replacing(plan_path) as fd:
-        _ask(
+        answer = _ask(
             {
                 "task": "plan",
                 "src": str(src),
@@ -71,11 +73,14 @@ def make_plan(
                 "plan_path": str(plan_path.absolute()),
                 "plan_fd": fd,
                 "asked": asked and asked.to_json(),
+                "cache": cache,
+                "floor_bytes": smallest_convert_bytes(),
             },
             inherit=(fd,) if lock is None else (fd, lock),
             budget_bytes=max_mem_bytes,
         )
     plan = Plan(plan_path)
+    plan.remembered = answer["remembered"]
     if asked is not None and JobIdentity.from_json(plan.head.job) != asked:
         raise SourceChangedError("the plan is that of another job", where=str(src))
     return plan
@@ -95,6 +100,7 @@ def _ask(
         doing="reading the checkpoint's metadata",
         inherit=inherit,
         budget_bytes=available_bytes()[0] if budget_bytes is None else budget_bytes,
+        torch=False,
     )
 
 
@@ -146,16 +152,26 @@ def _pinned(checkpoint: Checkpoint) -> Checkpoint:
 
 
 def _plan(request: dict[str, Any]) -> dict[str, Any]:
+    from streamconv.files.cache import Cache, cache_folder
+    from streamconv.planning.answers import Answers
     from streamconv.planning.build import build_plan
 
     job = JobOptions.from_json(request["job"])
     checkpoint = read_checkpoint(place(request["src"]), job.model)
     asked = request["asked"]
+
+    def before_loading() -> None:
+        if "budget_bytes" in request:
+            check_planning(request["budget_bytes"], request["floor_bytes"])
+            make_room_for_torch(request)
+
+    folder = cache_folder() if request["cache"] else None
+    answers = Answers(Cache(folder) if folder is not None else None, before_loading)
     with os.fdopen(request["plan_fd"], "w", encoding="utf-8", closefd=False) as stream:
-        build_plan(checkpoint, job, stream, asked and JobIdentity.from_json(asked))
+        build_plan(checkpoint, job, stream, asked and JobIdentity.from_json(asked), answers)
         stream.flush()
         os.fsync(stream.fileno())
-    return {}
+    return {"remembered": answers.remembered}
 
 
 def _inspect(request: dict[str, Any]) -> dict[str, Any]:

@@ -10,9 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from types import MappingProxyType
-
-import numpy as np
-import numpy.typing as npt
+from typing import TYPE_CHECKING, TypeAlias
 
 from streamconv.errors import BadInputError, UsageError
 from streamconv.formats.tensor_bytes import ElementReader, rounds_to
@@ -23,7 +21,11 @@ from streamconv.options import JobOptions
 _SAMPLE_NUMEL = 32
 _LISTED = 5
 
-_Values = npt.NDArray[np.generic]
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    _Values: TypeAlias = npt.NDArray[np.generic]
 
 
 def chosen_weights(checkpoint: Checkpoint, job: JobOptions) -> Checkpoint:

@@ -35,13 +35,15 @@ def ask(
     doing: str,
     inherit: Sequence[int] = (),
     budget_bytes: int | None = None,
+    torch: bool = True,
 ) -> dict[str, Any]:
     """Run ``module`` in a child and return its answer.
 
     ``request["task"]`` names one of its tasks, ``request["src"]`` what it is about; ``doing`` says in
     messages what it was doing; ``inherit`` are descriptors that the child has, too. ``budget_bytes``
-    binds the child from its first line to its last: this process and it take no more together. Raises
-    the child's error.
+    binds the child from its first line to its last: this process and it take no more together. A child
+    that does not load ``torch``, or calls :func:`make_room_for_torch` before, has more of it for
+    itself. Raises the child's error.
     """
     # -P: the working directory, which may be the checkpoint's, is no place to import from.
     process = subprocess.Popen(
@@ -62,9 +64,15 @@ def ask(
     try:
         if budget_bytes is not None:
             # It reads nothing before the request, which comes after this.
-            share = share_of(budget_bytes, resident_bytes())
+            others = resident_bytes()
+            share = share_of(budget_bytes, others, torch=torch)
             bind(share, process.pid)
-            request = {**request, "budget_bytes": budget_bytes, "share_bytes": share}
+            request = {
+                **request,
+                "budget_bytes": budget_bytes,
+                "others_bytes": others,
+                "share_bytes": share,
+            }
         out, err = process.communicate(json.dumps(request).encode())
     except BaseException:
         process.kill()
@@ -130,6 +138,12 @@ def serve(tasks: Mapping[str, Task]) -> int:
     answers.write(json.dumps(answer) + "\n")
     answers.flush()
     return 0
+
+
+def make_room_for_torch(request: dict[str, Any]) -> None:
+    """Bind this child as one that loads torch; ``request`` is the one that it was given."""
+    request["share_bytes"] = share_of(request["budget_bytes"], request["others_bytes"])
+    bind(request["share_bytes"])
 
 
 def too_large(src: Path) -> BadInputError:

@@ -23,12 +23,11 @@ from streamconv.tracing import hf_build, hf_convert, hf_load
 from streamconv.tracing.hf_convert import Group
 from streamconv.tracing.hf_layout import Layout, decide
 from streamconv.tracing.hf_names import read_names
+from streamconv.tracing.model import Headers, Loaded
 from streamconv.tracing.wrappers import without_markers
 
 if TYPE_CHECKING:
     import torch
-
-Headers = Mapping[str, tuple[Shape, DType]]
 
 
 def build_meta(
@@ -162,7 +161,7 @@ class MetaModel:
             patterns.add(r"(^|\.)position_ids$")
         return _any_of(patterns)
 
-    def load(self, tensors: Headers) -> hf_load.Loaded:
+    def load(self, tensors: Headers) -> Loaded:
         """Return what transformers makes of files that hold ``tensors``, in Hub names.
 
         What it passes over by rule is neither missing nor unexpected.
@@ -179,14 +178,15 @@ class MetaModel:
             unexpected=tuple(n for n in loaded.unexpected if not self._ignored(n)),
         )
 
-    def keep_fp32(self, name: str, target: DType) -> bool:
-        """Whether transformers keeps the Hub tensor ``name`` in float32 when loading as ``target``.
+    def kept_fp32(self, names: Collection[str], target: DType) -> frozenset[str]:
+        """Return the Hub tensors that transformers keeps in float32 when loading as ``target``.
 
         The lists name in-memory modules; some count for float16 only.
         """
         if target.name not in ("F16", "BF16"):
-            return False
-        return any(map(self._kept[target.name], self._memory_names(name) or (name,)))
+            return frozenset()
+        kept = self._kept[target.name]
+        return frozenset(n for n in names if any(map(kept, self._memory_names(n) or (n,))))
 
     @cached_property
     def _kept(self) -> dict[str, Callable[[str], bool]]:

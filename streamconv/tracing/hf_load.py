@@ -10,29 +10,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from streamconv.ir.boxes import Shape
 from streamconv.ir.dtypes import DType
-
-
-@dataclass(frozen=True, slots=True)
-class Loaded:
-    """What comes of loading, in the names of the tensors that were given unless said otherwise.
-
-    ``missing``: names of the state dict that nothing fills. ``unexpected``: tensors that fill nothing.
-    ``clashing``: pairs that fill one place, of which the second is lost. ``misshapen``: (state dict's
-    name, expected, found). ``failed``: (state dict's name, what transformers says).
-    """
-
-    missing: tuple[str, ...] = ()
-    unexpected: tuple[str, ...] = ()
-    clashing: tuple[tuple[str, str], ...] = ()
-    misshapen: tuple[tuple[str, Shape, Shape], ...] = ()
-    failed: tuple[tuple[str, str], ...] = ()
+from streamconv.tracing.model import Loaded
 
 
 def load(

@@ -6,13 +6,12 @@ kept each group of heads together, as Megatron does. Rotary embedding works as H
 
 from __future__ import annotations
 
-import torch
-
 from streamconv.families import ops
 from streamconv.families.blocks import L
 from streamconv.families.native.dialect import Dialect
 from streamconv.families.ops import Tensor
 from streamconv.families.rules import Dims, Family, moved, renamed, rule
+from streamconv.tracing.later import torch
 
 S = "transformer.h.{layer}."
 _KINDS = ("weight", "bias")

@@ -10,8 +10,6 @@ attention fuses one by one.
 
 from __future__ import annotations
 
-import torch
-
 from streamconv.families import ops
 from streamconv.families.blocks import L
 from streamconv.families.deepseek import KIMI
@@ -20,6 +18,7 @@ from streamconv.families.ops import Tensor
 from streamconv.families.prediction import PredictionNames
 from streamconv.families.qwen3_next import joined
 from streamconv.families.rules import Dims, Family, How, Rule, moved, renamed, rule
+from streamconv.tracing.later import torch
 
 S = "layers.{layer}."
 
