@@ -154,7 +154,9 @@ def prepared(
 
         def planned(path: Path) -> Plan:
             run.on_event(Phase("plan"))
-            return make_plan(src, job, path, asked=source.identity, max_mem_bytes=budget)
+            return make_plan(
+                src, job, path, asked=source.identity, max_mem_bytes=budget, cache=run.cache
+            )
 
         with _in_store(
             dst, source.root, source.side, source.identity, run, budget, planned
