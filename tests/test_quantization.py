@@ -325,6 +325,67 @@ def test_a_merged_model_is_quantized_as_its_base(tmp_path: Path) -> None:
     assert found["lm_head.weight"].data != was["lm_head.weight"].view(torch.uint8).numpy().tobytes()
 
 
+@pytest.fixture(params=["uint8", "bfloat16"])
+def qlora(tmp_path: Path, request: pytest.FixtureRequest) -> tuple[Path, Path]:
+    """Return a rank file of PEFT's model on a base that bitsandbytes packed, and that base."""
+    base = bf16()
+    state: State = {}
+    for name, weight in base.items():
+        module = f"base_model.model.{name.removesuffix('.weight')}"
+        if "proj" not in name:
+            state[f"{module}.weight"] = weight
+            continue
+        packed = torch.randint(0, 255, (weight.numel() // 2,), dtype=torch.uint8)
+        held = f"{module}.base_layer.weight"
+        state[held] = packed.view(getattr(torch, request.param)).reshape(-1, 1)
+        if request.param == "uint8":  # FSDP's way keeps these in the parameter, and saves none
+            state |= {
+                f"{held}.absmax": torch.zeros(8),
+                f"{held}.quant_map": torch.zeros(16),
+                f"{held}.quant_state.bitsandbytes__nf4": torch.zeros(80, dtype=torch.uint8),
+            }
+        state[f"{module}.lora_A.default.weight"] = torch.randn(2, weight.shape[1])
+        state[f"{module}.lora_B.default.weight"] = torch.randn(weight.shape[0], 2)
+    declared = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    src = checkpoint(tmp_path / "qlora", state, quantization_config=declared)
+    (src / "lora_train_meta.json").write_text('{"r": 2, "lora_alpha": 4}')
+    return src, released(tmp_path / "base", base)
+
+
+def test_the_base_of_qlora_is_named_as_what_it_is(qlora: tuple[Path, Path], tmp_path: Path) -> None:
+    error = refused(qlora[0], tmp_path / "out")
+    assert "packed by bitsandbytes, as QLoRA holds its base" in error.what
+    assert "base=DIR" in str(error.hint)
+    assert "lora='adapter'" in str(error.hint)
+
+
+def test_the_adapter_of_qlora_by_itself(qlora: tuple[Path, Path], tmp_path: Path) -> None:
+    streamconv.convert(qlora[0], tmp_path / "out", sync=False, lora="adapter")
+    held = torch.load(qlora[0] / "model_world_size_1_rank_0.pt")
+    trained = {n.replace(".default", ""): t for n, t in held.items() if "lora_" in n}
+    found = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert found.keys() == trained.keys()
+    assert all(torch.equal(found[n], trained[n]) for n in trained)
+
+
+def test_the_adapter_of_qlora_is_merged_into_the_base_as_it_was(
+    qlora: tuple[Path, Path], tmp_path: Path
+) -> None:
+    config, _ = convert(qlora[0], tmp_path / "out", base=qlora[1])
+    assert "quantization_config" not in config
+    held = torch.load(qlora[0] / "model_world_size_1_rank_0.pt")
+    found, was = (
+        load_file(folder / "model.safetensors") for folder in (tmp_path / "out", qlora[1])
+    )
+    assert found.keys() == was.keys()
+    for name, weight in was.items():
+        a, b = (
+            held.get(f"base_model.model.{name[:-7]}.lora_{part}.default.weight") for part in "AB"
+        )
+        merged = weight if a is None else (weight.float() + 2 * (b @ a)).bfloat16()
+        assert torch.allclose(found[name].float(), merged.float(), rtol=2**-7, atol=1e-4), name
+
+
 def test_a_base_that_is_not_quantized(tmp_path: Path) -> None:
     """The adapter's config is of the quantized model that it was trained on."""
     base = released(tmp_path / "base", bf16())

@@ -26,6 +26,7 @@ from streamconv.quantization.scales import HF_QUANT_CONFIG
 from streamconv.tracing.model import Model
 
 ADAPTER_FOLDER = "lora_adapter"
+_PACKED = "the base as bitsandbytes packed it: --base has it as it was"
 _BASE = "base weights (--lora merge or both gives the model)"
 
 
@@ -254,7 +255,10 @@ def plan_lora(
         adapter = adapters.with_trained(adapter, found.tensors)
     settings = adapters.settle(adapter_config.read_settings(checkpoint.root, options), adapter)
     if options.base is not None:
-        if not alone:
+        packed = [] if alone else [m for m in held if _is_packed(found.tensors[_weight_of(m)])]
+        if packed and len(packed) == len(held):
+            found = _without_packed(found)
+        elif not alone:
             raise UsageError(
                 "--base is for a checkpoint without base weights; this one has them",
                 where=str(checkpoint.root),
@@ -311,6 +315,22 @@ def _with_weights(adapter: Adapter, checkpoint: Checkpoint) -> list[str]:
 def _weight_of(module: str) -> str:
     """Return the weight that the adapter of a module, or of a part of it, belongs to."""
     return f"{adapter_names.fused(module)}.weight"
+
+
+def _is_packed(weight: GlobalTensor) -> bool:
+    """Whether bitsandbytes holds a weight: in one column, whatever shape the weight has."""
+    return len(weight.shape) == 2 and weight.shape[1] == 1
+
+
+def _without_packed(checkpoint: Checkpoint) -> Checkpoint:
+    """Return a QLoRA checkpoint without the weights that bitsandbytes packed, nor their scales."""
+    packed = {n for n, t in checkpoint.tensors.items() if n.endswith(".weight") and _is_packed(t)}
+    left = {n for n in checkpoint.tensors if f"{n.rpartition('.weight.')[0]}.weight" in packed}
+    return dataclasses.replace(
+        checkpoint,
+        tensors={n: t for n, t in checkpoint.tensors.items() if n not in packed | left},
+        skipped=(*checkpoint.skipped, *(Skipped(n, _PACKED) for n in sorted(packed | left))),
+    )
 
 
 def _without_base(checkpoint: Checkpoint, adapter: Adapter) -> Checkpoint:
