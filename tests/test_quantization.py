@@ -355,8 +355,8 @@ def qlora(tmp_path: Path, request: pytest.FixtureRequest) -> tuple[Path, Path]:
 def test_the_base_of_qlora_is_named_as_what_it_is(qlora: tuple[Path, Path], tmp_path: Path) -> None:
     error = refused(qlora[0], tmp_path / "out")
     assert "packed by bitsandbytes, as QLoRA holds its base" in error.what
-    assert "base=DIR" in str(error.hint)
-    assert "lora='adapter'" in str(error.hint)
+    assert "--base DIR" in str(error.hint)
+    assert "--lora adapter" in str(error.hint)
 
 
 def test_the_adapter_of_qlora_by_itself(qlora: tuple[Path, Path], tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Files that transformers 5 saved, so that transformers 4 (4.46 to 4.57) reads the same from them.
+"""Files that transformers 5 saved, so that transformers 4 (4.57, its last) reads the same from them.
 
 Version 5 renamed settings, and version 4 takes its defaults for what it does not find, in silence. Both
 read a file that says it under both names. What is added must not change what version 5 reads.
