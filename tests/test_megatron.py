@@ -46,6 +46,13 @@ def test_the_folders_of_nemo_rl(folder: str, shared_checkpoints: Path) -> None:
     assert find_model(root / folder).root == root / "step_10/policy/weights/iter_0000000"
 
 
+def test_the_older_layout_is_refused_by_name(tmp_path: Path) -> None:
+    (tmp_path / "metadata.json").write_text('{"sharded_backend": "zarr"}')
+    (tmp_path / "decoder.layers.mlp.linear_fc2.weight").mkdir()
+    with pytest.raises(BadInputError, match="zarr layout"):
+        find_model(tmp_path)
+
+
 def test_a_later_save_of_a_constant_structure(shared_checkpoints: Path, tmp_path: Path) -> None:
     """Its index says of every rank's plan where the files go, by a class of torch's file system."""
     root = shared_checkpoints / "megatron_cases/constant_structure"

@@ -232,6 +232,11 @@ def _what_is_here(path: Path) -> str:
     names = sorted(p.name for p in path.iterdir())
     if not names:
         return "an empty folder"
+    if torch_dist.is_zarr(path):
+        return (
+            "Megatron-Core's zarr layout (a folder a tensor), which is not read: load it in a release "
+            "before 0.16 and save it as torch_dist"
+        )
     signs = (
         ("metadata.json", "a metadata.json, but no index (.metadata) of a checkpoint beside it"),
         (

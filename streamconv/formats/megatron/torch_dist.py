@@ -62,6 +62,11 @@ def _backend(folder: Path) -> str | None:
     return backend if isinstance(backend, str) else None
 
 
+def is_zarr(path: Path) -> bool:
+    """Whether a folder is of Megatron-Core's older layout, which nothing here reads."""
+    return _backend(path) == "zarr"
+
+
 def side_dir(path: Path) -> Path | None:
     """Return the folder with config and tokenizer, where it is there."""
     return side_of(_data_folder(path) or path)
