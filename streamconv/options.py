@@ -22,6 +22,8 @@ ShortDType = Literal["bf16", "fp16", "fp32"]
 SHORT_DTYPES: dict[str, DTypeChoice] = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 ValueHead = Literal["keep", "drop"]
 Masters = Literal["yes", "no"]
+Quantization = Literal["fp8-block", "fp8-block:ue8m0", "fp8-channel"]
+QUANTIZATIONS: tuple[str, ...] = get_args(Quantization)
 LoraMode = Literal["auto", "merge", "adapter", "both"]
 
 DEFAULT_SHARD_BYTES = 5 * 10**9
@@ -83,7 +85,8 @@ class JobOptions:
     that replace config.json's, each ``KEY=VALUE``. ``strip_prefix``: what the names of the model's
     tensors begin with, where that cannot be found out. ``keep_buffers``: write what quantization-aware
     training measures beside the weights. ``dequantize``: make floats of quantized weights, bfloat16
-    where ``dtype`` does not say.
+    where ``dtype`` does not say. ``quantize``: write the weights of projections as fp8, by this rule,
+    from what the source holds; ``dtype`` is for the others.
     """
 
     layout: Layout = "hub"
@@ -101,12 +104,17 @@ class JobOptions:
     strip_prefix: str | None = None
     keep_buffers: bool = False
     dequantize: bool = False
+    quantize: Quantization | None = None
 
     def __post_init__(self) -> None:
         _check_choice("value head", self.value_head, ValueHead)
         _check_choice("masters", self.masters, Masters)
         _check_choice("layout", self.layout, Layout)
         _check_choice("dtype", self.dtype, DTypeChoice)
+        if self.quantize is not None:
+            _check_choice("--quantize", self.quantize, Quantization)
+            if self.layout != "hub":
+                raise UsageError("--quantize is for the names of the Hub", found="--layout memory")
         if self.max_shard_bytes <= 0:
             raise UsageError("the shard size must be positive")
         if self.strip_prefix is not None and not self.strip_prefix.strip("."):
@@ -182,6 +190,7 @@ class JobKeywords(TypedDict, total=False):
     strip_prefix: str | None
     keep_buffers: bool
     dequantize: bool
+    quantize: Quantization | None
 
 
 class ConvertKeywords(JobKeywords, total=False):

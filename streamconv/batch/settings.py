@@ -40,6 +40,7 @@ from streamconv.options import (
     Layout,
     LoraMode,
     Masters,
+    Quantization,
     ValueHead,
     job_options,
     parse_override,
@@ -128,6 +129,7 @@ class RunSettings(_Strict):
     strip_prefix: str | None = None
     keep_buffers: bool = False
     dequantize: bool = False
+    quantize: Quantization | None = None
     overwrite: bool = False
 
     @property

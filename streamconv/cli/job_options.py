@@ -175,6 +175,15 @@ Dequantize = Annotated[
         rich_help_panel=MODEL,
     ),
 ]
+Quantize = Annotated[
+    str | None,
+    typer.Option(
+        "--quantize",
+        metavar="RULE",
+        help="Write projections as fp8: fp8-block, fp8-block:ue8m0, fp8-channel.",
+        rich_help_panel=MODEL,
+    ),
+]
 
 _JOB: Mapping[str, tuple[Any, Any]] = {
     "max_shard_size": (MaxShard, "5GB"),
@@ -197,6 +206,7 @@ _JOB: Mapping[str, tuple[Any, Any]] = {
     "value_head": (ValueHeadOption, "keep"),
     "keep_buffers": (KeepBuffers, False),
     "dequantize": (Dequantize, False),
+    "quantize": (Quantize, None),
 }
 _PARAMETER = "job"
 JobOptions = Mapping[str, Any]

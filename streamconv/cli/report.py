@@ -40,6 +40,7 @@ def plan_report(plan: Plan, dst: Path | None, budget_bytes: int | None = None) -
     beside = beside_bytes(
         max((o.tensors for o in outputs), default=0),
         merging=head.totals.placed,
+        encoding=bool(head.totals.encoded),
     )
     # `run` has the byte path loaded when it looks at what is left for windows.
     importlib.import_module("streamconv.conversion.job")

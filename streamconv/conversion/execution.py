@@ -186,6 +186,7 @@ class Execution:
         merging = self.plan.head.totals.placed
         tensors = max((o.tensors for o in outputs), default=0)
         buffer_bytes = DIRECT_BYTES if run.direct else 0
+        encoding = budgets.encoding_bytes() if self.plan.head.totals.encoded else 0
         if isinstance(self.dst, Address):
             part = part_bytes(max((o.nbytes for o in self.plan.outputs()), default=0))
             buffer_bytes = UPLOAD_BASE_BYTES + part * (UPLOADS_AT_ONCE + 1)
@@ -195,14 +196,14 @@ class Execution:
                 merging=merging,
                 tensors=tensors,
                 most_requests=run.io_threads if run.io_threads > 1 else None,
-                buffer_bytes=buffer_bytes,
+                buffer_bytes=buffer_bytes + encoding,
             )
         window, factors = budgets.shares(
             self.budget,
             merging=merging,
             tensors=tensors,
             io_threads=run.io_threads,
-            buffer_bytes=buffer_bytes,
+            buffer_bytes=buffer_bytes + encoding,
         )
         return window, factors, None
 

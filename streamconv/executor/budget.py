@@ -11,6 +11,7 @@ import sys
 from streamconv.errors import BudgetError
 from streamconv.executor.windows import (
     CAST_THREADS,
+    ENCODE_BYTES,
     FACTOR_READ_BYTES,
     KNOWLEDGE_SHARE,
     MAX_WINDOW_BYTES,
@@ -83,15 +84,26 @@ def factor_bytes(budget_bytes: int) -> int:
     return min(max(_MIN_FACTOR_BYTES, share), _MAX_FACTOR_BYTES)
 
 
+def encoding_bytes() -> int:
+    """Return what quantizing takes: floats, those of the piece before them, a block of codes."""
+    return 2 * ENCODE_BYTES + 2 * SCRATCH_BYTES + FACTOR_READ_BYTES
+
+
 def beside_bytes(
-    tensors: int, *, merging: bool, factors: int = _MIN_FACTOR_BYTES, io_threads: int = 1
+    tensors: int,
+    *,
+    merging: bool,
+    factors: int = _MIN_FACTOR_BYTES,
+    io_threads: int = 1,
+    encoding: bool = False,
 ) -> int:
     """Return what a run needs beside windows and reads.
 
     ``tensors``: the most that an output file has; ``merging``: whether there are low-rank updates, of
-    whose factors ``factors`` bytes are held.
+    whose factors ``factors`` bytes are held; ``encoding``: whether weights are quantized.
     """
     need = max(0, tensors - _RESERVED_ENTRIES) * _ENTRY_BYTES + io_threads * _THREAD_BYTES
+    need += encoding_bytes() if encoding else 0
     if merging:
         need += factors + max(io_threads, CAST_THREADS) * SCRATCH_BYTES + FACTOR_READ_BYTES
     return need
@@ -104,14 +116,17 @@ def shares(
     tensors: int = 0,
     io_threads: int = 1,
     buffer_bytes: int = 0,
+    encoding: bool = False,
 ) -> tuple[int, int]:
     """Return how large a window may grow, and what may be held of the factors of low-rank updates.
 
-    ``merging``, ``tensors``: as for :func:`beside_bytes`. Raises :class:`BudgetError` where no window
-    fits.
+    ``merging``, ``tensors``, ``encoding``: as for :func:`beside_bytes`. Raises :class:`BudgetError`
+    where no window fits.
     """
     factors = factor_bytes(budget_bytes)
-    beside = beside_bytes(tensors, merging=merging, factors=factors, io_threads=io_threads)
+    beside = beside_bytes(
+        tensors, merging=merging, factors=factors, io_threads=io_threads, encoding=encoding
+    )
     return window_bytes(budget_bytes, buffer_bytes + beside), factors
 
 

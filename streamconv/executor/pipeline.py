@@ -28,6 +28,7 @@ from streamconv.executor.windows import (
     Ahead,
     Fill,
     Run,
+    Segment,
     Window,
     runs,
     windows,
@@ -37,6 +38,7 @@ from streamconv.ir.lowering import PlacedAt
 from streamconv.ir.planned import OutputFile, PlannedTensor
 
 if TYPE_CHECKING:
+    from streamconv.executor.encoding import Encoder
     from streamconv.executor.products import Factors
 
 # Bytes are summed, hashed and written in steps that are still in the CPU's cache from the one before.
@@ -77,6 +79,7 @@ class WindowFiller:
         io_threads: int = 1,
         factor_bytes: int = 8 << 20,
         ahead: Ahead | None = None,
+        factors: Factors | None = None,
     ) -> None:
         self._reader = reader
         self._checks = checks
@@ -92,17 +95,28 @@ class WindowFiller:
         # The calling thread is one of them.
         self._pool = ThreadPoolExecutor(most - 1, thread_name_prefix="window-filler")
         self._factor_bytes = factor_bytes
-        self._factors: Factors | None = None
+        self._factors: Factors | None = factors
         self._making = threading.Lock()
+        self._encoder: Encoder | None = None
+        self._float_filler: WindowFiller | None = None
         self._factor_filler: WindowFiller | None = None
 
     def begin(self, window: Window, buffer: memoryview) -> list[Future[None]]:
         """Begin to bring every byte of ``window`` into ``buffer``: it is there when all is done."""
-        reads = runs(window, self._run_bytes, self._reader.gap_bytes)
-        return [self._pool.submit(self._serve, read, buffer) for read in reads]
+        encoded = [s for s in window.segments if s.tensor.encode is not None]
+        reads = runs(
+            _plain(window) if encoded else window, self._run_bytes, self._reader.gap_bytes
+        )
+        begun = [self._pool.submit(self._serve, read, buffer) for read in reads]
+        return begun + [self._pool.submit(self._encode, s, buffer) for s in encoded]
 
     def fill(self, window: Window, buffer: memoryview) -> None:
         """Bring every byte of ``window`` into ``buffer``."""
+        encoded = [s for s in window.segments if s.tensor.encode is not None]
+        for segment in encoded:
+            self._encode(segment, buffer)
+        if encoded:
+            window = _plain(window)
         reads = runs(window, self._run_bytes, self._reader.gap_bytes)
         threads = self._io_threads
         if any(fill.move.ops for read in reads for fill in read.fills):
@@ -162,6 +176,23 @@ class WindowFiller:
             )
         self._factor_filler.fill(window, buffer)
 
+    def _encode(self, segment: Segment, buffer: memoryview) -> None:
+        from streamconv.executor.encoding import Encoder
+
+        tiles = self._tiles()
+        with self._making:
+            if self._encoder is None:
+                self._encoder = Encoder(self._fill_floats)
+                self._float_filler = WindowFiller(
+                    self._reader, self._checks, max_bytes=FACTOR_READ_BYTES, factors=tiles
+                )
+        self._encoder.fill(segment, buffer[segment.at : segment.at + segment.nbytes])
+
+    def _fill_floats(self, window: Window, buffer: memoryview) -> None:
+        # Called by the encoder alone, which does one thing at a time.
+        if self._float_filler is not None:
+            self._float_filler.fill(window, buffer)
+
     def _copy(self, fill: Fill, data_lo: int, data: memoryview, buffer: memoryview) -> None:
         ops = fill.move.ops
         nbytes = _plain_nbytes(fill)
@@ -216,6 +247,13 @@ class WindowFiller:
         self._pool.shutdown(wait=True, cancel_futures=True)
         if self._factor_filler is not None:
             self._factor_filler.close()
+        if self._float_filler is not None:
+            self._float_filler.close()
+
+
+def _plain(window: Window) -> Window:
+    """Return the window without what is quantized."""
+    return Window(window.nbytes, tuple(s for s in window.segments if s.tensor.encode is None))
 
 
 def _plain_nbytes(fill: Fill) -> int | None:

@@ -126,21 +126,27 @@ class Factors:
         return self._rectangle(factor, range(rows), range(lo, min(lo + step, columns)))
 
     def _rectangle(self, tensor: PlannedTensor, rows: range, columns: range) -> Array:
-        """Return some rows and columns of a matrix of float32."""
-        width = tensor.shape[1]
-        if len(columns) == width:
-            runs = [(rows.start * width, rows.stop * width)]
-        else:
-            runs = [(k * width + columns.start, k * width + columns.stop) for k in rows]
-        segments = []
-        at = 0
-        for first, end in runs:
-            segments.append(Segment(tensor, first, end, at))
-            at += (end - first) * F32.itemsize
-        buffer = memoryview(mmap.mmap(-1, max(at, 1)))
-        self._fill(Window(at, tuple(segments)), buffer)
-        array: Array = np.frombuffer(buffer[:at], dtype=np.float32)
-        return array.reshape(len(rows), len(columns))
+        return rectangle(self._fill, tensor, rows, columns)
+
+
+def rectangle(
+    fill: Callable[[Window, memoryview], None], tensor: PlannedTensor, rows: range, columns: range
+) -> Array:
+    """Return some rows and columns of a matrix of float32, which ``fill`` brings."""
+    width = tensor.shape[1]
+    if len(columns) == width:
+        runs = [(rows.start * width, rows.stop * width)]
+    else:
+        runs = [(k * width + columns.start, k * width + columns.stop) for k in rows]
+    segments = []
+    at = 0
+    for first, end in runs:
+        segments.append(Segment(tensor, first, end, at))
+        at += (end - first) * F32.itemsize
+    buffer = memoryview(mmap.mmap(-1, max(at, 1)))
+    fill(Window(at, tuple(segments)), buffer)
+    array: Array = np.frombuffer(buffer[:at], dtype=np.float32)
+    return array.reshape(len(rows), len(columns))
 
 
 def run_placed(

@@ -40,6 +40,8 @@ FACTOR_READ_BYTES = 256 << 10
 # A product is added in blocks of so many elements. Per thread: the block's sum, one product of it, and
 # the sum with the matrix, in float32.
 PRODUCT_BLOCK_ELEMENTS = 1 << 16
+# So much of a weight that is quantized is held as float32 at a time.
+ENCODE_BYTES = 4 << 20
 SCRATCH_BYTES = 4 * PRODUCT_BLOCK_ELEMENTS * 4
 
 
@@ -188,6 +190,12 @@ def _step(tensor: PlannedTensor, max_bytes: int, small_bytes: int) -> int:
     numel = tensor.nbytes // itemsize
     if numel == 0:
         return 1
+    if tensor.encode is not None:
+        # Whole bands of blocks where they fit: what is in none is read again for the next window.
+        most = min(numel, max(1, small_bytes // itemsize))
+        row = tensor.shape[-1]
+        band = row * (tensor.encode.block[0] if tensor.encode.part == "codes" else 1)
+        return most // band * band or max_bytes // band * band or _whole_rows(tensor.shape, most)
     step = max(1, small_bytes // itemsize)
     while True:
         step = _whole_rows(tensor.shape, min(step, numel))

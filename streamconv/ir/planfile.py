@@ -14,7 +14,8 @@ One line is one JSON object whose first key says what it is. The order is fixed:
       {"pattern": 7, "moves": [[…], …]}           strided copies; shared by tensors cut alike
       {"tensor": …, "at": [begin, end], "sources": [3], "pattern": 7, "last": [3]}
         (and "products": [[shape, rank, scale, left pattern, right pattern]], low-rank updates,
-        "scales": [[grid, block, pattern, outer pattern, divide]], of quantized weights)
+        "scales": [[grid, block, pattern, outer pattern, divide]], of quantized weights,
+        "encode": [rule, block, shape, part], codes or scales of floats that the moves make)
       {"tied": …, "same_as": …}                   dropped if its bytes equal those of another tensor
     {"end": digest, "lines": n}
 

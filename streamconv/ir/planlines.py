@@ -28,8 +28,9 @@ from streamconv.ir.planned import (
     Totals,
     WrittenFile,
 )
-from streamconv.ir.recipe import AddScalar, Cast, Code, Decode, Zero
+from streamconv.ir.recipe import AddScalar, Cast, Code, Decode, Encode, Zero
 from streamconv.ir.source import ShardTable, Skipped, SourceFile
+from streamconv.options import QUANTIZATIONS
 from streamconv.storage.objects import SCHEMES
 
 # Of a table of shards; a column of one value throughout is written as that value.
@@ -66,6 +67,7 @@ _TOTALS = {
     "source_dtypes": _BYTES_BY_TYPE,
     "output_dtypes": _BYTES_BY_TYPE,
     "scaled?": COUNT,
+    "encoded?": COUNT,
 }
 
 
@@ -323,7 +325,9 @@ def tensor(
     products = [_product(p, drawn, patterns) for p in data.get("products", ())]
     scales = [_scale(s, drawn, patterns) for s in data.get("scales", ())]
     moves, amount = patterns[data["pattern"]]
-    _fits(amount, drawn, dtype, numel, len(products), len(scales))
+    encode = _encode(data["encode"], dtype, shape) if "encode" in data else None
+    made, count_ = (F32, math.prod(encode.shape)) if encode else (dtype, numel)
+    _fits(amount, drawn, made, count_, len(products), len(scales))
     return PlannedTensor(
         name=name,
         dtype=dtype,
@@ -337,6 +341,7 @@ def tensor(
         products=tuple(products),
         ended=_ended(data["ended"], drawn) if "ended" in data else None,
         scales=tuple(scales),
+        encode=encode,
     )
 
 
@@ -358,6 +363,18 @@ def _product(
     _fits(patterns[left][1], drawn, F32, rows * rank)
     _fits(patterns[right][1], drawn, F32, rank * columns)
     return PlannedProduct((rows, columns), rank, scale, patterns[left][0], patterns[right][0])
+
+
+def _encode(data: Sequence[Any], dtype: DType, made: tuple[int, ...]) -> Encode:
+    rule, (high, wide), (rows, columns), part = data
+    for size in (high, wide, rows, columns):
+        count(size, "a size")
+    _need(high > 0 and wide > 0 and columns > 0, "a block of no size")
+    _need(rule in QUANTIZATIONS and part in ("codes", "scales"), f"the rule {str(rule)[:40]}")
+    encode = Encode(rule, (high, wide), (rows, columns), part)
+    _need(dtype.name == ("F8_E4M3" if part == "codes" else "F32"), f"{dtype} of {part}")
+    _need(made == (encode.shape if part == "codes" else encode.grid), f"{part} of another shape")
+    return encode
 
 
 def _scale(

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from streamconv.files.names import check_file_name, check_tensor_name
 from streamconv.ir.boxes import Shape
 from streamconv.ir.dtypes import F32, DType
 from streamconv.ir.lowering import Move
+from streamconv.ir.recipe import Encode
 from streamconv.ir.source import Record, ShardTable, Skipped, SourceFile
 
 
@@ -66,7 +67,7 @@ class PlannedTensor:
     them; where records are shared with later tensors, ``ended`` holds those that are not, as (source,
     shard). ``same_as`` names the tensor whose bytes this one repeats; such a tensor is compared and not
     written. ``products`` are what the moves' :class:`ProductAt` speak of, ``scales`` their
-    :class:`ScaledAt`.
+    :class:`ScaledAt`. With ``encode`` the moves make the floats that are quantized.
     """
 
     name: str
@@ -81,6 +82,7 @@ class PlannedTensor:
     products: tuple[PlannedProduct, ...] = ()
     ended: tuple[tuple[int, int], ...] | None = None
     scales: tuple[PlannedScale, ...] = ()
+    encode: Encode | None = None
 
     def ended_records(self) -> Iterator[tuple[PlannedSource, Record]]:
         """Yield the records that no later tensor of the plan draws from, with a source that does."""
@@ -106,6 +108,14 @@ class PlannedTensor:
         shape = (p.shape[0], p.rank) if side == "left" else (p.rank, p.shape[1])
         moves = p.left if side == "left" else p.right
         return self._beside(f"{side} factor of its update", shape, moves)
+
+    def floats(self) -> PlannedTensor:
+        """Return what is quantized, as a tensor of its own."""
+        if self.encode is None:
+            raise TypeError(f"{self.name} is not quantized")
+        shape = self.encode.shape
+        nbytes = shape[0] * shape[1] * F32.itemsize
+        return replace(self, dtype=F32, shape=shape, begin=0, end=nbytes, encode=None)
 
     def scale(self, number: int) -> PlannedTensor:
         """Return one of the scales as a tensor of its own."""
@@ -171,7 +181,7 @@ class Totals:
     """What a plan amounts to; sizes in bytes, dtypes as bytes per torch name.
 
     ``merged`` counts the tensors that an adapter is merged into, ``scaled`` those that are made of
-    quantized ones.
+    quantized ones, ``encoded`` those that are quantized.
     """
 
     tensors: int
@@ -183,6 +193,7 @@ class Totals:
     output_dtypes: dict[str, int]
     merged: int = 0
     scaled: int = 0
+    encoded: int = 0
 
     @property
     def placed(self) -> bool:

@@ -58,8 +58,9 @@ class PlanWriter:
         self._line({"streamconv_plan": SCHEMA, "root": head.root})
         self._line({"job": head.job})
         totals = asdict(head.totals)
-        if not head.totals.scaled:
-            del totals["scaled"]  # as before there were any
+        for name in ("scaled", "encoded"):
+            if not totals[name]:
+                del totals[name]  # as before there were any
         self._line({"totals": totals})
         self._line({"notices": list(head.notices)})
         self._line({"skipped": [[s.name, s.reason] for s in head.skipped]})
@@ -115,6 +116,8 @@ class PlanWriter:
                 [s.grid, s.block, self._pattern_id(s.moves), self._outer_id(s.outer), s.divide]
                 for s in tensor.scales
             ]
+        if tensor.encode is not None:
+            line["encode"] = astuple(tensor.encode)
         self._line(line)
 
     def _outer_id(self, moves: tuple[Move, ...]) -> int | None:

@@ -191,17 +191,46 @@ class Gather:
 
 
 @dataclass(frozen=True, slots=True)
+class Encode:
+    """What becomes of a matrix of float32 of ``shape``: its codes in blocks, or their scales.
+
+    ``rule`` says how: ``fp8-block``, ``fp8-block:ue8m0`` (whose scales are powers of two) or
+    ``fp8-channel``; see :mod:`streamconv.executor.encoding`.
+    """
+
+    rule: str
+    block: tuple[int, int]
+    shape: tuple[int, int]
+    part: Literal["codes", "scales"]
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Return how many blocks there are along each axis."""
+        return -(-self.shape[0] // self.block[0]), -(-self.shape[1] // self.block[1])
+
+
+@dataclass(frozen=True, slots=True)
 class Recipe:
-    """One output tensor: its name, its element type after all ops, and how to make it."""
+    """One output tensor: its name, its element type after all ops, and how to make it.
+
+    With ``encode`` the view is that of the floats which are quantized.
+    """
 
     name: str
     dtype: DType
     view: View
+    encode: Encode | None = None
+
+    @property
+    def shape(self) -> Shape:
+        """Return the shape of the output tensor."""
+        scales = self.encode is not None and self.encode.part == "scales"
+        return self.encode.grid if scales and self.encode else self.view.shape
 
     @property
     def nbytes(self) -> int:
         """Return the bytes of the output tensor."""
-        return math.prod(self.view.shape) * self.dtype.itemsize
+        return math.prod(self.shape) * self.dtype.itemsize
 
     @property
     def is_identity(self) -> bool:

@@ -18,6 +18,7 @@ from streamconv.files.durable import hash_file
 from streamconv.files.jsonfile import read_json
 from streamconv.files.names import INDEX, MANIFEST
 from streamconv.files.namesakes import refuse_overlaps
+from streamconv.ir.dtypes import F32
 from streamconv.ir.identity import JobIdentity, job_identity
 from streamconv.ir.planned import OutputFile, PlanHead, SideFile, TextFile, Totals, WrittenFile
 from streamconv.ir.planwriter import PlanWriter
@@ -40,7 +41,7 @@ from streamconv.planning.sidefiles import (
     overridden,
     read_config,
 )
-from streamconv.quantization import decoding, scales
+from streamconv.quantization import decoding, encoding, scales
 from streamconv.tracing.model import Model
 
 if TYPE_CHECKING:
@@ -187,12 +188,17 @@ def _decoded(
     checkpoint: Checkpoint, config: Mapping[str, Any] | None, job: JobOptions, notices: list[str]
 ) -> decoding.Decoded | None:
     """Return the checkpoint with floats in the place of quantized weights, where that is asked for."""
-    if not job.dequantize:
+    if not job.dequantize and job.quantize is None:
         return None
     base = read_config(job.lora.base) if job.lora.base is not None else None
     configs = [c for c in (base, config) if c is not None]
     declared = declared_dtype(config) if config else None
-    decoded = decoding.decode(checkpoint, configs, decoding.float_type(job.dtype, declared))
+    dtype = decoding.float_type(job.dtype, declared)
+    if job.quantize is not None:
+        dtype = F32  # what is quantized again is not rounded on the way
+    decoded = decoding.decode(checkpoint, configs, dtype)
+    if decoded is None and not job.dequantize:
+        return None
     if decoded is None:
         notices.append("--dequantize is without effect: no weight is quantized")
     else:
@@ -366,7 +372,15 @@ def _plan_model(
             recipes, made.tensors = lora.in_pieces(recipes, made.tensors)
         recipes = lora.merged(recipes, made.tensors, model)
     declared = declared_dtype(config) if config else None
-    recipes = checks.with_dtypes(recipes, job, model, declared, fixed=quantized)
+    encoded: frozenset[str] = frozenset()
+    if job.quantize is not None:
+        # Straight from what the source holds, whatever --dtype makes of the others.
+        encoded = encoding.chosen_weights(recipes, job.quantize, job.keep_dtype)
+        recipes = encoding.others_as(
+            decoding.float_type(job.dtype, declared), recipes, encoded, made.decoded
+        )
+    fixed = {*quantized.weights, *quantized.scales, *encoded}
+    recipes = checks.with_dtypes(recipes, job, model, declared, fixed=fixed)
     if made.decoded is not None:
         if quantized.weights:
             raise decoding.not_decoded(next(iter(quantized.weights)))
@@ -385,11 +399,16 @@ def _plan_model(
         left = {*ties.dropped, *ties.compared, *quantized.scales}
         written = [r for r in recipes if r.name not in left]
         checks.check_loads(written, model, sure=model.certain or bool(made.recipes))
+    if job.quantize is not None:
+        recipes = encoding.quantized(recipes, job.quantize, encoded)
     made.placed += placing.shard(recipes, ties, job.max_shard_bytes)
     made.skipped += [Skipped(a, f"the same storage as {k}") for a, k in ties.dropped.items()]
     made.skipped += [Skipped(a, f"tied: the same bytes as {k}") for a, k in ties.compared.items()]
     if config is not None:
         config = _quantization(made, config, quantized, job, side)
+        if job.quantize is not None:
+            config, told = encoding.described(config, recipes, job.quantize)
+            made.config_changes += tuple(told)
         text, told = corrected_config(
             config,
             dtype=checks.main_float_dtype(recipes, quantized),
@@ -616,7 +635,7 @@ def _totals(
     }
     return Totals(
         tensors=len(written),
-        parameters=sum(math.prod(p.recipe.view.shape) for p in written),
+        parameters=sum(math.prod(p.recipe.shape) for p in written),
         read_bytes=sum(tensors[f].nbytes for f in used),
         write_bytes=sum(output.nbytes for output, _ in placed),
         unverifiable_bytes=sum(unverifiable.values()),
@@ -624,4 +643,5 @@ def _totals(
         output_dtypes=checks.dtype_histogram((p.recipe.dtype, p.end - p.begin) for p in written),
         merged=sum(1 for p in written if p.recipe.view.products()),
         scaled=sum(1 for p in written if p.recipe.view.scales()),
+        encoded=sum(1 for p in written if p.recipe.encode is not None),
     )
