@@ -172,4 +172,5 @@ def _encoding() -> Array:
     code[np.isnan(magnitude)] = 127
     table = (code | (upper >> 31) << 7).astype(np.uint8)
     table.setflags(write=False)
-    return table
+    made: Array = table
+    return made

@@ -155,6 +155,9 @@ def windows(
         at = 0
         while at < numel or (numel == 0 and at == 0):
             take = min(numel - at, step, (max_bytes - size) // itemsize)
+            if tensor.encode is not None and take < numel - at and step > take:
+                # No band is begun that does not fit: both windows would read all of it.
+                take = take // _band(tensor) * _band(tensor) or (0 if segments else take)
             if take == 0 and numel:
                 yield close()
                 continue
@@ -193,8 +196,7 @@ def _step(tensor: PlannedTensor, max_bytes: int, small_bytes: int) -> int:
     if tensor.encode is not None:
         # Whole bands of blocks where they fit: what is in none is read again for the next window.
         most = min(numel, max(1, small_bytes // itemsize))
-        row = tensor.shape[-1]
-        band = row * (tensor.encode.block[0] if tensor.encode.part == "codes" else 1)
+        band = _band(tensor)
         return most // band * band or max_bytes // band * band or _whole_rows(tensor.shape, most)
     step = max(1, small_bytes // itemsize)
     while True:
@@ -206,6 +208,12 @@ def _step(tensor: PlannedTensor, max_bytes: int, small_bytes: int) -> int:
         if nbytes >= len(reads) * _GOOD_READ_BYTES:
             return step
         step *= 2
+
+
+def _band(tensor: PlannedTensor) -> int:
+    """Return the elements of a band of blocks, or of a row of scales."""
+    codes = tensor.encode is not None and tensor.encode.part == "codes"
+    return tensor.shape[-1] * (tensor.encode.block[0] if codes and tensor.encode else 1)
 
 
 def _whole_rows(shape: Shape, step: int) -> int:
