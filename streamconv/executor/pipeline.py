@@ -104,9 +104,7 @@ class WindowFiller:
     def begin(self, window: Window, buffer: memoryview) -> list[Future[None]]:
         """Begin to bring every byte of ``window`` into ``buffer``: it is there when all is done."""
         encoded = [s for s in window.segments if s.tensor.encode is not None]
-        reads = runs(
-            _plain(window) if encoded else window, self._run_bytes, self._reader.gap_bytes
-        )
+        reads = runs(_plain(window) if encoded else window, self._run_bytes, self._reader.gap_bytes)
         begun = [self._pool.submit(self._serve, read, buffer) for read in reads]
         return begun + [self._pool.submit(self._encode, s, buffer) for s in encoded]
 

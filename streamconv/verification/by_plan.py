@@ -94,9 +94,7 @@ def differing_tensors(
                 budget, merging=merging, buffer_bytes=encoding
             )
         else:
-            max_window, factors = budgets.shares(
-                budget, merging=merging, buffer_bytes=encoding
-            )
+            max_window, factors = budgets.shares(budget, merging=merging, buffer_bytes=encoding)
         filler = WindowFiller(
             reader, checks, max_bytes=max_window, factor_bytes=factors, ahead=ahead
         )
