@@ -91,7 +91,11 @@ def _check(request: dict[str, Any]) -> dict[str, Any]:
     job = JobOptions.from_json(request["job"])
     src = Path(request["src"])
     answer = _Answer()
-    wanted = list(_wanted(Plan(Path(request["plan_path"])), request["skip"]))
+    plan = Plan(Path(request["plan_path"]))
+    encoded = {t.name for _, section in plan.sections() for t in section if t.encode is not None}
+    wanted = list(_wanted(plan, request["skip"]))
+    answer.leave((w for w in wanted if w.name in encoded), "it was quantized on the way")
+    wanted = [w for w in wanted if w.name not in encoded]
     format_name = formats.find_model(src, job.model).format
     if format_name not in ("fsdp", "deepspeed"):
         return answer.leave(wanted, f"torch has no reader for {format_name}").to_json()
