@@ -25,7 +25,7 @@ from streamconv.units import format_size
 # What a Python heap may grow by between two windows: plan lines, read lists, thread stacks.
 _RESERVE_BYTES = 10 << 20
 # It is loaded by the first copy that is not small and plain.
-_NUMPY_BYTES = 14 << 20
+_NUMPY_BYTES = 12 << 20
 # What is kept of each tensor of an output file while it is written: header, digest, journal, manifest.
 # The reserve has room for so many.
 _ENTRY_BYTES = 1000
