@@ -521,7 +521,7 @@ def doctor(
     """
     from streamconv.environment.doctor import examine
 
-    return examine(_local(src), model, _local(dst))
+    return examine(None if src is None else _source(src, {}), model, _local(dst))
 
 
 def _check_forward_options(
