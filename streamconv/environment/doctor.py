@@ -144,6 +144,9 @@ def _of_store(path: Address) -> dict[str, Any]:
 
 def _large_files(path: Path, most: int = 64) -> list[Path]:
     """Return some of the largest files of a checkpoint: those whose reading takes the time."""
+    if isinstance(path, Address):
+        files = [p for p in path.rglob("*") if p.is_file()] if path.is_dir() else [path]
+        return sorted(files, key=lambda p: -p.stat().st_size)[:most]
     sizes = []
     names = (
         [path] if not path.is_dir() else [Path(at, n) for at, _, ns in os.walk(path) for n in ns]
@@ -169,7 +172,7 @@ def _filesystem_rows(systems: list[dict[str, Any]]) -> list[tuple[str, str]]:
         ]
         kind = s["type"] + (", network" if s["network"] else ", in memory" if s["memory"] else "")
         facts = [f"{kind} at {s['mount']}", f"{format_size(s['free_bytes'])} free", *speeds]
-        if "credentials" in s:
+        if s.get("credentials"):
             latency = f"{1000 * s['latency_seconds']:.0f} ms a request"
             facts = [kind, latency, *speeds, f"credentials: {s['credentials']}"]
         rows.append((f"disk of {s['role']}", ", ".join(facts)))
