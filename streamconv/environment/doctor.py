@@ -145,7 +145,7 @@ def _of_store(path: Address) -> dict[str, Any]:
 def _large_files(path: Path, most: int = 64) -> list[Path]:
     """Return some of the largest files of a checkpoint: those whose reading takes the time."""
     if isinstance(path, Address):
-        files = [p for p in path.rglob("*") if p.is_file()] if path.is_dir() else [path]
+        files: list[Path] = [p for p in path.rglob("*") if p.is_file()] if path.is_dir() else [path]
         return sorted(files, key=lambda p: -p.stat().st_size)[:most]
     sizes = []
     names = (
