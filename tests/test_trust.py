@@ -436,3 +436,21 @@ def test_side_files_of_a_plan_come_from_one_folder_under_their_own_names(tiny, t
         with pytest.raises(DamagedPlanError):
             job.run_plan(plan, tmp_path / "out", streamconv.RunOptions(sync=False))
         assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.usefixtures("planned_here")
+@pytest.mark.parametrize(
+    "name",
+    [
+        f".streamconv-{'0' * 16}.part",
+        f"plan.jsonl.{'0' * 16}.part",
+        f"journal.jsonl.{'0' * 16}.part",
+        f"model-00004-of-00004.safetensors.{'0' * 16}.part",
+        f"done/model-00004-of-00004.safetensors.json.{'0' * 16}.part",
+    ],
+)
+def test_what_a_killed_run_leaves_half_written_is_ours(name, tiny, clean, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    (stopped(tiny, out, monkeypatch) / name).write_bytes(b"half")
+    assert convert(tiny, out)[0] > 0
+    assert_is_tiny(out, clean)

@@ -25,7 +25,7 @@ from streamconv.storage.address import place
 
 _NAMED = re.compile(rb'\{"(?:side|text|output)": ?"([^"\\]{1,1024})"')
 # The number of a part is missing where an older release wrote it.
-_PART = re.compile(r"((?P<of>.+?)(\.[0-9a-f]{16})?|\.streamconv-[0-9a-f]{16})\.part")
+_PART = re.compile(r"(\.streamconv-[0-9a-f]{16}|(?P<of>.+?)(\.[0-9a-f]{16})?)\.part")
 _WEIGHTS = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 _LONGEST_NAME_LINE = 4096
 
