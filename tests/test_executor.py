@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import json
+import os
 import zlib
 from pathlib import Path
 
@@ -264,9 +265,11 @@ def test_one_flipped_bit_is_found(tmp_path: Path, where: str) -> None:
     plan = make_plan(source, [whole("w", array, F32)])
     record = source.tensors["w"].shards[1]
     path = tmp_path / "rank0.bin"
+    times = path.stat()
     data = bytearray(path.read_bytes())
     data[record.start + (100 if where == "wanted" else record.nbytes - 1)] ^= 1
     path.write_bytes(data)
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))  # a newer file would be another one
     with pytest.raises(BadInputError, match="do not match their CRC-32") as caught:
         execute(plan, tmp_path, 2048)
     assert "rank0.bin, w, record" in str(caught.value.where)

@@ -20,7 +20,7 @@ from scripts.makers.fsdp import Made
 from scripts.measured import run
 from scripts.outputs import large_checkpoint
 from streamconv.errors import BadInputError, StreamconvError, UsageError
-from streamconv.executor import pipeline
+from streamconv.executor import kernels, pipeline
 from streamconv.formats.fsdp import merge
 from streamconv.formats.safetensors_file import read_folder
 from streamconv.ir.recipe import Recipe
@@ -226,8 +226,8 @@ def broken_kernel(patch: Patch) -> None:
             wide = np.frombuffer(src[: 4 * n], np.uint32)
             np.frombuffer(dst[: 2 * n], np.uint16)[:] = (wide >> 16).astype(np.uint16)
 
-    real = pipeline.run_kernel
-    patch.setattr(pipeline, "run_kernel", kernel)
+    real = kernels.run
+    patch.setattr(kernels, "run", kernel)
 
 
 BUGS: list[tuple[Callable[[Patch], None], str, dict[str, Any], str]] = [
