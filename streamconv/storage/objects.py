@@ -57,6 +57,9 @@ _SIGNS = (
     "metadata.google.internal",
     "CredentialsError",
     "lacked the necessary privileges",
+    # Of a listing obstore tells these as it tells any other failure.
+    "403 Forbidden",
+    "401 Unauthorized",
 )
 
 FOLDER = os.stat_result((stat.S_IFDIR | _RIGHTS | 0o111, 0, 0, 1, 0, 0, 0, 0, 0, 0))
