@@ -664,7 +664,7 @@ def test_a_batch_knows_every_option_of_a_single_conversion():
     job = {own.get(f.name, f.name) for f in dataclasses.fields(JobOptions)}
     assert job <= set(RunSettings.model_fields)
     own = {"sync": "no_sync", "source_crc": "no_source_crc", "sha256": "checksum"}
-    own["max_mem_bytes"] = "max_mem"
+    own |= {"max_mem_bytes": "max_mem", "cache": "no_cache"}
     how = {own.get(f.name, f.name) for f in dataclasses.fields(RunOptions)}
     how -= {"on_event", "cancel"}  # for calls alone
     assert how <= set(RunSettings.model_fields) | set(BatchSettings.model_fields)

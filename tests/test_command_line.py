@@ -188,12 +188,12 @@ def test_a_signal_says_what_is_kept(checkpoints, tmp_path):
         "import os, signal, sys\n"
         "import streamconv.executor.writer as writer\n"
         "from streamconv import __main__ as entry\n"
-        "import streamconv.conversion.job as job\n"
-        "before = job.write_output\n"
+        "import streamconv.conversion.execution as execution\n"
+        "before = execution.write_output\n"
         "def stopping(*a, **k):\n"
         "    os.kill(os.getpid(), signal.SIGINT)\n"
         "    return before(*a, **k)\n"
-        "job.write_output = stopping\n"
+        "execution.write_output = stopping\n"
         f"sys.exit(entry._run([{str(source)!r}, {str(out)!r}]))\n"
     )
     done = subprocess.run(

@@ -257,7 +257,7 @@ def test_parts_that_were_not_trained_are_those_of_the_released_model(tmp_path: P
     megatron.save(tmp_path / "run", model.config, walk, options, whole)
     with pytest.raises(BadInputError, match="that Megatron did not train") as refused:
         streamconv.convert(tmp_path / "run", tmp_path / "out", sync=False)
-    assert "base=DIR" in str(refused.value)
+    assert "base" in str(refused.value)
     (tmp_path / "released").mkdir()
     save_file(
         {n: t + 1 if "audio_tower" not in n else t for n, t in model.state.items()},

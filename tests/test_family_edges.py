@@ -499,6 +499,7 @@ def test_memory_layout_is_refused() -> None:
 def test_names_and_model_types_are_unique() -> None:
     known = list(families())
     names = [f.name for f in known]
-    types = [t for f in known for t in f.model_types]
+    # Of gemma4 with experts and without: the config tells which.
+    types = [t for f in known if not f.name.startswith("gemma4_moe") for t in f.model_types]
     assert len(set(names)) == len(names)
     assert len(set(types)) == len(types)

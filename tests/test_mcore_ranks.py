@@ -683,8 +683,19 @@ def test_a_shared_storage_is_not_read_anew_for_each_parameter(tmp_path: Path) ->
         assert reader.read_bytes <= 2 * sum(records.values())
 
 
+# Per-rank folders of these were not tried: what has no known join there is refused.
+UNTRIED = {
+    *("deepseek_v32", "deepseek_v32_wide", "deepseek_v4", "glm_moe_dsa", "gemma4"),
+    *("qwen2_audio", "qwen3_omni", "qwen2_5_omni_thinker"),
+}
+
+
 @pytest.mark.parametrize(
-    "name", [*FAMILIES, "qwen2_5_vl kept", "qwen3_5_vl kept", "gemma3_vl kept"]
+    "name",
+    [
+        *(f for f in FAMILIES if f not in UNTRIED),
+        *(f"{f}_vl kept" for f in ("qwen2_5", "qwen3_5", "gemma3")),
+    ],
 )
 def test_every_familys_parameters_have_their_join(name: str, tmp_path: Path) -> None:
     family, _, kept = name.partition(" ")

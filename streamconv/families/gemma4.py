@@ -10,13 +10,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-
 from streamconv.families import ops
 from streamconv.families.blocks import MLP, MLP_NORM, OUT, QK_NORM, QKV, TOP, D, L
 from streamconv.families.ops import Tensor
 from streamconv.families.rules import Applies, Dims, Family, Rule, moved, renamed, replaced, rule
 from streamconv.families.vision import kept, language
+from streamconv.tracing.later import torch
 
 
 def qkv(dims: Dims, tensor: Tensor) -> tuple[Tensor | None, ...]:

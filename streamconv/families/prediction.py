@@ -160,7 +160,8 @@ def _like(
             {n: s for n, s in layer.items() if n.startswith(("mlp.", "pre_mlp_")) is mlp}
             for layer in (*reversed(ordinary), found)
         ]
-        own = parts.pop().items()
-        shared = [len(part.items() & own) for part in parts]
-        expected |= parts[shared.index(max(shared))]
+        own = parts.pop()
+        # A block of a hybrid has one of the two, as others of its kind.
+        alike = [(len(p.items() & own.items()), -len(p.keys() ^ own.keys())) for p in parts]
+        expected |= parts[alike.index(max(alike))]
     return {prefix + rest: shape for rest, shape in expected.items()}
