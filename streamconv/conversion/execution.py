@@ -1,7 +1,7 @@
 """The executing part of a conversion: everything is known, bytes move.
 
 All of it in one process (:meth:`Execution.execute`), or some of the output files in each of several
-(:meth:`Execution.write_files`) and the rest of it in the last (:meth:`Execution.complete`).
+(:meth:`Execution.write_files`) and the rest of it in the last (:meth:`Execution.publish_parts`).
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import contextlib
 import os
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -26,7 +26,7 @@ from streamconv.errors import (
     UnfitValuesError,
 )
 from streamconv.executor import budget as budgets
-from streamconv.executor.pipeline import WindowFiller, write_output
+from streamconv.executor.pipeline import FinishedFile, WindowFiller, write_output
 from streamconv.executor.reader import Source
 from streamconv.executor.records import RecordChecks, SharedRecords
 from streamconv.executor.remote import open_source
@@ -186,7 +186,7 @@ class Execution:
         merging = self.plan.head.totals.placed
         tensors = max((o.tensors for o in outputs), default=0)
         buffer_bytes = DIRECT_BYTES if run.direct else 0
-        encoding = budgets.encoding_bytes() if self.plan.head.totals.encoded else 0
+        encoding = bool(self.plan.head.totals.encoded)
         if isinstance(self.dst, Address):
             part = part_bytes(max((o.nbytes for o in self.plan.outputs()), default=0))
             buffer_bytes = UPLOAD_BASE_BYTES + part * (UPLOADS_AT_ONCE + 1)
@@ -196,14 +196,16 @@ class Execution:
                 merging=merging,
                 tensors=tensors,
                 most_requests=run.io_threads if run.io_threads > 1 else None,
-                buffer_bytes=buffer_bytes + encoding,
+                encoding=encoding,
+                buffer_bytes=buffer_bytes,
             )
         window, factors = budgets.shares(
             self.budget,
             merging=merging,
             tensors=tensors,
             io_threads=run.io_threads,
-            buffer_bytes=buffer_bytes + encoding,
+            encoding=encoding,
+            buffer_bytes=buffer_bytes,
         )
         return window, factors, None
 
@@ -256,11 +258,34 @@ class Execution:
         stream: Stream,
         progress: Progressing,
     ) -> None:
-        partial, target = self.staging.partial(output.name), self.staging.locate(output.name)
         before, read_before = progress.done, stream.reader.read_bytes
         unverifiable_before = stream.checks.unverifiable_bytes
         started = time.monotonic()
         stream.checks.begin(output.shared)
+        finished, version = self._put(
+            output, tensors, stream, lambda n: progress.add(n, output.name)
+        )
+        progress.add(output.nbytes - (progress.done - before), output.name)  # the header
+        self.staging.journal.record(
+            finished,
+            self.staging.locate(output.name),
+            stream.checks.shared() if self.run.source_crc else (),
+            read_bytes=stream.reader.read_bytes - read_before,
+            unverifiable_bytes=stream.checks.unverifiable_bytes - unverifiable_before,
+            seconds=time.monotonic() - started,
+            peak_bytes=self.meter.peak_bytes,
+            version=version,
+        )
+
+    def _put(
+        self,
+        output: OutputFile,
+        tensors: Iterable[PlannedTensor],
+        stream: Stream,
+        on_bytes: Callable[[int], None],
+    ) -> tuple[FinishedFile, str]:
+        """Make an output file appear, whole; return its digests and, in a store, its version."""
+        partial = self.staging.partial(output.name)
         try:
             finished = write_output(
                 output,
@@ -272,23 +297,14 @@ class Execution:
                 sha256=self.run.sha256,
                 direct=self.run.direct,
                 seed=self.staging.seed,
-                on_bytes=lambda n: progress.add(n, output.name),
+                on_bytes=on_bytes,
             )
-            partial.replace(target)
+            partial.replace(self.staging.locate(output.name))
         except BaseException:
             with contextlib.suppress(OSError):
                 partial.unlink()
             raise
-        progress.add(output.nbytes - (progress.done - before), output.name)  # the header
-        self.staging.journal.record(
-            finished,
-            target,
-            stream.checks.shared() if self.run.source_crc else (),
-            read_bytes=stream.reader.read_bytes - read_before,
-            unverifiable_bytes=stream.checks.unverifiable_bytes - unverifiable_before,
-            seconds=time.monotonic() - started,
-            peak_bytes=self.meter.peak_bytes,
-        )
+        return finished, ""
 
     def _complete(
         self,

@@ -9,7 +9,7 @@ is held against the source before it is taken for done.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from streamconv.errors import OutputExistsError, StreamconvError
 from streamconv.files.durable import hash_file
 from streamconv.files.names import MANIFEST
 from streamconv.ir.planfile import Plan
-from streamconv.options import Notice, Phase, RunOptions
+from streamconv.options import Notice, Phase, Result, RunOptions
 from streamconv.output.former import some
 from streamconv.output.manifest import is_ours, read_manifest
 
@@ -32,6 +32,18 @@ def finished_output(dst: Path, digest: str) -> dict[str, Any] | None:
         return None
     same = manifest["job"]["digest"] == digest
     return manifest if same and not missing_files(dst, manifest) else None
+
+
+def nothing_to_do(dst: Path, manifest: Mapping[str, Any]) -> Result:
+    """Return the result of converting into ``dst``, whose whole output ``manifest`` is of already."""
+    files = manifest["files"]
+    return Result(
+        "nothing-to-do",
+        dst,
+        write_bytes=sum(f["nbytes"] for f in files),
+        files=len(files),
+        tensors=len(manifest["tensors"]),
+    )
 
 
 def missing_files(dst: Path, manifest: dict[str, Any]) -> list[str]:

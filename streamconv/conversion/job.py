@@ -5,14 +5,14 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from streamconv.conversion.execution import Execution, choices, full_disk_told
-from streamconv.conversion.finished import missing_files, proven_output
+from streamconv.conversion.finished import missing_files, nothing_to_do, proven_output
 from streamconv.conversion.remote import (
     RemoteExecution,
     RemoteStaging,
@@ -142,6 +142,23 @@ def run_plan(plan_path: Path, dst: Path, run: RunOptions) -> Result:
         return ready.execute() if isinstance(ready, Execution) else ready
 
 
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """What is to be converted, and how its plan is made.
+
+    ``others`` are folders that the output must not swallow either. ``plan_at`` makes the plan at a
+    path, and hands a lock on to what it starts. ``planned`` is the digest of a plan that was made
+    before; where there is none, planning takes memory and time of its own.
+    """
+
+    root: Path
+    others: tuple[Path | None, ...]
+    side: tuple[SideFile, ...]
+    identity: JobIdentity
+    plan_at: Callable[[Path, int | None], Plan]
+    planned: str | None = None
+
+
 @contextmanager
 def prepared(
     src: Path, dst: Path, job: JobOptions, run: RunOptions
@@ -149,45 +166,73 @@ def prepared(
     """Lock the output, plan, and yield what remains to be executed; a result where nothing does."""
     source = identify(src, job)
     budget = budget_bytes(run)
+
+    def plan_at(path: Path, lock: int | None) -> Plan:
+        run.on_event(Phase("plan"))
+        return make_plan(
+            src,
+            job,
+            path,
+            asked=source.identity,
+            max_mem_bytes=budget,
+            lock=lock,
+            cache=run.cache,
+        )
+
+    others = (source.side_dir, job.lora.base)
+    asked = _Asked(source.root, others, source.side, source.identity, plan_at)
+    with _ready(dst, asked, run, budget) as ready:
+        yield ready
+
+
+@contextmanager
+def prepared_plan(plan_path: Path, dst: Path, run: RunOptions) -> Iterator[Execution | Result]:
+    """Do as :func:`prepared` with a plan that was made before."""
+    plan = Plan(plan_path)
+    root, side = place(plan.head.root), plan.head.side
+    first = next(iter(side), None)
+    side_dir = place(first.path.removesuffix(first.name)) if first else None
+
+    def plan_at(path: Path, _lock: int | None) -> Plan:
+        copy = _copied(plan, path)
+        copy.find_sources(root, side)
+        return copy
+
+    identity = JobIdentity.from_json(plan.head.job)
+    asked = _Asked(root, (side_dir,), side, identity, plan_at, plan.digest)
+    with _ready(dst, asked, run, budget_bytes(run)) as ready:
+        yield ready
+
+
+def _ready(
+    dst: Path, asked: _Asked, run: RunOptions, budget: int
+) -> AbstractContextManager[Execution | Result]:
     if isinstance(dst, Address):
-        refuse_overlap(dst, source.root, source.side_dir)
+        return _in_store(dst, asked, run, budget)
+    return _on_disk(output_path(dst, asked.root, *asked.others), asked, run, budget)
 
-        def planned(path: Path) -> Plan:
-            run.on_event(Phase("plan"))
-            return make_plan(
-                src, job, path, asked=source.identity, max_mem_bytes=budget, cache=run.cache
-            )
 
-        with _in_store(
-            dst, source.root, source.side, source.identity, run, budget, planned
-        ) as ready:
-            yield ready
-        return
-    dst = output_path(dst, source.root, source.side_dir, job.lora.base)
+@contextmanager
+def _on_disk(
+    dst: Path, asked: _Asked, run: RunOptions, budget: int
+) -> Iterator[Execution | Result]:
     with full_disk_told(dst), held(dst) as lock, memory.PeakMeter() as meter:
 
         def plan_at(path: Path) -> Plan:
-            run.on_event(Phase("plan"))
-            return make_plan(
-                src,
-                job,
-                path,
-                asked=source.identity,
-                max_mem_bytes=budget,
-                lock=lock,
-                cache=run.cache,
-            )
+            return asked.plan_at(path, lock)
 
-        done, old = _preflight(dst, source.identity, run, budget, plan_at)
+        done, old = _preflight(dst, asked.identity, run, budget, plan_at)
         if done:
             yield done
             return
         staging = Staging(dst, sync=run.sync)
-        plan = staged_plan(staging, source.root, source.identity, run)
+        plan = staged_plan(staging, asked.root, asked.identity, run, asked.planned)
         if plan is not None:
-            plan.find_sources(source.root, source.side)
+            plan.find_sources(asked.root, asked.side)
+        elif asked.planned is not None:
+            plan = _begun(staging, plan_at, run)
         else:
-            _refuse_full_disk(dst, source)
+            _refuse_full_disk(dst, asked.side)
             plan = _begun(staging, plan_at, run)
             if meter.peak_bytes > budget:
                 plan.close()
@@ -201,12 +246,12 @@ def prepared(
         yield Execution(plan, dst, run, budget, staging, meter, old)
 
 
-def _refuse_full_disk(dst: Path, source: IdentifiedJob) -> None:
+def _refuse_full_disk(dst: Path, sides: Iterable[SideFile]) -> None:
     """Raise :class:`NoSpaceError` before planning where not even what is copied has room.
 
     What the weights need, the plan says.
     """
-    needed = sum(side.nbytes for side in source.side) + _LEAST_BYTES
+    needed = sum(side.nbytes for side in sides) + _LEAST_BYTES
     above = next(p for p in (dst, *dst.parents) if p.exists())
     room = shutil.disk_usage(above).free
     if room < needed:
@@ -219,75 +264,27 @@ def _refuse_full_disk(dst: Path, source: IdentifiedJob) -> None:
 
 
 @contextmanager
-def prepared_plan(plan_path: Path, dst: Path, run: RunOptions) -> Iterator[Execution | Result]:
-    """Do as :func:`prepared` with a plan that was made before."""
-    plan = Plan(plan_path)
-    budget = budget_bytes(run)
-    first = next(iter(plan.head.side), None)
-    side_dir = place(first.path.removesuffix(first.name)) if first else None
-    if isinstance(dst, Address):
-        source_root, beside = place(plan.head.root), plan.head.side
-        refuse_overlap(dst, source_root, side_dir)
-
-        def copied(path: Path) -> Plan:
-            copy = _copied(plan, path)
-            copy.find_sources(source_root, beside)
-            return copy
-
-        identity = JobIdentity.from_json(plan.head.job)
-        with _in_store(
-            dst, source_root, beside, identity, run, budget, copied, plan.digest
-        ) as ready:
-            yield ready
-        return
-    dst = output_path(dst, place(plan.head.root), side_dir)
-    with full_disk_told(dst), held(dst), memory.PeakMeter() as meter:
-        job = JobIdentity.from_json(plan.head.job)
-        root, side = place(plan.head.root), plan.head.side
-
-        def plan_at(path: Path) -> Plan:
-            copy = _copied(plan, path)
-            copy.find_sources(root, side)
-            return copy
-
-        done, old = _preflight(dst, job, run, budget, plan_at)
-        if done:
-            yield done
-            return
-        staging = Staging(dst, sync=run.sync)
-        staged = staged_plan(staging, root, job, run, plan.digest)
-        if staged is None:
-            staged = _begun(staging, plan_at, run)
-        else:
-            staged.find_sources(root, side)
-        yield Execution(staged, dst, run, budget, staging, meter, old)
-
-
-@contextmanager
 def _in_store(
-    dst: Address,
-    root: Path,
-    side: tuple[SideFile, ...],
-    job: JobIdentity,
-    run: RunOptions,
-    budget: int,
-    plan_at: Callable[[Path], Plan],
-    plan_digest: str | None = None,
+    dst: Address, asked: _Asked, run: RunOptions, budget: int
 ) -> Iterator[Execution | Result]:
-    """Do what remains of :func:`prepared` where the output goes to a store."""
+    refuse_overlap(dst, asked.root, *asked.others)
+
+    def plan_at(path: Path) -> Plan:
+        return asked.plan_at(path, None)
+
     with locked_target(dst) as lease, memory.PeakMeter() as meter, scratch_folder() as scratch:
-        done = proven_output(dst, job.digest, run, budget, plan_at)
+        done = proven_output(dst, asked.identity.digest, run, budget, plan_at)
         staging = RemoteStaging(dst, scratch, lease)
         if done is not None:
             staging.discard()
-            yield _nothing_to_do(dst, done)
+            yield nothing_to_do(dst, done)
             return
-        plan = staged(staging, root, job, run, plan_digest)
+        plan = staged(staging, asked.root, asked.identity, run, asked.planned)
         if plan is not None:
-            plan.find_sources(root, side)
+            plan.find_sources(asked.root, asked.side)
             old: tuple[OldFile, ...] = ()
         else:
-            old = refuse_others(dst, job, overwrite=run.overwrite)
+            old = refuse_others(dst, asked.identity, overwrite=run.overwrite)
             plan = plan_at(staging.plan_path)
             staging.seal(plan, choices(run))
         execution = RemoteExecution(plan, dst, run, budget, staging, meter, old)
@@ -354,17 +351,6 @@ def output_path(dst: Path, source: Path, *others: Path | None) -> Path:
     return real_path(dst)
 
 
-def _nothing_to_do(dst: Path, done: Mapping[str, Any]) -> Result:
-    files = done["files"]
-    return Result(
-        "nothing-to-do",
-        dst,
-        write_bytes=sum(f["nbytes"] for f in files),
-        files=len(files),
-        tensors=len(done["tensors"]),
-    )
-
-
 def _preflight(
     dst: Path,
     job: JobIdentity,
@@ -378,7 +364,7 @@ def _preflight(
     done = proven_output(dst, digest, run, budget, plan_at)
     if done is not None:
         discard_leftover(dst, digest)
-        return _nothing_to_do(dst, done), ()
+        return nothing_to_do(dst, done), ()
     old = refuse_others(dst, job, overwrite=run.overwrite)
     _refuse_unwritable(dst)
     return None, old

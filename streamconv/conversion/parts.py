@@ -18,7 +18,7 @@ from typing import Any, Literal
 import xxhash
 
 from streamconv.conversion.execution import Execution, choices, full_disk_told
-from streamconv.conversion.finished import missing_files
+from streamconv.conversion.finished import missing_files, nothing_to_do
 from streamconv.conversion.job import budget_bytes, held, prepared, prepared_plan, refuse_others
 from streamconv.errors import BadInputError, OutputExistsError, UnfinishedError, UsageError
 from streamconv.files.filesystems import real_path
@@ -191,7 +191,8 @@ def write_part(dst: Path, which: Share | Collection[str], run: RunOptions) -> Pa
         staging = Staging(dst, sync=True)
         plan = staging.sealed_plan()
         if plan is None:
-            return _without_plan(staging, dst)
+            _without_plan(staging, dst)
+            return Part("published", dst)
         own = replace(run, **asdict(staging.journal.choices))
         execution = Execution(plan, dst, own, budget_bytes(own), staging, meter)
         try:
@@ -203,7 +204,7 @@ def write_part(dst: Path, which: Share | Collection[str], run: RunOptions) -> Pa
             read_bytes = execution.write_files(todo)
         except FileNotFoundError as error:
             # A part that came late, or twice: whoever finished it has removed what it worked in.
-            if _published(dst) and not staging.root.exists():
+            if _published(dst) is not None and not staging.root.exists():
                 return Part("published", dst)
             raise BadInputError(
                 "what this part was writing is gone: another command works on this output",
@@ -233,8 +234,7 @@ def finish(dst: Path, run: RunOptions) -> Result:
         staging = Staging(dst, sync=True)
         plan = staging.sealed_plan()
         if plan is None:
-            _without_plan(staging, dst)
-            return _nothing_to_do(dst)
+            return nothing_to_do(dst, _without_plan(staging, dst))
         own = replace(run, **asdict(staging.journal.choices))
         outputs = plan.outputs()
         missing = [o for o in outputs if not _is_finished(staging, o.name)]
@@ -270,16 +270,18 @@ def _is_finished(staging: Staging, name: str) -> bool:
     return name in journal.notes and journal.looks_finished(name, staging.locate(name))
 
 
-def _published(dst: Path) -> bool:
+def _published(dst: Path) -> dict[str, Any] | None:
+    """Return the manifest of the whole output that is in its place; None without one."""
     manifest = read_manifest(dst, entries=False) if dst.is_dir() else None
-    return manifest is not None and not missing_files(dst, manifest)
+    return manifest if manifest is not None and not missing_files(dst, manifest) else None
 
 
-def _without_plan(staging: Staging, dst: Path) -> Part:
-    """Return that the output is there; raise where it was never begun, or not by this user."""
+def _without_plan(staging: Staging, dst: Path) -> dict[str, Any]:
+    """Return the manifest of what is published; raise where nothing was begun, or not by this user."""
     if not os.path.lexists(staging.root):
-        if _published(dst):
-            return Part("published", dst)
+        published = _published(dst)
+        if published is not None:
+            return published
         raise BadInputError(
             "no conversion into this folder has been begun",
             where=str(dst),
@@ -291,16 +293,4 @@ def _without_plan(staging: Staging, dst: Path) -> Part:
         hint="all parts need the same version and the same key: let the machines share "
         f"{state_folder() or 'the state folder'} (XDG_STATE_HOME says where it is), or give them the "
         "same STREAMCONV_KEY",
-    )
-
-
-def _nothing_to_do(dst: Path) -> Result:
-    manifest = read_manifest(dst, entries=False)
-    files = manifest["files"] if manifest is not None else []
-    return Result(
-        "nothing-to-do",
-        dst,
-        write_bytes=sum(f["nbytes"] for f in files),
-        files=len(files),
-        tensors=len(manifest["tensors"]) if manifest is not None else 0,
     )

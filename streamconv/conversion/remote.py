@@ -20,27 +20,23 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from streamconv.conversion.execution import Execution, Progressing, Stream
-from streamconv.errors import (
-    OutputExistsError,
-    StreamconvError,
-    UsageError,
-)
-from streamconv.executor.pipeline import write_output
+from streamconv.errors import OutputExistsError, StreamconvError, UsageError
+from streamconv.executor.pipeline import FinishedFile, write_output
 from streamconv.files.names import MANIFEST
 from streamconv.ir.identity import JobIdentity
 from streamconv.ir.planfile import Plan
 from streamconv.ir.planned import OutputFile, PlannedTensor
 from streamconv.options import RunOptions
 from streamconv.output.journal import DONE, JOURNAL, Choices
+from streamconv.output.publication import CONFIGS
 from streamconv.output.staging import PLAN, Staging
-from streamconv.output.unfinished import superseded
+from streamconv.output.unfinished import goes_on
 from streamconv.storage.address import Address
 from streamconv.storage.lease import Lease, held
 from streamconv.storage.objects import forget
@@ -50,7 +46,6 @@ _LOCK = "lock"
 _OLD = "old"
 # Larger files beside the weights are uploaded in parts.
 _SMALL_BYTES = 8 << 20
-_CONFIGS = frozenset({"config.json", "adapter_config.json"})
 
 
 class RemoteStaging(Staging):
@@ -189,14 +184,8 @@ def staged(
         staging.discard()
         staging.clear_scratch()
         return None
-    if plan.head.job["digest"] == job.digest and plan_digest in (None, plan.digest):
+    if goes_on(plan, root, job, run, plan_digest, where=staging.work):
         return plan
-    if not run.overwrite and not superseded(plan, root, job):
-        raise OutputExistsError(
-            "an unfinished run of another job is staged for this output",
-            where=str(staging.work),
-            hint="finish it with its own command, or start afresh with --overwrite",
-        )
     plan.close()
     staging.discard()
     staging.clear_scratch()
@@ -222,7 +211,7 @@ class RemoteExecution(Execution):
             # No loader shall start with the one's index and the other's weights.
             bucket, key = staging.address.bucket, staging.address.key
             first = [MANIFEST, *(o.name for o in self.old if o.name.endswith(".index.json"))]
-            first += [o.name for o in self.old if o.name in _CONFIGS]
+            first += [o.name for o in self.old if o.name in CONFIGS]
             rest = [o.name for o in self.old if o.name not in first]
             bucket.delete(f"{key}/{name}" for name in (*first, *rest))
             self.old = ()
@@ -262,12 +251,19 @@ class RemoteExecution(Execution):
         stream: Stream,
         progress: Progressing,
     ) -> None:
+        super()._write(output, tensors, stream, progress)
+        staging = self.store()
+        staging.keep(staging.journal.note_path(output.name))
+
+    def _put(
+        self,
+        output: OutputFile,
+        tensors: Iterable[PlannedTensor],
+        stream: Stream,
+        on_bytes: Callable[[int], None],
+    ) -> tuple[FinishedFile, str]:
         staging = self.store()
         target = staging.address / output.name
-        before, read_before = progress.done, stream.reader.read_bytes
-        unverifiable_before = stream.checks.unverifiable_bytes
-        started = time.monotonic()
-        stream.checks.begin(output.shared)
         staging.lease.check()
         finished = write_output(
             output,
@@ -278,7 +274,7 @@ class RemoteExecution(Execution):
             sync=False,
             sha256=self.run.sha256,
             seed=staging.seed,
-            on_bytes=lambda n: progress.add(n, output.name),
+            on_bytes=on_bytes,
             before_end=staging.lease.check,
         )
         found = target.bucket.look(target.key)
@@ -289,24 +285,13 @@ class RemoteExecution(Execution):
                 expected=f"{output.nbytes} bytes",
                 found=f"{found.nbytes} bytes",
             )
-        progress.add(output.nbytes - (progress.done - before), output.name)  # the header
-        staging.journal.record(
-            finished,
-            target,
-            stream.checks.shared() if self.run.source_crc else (),
-            read_bytes=stream.reader.read_bytes - read_before,
-            unverifiable_bytes=stream.checks.unverifiable_bytes - unverifiable_before,
-            seconds=time.monotonic() - started,
-            peak_bytes=self.meter.peak_bytes,
-            version=found.version,
-        )
-        staging.keep(staging.journal.note_path(output.name))
+        return finished, found.version
 
     def _publish(self, outputs: list[OutputFile]) -> Path | None:
         """Upload what lies beside the weights; the index comes last but one, then the manifest."""
         staging = self.store()
         names = [p.relative_to(staging.files).as_posix() for p in _files(staging.files)]
-        names.sort(key=lambda n: (n == MANIFEST, n.endswith(".index.json"), n in _CONFIGS, n))
+        names.sort(key=lambda n: (n == MANIFEST, n.endswith(".index.json"), n in CONFIGS, n))
         strange = {
             n
             for n in staging.address.bucket.below(staging.address.key)

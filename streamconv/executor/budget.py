@@ -136,6 +136,7 @@ def remote_shares(
     merging: bool,
     tensors: int = 0,
     most_requests: int | None = None,
+    encoding: bool = False,
     buffer_bytes: int = 0,
 ) -> tuple[int, int, Ahead]:
     """Return the same where the source is in a store, and how it is read.
@@ -146,7 +147,8 @@ def remote_shares(
     nothing fits.
     """
     factors = factor_bytes(budget_bytes)
-    beside = beside_bytes(tensors, merging=merging, factors=factors) + _CLIENT_BYTES
+    beside = beside_bytes(tensors, merging=merging, factors=factors, encoding=encoding)
+    beside += _CLIENT_BYTES
     free = budget_bytes - resident_bytes() - _RESERVE_BYTES - buffer_bytes - beside
     least = 2 * (MIN_REQUEST_BYTES + _ANSWER_BYTES) * 2
     if free < least:

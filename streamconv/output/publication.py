@@ -35,7 +35,7 @@ _RENAME_EXCHANGE = 2
 # No such call, not on this file system, not across its layers, a mount point.
 _CANNOT_SWAP = (errno.EINVAL, errno.ENOSYS, errno.EXDEV, errno.EBUSY, errno.EOPNOTSUPP, errno.EPERM)
 # Without these no loader starts, whatever else is there.
-_CONFIGS = frozenset({"config.json", "adapter_config.json"})
+CONFIGS = frozenset({"config.json", "adapter_config.json"})
 _COPY_BYTES = 1 << 20
 _LONGEST_RECORD = 64 << 20
 
@@ -172,7 +172,7 @@ class Publication:
             # Before the first of the new files comes: none of these must be taken for an old one.
             self._synced(self.target)
             self._write_down(swap=False, manifest=manifest, old=())
-        names = sorted(_names(self._files), key=lambda n: (n == self.last, n in _CONFIGS, n))
+        names = sorted(_names(self._files), key=lambda n: (n == self.last, n in CONFIGS, n))
         in_the_way = [n for n in names if self._is_in_the_way(n)]
         if in_the_way:
             raise OutputExistsError(
@@ -258,7 +258,7 @@ def _names(folder: Path) -> Iterator[str]:
 def _remove(folder: Path, old: Iterable[OldFile]) -> None:
     """Remove the files of a former output that are as they were, and the folders that they leave."""
     parents: set[PurePosixPath] = set()
-    for file in sorted(old, key=lambda o: o.name not in _CONFIGS):
+    for file in sorted(old, key=lambda o: o.name not in CONFIGS):
         if file.is_at(folder):
             (folder / file.name).unlink()
         parents.update(PurePosixPath(file.name).parents)

@@ -62,20 +62,39 @@ def staged_plan(
         _clear_away(staging, run)
         return None
     _refuse_strangers(staging, _names_of(plan))
-    if plan.head.job["digest"] == job.digest and plan_digest in (None, plan.digest):
+    if goes_on(plan, root, job, run, plan_digest, where=staging.root):
         return plan
-    if not run.overwrite and not superseded(plan, root, job):
-        raise OutputExistsError(
-            "an unfinished run of another job is staged for this output",
-            where=str(staging.root),
-            hint="finish it with its own command, or start afresh with --overwrite",
-        )
     plan.close()
     staging.discard()
     return None
 
 
-def superseded(staged: Plan, root: Path, job: JobIdentity) -> bool:
+def goes_on(
+    plan: Plan,
+    root: Path,
+    job: JobIdentity,
+    run: RunOptions,
+    plan_digest: str | None,
+    *,
+    where: Path,
+) -> bool:
+    """Whether the plan that is staged ``where`` is that of this run; False where it may be thrown away.
+
+    Raises :class:`OutputExistsError` for another job's, which must not. The others are those of
+    :func:`staged_plan`.
+    """
+    if plan.head.job["digest"] == job.digest and plan_digest in (None, plan.digest):
+        return True
+    if run.overwrite or _superseded(plan, root, job):
+        return False
+    raise OutputExistsError(
+        "an unfinished run of another job is staged for this output",
+        where=str(where),
+        hint="finish it with its own command, or start afresh with --overwrite",
+    )
+
+
+def _superseded(staged: Plan, root: Path, job: JobIdentity) -> bool:
     """Whether a staged plan is of what was asked for again, but its source was rewritten since.
 
     Or it is gone. Nobody can go on with such a plan, not even its own command.
