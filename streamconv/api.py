@@ -14,6 +14,7 @@ import tempfile
 import weakref
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Unpack
@@ -85,35 +86,32 @@ def convert(
     if nodes is not None:
         return _convert_on(nodes, src, dst, options, run, report)
     with _reading(src, job, dst):
-        if report is None:
-            return run_job(src, dst, options, run)
-        from streamconv.report.conversion import convert_reported
+        page = None if report is None else _own_file(report, askedfile.PAGE, src, dst, options)
+        return _reported(page, lambda how: run_job(src, dst, options, how), run)
 
-        page = _own_file(report, askedfile.PAGE, src, dst, options)
-        return convert_reported(page, lambda watched: run_job(src, dst, options, watched), run)
+
+def _reported(page: Path | None, work: Callable[[RunOptions], Result], run: RunOptions) -> Result:
+    """Do ``work`` with the options ``run``, and write a page about it where one was asked for."""
+    if page is None:
+        return work(run)
+    from streamconv.report.conversion import convert_reported
+
+    return convert_reported(page, work, run)
 
 
 def _convert_on(
     nodes: str, src: Path, dst: Path, job: JobOptions, run: RunOptions, report: Path | None
 ) -> Result:
     from streamconv.nodes import ray_engine
-    from streamconv.nodes.tasks import Request
+    from streamconv.nodes.tasks import DEFAULT_BUDGET_BYTES, Request
 
     if report is not None:
         raise UsageError("--report is for a conversion on one machine, without --nodes")
-    request = Request(
-        str(src.absolute()),
-        str(dst.absolute()),
-        job.to_json(),
-        run.max_mem_bytes or ray_engine.DEFAULT_BUDGET_BYTES,
-        overwrite=run.overwrite,
-        sync=run.sync,
-        direct=run.direct,
-        source_crc=run.source_crc,
-        sha256=run.sha256,
-        io_threads=run.io_threads,
+    budget = run.max_mem_bytes or DEFAULT_BUDGET_BYTES
+    sent = replace(run, max_mem_bytes=budget, on_event=ignore_event, cancel=None)
+    return ray_engine.convert(
+        nodes, Request(src.absolute(), dst.absolute(), job, sent), run.on_event
     )
-    return ray_engine.convert(nodes, request, run.on_event)
 
 
 def begin(
@@ -309,12 +307,9 @@ def run(
         max_mem, overwrite, sync, direct, source_crc, checksum, io_threads, on_event, cancel
     )
     with reading(plan, but=dst):
-        if page is None:
-            return run_plan(plan, dst, how)
-        from streamconv.report.conversion import convert_reported
-
-        page = _own_file(page, askedfile.PAGE, plan, dst, JobOptions())
-        return convert_reported(page, lambda watched: run_plan(plan, dst, watched), how)
+        if page is not None:
+            page = _own_file(page, askedfile.PAGE, plan, dst, JobOptions())
+        return _reported(page, lambda watched: run_plan(plan, dst, watched), how)
 
 
 def upload(

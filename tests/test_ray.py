@@ -108,8 +108,8 @@ def _as_it_is(described: dict[str, Any]) -> Any:
 
 
 def _request(src: Path, out: Path, budget: int = MEMORY) -> tasks.Request:
-    job = streamconv.options.job_options(max_shard_size=SHARD).to_json()
-    return tasks.Request(str(src), str(out), job, budget, sync=False)
+    job = streamconv.options.job_options(max_shard_size=SHARD)
+    return tasks.Request(src, out, job, streamconv.RunOptions(max_mem_bytes=budget, sync=False))
 
 
 def test_a_killed_worker_and_a_killed_node_cost_time(cluster, checkpoints, whole, tmp_path):

@@ -20,7 +20,6 @@ from streamconv.nodes import tasks
 from streamconv.options import Event, Phase, Progress, Result
 from streamconv.units import format_size
 
-DEFAULT_BUDGET_BYTES = 10**9
 _ADDRESS = "ray://"
 _CLIENT_PORT = 10001
 _LOOK_EVERY_SECONDS = 0.3
@@ -142,7 +141,7 @@ def _checked(ray: Any, request: tasks.Request) -> tasks.Request:
     if keys == {here["key"]}:
         return request
     # Of this output alone: who has it can finish, or forge, this conversion and no other.
-    return request.with_key(Sealer(user_key(), "nodes", request.dst).derived())
+    return request.with_key(Sealer(user_key(), "nodes", str(request.dst)).derived())
 
 
 def _write_all(

@@ -26,6 +26,7 @@ from streamconv.system.signals import how_it_ended
 
 # An idle worker of Ray has 80 to 90 MB, and 105 while it converts.
 CHILD_BELOW_BYTES = 150 * 10**6
+DEFAULT_BUDGET_BYTES = 10**9
 _TAIL_CHARACTERS = 2000
 
 # Called with an output file and how many of its bytes are done.
@@ -34,34 +35,22 @@ Told = Callable[[str, int], None]
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A conversion that an engine runs: source, output, options, and the budget of each worker.
+    """A conversion that an engine runs: what, how, and by which key what is staged is sealed.
 
-    ``key`` seals what is staged, where the machines do not have the user's own; in hexadecimal.
+    ``run`` is each worker's; it must be such as can be sent, with nobody who listens. ``key`` is for
+    machines that do not have the user's own, in hexadecimal.
     """
 
-    src: str
-    dst: str
-    job: dict[str, Any]
-    budget_bytes: int
-    overwrite: bool = False
-    sync: bool = True
-    direct: bool = False
-    source_crc: bool = True
-    sha256: bool = False
-    io_threads: int = 1
+    src: Path
+    dst: Path
+    job: JobOptions
+    run: RunOptions
     key: str | None = None
 
-    def run_options(self) -> RunOptions:
-        """Return how a worker runs its part."""
-        return RunOptions(
-            max_mem_bytes=self.budget_bytes,
-            overwrite=self.overwrite,
-            sync=self.sync,
-            direct=self.direct,
-            source_crc=self.source_crc,
-            sha256=self.sha256,
-            io_threads=self.io_threads,
-        )
+    @property
+    def budget_bytes(self) -> int:
+        """Return the budget of each worker."""
+        return self.run.max_mem_bytes or DEFAULT_BUDGET_BYTES
 
     def with_key(self, key: bytes) -> Request:
         """Return the same request with a key for its seals."""
@@ -115,8 +104,7 @@ def _answer(request: Request, work: Callable[[], dict[str, Any]]) -> dict[str, A
 def _begin(request: Request) -> dict[str, Any]:
     from streamconv.conversion.parts import begin as begin_parts
 
-    job = JobOptions.from_json(request.job)
-    return begin_parts(Path(request.src), Path(request.dst), job, request.run_options()).to_json()
+    return begin_parts(request.src, request.dst, request.job, request.run).to_json()
 
 
 def _write(request: Request, name: str, told: Told) -> dict[str, Any]:
@@ -126,14 +114,14 @@ def _write(request: Request, name: str, told: Told) -> dict[str, Any]:
         if isinstance(event, Progress):
             told(name, event.done_bytes)
 
-    run = replace(request.run_options(), on_event=heed)
-    return write_part(Path(request.dst), [name], run).to_json()
+    return write_part(request.dst, [name], replace(request.run, on_event=heed)).to_json()
 
 
 def _write_in_child(request: Request, name: str, told: Told) -> dict[str, Any]:
-    command = [sys.executable, "-m", "streamconv", "part", request.dst, "--file", name, "--json"]
-    command += ["--max-mem", str(request.budget_bytes), "--io-threads", str(request.io_threads)]
-    command += ["--direct"] if request.direct else []
+    command = [sys.executable, "-m", "streamconv", "part", str(request.dst)]
+    command += ["--file", name, "--json", "--max-mem", str(request.budget_bytes)]
+    command += ["--io-threads", str(request.run.io_threads)]
+    command += ["--direct"] if request.run.direct else []
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     last: Mapping[str, Any] = {}
     with process:
@@ -160,5 +148,5 @@ def _write_in_child(request: Request, name: str, told: Told) -> dict[str, Any]:
 def _finish(request: Request) -> dict[str, Any]:
     from streamconv.conversion.parts import finish as finish_parts
 
-    result = finish_parts(Path(request.dst), request.run_options())
+    result = finish_parts(request.dst, request.run)
     return {**asdict(result), "output": str(result.output)}
