@@ -102,19 +102,18 @@ class Encoder:
 
 def _scales(values: Array, encode: Encode, what: str) -> Array:
     high, wide = encode.block
-    largest = np.maximum(values.max(axis=1, initial=0), -values.min(axis=1, initial=0))
-    if not np.isfinite(largest).all():
-        raise UnfitValuesError(
-            "a weight that is to be quantized holds NaN or an infinity",
-            where=what,
-            hint="training diverged; --keep-dtype leaves a tensor as it is",
-        )
     by_column = np.arange(0, values.shape[1], wide)
     amax = np.empty((-(-values.shape[0] // high), len(by_column)), np.float32)
     for k in range(len(amax)):
         band = values[k * high : (k + 1) * high]
         tops = np.maximum(band.max(axis=0), -band.min(axis=0))
         amax[k] = np.maximum.reduceat(tops, by_column)
+    if not np.isfinite(amax).all():
+        raise UnfitValuesError(
+            "a weight that is to be quantized holds NaN or an infinity",
+            where=what,
+            hint="training diverged; --keep-dtype leaves a tensor as it is",
+        )
     scales = np.maximum(amax / _LARGEST, _LEAST_SCALE)
     if encode.rule.endswith("ue8m0"):
         bits = scales.view(np.uint32)

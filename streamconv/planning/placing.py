@@ -27,6 +27,9 @@ from streamconv.ir.source import GlobalTensor, ShardLayout
 from streamconv.planning.checks import Ties
 from streamconv.units import format_size
 
+# Of each tensor the records, as (file, start), that hold more than a shard of it, and which shard.
+_InPart = Mapping[str, Sequence[tuple[tuple[int, int], int]]]
+
 
 @dataclass(frozen=True, slots=True)
 class Placed:
@@ -228,8 +231,9 @@ def write_sections(
     in_order = [p for _, group in placed for p in group]
     last_user = {fqn: id(p) for p in in_order for fqn in p.recipe.view.sources()}
     lowerer = Lowerer(tensors)
-    shared = SharedRecords(in_order, tensors)
-    between = _between_files([group for _, group in placed], tensors)
+    in_part = {fqn: list(_records_in_part(tensors[fqn])) for fqn in last_user}
+    shared = SharedRecords(in_order, tensors, in_part)
+    between = _between_files([group for _, group in placed], tensors, in_part)
     for (output, group), records in zip(placed, between, strict=True):
         writer.output(replace(output, shared=records))
         for p in group:
@@ -238,15 +242,14 @@ def write_sections(
 
 
 def _between_files(
-    groups: Sequence[Sequence[Placed]], tensors: Mapping[str, GlobalTensor]
+    groups: Sequence[Sequence[Placed]], tensors: Mapping[str, GlobalTensor], in_part: _InPart
 ) -> Iterator[tuple[tuple[int, int], ...]]:
     """Yield of each output file the records, as (file, start), that others draw from, too."""
     drawn = [{f for p in group for f in p.recipe.view.sources()} for group in groups]
     files = Counter(f for fqns in drawn for f in fqns)
-    in_part = {f: [key for key, _ in _records_in_part(tensors[f])] for f in files}
-    records = Counter(key for fqns in drawn for key in {k for f in fqns for k in in_part[f]})
+    records = Counter(key for fqns in drawn for key in {k for f in fqns for k, _ in in_part[f]})
     for fqns in drawn:
-        shared = {key for f in fqns for key in in_part[f] if records[key] > 1}
+        shared = {key for f in fqns for key, _ in in_part[f] if records[key] > 1}
         for shards in (tensors[f].shards for f in fqns if files[f] > 1):
             shared.update(zip(shards.files, shards.starts, strict=True))
         yield tuple(sorted(shared))
@@ -259,14 +262,16 @@ class SharedRecords:
     all of it, whoever would complete it with the first of them read it twice.
     """
 
-    def __init__(self, in_order: Sequence[Placed], tensors: Mapping[str, GlobalTensor]) -> None:
+    def __init__(
+        self, in_order: Sequence[Placed], tensors: Mapping[str, GlobalTensor], in_part: _InPart
+    ) -> None:
         self._tensors = tensors
         self._last: dict[tuple[int, int], tuple[int, str, int]] = {}
         owners: dict[tuple[int, int], str] = {}
         self._shared: set[tuple[int, int]] = set()
         for p in in_order:
             for fqn in p.recipe.view.sources():
-                for key, j in _records_in_part(tensors[fqn]):
+                for key, j in in_part[fqn]:
                     self._last[key] = (id(p), fqn, j)
                     if owners.setdefault(key, fqn) != fqn:
                         self._shared.add(key)
