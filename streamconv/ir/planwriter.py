@@ -14,7 +14,8 @@ from streamconv.ir.identity import SCHEMA
 from streamconv.ir.lowering import Move, MoveOp, ProductAt, ScaledAt
 from streamconv.ir.planlines import COLUMNS
 from streamconv.ir.planned import OutputFile, PlanHead, PlannedSource, PlannedTensor, TextFile
-from streamconv.ir.recipe import Cast, Decode, Zero
+from streamconv.ir.recipe import Decode
+from streamconv.ir.recipejson import op_to_json
 
 _PIECE_CHARACTERS = 1 << 16
 
@@ -26,9 +27,7 @@ def _op_to_json(op: MoveOp) -> list[Any]:
         return ["scaled", *astuple(op)]
     if isinstance(op, Decode):
         return ["decode", op.code]
-    if isinstance(op, Zero):
-        return ["zero"]
-    return ["cast", op.dtype.name] if isinstance(op, Cast) else ["add", op.value]
+    return op_to_json(op)
 
 
 def _column(values: array[int]) -> list[int] | int:

@@ -33,7 +33,7 @@ def _view(view: View) -> list[Any]:
     else:
         parts = [[p.box.offsets, p.box.sizes, _view(p.view)] for p in view.base.parts]
         base = [None, view.base.shape, parts]
-    return [base, view.shape, view.strides, view.offset, [_op(op) for op in view.ops]]
+    return [base, view.shape, view.strides, view.offset, [op_to_json(op) for op in view.ops]]
 
 
 def _view_of(data: list[Any]) -> View:
@@ -48,7 +48,8 @@ def _view_of(data: list[Any]) -> View:
     return View(base, _shape(sizes), _shape(strides), offset, tuple(map(_op_of, ops)))
 
 
-def _op(op: Op) -> list[Any]:
+def op_to_json(op: Op) -> list[Any]:
+    """Return an operation on single elements as plain data; raises ``TypeError`` for any other."""
     match op:
         case Cast(dtype):
             return ["cast", dtype.name]
@@ -56,7 +57,7 @@ def _op(op: Op) -> list[Any]:
             return ["add", value]
         case Zero():
             return ["zero"]
-    raise TypeError(f"{type(op).__name__} is not a model's, but an adapter's")
+    raise TypeError(f"{type(op).__name__} is not an operation on single elements")
 
 
 def _op_of(data: list[Any]) -> Op:
