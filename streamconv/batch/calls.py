@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict, Unpack
+from typing import TYPE_CHECKING, TypedDict, Unpack
 
 from streamconv.errors import UsageError
 from streamconv.files.inputs import local_path
@@ -70,7 +70,7 @@ def convert_run(
     Raises :class:`UsageError` for options that do not make sense.
     """
     from streamconv.batch.cycle import Batch
-    from streamconv.batch.settings import BatchSettings, load, settings
+    from streamconv.batch.settings import load, of_one_run
 
     place = local_path(root)
     said = {k: v for k, v in options.items() if v is not None}
@@ -79,10 +79,7 @@ def convert_run(
     elif dst is None:
         raise UsageError("a run needs an output folder", where=str(place))
     else:
-        shared_keys = BatchSettings.model_fields.keys() - {"run"}
-        run: dict[str, Any] = {k: v for k, v in said.items() if k not in shared_keys}
-        shared = {k: v for k, v in said.items() if k in shared_keys}
-        made = settings({**shared, "run": [{**run, "root": place, "output": local_path(dst)}]})
+        made = of_one_run(place, local_path(dst), said)
     batch = Batch(made, lambda what, task, _text: on_record(what, task.record))
     return batch.preview() if dry_run else batch.round()
 

@@ -182,6 +182,17 @@ class BatchSettings(_Strict):
         return parse_schedule(self.watch) if self.watch else None
 
 
+SHARED = frozenset(BatchSettings.model_fields) - {"run"}
+"""What runs share: what may be said beside a job file, which says the rest."""
+
+
+def of_one_run(root: Path, output: Path, options: Mapping[str, Any]) -> BatchSettings:
+    """Return the settings for one run, with ``options`` of either kind; raises as :func:`settings`."""
+    shared = {k: v for k, v in options.items() if k in SHARED}
+    run = {k: v for k, v in options.items() if k not in SHARED}
+    return settings({**shared, "run": [{**run, "root": root, "output": output}]})
+
+
 def settings(
     data: Mapping[str, Any], *, where: str | None = None, base: Path | None = None
 ) -> BatchSettings:

@@ -10,7 +10,7 @@ import typer
 from streamconv._version import __version__
 from streamconv.cli.command import OUTPUT, SPEED, Command, Group
 from streamconv.cli.job_options import NONE, JobOptions, Model, with_job_options
-from streamconv.cli.output import columns, say, say_json
+from streamconv.cli.output import columns, say, say_json, told_when_stopped
 from streamconv.cli.verl import app as verl_app
 from streamconv.errors import shown
 from streamconv.files.inputs import local_path
@@ -319,10 +319,10 @@ def run(
 ) -> None:
     """Execute a plan made before: needs far less memory than planning does."""
     from streamconv import api
-    from streamconv.cli.conversion import told_when_stopped
+    from streamconv.cli.conversion import what_is_kept
     from streamconv.cli.progress import listen, summarize
 
-    with listen(json=json, quiet=quiet) as on_event, told_when_stopped(dst):
+    with listen(json=json, quiet=quiet) as on_event, told_when_stopped(lambda: what_is_kept(dst)):
         result = api.run(
             plan,
             dst,

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,9 +28,14 @@ from streamconv.cli.app import (
 )
 from streamconv.cli.command import HOOKS, KEEP, WHICH, Command
 from streamconv.cli.job_options import NONE, JobOptions, given, with_job_options
-from streamconv.cli.output import say, say_json, tell
+from streamconv.cli.output import say, say_json, tell, told_when_stopped
 from streamconv.errors import BadInputError, UsageError, shown
 from streamconv.files.inputs import local_path
+
+_STOPPED = (
+    "stopped: outputs that are done stay, and what running conversions finished is kept; the same "
+    "command goes on"
+)
 
 
 def _option(flag: str, text: str, metavar: str | None = None, group: str | None = None) -> Any:
@@ -246,9 +251,9 @@ def batch(
 
     if settings.schedule is not None:
         schedule = settings.schedule
-        with view or nullcontext(), _told_when_stopped():
+        with view or nullcontext(), told_when_stopped(lambda: _STOPPED):
             keep_watching(work, schedule, lambda made, at: show(made, f"{at:%Y-%m-%d %H:%M:%S}"))
-    with view or nullcontext(), _told_when_stopped():
+    with view or nullcontext(), told_when_stopped(lambda: _STOPPED):
         made = work.round()
     if made.problems and not made.counts and not json:
         raise made.problems[0]
@@ -257,25 +262,10 @@ def batch(
         raise typer.Exit(made.exit_code)
 
 
-@contextmanager
-def _told_when_stopped() -> Iterator[None]:
-    try:
-        yield
-    except SystemExit as end:
-        if end.code in (130, 143):
-            tell(
-                "stopped: outputs that are done stay, and what running conversions finished is kept; "
-                "the same command goes on"
-            )
-        raise
-
-
 def _settings(root: Path, dst: Path | None, options: Mapping[str, Any]) -> Any:
     """Return the settings that a command line amounts to, or a job file with some of it on top."""
-    from streamconv.batch.settings import BatchSettings, load, settings
+    from streamconv.batch.settings import SHARED, load, of_one_run
 
-    # What may be said beside a job file, which says the rest.
-    shared_keys = BatchSettings.model_fields.keys() - {"run"}
     every = options.get("every")
     if every is not None and not every.isdecimal():
         raise UsageError(
@@ -285,7 +275,7 @@ def _settings(root: Path, dst: Path | None, options: Mapping[str, Any]) -> Any:
     if root.is_file():
         if dst is not None:
             raise UsageError("a job file names its outputs itself", found=str(dst))
-        wrong = sorted(f"--{k.replace('_', '-')}" for k in options if k not in shared_keys)
+        wrong = sorted(f"--{k.replace('_', '-')}" for k in options if k not in SHARED)
         if wrong:
             raise UsageError(
                 "options of a single run beside a job file",
@@ -299,9 +289,7 @@ def _settings(root: Path, dst: Path | None, options: Mapping[str, Any]) -> Any:
         raise UsageError(
             "where to? a run needs an output folder", hint=f"streamconv batch {root} DST"
         )
-    shared = {k: v for k, v in options.items() if k in shared_keys}
-    run = {k: v for k, v in options.items() if k not in shared_keys}
-    return settings({**shared, "run": [{**run, "root": root, "output": dst}]})
+    return of_one_run(root, dst, options)
 
 
 @app.command(

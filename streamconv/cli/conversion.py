@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import re
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from streamconv.cli.output import harmless, say, say_json, tell
+from streamconv.cli.output import harmless, say, say_json, tell, told_when_stopped
 from streamconv.cli.progress import listen, summarize
 from streamconv.errors import UsageError, shown
 from streamconv.options import Event, Notice
 from streamconv.units import format_size
 
 ALL = "all"
-_STEP = re.compile(r"(global_step|iter|checkpoint|step|epoch|global_step_)[_-]?\d+", re.ASCII)
-_SIGNALLED = (130, 143)
 
 
 def convert(
@@ -39,13 +34,12 @@ def convert(
 
     if upload_to is not None:
         check_upload(upload_to)
-    here = (
-        options.get("nodes") is None or src.exists()
-    )  # a cluster's paths may not be this machine's
+    # A cluster's paths may not be this machine's.
+    here = options.get("nodes") is None or src.exists()
     ask = here and not (json or quiet) and sys.stdin.isatty() and sys.stderr.isatty()
     _check_place(src, dst, ask=ask)
     model = options.pop("model", None) or _choose(src, ask=ask)
-    with listen(json=json, quiet=quiet) as on_event, told_when_stopped(dst):
+    with listen(json=json, quiet=quiet) as on_event, told_when_stopped(lambda: what_is_kept(dst)):
         if model == ALL:
             results = api.convert_all(src, dst, **options, on_event=on_event)
         else:
@@ -100,24 +94,16 @@ def _check_place(src: Path, dst: Path, *, ask: bool) -> None:
 
 def _run_of(src: Path) -> Path | None:
     """Return the folder of the training run that ``src`` is a step of, or lies in a step of."""
+    from streamconv.formats.steps import step_number
+
     place = src.resolve()
-    steps = (p for p in (place, *place.parents) if _STEP.fullmatch(p.name))
+    steps = (p for p in (place, *place.parents) if step_number(p.name) is not None)
     step = next(steps, None)
     return None if step is None else step.parent
 
 
-@contextmanager
-def told_when_stopped(dst: Path) -> Iterator[None]:
-    """Where a signal ends a conversion, say what is kept and how to go on."""
-    try:
-        yield
-    except SystemExit as end:
-        if end.code in _SIGNALLED:
-            tell(_what_is_kept(dst))
-        raise
-
-
-def _what_is_kept(dst: Path) -> str:
+def what_is_kept(dst: Path) -> str:
+    """Return what a conversion that was stopped has left, and how to go on."""
     from streamconv.output.staging import staging_path
 
     staged = staging_path(dst)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any, Protocol
 
@@ -15,6 +16,8 @@ from streamconv.options import is_routine
 
 # What JSON leaves as it is, and a terminal does not; and what is no text.
 _UNSEEN = re.compile("[\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+# 128 and the number of SIGINT or SIGTERM.
+_SIGNALLED = (130, 143)
 
 
 class Line(Protocol):
@@ -48,6 +51,17 @@ def tell(text: str, *, logged: bool = True) -> None:
     sys.stderr.flush()
     if logged:
         log.printed(text)
+
+
+@contextmanager
+def told_when_stopped(what: Callable[[], str]) -> Iterator[None]:
+    """Tell ``what`` is kept, and how to go on, where a signal ends what is done here."""
+    try:
+        yield
+    except SystemExit as end:
+        if end.code in _SIGNALLED:
+            tell(what())
+        raise
 
 
 def harmless(text: str) -> str:
