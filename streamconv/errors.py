@@ -10,6 +10,8 @@ import errno
 import functools
 import inspect
 import re
+from collections.abc import Collection
+from itertools import islice
 from typing import Any, ClassVar
 
 # A name in a file can be as long as the file. A path cannot, and all of it is of use.
@@ -296,6 +298,16 @@ def shown(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else _escaped(c) for c in text)
+
+
+def listed(names: Collection[str], most: int = 8) -> str:
+    """Return the first of many names, and how many more there are.
+
+    >>> listed(["a", "b", "c"], 2), listed({"a": 1})
+    ('a, b and 1 more', 'a')
+    """
+    more = len(names) - most
+    return ", ".join(islice(names, most)) + (f" and {more} more" if more > 0 else "")
 
 
 def clipped(text: str, most: int) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 
-from streamconv.errors import BadInputError, StreamconvError
+from streamconv.errors import BadInputError, StreamconvError, listed
 from streamconv.families import causes
 from streamconv.families.rules import Dims, Family, Rule, compiled
 from streamconv.ir.boxes import Shape
@@ -90,10 +90,9 @@ def _unknown(family: Family, names: Sequence[str], whose: str) -> BadInputError:
         pattern = re.sub(r"\.\d+\.", ".{n}.", name)
         alike[pattern] = alike.get(pattern, 0) + 1
     shown = [f"{p} ({n} tensors)" if n > 1 else p for p, n in alike.items()]
-    more = len(shown) - _LISTED
     return BadInputError(
         f"the family {family.name} knows no rule for {len(names)} tensors of this {whose} checkpoint",
-        where=", ".join(shown[:_LISTED]) + (f" and {more} more" if more > 0 else ""),
+        where=listed(shown, _LISTED),
         hint="is it another family (--family NAME)? CONTRIBUTING.md, 'Adding a family', "
         "says how to add rules",
     )

@@ -6,16 +6,14 @@ PEFT loads an adapter whose names it does not know without a word, and its layer
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 
-from streamconv.errors import BadInputError
+from streamconv.errors import BadInputError, listed
 from streamconv.ir.boxes import Shape
 from streamconv.ir.source import Checkpoint
 from streamconv.lora.adapters import Adapter, Target
 from streamconv.lora.settings import PREFIX
 from streamconv.tracing.model import Model
-
-_LISTED = 8
 
 
 def called(adapter: Adapter, model: Model | None) -> dict[str, str]:
@@ -93,7 +91,7 @@ def check(
         raise BadInputError(
             f"{len(strange)} modules of the adapter are not in {model.architecture}: PEFT would pass "
             "over them",
-            where=_listed(strange),
+            where=listed(strange),
             expected=f"names such as {next(iter(model.state_shapes), '')}",
             hint="check that config.json belongs to this checkpoint (--hf-config DIR names another)",
         )
@@ -140,13 +138,7 @@ def refuse_doubtful(adapter: Adapter, checkpoint: Checkpoint) -> None:
     if strange:
         raise BadInputError(
             "what the model calls these modules is not known: the names may be the trainer's",
-            where=_listed(strange),
+            where=listed(strange),
             expected=f"{PREFIX} before the names of a model's modules, or config.json",
             hint="name the folder of the model that was trained: --hf-config DIR or --base DIR",
         )
-
-
-def _listed(names: Iterable[str]) -> str:
-    names = list(names)
-    more = len(names) - _LISTED
-    return ", ".join(names[:_LISTED]) + (f" and {more} more" if more > 0 else "")

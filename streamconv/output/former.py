@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from streamconv.errors import BadInputError, OutputExistsError, UnsafeInputError
+from streamconv.errors import BadInputError, OutputExistsError, UnsafeInputError, listed
 from streamconv.files.durable import hash_file
 from streamconv.files.names import MANIFEST
 from streamconv.formats.safetensors_file import read_header
@@ -38,8 +38,7 @@ def contents(folder: Path) -> list[str]:
 
 def some(names: list[str]) -> str:
     """Return the first few of many names, and how many more there are."""
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more
+    return listed(names, _SHOWN)
 
 
 def former_output(folder: Path) -> tuple[OldFile, ...]:

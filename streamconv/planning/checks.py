@@ -12,7 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Container, Iterable, Mapping, Sequence
 
-from streamconv.errors import BadInputError, UsageError
+from streamconv.errors import BadInputError, UsageError, listed
 from streamconv.ir.boxes import Shape
 from streamconv.ir.dtypes import BY_TORCH, DType
 from streamconv.ir.recipe import Cast, Recipe
@@ -106,8 +106,8 @@ def check_recipes(
     if made and len(unknown) == len(made):
         raise BadInputError(
             f"no tensor of the checkpoint is one of {model.architecture}'s",
-            where=_listed(unknown),
-            expected=_listed(list(expected)),
+            where=listed(unknown, _LISTED),
+            expected=listed(expected, _LISTED),
             hint=_OTHER_CONFIG,
         )
     if (missing or wrong) and not (model.certain or by_rules):
@@ -119,7 +119,7 @@ def check_recipes(
         first = wrong[0]
         raise BadInputError(
             f"{len(wrong)} tensors do not have the shape that {model.architecture} expects",
-            where=_listed(wrong),
+            where=listed(wrong, _LISTED),
             expected=f"{first}: {list(expected[first])}",
             found=f"{first}: {list(made[first])}",
             hint=shape_causes.cause(expected, {n: made[n] for n in wrong}) or _OTHER_CONFIG,
@@ -127,7 +127,7 @@ def check_recipes(
     elif missing:
         raise BadInputError(
             f"{len(missing)} tensors that {model.architecture} needs are not in the checkpoint",
-            where=_listed(missing),
+            where=listed(missing, _LISTED),
             hint=shape_causes.cause_of_missing(missing, made) or _OTHER_CONFIG,
         )
     if unknown:
@@ -135,18 +135,18 @@ def check_recipes(
         if by_rules:
             raise BadInputError(
                 f"{len(unknown)} tensors of the checkpoint are none that {model.architecture} has",
-                where=_listed(unknown),
+                where=listed(unknown, _LISTED),
                 hint=_OTHER_CONFIG,
             )
         if options.strict:
             raise BadInputError(
                 f"{len(unknown)} tensors are unknown to {model.architecture}",
-                where=_listed(unknown),
+                where=listed(unknown, _LISTED),
                 hint="without --strict they are written, too",
             )
         notices.append(
             f"{len(unknown)} tensors are unknown to {model.architecture} and are written under "
-            f"their own names: {_listed(unknown)}"
+            f"their own names: {listed(unknown, _LISTED)}"
         )
     return notices
 
@@ -174,7 +174,7 @@ def check_loads(recipes: Iterable[Recipe], model: Model, *, sure: bool) -> None:
         ),
     )
     # A few of each kind: an error has room for that much.
-    found = [f"{len(names)} {what}: {_listed(names, 2)}" for what, names in problems if names]
+    found = [f"{len(names)} {what}: {listed(names, 2)}" for what, names in problems if names]
     if found:
         raise BadInputError(
             f"transformers would not load the planned tensors as {model.architecture}'s",
@@ -182,11 +182,6 @@ def check_loads(recipes: Iterable[Recipe], model: Model, *, sure: bool) -> None:
             hint=f"{_OTHER_CONFIG}; if it does, this is an error of streamconv's: please report it. "
             "--layout memory writes the names of the state dict instead",
         )
-
-
-def _listed(names: Sequence[str], most: int = _LISTED) -> str:
-    more = len(names) - most
-    return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")
 
 
 def with_dtypes(

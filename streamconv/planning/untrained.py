@@ -10,13 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from streamconv.errors import BadInputError, UsageError
+from streamconv.errors import BadInputError, UsageError, listed
 from streamconv.formats.huggingface import base as base_model
 from streamconv.ir.recipe import Recipe
 from streamconv.ir.source import Checkpoint, GlobalTensor, SourceFile
 from streamconv.lora.adapters import named
-
-_LISTED = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +36,7 @@ def fill(checkpoint: Checkpoint, missing: Sequence[str], base: Path | None) -> F
     if base is None:
         raise BadInputError(
             f"{len(missing)} tensors are not in the checkpoint, of parts that Megatron did not train",
-            where=_listed(missing),
+            where=listed(missing),
             hint="they are those of the model that the run started from: --base DIR names its folder",
         )
     files, tensors = base_model.read(base, len(checkpoint.files))
@@ -46,7 +44,7 @@ def fill(checkpoint: Checkpoint, missing: Sequence[str], base: Path | None) -> F
     if absent:
         raise BadInputError(
             f"{len(absent)} tensors are neither in the checkpoint nor in the base model",
-            where=_listed(absent),
+            where=listed(absent),
             found=f"{len(tensors)} tensors in {base}",
             hint="name the folder of the model that the run started from: --base DIR",
         )
@@ -65,8 +63,3 @@ def refuse_idle(checkpoint: Checkpoint, base: Path | None) -> None:
             where=str(checkpoint.root),
             hint="leave out --base to convert the model as it is",
         )
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = len(names) - _LISTED
-    return ", ".join(names[:_LISTED]) + (f" and {more} more" if more > 0 else "")

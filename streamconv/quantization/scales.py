@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from streamconv.errors import BadInputError
+from streamconv.errors import BadInputError, listed
 from streamconv.ir.boxes import Shape
 from streamconv.ir.dtypes import DType
 from streamconv.ir.recipe import Recipe, SourceRef
@@ -206,7 +206,7 @@ def _refuse_packed(
         shape, dtype = outputs[packed[0]]
         raise BadInputError(
             f"{len(packed)} weights are {_PACKED[kinds[packed[0]]]}, which is not supported",
-            where=_listed(packed),
+            where=listed(packed, _LISTED),
             expected="weights of the shapes that the model has",
             found=f"{packed[0]}: {dtype} {list(shape)}",
             hint="--dequantize makes floats of fp4, mxfp4 and nvfp4; save others as bfloat16 "
@@ -224,7 +224,7 @@ def _refuse_without_scales(
         some = f" of {len(kinds)}" if len(lost) < len(kinds) else ""
         raise BadInputError(
             f"{len(lost)}{some} quantized weights have no scale, without which they mean nothing",
-            where=_listed(lost),
+            where=listed(lost, _LISTED),
             expected=f"{lost[0]}_scale_inv, {lost[0]}_scale or the like",
             found=f"{outputs[lost[0]][1]}, and none",
             hint="the scales were not saved with the weights: save them as well, or save the "
@@ -246,7 +246,7 @@ def _refuse_lone_scales(
         weight = next((w for w in _owners(lone[0]) if w in outputs), None)
         raise BadInputError(
             f"{len(lone)} scales have no quantized weight that they belong to",
-            where=_listed(lone),
+            where=listed(lone, _LISTED),
             found=f"{weight}: {outputs[weight][1]}" if weight else "no such weight",
             hint="weights that were made bfloat16 must not keep their scales: remove them from the "
             "checkpoint"
@@ -332,7 +332,7 @@ def check(config: Mapping[str, Any], quantized: Quantized, *, elsewhere: bool = 
             return
         raise BadInputError(
             f"{len(quantized.weights)} weights are quantized, and config.json does not say so",
-            where=_listed(list(quantized.weights)),
+            where=listed(quantized.weights, _LISTED),
             expected="quantization_config in config.json",
             found="none: the model would be read as if it were not quantized",
             hint="--hf-config DIR names the folder of the quantized model that was trained",
@@ -393,8 +393,3 @@ def _parts(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
     for key, value in config.items():
         if isinstance(value, Mapping) and key not in _KEYS:
             yield from _parts(value)
-
-
-def _listed(names: Collection[str]) -> str:
-    more = len(names) - _LISTED
-    return ", ".join([*names][:_LISTED]) + (f" and {more} more" if more > 0 else "")

@@ -14,6 +14,7 @@ from typing import Any
 
 import xxhash
 
+from streamconv.errors import listed
 from streamconv.files.durable import hash_file
 from streamconv.files.inputs import readable
 from streamconv.files.names import MANIFEST
@@ -82,8 +83,7 @@ def _keys(here: Path, there: Path | str) -> str:
     except (ValueError, OSError, RecursionError):
         return ""
     names = [*_differing(ours, theirs)] if isinstance(ours, dict) else []
-    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-    return f" in {', '.join(names[:_LISTED])}{more}" if names else ""
+    return f" in {listed(names, _LISTED)}" if names else ""
 
 
 def _differing(ours: Mapping[str, Any], theirs: object) -> Iterator[str]:
