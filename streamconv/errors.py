@@ -314,7 +314,7 @@ def clipped(text: str, most: int) -> str:
     """Return ``text`` in at most ``most`` characters: its beginning, and how many more there are.
 
     >>> print(clipped("a" * 100, 40))
-    aaaaaaaaaaaaaaa… (85 more characters)
+    aaaaaaaaaaaaaaaaa… (83 more characters)
     """
     if len(text) <= most:
         return text

@@ -265,26 +265,10 @@ def test_flat_parameters_are_refused_by_name(tmp_path: Path) -> None:
         streamconv.inspect(tmp_path)
 
 
-def tiny_moe() -> transformers.PreTrainedModel:
-    torch.manual_seed(1)
-    config = transformers.Qwen3MoeConfig(
-        hidden_size=32,
-        intermediate_size=48,
-        moe_intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        num_experts=4,
-        num_experts_per_tok=2,
-        vocab_size=64,
-    )
-    return transformers.Qwen3MoeForCausalLM(config).to(torch.bfloat16)
-
-
 @pytest.mark.parametrize("alike", [False, True])
 def test_experts_of_groups_of_ranks_are_joined(alike: bool, tmp_path: Path) -> None:
     """Without checksums, and with the same experts in each group, only the model's shape tells."""
-    model = tiny_moe()
+    model = layouts.tiny_moe()
     state = dict(model.state_dict())
     if alike:
         for name, tensor in state.items():

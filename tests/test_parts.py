@@ -25,13 +25,17 @@ from streamconv.errors import (
     BadInputError,
     LockedError,
     OutputExistsError,
+    SourceChangedError,
     UnfinishedError,
     UsageError,
 )
 from streamconv.executor.reader import SourceReader
+from streamconv.executor.records import SharedRecord, SharedRecords
 from streamconv.ir.planned import OutputFile
+from streamconv.ir.source import Record
 from streamconv.torchfile.crc import Coverage, crc32
 from tests.test_format_conformance import SAMPLES
+from tests.test_output_folder import stop_after
 
 SHARD = "40KB"
 
@@ -138,19 +142,8 @@ def test_what_a_part_wrote_is_neither_written_nor_read_again(planned, tmp_path, 
 
 def test_parts_go_on_with_a_single_run(planned, tmp_path, monkeypatch):
     plan, whole = planned
-    out, done = tmp_path / "out", []
-    write = execution.write_output
-
-    def stopping(output, *args, **kwargs):
-        if len(done) == 2:
-            raise KeyboardInterrupt
-        done.append(output.name)
-        return write(output, *args, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(execution, "write_output", stopping)
-        with pytest.raises(KeyboardInterrupt):
-            run(plan, out)
+    out = tmp_path / "out"
+    stop_after(2, monkeypatch, lambda: run(plan, out))
     assert len(begin(plan, out).finished) == 2
     streamconv.part(out, "1/1")
     streamconv.finish(out)
@@ -454,5 +447,16 @@ def test_what_several_saw_of_a_record_is_put_together():
             coverage.add(lo, memoryview(data)[lo:hi])
         assert coverage.whole(1000) == crc32(data)
     coverage = Coverage(seen((0, 10)))
-    with pytest.raises(ValueError, match="differ"):
+    with pytest.raises(ValueError, match="two checksums"):
         coverage.merge([(0, 10, 7)])
+
+
+def test_two_writers_that_read_other_bytes_at_one_place_are_told_so(checkpoints):
+    """The file changed between them, with its size and times kept: nothing says which was right."""
+    plan = streamconv.plan(checkpoints["fsdp2"].source)
+    with SourceReader(Path(plan.head.root), plan.head.files) as reader:
+        record = Record(file=0, key=0, start=64, nbytes=100, crc32=7, header_nbytes=0)
+        shared = SharedRecords(reader)
+        shared.add([SharedRecord("embed", record, [(0, 10, 1)])])
+        with pytest.raises(SourceChangedError, match=r"rank_0\.pt, embed.*\n.*two checksums"):
+            shared.add([SharedRecord("embed", record, [(0, 10, 2)])])

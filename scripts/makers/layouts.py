@@ -44,6 +44,23 @@ def tiny_llama(*, tied: bool = False, seed: int = 0) -> transformers.PreTrainedM
     return transformers.LlamaForCausalLM(config).to(torch.bfloat16)
 
 
+def tiny_moe() -> transformers.PreTrainedModel:
+    """Return a Qwen3-MoE, whose experts transformers holds in one tensor in memory."""
+    torch.manual_seed(1)
+    config = transformers.Qwen3MoeConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        moe_intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_experts=4,
+        num_experts_per_tok=2,
+        vocab_size=64,
+    )
+    return transformers.Qwen3MoeForCausalLM(config).to(torch.bfloat16)
+
+
 def finished(
     folder: Path, model: transformers.PreTrainedModel, *, shard: str = "20KB", kind: str = "safe"
 ) -> Path:

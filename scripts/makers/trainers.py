@@ -23,35 +23,17 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-import transformers
 from torch.distributed.checkpoint import HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import StateDictType, fully_shard
 
-from scripts.makers.layouts import tiny_llama
+from scripts.makers.layouts import tiny_llama, tiny_moe
 
 RANKS = 2
 LORA = {"r": 4, "lora_alpha": 16, "target_modules": ["q_proj", "down_proj"]}
 
 Maker = Callable[[Path], None]
-
-
-def tiny_moe() -> transformers.PreTrainedModel:
-    """Return a Qwen3-MoE, whose experts transformers holds in one tensor in memory."""
-    torch.manual_seed(1)
-    config = transformers.Qwen3MoeConfig(
-        hidden_size=32,
-        intermediate_size=48,
-        moe_intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        num_experts=4,
-        num_experts_per_tok=2,
-        vocab_size=64,
-    )
-    return transformers.Qwen3MoeForCausalLM(config).to(torch.bfloat16)
 
 
 def _cut(model: Any) -> Any:

@@ -320,10 +320,10 @@ class Execution:
         run, head, journal, reader = self.run, self.plan.head, self.staging.journal, stream.reader
         unverifiable = stream.checks.unverifiable_bytes
         if run.source_crc:
-            shared = SharedRecords()
+            shared = SharedRecords(reader)
             for output in outputs:
                 shared.add(journal.shared(output.name))
-            unverifiable += shared.settle(reader)
+            unverifiable += shared.settle()
         side = list(self._side_files())
         reader.check_unchanged()
         run.on_event(Phase("publish"))

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import astuple, dataclass, field
 from typing import Any, NamedTuple
 
-from streamconv.errors import BadInputError
+from streamconv.errors import BadInputError, SourceChangedError
 from streamconv.executor.reader import Source
 from streamconv.ir.planned import PlannedSource
 from streamconv.ir.source import Record
@@ -166,17 +166,29 @@ class RecordChecks:
 class SharedRecords:
     """What the writers of all output files saw of the records that they share, put together."""
 
-    def __init__(self) -> None:
+    def __init__(self, reader: Source) -> None:
+        self._reader = reader
         self._found: dict[tuple[int, int], tuple[str, Record, Coverage]] = {}
 
     def add(self, records: Iterable[SharedRecord]) -> None:
-        """Take in what was seen while one output file was written."""
+        """Take in what was seen while one output file was written.
+
+        Raises :class:`SourceChangedError` where another writer read other bytes at the same place.
+        """
         for fqn, record, seen in records:
             key = record.file, record.start
             known = self._found.setdefault(key, (fqn, record, Coverage()))
-            known[2].merge(seen)
+            try:
+                known[2].merge(seen)
+            except ValueError as error:
+                raise SourceChangedError(
+                    "a source record was read twice and its bytes differ",
+                    where=_where(self._reader, fqn, record),
+                    found=str(error),
+                    hint="convert again from the beginning, once nothing writes to the source",
+                ) from None
 
-    def settle(self, reader: Source) -> int:
+    def settle(self) -> int:
         """Read what nobody saw, and judge every record; return the bytes without a checksum.
 
         Raises :class:`BadInputError` for a wrong checksum, naming file, tensor and record.
@@ -187,11 +199,11 @@ class SharedRecords:
             for lo, hi in list(coverage.missing(record.nbytes)):
                 for at in range(lo, hi, _STEP_BYTES):
                     piece = buffer[: min(_STEP_BYTES, hi - at)]
-                    reader.read(record.file, record.start + at, piece)
+                    self._reader.read(record.file, record.start + at, piece)
                     coverage.add(at, piece)
             crc = coverage.whole(record.nbytes)
             assert crc is not None  # noqa: S101 - nothing is missing any more
-            unverifiable += _verdict(reader, fqn, record, crc)
+            unverifiable += _verdict(self._reader, fqn, record, crc)
         return unverifiable
 
 

@@ -21,6 +21,7 @@ MOST_BYTES = 256 << 20
 MOST_ENTRY_BYTES = 64 << 20
 
 _SUFFIX = ".entry"
+_WRITE = 0o022  # of a group, of everybody
 # What a process that was killed has left half written is nobody's after that time.
 _LEFT_SECONDS = 3600
 
@@ -51,7 +52,7 @@ class Cache:
         if not self._is_private():
             return None
         path = self._folder / f"{key}{_SUFFIX}"
-        data = _read(path)
+        data = newfile.read_own(path, MOST_ENTRY_BYTES + 100, _WRITE)
         if data is None:
             return None
         seal, _, packed = data.partition(b"\n")
@@ -87,7 +88,7 @@ class Cache:
             status = self._folder.lstat()
         except OSError:
             return False
-        return stat.S_ISDIR(status.st_mode) and _is_ours(status)
+        return stat.S_ISDIR(status.st_mode) and newfile.is_own(status, _WRITE)
 
     def _make_room(self, newest: Path) -> None:
         found = []
@@ -107,23 +108,3 @@ class Cache:
                 with contextlib.suppress(OSError):
                     path.unlink()
                 total -= nbytes
-
-
-def _is_ours(status: os.stat_result) -> bool:
-    return status.st_uid == os.geteuid() and not stat.S_IMODE(status.st_mode) & 0o022
-
-
-def _read(path: Path) -> bytes | None:
-    fd = newfile.reopen(path)
-    if fd is None:
-        return None
-    try:
-        status = os.fstat(fd)
-        if not _is_ours(status) or status.st_size > MOST_ENTRY_BYTES + 100:
-            return None
-        with os.fdopen(fd, "rb", closefd=False) as stream:
-            return stream.read()
-    except OSError:
-        return None
-    finally:
-        os.close(fd)

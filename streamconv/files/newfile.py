@@ -37,6 +37,28 @@ def reopen(path: Path, flags: int = os.O_RDONLY) -> int | None:
     return None
 
 
+def is_own(status: os.stat_result, others: int) -> bool:
+    """Whether a file or folder is this user's, and nobody else has one of the rights ``others``."""
+    return status.st_uid == os.geteuid() and not stat.S_IMODE(status.st_mode) & others
+
+
+def read_own(path: Path, most_bytes: int, others: int) -> bytes | None:
+    """Return what is in a file of at most ``most_bytes``; None unless :func:`is_own` holds of it."""
+    fd = reopen(path)
+    if fd is None:
+        return None
+    try:
+        status = os.fstat(fd)
+        if not is_own(status, others) or status.st_size > most_bytes:
+            return None
+        with os.fdopen(fd, "rb", closefd=False) as stream:
+            return stream.read()
+    except OSError:
+        return None
+    finally:
+        os.close(fd)
+
+
 def partial_name(path: Path) -> Path:
     """Return a name beside ``path`` that no other process takes, for what will be ``path``."""
     return path.with_name(f"{path.name}.{secrets.token_hex(8)}.part")

@@ -12,7 +12,6 @@ import hashlib
 import os
 import re
 import secrets
-import stat
 from pathlib import Path
 
 from streamconv.errors import UsageError
@@ -65,18 +64,8 @@ def _given(text: str) -> bytes:
 
 def _read(path: Path) -> bytes | None:
     """Return the key in a file that nobody else can have read or written."""
-    fd = newfile.reopen(path)
-    if fd is None:
-        return None
-    try:
-        status = os.fstat(fd)
-        data = os.read(fd, _KEY_BYTES + 1)
-    except OSError:
-        return None
-    finally:
-        os.close(fd)
-    private = status.st_uid == os.geteuid() and not stat.S_IMODE(status.st_mode) & 0o077
-    return data if private and len(data) == _KEY_BYTES else None
+    data = newfile.read_own(path, _KEY_BYTES, 0o077)
+    return data if data is not None and len(data) == _KEY_BYTES else None
 
 
 def _make(path: Path) -> None:

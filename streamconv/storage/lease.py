@@ -71,9 +71,8 @@ class Lease:
                 version = _version_of(self._place, self._owner)
                 self._lost = error if version is None else None
                 self._version = version or self._version
-            except (
-                StreamconvError
-            ) as error:  # the store does not answer: nobody else hears it either
+            except StreamconvError as error:
+                # The store does not answer: nobody else hears it either.
                 if time.monotonic() - self._renewed > EXPIRE_SECONDS:
                     self._lost = error
 
@@ -95,13 +94,23 @@ def _put(place: Address, owner: dict[str, Any], if_version: str | None) -> str:
 
 def _version_of(place: Address, owner: dict[str, Any]) -> str | None:
     """Return the version of the lock where it is this owner's; None where it is not."""
+    seen = _seen(place)
+    if seen is None:
+        return None
+    version, holder = seen
+    return version if holder.get("owner") == owner["owner"] else None
+
+
+def _seen(place: Address) -> tuple[str, dict[str, Any]] | None:
+    """Return the version of the lock and who holds it; None where there is none, or it just changed."""
     try:
         found = place.bucket.look(place.key)
-        holder = _parsed(place.bucket.get(place.key, 0, found.nbytes, found.version))
+        holder = json.loads(place.bucket.get(place.key, 0, found.nbytes, found.version))
+    except ValueError:
+        holder = None
     except (FileNotFoundError, StreamconvError):
         return None
-    mine = isinstance(holder, dict) and holder.get("owner") == owner["owner"]
-    return found.version if mine else None
+    return found.version, holder if isinstance(holder, dict) else {}
 
 
 def _me() -> dict[str, Any]:
@@ -115,9 +124,9 @@ def _me() -> dict[str, Any]:
     }
 
 
-def _is_dead(holder: Any, me: dict[str, Any]) -> bool:
+def _is_dead(holder: dict[str, Any], me: dict[str, Any]) -> bool:
     """Whether the holder was a process of this machine that is gone."""
-    if not isinstance(holder, dict) or not me["boot"] or holder.get("boot") != me["boot"]:
+    if not me["boot"] or holder.get("boot") != me["boot"]:
         return False
     pid = holder.get("pid")
     # Containers have the host's boot id, and numbers of their own.
@@ -138,7 +147,6 @@ def held(place: Address) -> Iterator[Lease]:
 
 
 def _acquire(place: Address, me: dict[str, Any]) -> str:
-    bucket, key = place.bucket, place.key
     first_seen, seen = time.monotonic(), ""
     while True:
         try:
@@ -147,21 +155,20 @@ def _acquire(place: Address, me: dict[str, Any]) -> str:
             return version
         except OutputExistsError:
             pass
-        try:
-            found = bucket.look(key)
-            holder = _parsed(bucket.get(key, 0, found.nbytes, found.version))
-        except (FileNotFoundError, StreamconvError):
+        there = _seen(place)
+        if there is None:
             continue  # it was let go of, or renewed, in this very moment
+        version, holder = there
         now = time.monotonic()
-        if isinstance(holder, dict) and holder.get("owner") == me["owner"]:
-            return found.version  # the first answer was lost
-        if seen and found.version != seen:
+        if holder.get("owner") == me["owner"]:
+            return version  # the first answer was lost
+        if seen and version != seen:
             raise _locked(place, holder)
         if not seen:
-            first_seen, seen = now, found.version
+            first_seen, seen = now, version
         if _is_dead(holder, me) or now - first_seen > EXPIRE_SECONDS:
             try:
-                return _put(place, me, found.version)
+                return _put(place, me, version)
             except OutputExistsError:
                 raise _locked(place, holder) from None  # another one was first
         time.sleep(_POLL_SECONDS)
@@ -183,18 +190,10 @@ def _check_conditions(place: Address, version: str, me: dict[str, Any]) -> None:
         )
 
 
-def _parsed(data: bytes) -> Any:
-    try:
-        return json.loads(data)
-    except ValueError:
-        return None
-
-
-def _locked(place: Address, holder: Any) -> LockedError:
-    known = holder if isinstance(holder, dict) else {}
+def _locked(place: Address, holder: dict[str, Any]) -> LockedError:
     return LockedError(
         "another conversion writes into this output",
         where=str(place.parent.parent),
-        found=f"process {known.get('pid', '?')} on {known.get('host', 'another machine')}",
+        found=f"process {holder.get('pid', '?')} on {holder.get('host', 'another machine')}",
         hint="wait until it has ended, or choose another output",
     )

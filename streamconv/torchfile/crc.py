@@ -106,7 +106,7 @@ class Coverage:
             k = bisect_right(self._starts, start) - 1
             if k >= 0 and (self._starts[k], self._ends[k]) == (start, end):
                 if self._crcs[k] != crc:
-                    raise ValueError(f"bytes {start} to {end} were read twice and differ")
+                    raise ValueError(f"bytes {start} to {end} have two checksums")
                 continue
             after = self._starts[k + 1] if k + 1 < len(self._starts) else end
             if (k >= 0 and self._ends[k] > start) or after < end:
