@@ -154,7 +154,7 @@ def checkpoints_in(folder: Path) -> Iterator[Path]:
         try:
             if formats.detect(here, finished=False) is not None:
                 yield here
-            # Thousands of these may be in a checkpoint of Megatron's, and they are no checkpoints.
+            # Thousands of these may be in a checkpoint of Megatron's, and they are not checkpoints.
             below = [here / name for name in _folders(here)]
             pending += [path for path in reversed(below) if not rank_folders.is_rank_folder(path)]
         except (StreamconvError, OSError):

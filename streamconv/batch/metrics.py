@@ -79,5 +79,5 @@ def write(path: Path, records: Iterable[Record], round_ended: float) -> None:
 
 
 def _escaped(text: str) -> str:
-    text = text.encode(errors="backslashreplace").decode()  # a name that is no text
+    text = text.encode(errors="backslashreplace").decode()  # a name that is not text
     return text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")

@@ -91,7 +91,7 @@ class Holder:
 
 
 def remove_left_behind(place: Path) -> None:
-    """Remove the pins of batches that are no more, wherever they ran."""
+    """Remove the pins of batches that are gone, wherever they ran."""
     folder = place / _FOLDER
     if not folder.is_dir():
         return

@@ -269,7 +269,7 @@ def damage(output: Path) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Surroundings:
-    """What decides about sources and is no part of them.
+    """What decides about sources and does not belong to them.
 
     ``job``: how they are converted. ``training`` returns why training still needs one, having read the
     later step if told to, ``unfinished`` which other output made of it is not there. ``needed`` are

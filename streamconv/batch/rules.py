@@ -36,7 +36,7 @@ def claim_rule(folder: Path, rule: Rule) -> Lease | None:
             raise
         if found is not None:
             if found.locked:
-                found.release()  # whoever had it is no more
+                found.release()  # whoever had it is gone
             continue
         theirs = path.read_text(errors="replace")
         if theirs not in ("", text):

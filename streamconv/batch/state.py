@@ -364,7 +364,7 @@ def write_whole(path: Path, text: str, kind: askedfile.Kind | None = None) -> No
 
     With a ``kind`` it replaces nothing but a file of that kind.
 
-    Bytes of a file's name that are no text are written as JSON escapes lone surrogates.
+    Bytes of a file's name that are not text are written as JSON escapes lone surrogates.
     """
     with askedfile.written(path, kind, errors="backslashreplace") as out:
         out.write(text)

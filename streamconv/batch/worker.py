@@ -1,4 +1,4 @@
-"""One conversion in a process of its own: a crash of it is no crash of the batch.
+"""One conversion in a process of its own: a crash of it does not crash the batch.
 
 Reads one JSON request on stdin and writes events as JSON lines to stdout; the last one is
 ``finished`` or ``error``. Ends when the process that started it does.

@@ -51,7 +51,7 @@ def _refuse_mistyped(word: str, commands: Mapping[str, Any]) -> None:
     meant = near[0] if near else _OTHERS.get(word)
     if meant is not None and not Path(word).exists():
         raise UsageError(
-            f"there is no command {word!r}, nor a checkpoint of that name",
+            f"there is neither a command {word!r} nor a checkpoint of that name",
             hint=f"did you mean `streamconv {meant}`? `streamconv help` lists the commands",
         )
 

@@ -14,7 +14,7 @@ from streamconv.cli import log
 from streamconv.errors import StreamconvError, shown
 from streamconv.options import is_routine
 
-# What JSON leaves as it is, and a terminal does not; and what is no text.
+# What JSON leaves as it is, and a terminal does not; and what is not text.
 _UNSEEN = re.compile("[\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 # 128 and the number of SIGINT or SIGTERM.
 _SIGNALLED = (130, 143)
@@ -65,7 +65,7 @@ def told_when_stopped(what: Callable[[], str]) -> Iterator[None]:
 
 
 def harmless(text: str) -> str:
-    """Return lines without what drives a terminal or is no text: names of files may hold both.
+    """Return lines without what drives a terminal or is not text: names of files may hold both.
 
     A name goes through :func:`streamconv.errors.shown` before it becomes a part of a line.
     """

@@ -50,7 +50,7 @@ def compare_with_model(src: Path, folder: Path, *, hf_config: Path | None = None
 
 
 def _distance(tensor: LazyTensor, other: FileTensor) -> float:
-    """Return the largest difference that is no tolerated one, 0 where there is none."""
+    """Return the largest difference that is not tolerated, 0 where there is none."""
     worst = 0.0
     rows = tensor.shape[0] if tensor.shape else 1
     row_nbytes = max(1, (other.end - other.begin) // max(rows, 1))

@@ -27,7 +27,7 @@ def finished_output(dst: Path, digest: str) -> dict[str, Any] | None:
     try:
         manifest = read_manifest(dst, entries=False)
     except StreamconvError:
-        return None  # a damaged output is no whole one
+        return None  # a damaged output is not whole
     if manifest is None:
         return None
     same = manifest["job"]["digest"] == digest

@@ -23,7 +23,7 @@ def decoding(code: Code) -> Array:
     """Return the float32 that each of the 256 bytes stands for."""
     byte = np.arange(256)
     if code == "exp2":
-        # By its bits: 2^-127 is no normal float32.
+        # By its bits: 2^-127 is not a normal float32.
         exact = np.where(byte == 255, np.nan, np.ldexp(1.0, byte - 127))
     elif code in ("low4", "high4"):
         half = byte & 15 if code == "low4" else byte >> 4

@@ -85,7 +85,7 @@ class Factors:
         )
 
     def _kept_tile(self, key: tuple[object, ...], read: Callable[[], Array]) -> Array:
-        # The plan has no two tensors of one name, and a lazy slice is no other matrix.
+        # The plan has no two tensors of one name, and a lazy slice is not another matrix.
         with self._lock:
             found = self._kept.get(key)
             if found is not None:

@@ -73,7 +73,7 @@ class Segment:
 class Window:
     """Consecutive segments of the output file's data.
 
-    The segments of a tied tensor (``same_as``) are no part of the file; a window holds either
+    The segments of a tied tensor (``same_as``) do not belong to the file; a window holds either
     segments of the file or segments of one tied tensor.
     """
 

@@ -54,7 +54,7 @@ def _mixer(source: str, target: str) -> tuple[Rule, ...]:
                 convolved,
             )
             for kind in ("weight", "bias")
-            for joint in (".", "_")  # from Megatron-Core 0.19 on it is no module
+            for joint in (".", "_")  # from Megatron-Core 0.19 on it is not a module
         ),
     )
 

@@ -165,7 +165,7 @@ def _latent_only(
 
 
 def _latent_kind(dims: Dims) -> Mapping[str, object]:
-    """Megatron's yarn with a factor of 1 is no scaling."""
+    """Megatron's yarn with a factor of 1 does not scale."""
     if dims.get("kv_lora_rank") is None or dims.megatron.get("rotary_scaling_factor") == 1:
         return {}
     return {"rope_type": "yarn" if any(_kind(r) == "yarn" for r in _ropes(dims)) else "rope"}

@@ -24,7 +24,7 @@ _SHOWN = 80
 
 @dataclass(frozen=True, slots=True)
 class Leaf:
-    """A value that is no container: what it must be, in words and as a test."""
+    """A value that is not a container: what it must be, in words and as a test."""
 
     words: str
     holds: Callable[[Any], bool]
@@ -56,7 +56,7 @@ def read_json(
     """Return what a file says; ``make`` makes an object of its pairs of names and values.
 
     Raises :class:`UnsafeInputError` for more than ``most_bytes``, :class:`BadInputError` for what is no
-    JSON, nests too deep, or is no file at all, and where ``make`` raises ``ValueError``.
+    JSON, nests too deep, or is not a file at all, and where ``make`` raises ``ValueError``.
     """
     try:
         with readable(path):

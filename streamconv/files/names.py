@@ -13,7 +13,7 @@ from typing import Any
 
 from streamconv.errors import BadInputError, shown
 
-# Names that an output folder gives to what is no tensor and no side file.
+# Names that an output folder gives to what is neither a tensor nor a side file.
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 MANIFEST = "streamconv.json"

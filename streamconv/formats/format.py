@@ -24,7 +24,7 @@ class Format(Protocol):
     def detect(self, path: Path, /) -> str | None:
         """Return why ``path`` looks like this format, by the names of files alone, or None.
 
-        Raises :class:`BadInputError` for what has such a name and is no file.
+        Raises :class:`BadInputError` for what has such a name and is not a file.
         """
         ...
 

@@ -65,7 +65,7 @@ def _file(path: Path) -> Path:
 def read(path: Path) -> Checkpoint:
     """Read the metadata of the adapter in the folder ``path``.
 
-    Raises :class:`BadInputError` for a damaged file and for values that are no whole tensors,
+    Raises :class:`BadInputError` for a damaged file and for values that are not whole tensors,
     :class:`UnsafeInputError` for a hostile one.
     """
     files, tensors, skipped = weights.read([_file(path)], path)

@@ -97,7 +97,7 @@ def _tensor(path: Path, name: str, entry: dict[str, Any], base: int) -> FileTens
     shape = tuple(entry["shape"])
     begin, end = entry["data_offsets"]
     if not all(type(n) is int and 0 <= n <= _MAX_SIZE for n in (*shape, begin, end)):
-        raise ValueError(f"{name[:200]}: sizes that are no counts of 63 bits")
+        raise ValueError(f"{name[:200]}: sizes that are not counts of 63 bits")
     if end - begin != math.prod(shape) * dtype.itemsize:
         raise ValueError(f"{name}: {end - begin} bytes for {dtype} {list(shape)}")
     return FileTensor(name, path, dtype, shape, base + begin, base + end)
@@ -120,7 +120,7 @@ def weight_files(folder: Path) -> list[Path]:
     """Return the weight files that a loader of this folder takes: the single one goes before an index.
 
     Without either all safetensors files. Raises :class:`BadInputError` for a damaged index, and for
-    one that names what is no file of this folder.
+    one that names what is not a file of this folder.
     """
     single, index = folder / SINGLE, folder / INDEX
     if single.is_file():

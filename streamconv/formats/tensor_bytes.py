@@ -34,7 +34,7 @@ def pieces(path: Path, begin: int, nbytes: int, step: int = STEP_BYTES) -> Itera
     with opened(path) as file:
         for at in range(begin, begin + nbytes, step):
             piece = file.pread(min(step, begin + nbytes - at), at)
-            # A local file gives all that it has; one cut off in an element is no tensor.
+            # A local file gives all that it has; one cut off in an element is not a tensor.
             if len(piece) < min(step, begin + nbytes - at):
                 raise BadInputError("the file became shorter", where=str(path))
             yield piece

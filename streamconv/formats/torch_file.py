@@ -2,7 +2,7 @@
 
 ``pytorch_model_fsdp.bin`` (Accelerate's FULL_STATE_DICT), ``model.pt``, ``lit_model.pth``, Lightning's
 ``X.ckpt``, ``{"model": {…}, "optimizer": {…}}``. Byte layout: :mod:`streamconv.torchfile.single`. A
-trainer's keys lead to the tensors: what of that is no part of the model's names, the model decides.
+trainer's keys lead to the tensors: which of them do not belong to the model's names, the model decides.
 """
 
 from __future__ import annotations

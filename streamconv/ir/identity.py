@@ -66,7 +66,7 @@ class JobIdentity:
 
     ``source`` are the files as :func:`identified`, ``side`` the files beside the weights with their
     hashes, ``inputs`` what else takes part. ``hf_config``, ``model`` and ``base`` say where the config
-    came from, which model was picked and where the base model lies: they are no part of the digest,
+    came from, which model was picked and where the base model lies: they do not enter the digest,
     but of use to whoever plans it again.
     """
 

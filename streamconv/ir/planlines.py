@@ -307,7 +307,7 @@ def _fits(
             if isinstance(op, ScaledAt):
                 _need(op.number < scales, "a scale that there is not")
             if isinstance(op, Decode):
-                _need(k == 0 and itemsize == 1, f"{taken.fqn}: codes that are no bytes")
+                _need(k == 0 and itemsize == 1, f"{taken.fqn}: codes that are not bytes")
 
 
 def tensor(

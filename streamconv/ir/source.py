@@ -34,9 +34,9 @@ class SourceFile:
 
     ``path`` is relative to the checkpoint's root. ``directory_hash`` is the xxh3_128 hex digest of
     the zip central directory (which holds every record's CRC-32), or of the file ``index`` (relative
-    to the root) that plays its part for a folder of files that are no zip from end to end.
-    ``entry_prefix`` is what precedes ``/data/<key>`` in the entry names, empty where records are no zip
-    entries. ``evidence`` stands for the weights where ``directory_hash`` covers no checksum of them
+    to the root) that plays its part for a folder of files that are not one zip from end to end.
+    ``entry_prefix`` is what precedes ``/data/<key>`` in the entry names, empty where records are not
+    zip entries. ``evidence`` stands for the weights where ``directory_hash`` covers no checksum of them
     (:mod:`streamconv.formats.identity`); it is empty where it does.
     """
 
@@ -219,7 +219,7 @@ class Undecided:
 
 @dataclass(frozen=True, slots=True)
 class Skipped:
-    """Something in the checkpoint that is no output, and why."""
+    """Something in the checkpoint that does not become an output, and why."""
 
     name: str
     reason: str

@@ -397,8 +397,8 @@ def in_pieces(
 ) -> tuple[list[Recipe], dict[str, GlobalTensor]]:
     """Return recipes and tensors in which those called ``names`` are made of a tensor of their own.
 
-    So each is a whole matrix, to which a product can be added. What is stored of them is no output's
-    source any more under its old name, unless others draw from it.
+    So each is a whole matrix, to which a product can be added. What is stored of them is no longer a
+    source under its old name, unless others draw from it.
     """
     result = []
     own: dict[str, GlobalTensor] = {}
@@ -446,7 +446,7 @@ def changes_nothing(adapter: Adapter, paths: Sequence[Path]) -> bool:
     """
     if adapter.saved:
         return False
-    # The sign of a zero is no change either, but PEFT's zeros have none.
+    # The sign of a zero is not a change either, but PEFT's zeros have none.
     return not any(
         piece.count(0) != len(piece)
         for tensor in _second_factors(adapter)

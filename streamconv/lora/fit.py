@@ -84,7 +84,7 @@ def check(
         for name in adapter.saved
         if not _is_known(new := called.get(name, name), model)
         and not model.is_optional_unexpected(new)
-        # trl's value head is no part of the model that it is put on.
+        # trl's value head does not belong to the model that it is put on.
         and "v_head" not in new.split(".")
     ]
     if strange:

@@ -251,7 +251,7 @@ class _Translation:
 
 def _no_module(name: str, parameter: str) -> BadInputError:
     return BadInputError(
-        "this adapter changes a parameter that is no module of its own in HuggingFace's model",
+        "this adapter changes a parameter that is not a module of its own in HuggingFace's model",
         where=name,
         found=parameter,
         hint="let the trainer merge the adapter into the model",

@@ -74,7 +74,7 @@ def refuse_more(folder: Path, old: tuple[OldFile, ...]) -> None:
 def _only(
     folder: Path, ours: Collection[str], changed: Callable[[str, os.stat_result], bool]
 ) -> tuple[OldFile, ...]:
-    """Return the files of ``folder``, which must be no others than ``ours`` and not ``changed``."""
+    """Return the files of ``folder``, which must all be in ``ours`` and not be ``changed``."""
     folders = {parent.as_posix() for name in ours for parent in PurePosixPath(name).parents}
     strange, altered, old = [], [], []
     for name, status in _walk(folder, folders):

@@ -54,7 +54,7 @@ def _can_be_swapped(target: Path) -> bool:
 
 
 def check_target(target: Path, source: Path, side_dir: Path | None = None) -> None:
-    """Refuse a target that would swallow its own source, or that is no folder.
+    """Refuse a target that would swallow its own source, or that is not a folder.
 
     ``side_dir`` is where the side files come from: publishing into it would change the source.
     """

@@ -272,7 +272,7 @@ def _dialect(
     if config is not None:
         raise UsageError(
             "--layout memory is for checkpoints of transformers models",
-            found=f"{dialect.name}'s names, which are no state dict's of the model in config.json",
+            found=f"{dialect.name}'s names, which are not a state dict's of the model in config.json",
             hint="leave it out: the tensors become those of the Hub. Without any config.json they are "
             "written under the names that they have",
         )
@@ -526,7 +526,7 @@ def _for_family(job: JobOptions) -> JobOptions:
 
 
 def _refuse_unknown_names(checkpoint: Checkpoint, made: _Output, job: JobOptions) -> None:
-    """Refuse names that are no model's on the Hub, or may not be, where no model tells."""
+    """Refuse names that no model on the Hub has, or may have, where there is no model to ask."""
     if made.model is not None or made.recipes or job.layout == "memory":
         return
     from streamconv.families import native

@@ -227,7 +227,7 @@ def _refuse_folder(path: Path, name: PurePath) -> None:
 
 
 def holds_weights(folder: Path, root: Path) -> bool:
-    """Whether ``folder`` is no folder of side files but the checkpoint's own, or one above it."""
+    """Whether ``folder`` is the checkpoint's own or one above it, and not one of side files."""
     return real_path(root).is_relative_to(real_path(folder))
 
 

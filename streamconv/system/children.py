@@ -45,7 +45,7 @@ def ask(
     that does not load ``torch``, or calls :func:`make_room_for_torch` before, has more of it for
     itself. Raises the child's error.
     """
-    # -P: the working directory, which may be the checkpoint's, is no place to import from.
+    # -P: the working directory, which may be the checkpoint's, is not a place to import from.
     process = subprocess.Popen(
         [sys.executable, "-P", "-m", module, str(os.getpid())],
         pass_fds=inherit,

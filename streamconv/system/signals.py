@@ -3,7 +3,7 @@
 The signals become ``SystemExit``, so that every ``with`` and ``finally`` on the way out runs. But
 Python runs a handler only once the main thread is back from its system call, and on a slow disk a
 write, a read or an fsync can take minutes. So the signal also wakes a thread that ends the process when
-the orderly end takes too long. That is no worse than kill -9, which every run survives; children die
+the orderly end takes too long. That is not worse than kill -9, which every run survives; children die
 with their parent. Where the exception is lost, as in a ``__del__``, it is raised again.
 """
 

@@ -34,7 +34,7 @@ _MAX_RANK = 32
 
 
 class InertIndex(Inert):
-    """``MetadataIndex``: ``state`` is (name, offsets); no offsets (None) for what is no tensor."""
+    """``MetadataIndex``: ``state`` is (name, offsets); offsets are None for what is not a tensor."""
 
     __slots__ = ()
     path = "torch.distributed.checkpoint.metadata.MetadataIndex"

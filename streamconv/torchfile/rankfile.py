@@ -115,7 +115,7 @@ class Stored(NamedTuple):
 class RankFile:
     """What one rank file holds; no byte of a weight has been read.
 
-    ``skipped`` are (name, reason) of values that are no tensors, ``wrapper`` the key under which the
+    ``skipped`` are (name, reason) of values that are not tensors, ``wrapper`` the key under which the
     state dict was found when it was not the top level. ``location`` is the device of the first tensor.
     ``fsdp1`` is True when module names in ``_metadata`` are FSDP1's, None when there are none.
     """
@@ -271,7 +271,7 @@ class Contents:
         self.tensors[name] = stored
 
     def refuse_others(self) -> None:
-        """Raise :class:`BadInputError` for what was no tensor: a weight must not vanish."""
+        """Raise :class:`BadInputError` for what was not a tensor: a weight must not vanish."""
         for name, reason in self.skipped:
             raise BadInputError(
                 "a weight is stored as something other than a plain tensor",

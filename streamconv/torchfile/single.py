@@ -31,7 +31,7 @@ _NO_WEIGHTS = ("callbacks.", "loops.")
 class TorchFile:
     """The tensors of a file by name; ``nested`` says that a trainer's keys lead to them.
 
-    ``skipped`` are (name, reason) of values that are no tensors. ``prefix`` precedes the names of a
+    ``skipped`` are (name, reason) of values that are not tensors. ``prefix`` precedes the names of a
     zip's entries; it is empty for a file of the old format.
     """
 

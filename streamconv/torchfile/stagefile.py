@@ -32,7 +32,7 @@ class StageFile:
     """What one rank file holds; no byte of a weight has been read.
 
     ``stages`` has one dict of tensors a virtual stage, ``args`` the plain values of the run's
-    arguments. ``skipped`` counts what is no weight, by what it is.
+    arguments. ``skipped`` counts what is not a weight, by what it is.
     """
 
     path: Path
@@ -49,7 +49,7 @@ class StageFile:
 def read_stage_file(
     reader: RankReader, path: Path, why_no_weight: Callable[[str], str]
 ) -> StageFile:
-    """Read the file ``path``; ``why_no_weight`` says what a name is where it is no weight.
+    """Read the file ``path``; ``why_no_weight`` says what a name is where it is not a weight.
 
     Raises :class:`BadInputError` and :class:`UnsafeInputError`, with the file and the name.
     """

@@ -171,7 +171,7 @@ def _check_tensor_metadata(metadata: Any) -> None:
 
 
 def check_numbers(numbers: tuple[Any, ...]) -> None:
-    """Refuse what is no exact int before a tuple of it is hashed.
+    """Refuse what is not an exact int before a tuple of it is hashed.
 
     A tuple of tuples of … a few hundred bytes long can take years to hash, and 4.0, True and 1 are
     equal as keys. That they are not negative is checked when a spec is made.

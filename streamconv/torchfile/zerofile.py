@@ -65,8 +65,8 @@ class ModelFile:
     group in the order of the group; None where the run had no flat groups. ``frozen`` are the
     fragments of parameters that are not trained. ``shared`` maps names that are not stored to those
     that are. ``masters`` are the fp32 weights that stage 0 keeps here: groups of shaped tensors, or of
-    one flat tensor each. ``skipped`` are (name, reason) of what is no tensor, ``others`` the keys that
-    the trainer added. ``shards`` is what is said of tensor parallelism (universal_checkpoint_info),
+    one flat tensor each. ``skipped`` are (name, reason) of what is not a tensor, ``others`` the keys
+    that the trainer added. ``shards`` is what universal_checkpoint_info says of tensor parallelism,
     ``degrees`` of the sizes of the run, ``experts`` how many each MoE layer has; ``expert_parallel``
     says that AutoEP has cut them under stage 3.
     """

@@ -304,7 +304,7 @@ class MetaModel:
             if layout == "hub":
                 made.extend(Recipe.identity(n, n, *header) for n, header in found.items())
             elif not group.converted:
-                # Handed on whatever its shape: a resized vocabulary is no matter of conversion.
+                # Handed on whatever its shape: a resized vocabulary does not concern conversion.
                 name = group.memory[0]
                 made.append(Recipe.identity(group.hub[0], name, *found[name]))
             else:

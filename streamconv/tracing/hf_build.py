@@ -28,7 +28,7 @@ _DROPPED = frozenset(
         "compression_config",
         "attn_implementation",  # may name code on the Hub
         "experts_implementation",
-        "architectures",  # decided by resolve(), and refused by the library where it is no list
+        "architectures",  # decided by resolve(), and refused by the library where it is not a list
         "auto_map",
         "use_kernels",
         "kernel_config",

@@ -71,7 +71,7 @@ def _begins_with(path: Path, start: bytes) -> bool:
 
 
 def _keys(here: Path, there: Path | str) -> str:
-    """Return which keys differ between two JSON objects; nothing where they are no such."""
+    """Return which keys differ between two JSON objects; nothing where one is not an object."""
     if here.suffix != ".json" or here.stat().st_size > _MOST_NAMED_BYTES:
         return ""
     try:

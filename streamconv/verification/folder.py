@@ -64,7 +64,7 @@ def verify_output(folder: Path, *, base: Path | None = None) -> Report:
     _compare_headers(folder, tensors, listed, unreadable, report)
     report.checked.append(f"{len(listed)} tensors against the manifest")
     if not unreadable:
-        # An adapter in a folder of its own is no part of the model's index.
+        # An adapter in a folder of its own does not belong to the model's index.
         own = {n: t for n, t in tensors.items() if t.path.parent == folder}
         _check_index(folder, own, report)
     _check_side_files(folder, manifest, report)

@@ -163,7 +163,7 @@ def _compare(ours: Array, theirs: Array, *, same_dtype: bool, atol: float | None
         same_top += int(x.argmax() == y.argmax())
     share = _SAME_DTYPE if same_dtype else _OTHER_DTYPE
     tolerance = share * max(1.0, largest) if atol is None else atol
-    one = ours.shape[-1] == 1  # a critic's value is no distribution
+    one = ours.shape[-1] == 1  # a critic's value is not a distribution
     return {
         "max_abs": max_abs,
         "tolerance": tolerance,

@@ -31,7 +31,7 @@ from streamconv.files.memory_limit import PARSE_BYTES
 from streamconv.ir.boxes import Shape
 from streamconv.system.children import limited_memory
 
-# It warns of every mesh that there is no process group; none is wanted.
+# It warns of every mesh that there is no process group; we want none.
 logging.getLogger("torch.distributed.device_mesh").setLevel(logging.ERROR)
 
 _libc = ctypes.CDLL(None, use_errno=True)

@@ -22,5 +22,5 @@ def dialects() -> tuple[Dialect, ...]:
 
 
 def find(names: Collection[str]) -> Dialect | None:
-    """Return whose names these are, None where they are no trainer's own."""
+    """Return whose names these are, None where they are not a trainer's own."""
     return next((d for d in dialects() if d.prefix(names) is not None), None)

@@ -2,8 +2,8 @@
 
 Byte layout: that of :mod:`streamconv.formats.dcp.folder`. The names are those of the state dict that
 was given to it: a model's own, mostly below a key of the trainer's (``model.``, ``module.``,
-``app.model.``), beside an optimizer. What of a prefix is no part of the model's names is decided by
-the model (:mod:`streamconv.tracing.hf_names`), not here. Accelerate keeps the weights in
+``app.model.``), beside an optimizer. How much of it is a prefix, the model decides
+(:mod:`streamconv.tracing.hf_names`), not this module. Accelerate keeps the weights in
 ``pytorch_model_fsdp_0/``, VeOmni in ``global_step_N/``. Megatron-FSDP (``fsdp_dtensor``) writes such a
 folder with Megatron's names, and these are treated as in
 :mod:`streamconv.formats.megatron.torch_dist`; so is one of torch_dist whose ``metadata.json`` is lost.

@@ -126,7 +126,7 @@ def _named(path: Path, tracker: str) -> Path | None:
 
 
 def list_files(folder: Path) -> Files:
-    """Return the files in the folder of a tag; raises for what has such a name and is no file."""
+    """Return the files in the folder of a tag; raises for what has such a name and is not a file."""
     files = Files(folder)
     for path in sorted(folder.iterdir()):
         for table, key in _keys(files, path.name):

@@ -7,7 +7,7 @@ has such files too, of flat parameters whose own shapes are nowhere: it is refus
 
 Byte layout: each file is a torch.save zip (see :mod:`streamconv.torchfile`). Beside them may lie
 ``fsdp_config.json`` (``FSDP_version``, ``world_size``), ``huggingface/`` (config, tokenizer), and files
-that are no weights (``optim_…``, ``extra_state_…``). FSDP1, FSDP2, hybrid sharding, tensor
+that are not weights (``optim_…``, ``extra_state_…``). FSDP1, FSDP2, hybrid sharding, tensor
 parallelism and no sharding at all look alike here: placements on a device mesh decide.
 
 **Trap: torch 2.4 and two Shards of one dimension.** FSDP2 with tensor parallelism on torch ≤ 2.4

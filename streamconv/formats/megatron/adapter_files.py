@@ -350,7 +350,7 @@ class _Run:
         match = _FACTOR.fullmatch(name)
         if match is None or len(shape) != 2:
             raise BadInputError(
-                "a factor of an adapter that is no matrix",
+                "a factor of an adapter that is not a matrix",
                 where=name,
                 expected="[rank, in] or [out, rank]",
                 found=str(list(shape)),

@@ -4,7 +4,7 @@ The sources are ``common.pt`` (or, since 0.19, the record ``common_state``), whi
 of a Megatron-LM run, and the model's own config as trainers save it: verl's
 ``transformer_config.json``, Megatron-Bridge's ``run_config.yaml``, NeMo's ``context/model.yaml``. All
 are strangers' data of many classes: they are read inertly, only plain numbers, texts, truth values and
-lists of them are taken, and what cannot be read is no reason to fail.
+lists of them are taken, and what cannot be read is not a reason to fail.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ def of_run(folder: Path, arguments: Mapping[str, object]) -> dict[str, object]:
     """
     config = _of_model(folder)
     if config and not arguments.keys() & config.keys():
-        # What the model was built of: here a default is no argument that nobody gave.
+        # What the model was built of: here a default is not an argument that nobody gave.
         config[OF_MODEL] = True
     return {**config, **arguments}
 

@@ -62,7 +62,7 @@ class Place:
 
 
 def why_no_weight(name: str) -> str:
-    """Return what ``name`` is where it is no weight of the model, else nothing."""
+    """Return what ``name`` is where it is not a weight of the model, else nothing."""
     return next((reason for pattern, reason in _NO_WEIGHTS if pattern.search(name)), "")
 
 

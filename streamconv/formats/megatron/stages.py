@@ -4,7 +4,7 @@ Byte layout of the whole: every rank file holds one state dict a virtual stage. 
 tensor (tp), pipeline (pp) and expert (ep) number. Layers are numbered within their stage; counted
 through the stages (all pp of virtual stage 0, then all of 1, …) they get their place in the model.
 
-* What is no expert's is cut over tp; ranks of other ep hold replicas.
+* What does not belong to an expert is cut over tp; ranks of other ep hold replicas.
 * Experts are cut over ep by their number, and each over expert tensor parallelism (etp), whose rank
   no folder name says: where etp divides tp it is ``tp modulo etp``.
 
