@@ -22,36 +22,15 @@ from safetensors.torch import load_file, save_file
 import streamconv
 from scripts.docs_pages import families as page_of_families
 from scripts.makers import megatron
-from scripts.makers.tiny_families import FAMILIES, State, TinyModel
+from scripts.makers.tiny_families import State, TinyModel
 from scripts.outputs import differences, read_model, read_truth
 from streamconv.cli.commands import run
 from streamconv.errors import BadInputError, UsageError
 from streamconv.families import convert as family_conversion
 from streamconv.families.known import table
-from tests.family_cases import Case, plan, taken_apart
+from tests.family_cases import CASES, Case, plan, taken_apart
 from tests.replay import array, replay
 
-KEPT_TOWER = (("megatron_tower", False),)
-CASES = [
-    *map(Case, FAMILIES),
-    Case("qwen2_5_vl", KEPT_TOWER),
-    Case("qwen3_5_vl", KEPT_TOWER),
-    Case("gemma3_vl", KEPT_TOWER),
-    Case("deepseek_v32_wide", (("variant", "indexer of slime"),)),
-    Case("olmoe", (("variant", "wide norms"),)),
-    Case("glm4", (("variant", "norms of ms-swift"),)),
-    *(Case(name, (("swift", True),)) for name in ("qwen3_omni", "glm4v", "internvl")),
-    Case("llama", (("variant", "HybridModel"),)),
-    Case("deepseek_v3_mtp", (("variant", "HybridModel"),)),
-    Case("qwen3_next_mtp", (("variant", "slime"),)),
-    Case("qwen3_5_vl", (("variant", "slime throughout"),)),
-    Case("qwen3_next_mtp", (("variant", "ms-swift"),)),
-    Case("qwen3_5_vl", (("variant", "ms-swift"),)),
-    Case("qwen3_next", (("variant", "ms-swift, decoupled"),)),
-    Case("qwen3_5", (("variant", "ms-swift, decoupled"),)),
-    Case("qwen3_next", (("variant", "ms-swift, HuggingFace's module"),)),
-    Case("qwen3_5", (("variant", "ms-swift, HuggingFace's module"),)),
-]
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
 
 

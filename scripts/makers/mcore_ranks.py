@@ -184,6 +184,8 @@ _HOW = (
     (r"linear_fc1\.(weight|bias)", "halves"),
     (r"core_attention\.softmax_offset", "rows"),
     (r"word_embeddings\.weight|output_layer\.weight|eh_proj\.weight", "rows"),
+    # Of Gemma 4: VocabParallelEmbedding and ColumnParallelLinear. Within a layer all is on every rank.
+    (r"per_layer_embedding\.weight|per_layer_model_proj\.weight", "rows"),
     (r"linear_(qkv|q_proj|q_up_proj|kv_up_proj)\.(weight|bias)", "rows"),
     (r"(in_proj|conv1d)\.(weight|bias)\.\w+|A_log|\.D|dt_bias|mixer\.norm\.weight", "rows"),
     (r"(linear_proj|linear_fc2|out_proj)\.weight", "columns"),
@@ -206,8 +208,8 @@ def cut(
     return whole.chunk(size, dim=0 if how == "rows" else 1)[rank]
 
 
-_LAYER = re.compile(r"((?:language_model\.)?decoder\.layers\.)(\d+)\.")
-_AT_THE_END = re.compile(r"(language_model\.)?(decoder\.final_|output_layer|mtp\.)")
+_LAYER = re.compile(r"((?:thinker\.)?(?:language_model\.)?decoder\.layers\.)(\d+)\.")
+_AT_THE_END = re.compile(r"(thinker\.)?(language_model\.)?(decoder\.final_|output_layer|mtp\.)")
 
 
 def rank_state(

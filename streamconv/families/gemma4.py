@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from streamconv.families import ops
-from streamconv.families.blocks import MLP, MLP_NORM, OUT, QK_NORM, QKV, TOP, D, L
+from streamconv.families.blocks import INPUT_NORM, MLP, MLP_NORM, OUT, QK_NORM, QKV, TOP, D, L
 from streamconv.families.ops import Tensor
 from streamconv.families.rules import Applies, Dims, Family, Rule, moved, renamed, replaced, rule
 from streamconv.families.vision import kept, language
@@ -46,13 +46,13 @@ _ALL = (
     rule(D + "layer_scalar", L + "layer_scalar", ops.copy),
 )
 _DENSE = (
+    *INPUT_NORM,
+    *renamed(MLP_NORM, targets={"post_attention_layernorm": "pre_feedforward_layernorm"}),
     *moved(
         D,
         L,
         {
-            "input_layernorm": "input_layernorm",
             "post_self_attn_layernorm": "post_attention_layernorm",
-            "pre_mlp_layernorm": "pre_feedforward_layernorm",
             "post_mlp_layernorm": "post_feedforward_layernorm",
             "per_layer_input_gate": "per_layer_input_gate",
             "per_layer_projection": "per_layer_projection",

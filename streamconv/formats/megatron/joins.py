@@ -48,17 +48,19 @@ class Cut:
 class Around:
     """Where a parameter stands: the local shapes on its rank, and how many ranks share it.
 
-    ``kept`` are the modules that are HuggingFace's own, and whole on every rank.
+    ``kept`` are the prefixes of modules that are HuggingFace's own, and whole on every rank.
     """
 
     shapes: Mapping[str, Shape]
     ranks: int
-    kept: frozenset[str] = frozenset()
+    kept: tuple[str, ...] = ()
 
     @staticmethod
     def of(shapes: Mapping[str, Shape], ranks: int) -> Around:
         """Return what is around the parameters of one stage."""
-        return Around(shapes, ranks, frozenset(m[1] for n in shapes if (m := _KEPT.match(n))))
+        towers = {m[0] for name in shapes if (m := _TOWER.match(name))}
+        megatron = {t for t in towers if any(n.startswith(t + "decoder.layers.") for n in shapes)}
+        return Around(shapes, ranks, tuple(sorted(towers - megatron)))
 
     def shape(self, name: str, of: str) -> Shape:
         """Return the local shape of ``name``, without which the cut of ``of`` cannot be told."""
@@ -72,8 +74,8 @@ class Around:
         return found
 
 
-# A vision tower of transformers inside a Megatron model; Megatron's own has decoder.layers.
-_KEPT = re.compile(r"(visual|vision_model)\.blocks\.")
+# A tower for pictures or sound: one of transformers' has no decoder.layers, Megatron's own has.
+_TOWER = re.compile(r"(thinker\.)?(visual|vision_model|vision_tower|audio_model|audio_tower)\.")
 
 Rule = Callable[[str, Shape, Around], Cut]
 
@@ -197,7 +199,7 @@ def _unexpected(name: str, expected: str, shape: Shape) -> BadInputError:
 
 
 _TABLE: tuple[tuple[str, Rule], ...] = (
-    (r"embedding\.word_embeddings\.weight", _rows),
+    (r"(embedding\.word_embeddings|per_layer_embedding|per_layer_model_proj)\.weight", _rows),
     (r"output_layer\.(weight|bias)", _head),
     (r"linear_fc1\.(weight|bias)", _gated),
     (r"linear_(qkv|q_proj|q_up_proj|kv_up_proj)\.(weight|bias)", _rows),
@@ -230,7 +232,7 @@ def is_known(name: str) -> bool:
 
 def cut_of(name: str, shape: Shape, around: Around) -> Cut:
     """Return how the parameter ``name``, of the local ``shape``, is cut."""
-    if name.partition(".")[0] in around.kept:
+    if name.startswith(around.kept):
         return _same(name, shape, around)
     for pattern, rule in _RULES:
         if pattern.search(name):

@@ -45,16 +45,6 @@ _LOCAL_NAMES = (
     ),
     ("input_layernorm.", "self_attention.in_proj.layer_norm_", "self_attention.in_proj.weight"),
     ("pre_mlp_layernorm.", "mlp.linear_fc1.layer_norm_", "mlp.linear_fc1.weight"),
-    (
-        "self_attention.q_layernorm.",
-        "self_attention.linear_q_up_proj.layer_norm_",
-        "self_attention.linear_q_up_proj.weight",
-    ),
-    (
-        "self_attention.kv_layernorm.",
-        "self_attention.linear_kv_up_proj.layer_norm_",
-        "self_attention.linear_kv_up_proj.weight",
-    ),
     # 0.19's fused MLA down projection holds the norm before it; Mamba's convolution lost its module.
     (
         "self_attention.linear_qkv_down_proj.layer_norm_",
