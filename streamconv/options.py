@@ -6,7 +6,6 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from html import escape
 from pathlib import Path
 from typing import Any, Literal, TypedDict, Unpack, get_args
 
@@ -431,5 +430,7 @@ class Result:
             ("peak memory", f"{format_size(self.peak_bytes)} of {format_size(self.budget_bytes)}"),
             *(("notice", notice) for notice in self.notices),
         ]
+        from html import escape  # large, and only for notebooks
+
         cells = "".join(f"<tr><th>{a}</th><td>{escape(b)}</td></tr>" for a, b in rows)
         return f"<table>{cells}</table>"

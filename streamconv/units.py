@@ -7,7 +7,6 @@ it binary. A share of something (``80%``) needs the whole it is a share of.
 from __future__ import annotations
 
 import re
-from fractions import Fraction
 
 from streamconv.errors import UsageError
 
@@ -35,15 +34,17 @@ def parse_size(text: str | int, *, whole_bytes: int | None = None) -> int:
             f"not a size: {text!r}",
             expected="a number with a unit, such as 32GB, 32GiB, 500MB or 80%",
         )
-    number, unit, binary, percent = Fraction(match[1]), (match[2] or "").lower(), match[3], match[4]
+    whole, _, decimals = match[1].partition(".")
+    digits, scale = int(whole + decimals), int(10 ** len(decimals))
+    unit, binary, percent = (match[2] or "").lower(), match[3], match[4]
     if percent:
         if whole_bytes is None:
             raise UsageError(f"a share makes no sense here: {text!r}", expected="a size in bytes")
-        if number > 100:
+        if digits > 100 * scale:
             raise UsageError(f"more than the whole: {text!r}", expected="at most 100%")
-        result = int(whole_bytes * number / 100)
+        result = whole_bytes * digits // (100 * scale)
     else:
-        result = int(number * (_BINARY[unit] if binary else _UNIT[unit]))
+        result = digits * (_BINARY[unit] if binary else _UNIT[unit]) // scale
     if result <= 0:
         raise UsageError(f"a size must be positive: {text!r}")
     return result

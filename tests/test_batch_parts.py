@@ -519,6 +519,19 @@ def test_the_smallest_budget_that_is_named_works():
     assert Ledger(named_bytes, 50 * 10**6, 440 * 10**6, 4).slots == 1
 
 
+def test_where_no_model_could_be_loaded_those_that_are_known_are_converted():
+    def slots(total_bytes: int, jobs: int) -> int:
+        return Ledger(
+            total_bytes, 50 * 10**6, 440 * 10**6, jobs, known_floor_bytes=64 * 10**6
+        ).slots
+
+    assert slots(300 * 10**6, 4) == 3
+    assert slots(300 * 10**6, 2) == 2
+    assert slots(600 * 10**6, 4) == 1  # which may be of any model
+    with pytest.raises(BudgetError, match="too small for a batch"):
+        slots(100 * 10**6, 4)
+
+
 def test_a_job_that_needs_everything_waits_until_it_is_alone():
     ledger = Ledger(2 * 10**9, 0, 10**8, 2)
     share = ledger.grant("a")

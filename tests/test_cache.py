@@ -190,19 +190,22 @@ def test_the_second_plan_loads_nothing_and_is_the_same(
 
 
 def test_a_second_conversion_needs_little_memory(
-    folder: Path, source: Path, tmp_path: Path
+    folder: Path, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # As an installed package is: compiling takes memory, too.
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "")
+    monkeypatch.setenv("PYTHONPYCACHEPREFIX", str(tmp_path / "compiled"))
     refused = run("convert", source, tmp_path / "out", "--max-mem", "100MB")
     assert refused.code == 4
     assert "the model's structure comes from transformers" in refused.err
     first = run("convert", source, tmp_path / "one", "--quiet")
     assert first.code == 0, first.err
-    second = run("convert", source, tmp_path / "two", "--quiet", "--max-mem", "72MB")
+    second = run("convert", source, tmp_path / "two", "--quiet", "--max-mem", "64MB")
     assert second.code == 0, second.err
-    assert second.peak_bytes <= 72 * 10**6
+    assert second.peak_bytes <= 64 * 10**6
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
     report = json.loads(run("plan", source, "--json").out)
-    assert report["memory"]["smallest_convert_bytes"] == 72 * 10**6
+    assert report["memory"]["smallest_convert_bytes"] == 64 * 10**6
     anew = json.loads(run("plan", source, "--json", "--no-cache").out)
     assert anew["memory"]["smallest_convert_bytes"] == 490 * 10**6
 

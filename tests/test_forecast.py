@@ -186,12 +186,16 @@ def test_doctor_measures_the_disks(tmp_path, monkeypatch):
     assert "transformers" in shown["loads the result"]
 
 
-def test_doctor_says_what_would_keep_a_conversion_from_ending(tmp_path):
+def test_doctor_says_what_would_keep_a_conversion_from_ending(checkpoints, tmp_path, monkeypatch):
     """Limits that are another process's: its own would be too small for this one."""
+    monkeypatch.setenv("STREAMCONV_CACHE", str(tmp_path / "cache"))
     taken = tmp_path / "file"
     taken.touch()
-    source = runs.rank_file(tmp_path / "actor" / runs.RANK_FILE).parent
-    command = [sys.executable, "-m", "streamconv", "doctor", str(source), str(taken / "out")]
+
+    def doctor(source):
+        return [sys.executable, "-m", "streamconv", "doctor", str(source), str(taken / "out")]
+
+    command = doctor(checkpoints["fsdp2-w2"].source)
     script = f"ulimit -v 400000; exec {shlex.join(command)} --json"
     done = subprocess.run(["sh", "-c", script], capture_output=True, text=True, check=False)
     found = json.loads(done.stdout)
@@ -204,6 +208,11 @@ def test_doctor_says_what_would_keep_a_conversion_from_ending(tmp_path):
     )
     assert f"at least {format_size(budget.PLANNING_FLOOR_BYTES)}" in too_small
     assert done.returncode == 1
+    # Where nothing has to be asked of transformers, so little is enough.
+    without_config = runs.rank_file(tmp_path / "actor" / runs.RANK_FILE).parent
+    script = f"ulimit -v 400000; exec {shlex.join(doctor(without_config))} --json"
+    done = subprocess.run(["sh", "-c", script], capture_output=True, text=True, check=False)
+    assert json.loads(done.stdout)["problems"] == [refused]
 
 
 def test_a_disk_that_takes_nothing_is_told(monkeypatch, tmp_path):

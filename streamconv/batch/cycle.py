@@ -264,7 +264,13 @@ class Batch:
             return
         s = self._settings
         own = memory.resident_bytes()
-        ledger = Ledger(self.budget_bytes, own, budgets.PLANNING_FLOOR_BYTES, s.jobs)
+        ledger = Ledger(
+            self.budget_bytes,
+            own,
+            budgets.PLANNING_FLOOR_BYTES,
+            s.jobs,
+            known_floor_bytes=None if s.no_cache else budgets.REMEMBERED_FLOOR_BYTES,
+        )
         self.publish()
         with memory.PeakMeter() as meter, self._overview or nullcontext():
             while tasks:

@@ -15,15 +15,27 @@ _GROWTH_BYTES = 24 << 20
 class Ledger:
     """Grants shares of ``total_bytes``.
 
-    ``own_bytes`` is what this process takes, ``floor_bytes`` the least a conversion works in;
-    ``slots`` is how many can run at once. Raises :class:`BudgetError` where not even one can.
+    ``own_bytes`` is what this process takes, ``floor_bytes`` the least that any conversion works in,
+    ``known_floor_bytes`` the least for one of a model that is known, where that is less. ``slots`` is
+    how many can run at once: where there is no room for any conversion, as many as of models that are
+    known, and the others say what they need. Raises :class:`BudgetError` where not even one can.
     """
 
-    def __init__(self, total_bytes: int, own_bytes: int, floor_bytes: int, jobs: int) -> None:
+    def __init__(
+        self,
+        total_bytes: int,
+        own_bytes: int,
+        floor_bytes: int,
+        jobs: int,
+        *,
+        known_floor_bytes: int | None = None,
+    ) -> None:
         self.total_bytes = total_bytes
         self._own = own_bytes + _GROWTH_BYTES
         free = total_bytes - self._own
         self.slots = min(jobs, free // floor_bytes)
+        if self.slots < 1 and known_floor_bytes is not None:
+            self.slots = min(jobs, free // known_floor_bytes)
         if self.slots < 1:
             least = -(-(self._own + floor_bytes) // 10**7) * 10**7
             raise BudgetError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,9 +24,26 @@ def root() -> Any:
     return typer.main.get_command(app)
 
 
+def _name(command: Any) -> str:
+    return str(command.name or typer.main.get_command_name(command.callback.__name__))
+
+
+def _root_for(arguments: Sequence[str]) -> Any:
+    """Return the tree of commands, or as much of it as is needed for the one that is named first.
+
+    Making all of them takes as long as reading a plan.
+    """
+    named = [c for c in app.registered_commands if arguments[:1] == [_name(c)]]
+    if not named:
+        return root()
+    one = copy.copy(app)
+    one.registered_commands, one.registered_groups = named, []
+    return typer.main.get_group(one)
+
+
 def run(arguments: Sequence[str]) -> int:
     """Run the command that ``arguments`` ask for and return the exit code; raises what it raises."""
-    top = root()
+    top = _root_for(arguments)
     try:
         code = top.main(
             args=with_command(arguments, top.commands),

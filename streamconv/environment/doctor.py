@@ -9,6 +9,7 @@ import resource
 import shutil
 import stat
 import sys
+import tempfile
 import time
 from importlib import metadata
 from pathlib import Path
@@ -62,8 +63,9 @@ def examine(
     try:
         check_planning(memory)
     except BudgetError as too_small:
-        problems.append(str(too_small))
-        code = code or too_small.exit_code
+        if src is None or not _is_planned_within(memory, src, model):
+            problems.append(str(too_small))
+            code = code or too_small.exit_code
     found: dict[str, Any] = {
         "streamconv": __version__,
         "python": platform.python_version(),
@@ -193,6 +195,21 @@ def _cpu() -> str:
         lines = []
     names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     return next(names, platform.machine())
+
+
+def _is_planned_within(budget_bytes: int, src: Path, model: str | None) -> bool:
+    """Whether so much memory is enough to plan ``src``, as it is where its model is known."""
+    from streamconv.options import JobOptions
+    from streamconv.planning.child import make_plan
+
+    with tempfile.TemporaryDirectory(prefix="streamconv-") as scratch:
+        try:
+            make_plan(
+                src, JobOptions(model=model), Path(scratch) / "plan", max_mem_bytes=budget_bytes
+            ).close()
+        except (StreamconvError, OSError):
+            return False
+    return True
 
 
 def _try(src: Path, model: str | None) -> tuple[dict[str, Any], StreamconvError | None]:

@@ -37,8 +37,8 @@ _THREAD_BYTES = 64 << 10
 # Kernels that map libraries in large pages (6.18 was seen to) count 45 MB more of torch's code.
 PLANNING_FLOOR_BYTES = 490 * 10**6
 # The same where nothing has to be asked of transformers: both are Python with our own modules.
-REMEMBERED_FLOOR_BYTES = 72 * 10**6
-_REMEMBERED_CHILD_BYTES = 36 * 10**6
+REMEMBERED_FLOOR_BYTES = 64 * 10**6
+_REMEMBERED_CHILD_BYTES = 30 * 10**6
 
 # What an object store's client takes beside answers: connections, TLS, its threads.
 _CLIENT_BYTES = 10 << 20

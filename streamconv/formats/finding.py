@@ -68,6 +68,11 @@ def detect(path: Path, *, finished: bool = True) -> Location | None:
     )
 
 
+def settings(root: Path) -> list[tuple[str, str]]:
+    """Return (name, hash) of files in the checkpoint ``root`` that decide how pieces go together."""
+    return rank_files.settings(root)
+
+
 def find_model(path: Path, model: str | None = None) -> Location:
     """Return where the model lies that ``path`` means.
 
