@@ -63,6 +63,11 @@ def format_size(nbytes: int | float) -> str:
     return f"{value:.{digits}f} {unit}"
 
 
+def counted(count: int, noun: str) -> str:
+    """Return how many there are of what ``noun`` names: ``1 file``, ``2 files``."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
 def parse_duration(text: str) -> float:
     """Return the seconds that ``90s``, ``10m``, ``2h``, ``1d`` or ``1h30m`` mean."""
     stripped = re.sub(r"\s+", "", text.lower())

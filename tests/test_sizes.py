@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from streamconv.errors import UsageError
-from streamconv.units import format_size, parse_size
+from streamconv.units import counted, format_size, parse_size
 
 
 @pytest.mark.parametrize(
@@ -98,3 +98,8 @@ def test_what_is_written_reads_back_within_its_digits(nbytes):
 def test_anything_is_a_size_or_a_usage_error(text):
     with contextlib.suppress(UsageError):
         assert parse_size(text, whole_bytes=10**9) > 0
+
+
+@pytest.mark.parametrize(("count", "text"), [(0, "0 files"), (1, "1 file"), (2, "2 files")])
+def test_one_is_not_several(count, text):
+    assert counted(count, "file") == text

@@ -211,7 +211,7 @@ def _file(header: bytes, data: bytes = b"") -> bytes:
             ),
             "occurs twice",
         ),
-        (_file(b'{"a":{"dtype":"U8","shape":[-1],"data_offsets":[0,-1]}}'), "no counts"),
+        (_file(b'{"a":{"dtype":"U8","shape":[-1],"data_offsets":[0,-1]}}'), "not counts"),
     ],
 )
 def test_a_broken_safetensors_file_is_refused(tmp_path: Path, content: bytes, found: str) -> None:

@@ -27,7 +27,7 @@ from streamconv.cli.output import say, say_json
 from streamconv.cli.progress import listen, summarize
 from streamconv.errors import UsageError, shown
 from streamconv.files.inputs import local_path
-from streamconv.units import format_size
+from streamconv.units import counted, format_size
 
 
 @app.command(cls=Command)
@@ -73,7 +73,8 @@ def begin(
             say(f"nothing to do: {place} is already the complete output of this job")
             return
         done = f", {len(begun.finished)} of them written before" if begun.finished else ""
-        say(f"begun: {place} ({len(begun.files)} files, {format_size(begun.write_bytes)}{done})")
+        files = counted(len(begun.files), "file")
+        say(f"begun: {place} ({files}, {format_size(begun.write_bytes)}{done})")
         say(f"next: `streamconv part {place} --part I/N` for each I from 1 to N, on any machine,")
         say(f"      then `streamconv finish {place}`")
 
@@ -120,7 +121,7 @@ def part(
     elif not quiet:
         say(
             {
-                "written": f"written: {len(done.files)} files, {format_size(done.write_bytes)} in "
+                "written": f"written: {counted(len(done.files), 'file')}, {format_size(done.write_bytes)} in "
                 f"{done.seconds:.1f} s; peak memory {format_size(done.peak_bytes)}",
                 "nothing-to-do": "nothing to do: all files of this part are written",
                 "published": f"nothing to do: {shown(str(done.output))} is published",

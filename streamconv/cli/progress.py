@@ -17,7 +17,7 @@ from typing import Any, TextIO
 from streamconv.cli.output import bottom, say, say_json, sorted_notices, tell
 from streamconv.errors import shown
 from streamconv.options import Event, Notice, Phase, Progress, Result
-from streamconv.units import format_duration, format_size
+from streamconv.units import counted, format_duration, format_size
 
 Listener = Callable[[Event], None]
 
@@ -237,7 +237,8 @@ def render_result(result: Result) -> str:
             f"unverifiable: {format_size(result.unverifiable_bytes)} of the source carry no checksum"
         )
     lines.append(
-        f"done: {shown(str(result.output))} ({result.tensors} tensors, {result.files} files, "
+        f"done: {shown(str(result.output))} ({counted(result.tensors, 'tensor')}, "
+        f"{counted(result.files, 'file')}, "
         f"{format_size(result.write_bytes)})"
     )
     if result.reused_bytes:

@@ -14,7 +14,7 @@ from streamconv.cli.output import columns, sorted_notices
 from streamconv.errors import shown
 from streamconv.files.names import in_words, shown_all
 from streamconv.ir.planfile import Plan
-from streamconv.units import format_duration, format_size
+from streamconv.units import counted, format_duration, format_size
 
 if TYPE_CHECKING:
     from streamconv.environment.forecast import Forecast
@@ -106,8 +106,9 @@ def render_plan(report: Mapping[str, Any]) -> str:
         f"default budget {format_size(memory['default_budget_bytes'])} "
         f"({memory['default_budget_from']})"
     )
+    files = counted(len(report["source_files"]), "file")
     rows = [
-        ("source", f"{report['source']} ({report['format']}, {len(report['source_files'])} files)"),
+        ("source", f"{report['source']} ({report['format']}, {files})"),
         ("tensors", f"{totals['tensors']:,} with {totals['parameters']:,} elements"),
         ("dtypes in", _histogram(totals["source_dtypes"])),
         ("dtypes out", _histogram(totals["output_dtypes"])),
@@ -122,7 +123,7 @@ def render_plan(report: Mapping[str, Any]) -> str:
         rows.append(("no checksum", format_size(totals["unverifiable_bytes"])))
     rows.append(("resumes", "by output file: a file that is not finished is written again"))
     outputs = [
-        f"{o['name']}  {format_size(o['nbytes'])}, {o['tensors']} tensors"
+        f"{o['name']}  {format_size(o['nbytes'])}, {counted(o['tensors'], 'tensor')}"
         for o in report["outputs"]
     ]
     parts = [columns(rows), _list("output files", outputs)]
@@ -164,7 +165,7 @@ def _shape(shape: list[int]) -> str:
 
 
 def _shards(count: int) -> str:
-    return "1 shard" if count == 1 else f"{count} shards"
+    return counted(count, "shard")
 
 
 def _histogram(nbytes: Mapping[str, int]) -> str:

@@ -19,6 +19,7 @@ from streamconv.cli.command import Command, Group
 from streamconv.cli.output import say, say_json, tell
 from streamconv.errors import StreamconvError, UsageError, shown
 from streamconv.files.inputs import local_path
+from streamconv.units import counted
 
 app = typer.Typer(
     cls=Group,
@@ -180,7 +181,9 @@ def compare(
     else:
         for problem in found["problems"]:
             say(f"problem  {shown(problem)}")
-        say(f"{found['tensors']} tensors compared, {len(found['problems'])} problems")
+        say(
+            f"{counted(found['tensors'], 'tensor')} compared, {counted(len(found['problems']), 'problem')}"
+        )
     if found["problems"]:
         raise typer.Exit(5)
 

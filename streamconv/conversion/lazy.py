@@ -30,7 +30,7 @@ from streamconv.ir.source import SourceFile
 from streamconv.options import JobOptions
 from streamconv.planning.child import make_plan
 from streamconv.storage.address import place
-from streamconv.units import format_size
+from streamconv.units import counted, format_size
 
 if TYPE_CHECKING:
     import torch
@@ -237,7 +237,8 @@ class LazyCheckpoint(Mapping[str, LazyTensor]):
     def __repr__(self) -> str:
         nbytes = sum(t.nbytes for t in self._tensors.values())
         return (
-            f"LazyCheckpoint({self.plan.head.root!r}, {len(self)} tensors, {format_size(nbytes)})"
+            f"LazyCheckpoint({self.plan.head.root!r}, {counted(len(self), 'tensor')}, "
+            f"{format_size(nbytes)})"
         )
 
     def _repr_html_(self) -> str:

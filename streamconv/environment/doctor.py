@@ -21,7 +21,7 @@ from streamconv.files.names import in_words
 from streamconv.storage import aws
 from streamconv.storage.address import Address
 from streamconv.storage.objects import CREDENTIALS
-from streamconv.units import format_size
+from streamconv.units import counted, format_size
 
 _LIBRARIES = ("torch", "transformers", "safetensors", "numpy", "isal", "xxhash", "ml_dtypes")
 # What people load the result with; transformers is among the libraries above.
@@ -259,7 +259,8 @@ def rows(found: dict[str, Any]) -> list[tuple[str, str]]:
     ]
     source = found["source"]
     if source is not None and source["readable"]:
-        facts = f"{source['format']}, {source['files']} files, {source['tensors']} tensors"
+        files, tensors = counted(source["files"], "file"), counted(source["tensors"], "tensor")
+        facts = f"{source['format']}, {files}, {tensors}"
         table.append(("source", f"{source['root']}: readable, {facts}"))
         table += [
             (name.replace("_", " "), in_words(value)) for name, value in source["facts"].items()

@@ -25,6 +25,7 @@ from streamconv.output.staging import staging_path
 from streamconv.planning.sidefiles import read_config
 from streamconv.quantization import scales
 from streamconv.system.children import ask
+from streamconv.units import counted
 from streamconv.verification.report import Report
 
 _STEP_BYTES = 1 << 20
@@ -59,10 +60,10 @@ def verify_output(folder: Path, *, base: Path | None = None) -> Report:
         ]
         tensors |= found
         report.problems += _file_problems(path, name, entry, found, listed)
-    report.checked.append(f"{len(files)} files against the manifest")
+    report.checked.append(f"{counted(len(files), 'file')} against the manifest")
     report.problems += [f"{name}: not in the manifest" for name in _strays(folder, files)]
     _compare_headers(folder, tensors, listed, unreadable, report)
-    report.checked.append(f"{len(listed)} tensors against the manifest")
+    report.checked.append(f"{counted(len(listed), 'tensor')} against the manifest")
     if not unreadable:
         # An adapter in a folder of its own does not belong to the model's index.
         own = {n: t for n, t in tensors.items() if t.path.parent == folder}
@@ -242,7 +243,7 @@ def _check_side_files(folder: Path, manifest: Mapping[str, Any], report: Report)
                 report.problems.append(f"{name}: no valid JSON ({(error.found or '')[:100]})")
     if not {"config.json", WEIGHTS} & {*files}:
         report.checked.append("note: there is no config.json, so no loader knows what this is")
-    report.checked.append(f"{len(side)} config, tokenizer and other side files")
+    report.checked.append(f"{counted(len(side), 'file')} of config, tokenizer and the like")
 
 
 def _check_adapter(tensors: Mapping[str, FileTensor], report: Report) -> None:

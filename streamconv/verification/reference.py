@@ -13,6 +13,7 @@ from streamconv.errors import BadInputError
 from streamconv.formats.safetensors_file import FileTensor, read_files, weight_files
 from streamconv.ir.dtypes import DType
 from streamconv.planning.sidefiles import read_config
+from streamconv.units import counted
 from streamconv.verification.distance import further_apart
 from streamconv.verification.report import Report
 
@@ -48,7 +49,7 @@ def verify_reference(
     report.rows = sorted((r for r in rows if r is not None), key=lambda r: -r["max_abs"])
     report.problems += [f"{r['name']}: {r['what']}" for r in report.rows]
     how = f"within {atol:g} + {rtol:g} × |reference|" if atol or rtol else "bit for bit"
-    report.checked.append(f"{len(both)} tensors against {reference}, {how}")
+    report.checked.append(f"{counted(len(both), 'tensor')} against {reference}, {how}")
     return report
 
 

@@ -28,6 +28,7 @@ from streamconv.planning.strays import ANOTHERS
 from streamconv.storage.address import Address
 from streamconv.system import memory
 from streamconv.system.children import ask
+from streamconv.units import counted
 from streamconv.verification.beside import file_problems
 from streamconv.verification.by_plan import differing_tensors, planned_tensors, wrong_headers
 from streamconv.verification.folder import manifest_of
@@ -95,7 +96,8 @@ def verify_source(
         if n not in renewed and not (wrong and n.endswith((".safetensors", INDEX)))
     ]
     report.checked.append(
-        f"{len(plan.head.side) + len(plan.head.written)} files beside the weights against the source"
+        f"{counted(len(plan.head.side) + len(plan.head.written), 'file')} beside the weights "
+        "against the source"
     )
     report.checked += _by_manifest(job, hf_config)
     report.problems += [f"{n}: {what}" for n, what in sorted(wrong.items())]
@@ -113,7 +115,8 @@ def verify_source(
     report.problems += [f"{n}: not in the source" for n in sorted(held.keys() - names)]
     report.checked += _ways(answer["ways"], len(differing))
     report.checked += [
-        f"{count} tensors against the source, byte by byte, read by streamconv alone: {reason}"
+        f"{counted(count, 'tensor')} against the source, byte by byte, "
+        f"read by streamconv alone: {reason}"
         for reason, count in Counter(left.values()).items()
     ]
     if unverifiable:
@@ -145,7 +148,7 @@ def _ways(ways: Mapping[str, int], differing: int) -> Iterator[str]:
     parts = [f"{ways[w]} {text}" for w, text in how.items() if ways.get(w)]
     detail = f" ({', '.join(parts)})" if parts else ""
     if total:
-        yield f"{total} tensors against the source, byte by byte, read by torch.load{detail}"
+        yield f"{counted(total, 'tensor')} against the source, byte by byte, read by torch.load{detail}"
 
 
 def _job(
