@@ -388,7 +388,7 @@ def test_no_huggingface_folder_is_a_notice(checkpoints, tmp_path):
 def test_names_that_may_be_none_on_the_hub_need_a_model(name, tmp_path):
     (tmp_path / "actor").mkdir()
     torch.save({name: torch.zeros(2, 3, 4)}, tmp_path / "actor/model_world_size_1_rank_0.pt")
-    with pytest.raises(BadInputError, match="what the Hub calls these tensors is not known"):
+    with pytest.raises(BadInputError, match="the Hub's names of these tensors are not known"):
         streamconv.convert(tmp_path / "actor", tmp_path / "out", sync=False)
     streamconv.convert(tmp_path / "actor", tmp_path / "out", layout="memory", sync=False)
     assert set(read_model(tmp_path / "out")) == {name}

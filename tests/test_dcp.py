@@ -98,7 +98,9 @@ def test_names_that_no_model_vouches_for_are_refused(
     folder = save(**{"model.lm_head.weight": torch.zeros(4, 3)})
     if config is not None:
         (folder / "config.json").write_text(config)
-    with pytest.raises(BadInputError, match="what the Hub calls these tensors is not known") as why:
+    with pytest.raises(
+        BadInputError, match="the Hub's names of these tensors are not known"
+    ) as why:
         streamconv.convert(folder, tmp_path / "out", sync=False)
     assert "--hf-config DIR" in str(why.value.hint)
     assert not (tmp_path / "out").exists()

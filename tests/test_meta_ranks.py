@@ -131,7 +131,7 @@ def other_pieces(rank: int, part: State) -> None:
     [
         (another_norm, "hold different ones"),
         (a_name_of_its_own, "not in the files of all ranks"),
-        (an_unknown_name, "how the ranks cut this tensor is not known"),
+        (an_unknown_name, "cannot determine how the ranks cut this tensor"),
         (other_pieces, "not cut into equal pieces"),
     ],
 )

@@ -136,7 +136,7 @@ def _checked_name(text: str, c: Candidate) -> str:
     name = PurePosixPath(text)
     if name.is_absolute() or not name.parts or any(p.startswith(".") for p in name.parts):
         raise UsageError(
-            f"the template makes an output name that will not do: {text!r}",
+            f"the template makes an output name that cannot be used: {text!r}",
             where=str(c.path),
             expected="a relative path without parts that begin with a dot",
         )

@@ -121,8 +121,9 @@ def part(
     elif not quiet:
         say(
             {
-                "written": f"written: {counted(len(done.files), 'file')}, {format_size(done.write_bytes)} in "
-                f"{done.seconds:.1f} s; peak memory {format_size(done.peak_bytes)}",
+                "written": f"written: {counted(len(done.files), 'file')}, "
+                f"{format_size(done.write_bytes)} in {done.seconds:.1f} s; "
+                f"peak memory {format_size(done.peak_bytes)}",
                 "nothing-to-do": "nothing to do: all files of this part are written",
                 "published": f"nothing to do: {shown(str(done.output))} is published",
             }[done.status]

@@ -182,7 +182,8 @@ def compare(
         for problem in found["problems"]:
             say(f"problem  {shown(problem)}")
         say(
-            f"{counted(found['tensors'], 'tensor')} compared, {counted(len(found['problems']), 'problem')}"
+            f"{counted(found['tensors'], 'tensor')} compared, "
+            f"{counted(len(found['problems']), 'problem')}"
         )
     if found["problems"]:
         raise typer.Exit(5)

@@ -280,7 +280,7 @@ class RemoteExecution(Execution):
         found = target.bucket.look(target.key)
         if found.nbytes != output.nbytes:
             raise StreamconvError(
-                "the store has not what was written",
+                "the store does not hold what was written",
                 where=str(target),
                 expected=f"{output.nbytes} bytes",
                 found=f"{found.nbytes} bytes",

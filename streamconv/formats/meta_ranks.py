@@ -190,7 +190,7 @@ def _axis(name: str, files: Sequence[TorchFile]) -> int | None:
     if _ON_EVERY_RANK.fullmatch(name):
         return None
     raise BadInputError(
-        "how the ranks cut this tensor is not known",
+        "cannot determine how the ranks cut this tensor",
         where=name,
         found=f"{list(shape)} in each of {len(files)} files",
         hint="only those of Llama's language models are known: join the files with the tools of the "

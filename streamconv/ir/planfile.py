@@ -187,7 +187,7 @@ class Plan:
                 elif kind == "text":
                     written.append(planlines.written_file(data))
                 elif kind in found:
-                    raise ValueError(f"{kind} is said twice")
+                    raise ValueError(f"{kind} is there twice")
                 else:
                     found |= data
                     job = JobIdentity.from_json(data["job"]) if kind == "job" else job

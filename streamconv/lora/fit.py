@@ -137,7 +137,7 @@ def refuse_doubtful(adapter: Adapter, checkpoint: Checkpoint) -> None:
         strange = [n for n in fqns if PREFIX not in n]
     if strange:
         raise BadInputError(
-            "what the model calls these modules is not known: the names may be the trainer's",
+            "the model's names of these modules are not known: the names may be the trainer's",
             where=listed(strange),
             expected=f"{PREFIX} before the names of a model's modules, or config.json",
             hint="name the folder of the model that was trained: --hf-config DIR or --base DIR",

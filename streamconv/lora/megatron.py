@@ -207,7 +207,7 @@ class _Translation:
     def _untold(self, b: GlobalTensor, found: int) -> BadInputError:
         run = f"tensor parallel size {self._tp}" if self._tp else "no tensor parallel size"
         return BadInputError(
-            "in which order the ranks' rows of an adapter lie cannot be told",
+            "cannot determine the order of the ranks' rows of an adapter",
             where=b.fqn,
             expected="as many pieces of equal size as tensor-parallel ranks, or twice as many",
             found=f"{found or 'uneven'} pieces, and {run} among the arguments of the run",

@@ -319,7 +319,7 @@ def read_object(path: Path) -> dict[str, Any]:
             "the adapter's settings are not valid JSON", where=str(path), found=str(error)[:200]
         ) from error
     if not isinstance(data, dict):
-        raise BadInputError("the adapter's settings are no JSON object", where=str(path))
+        raise BadInputError("the adapter's settings are not a JSON object", where=str(path))
     return data
 
 

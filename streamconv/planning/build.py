@@ -538,7 +538,7 @@ def _refuse_unknown_names(checkpoint: Checkpoint, made: _Output, job: JobOptions
     if not strange:
         return
     raise BadInputError(
-        "what the Hub calls these tensors is not known: the names may be the trainer's",
+        "the Hub's names of these tensors are not known: the names may be the trainer's",
         where=str(checkpoint.root),
         expected="in huggingface/ or beside the weights, config.json of a model that transformers has",
         found=f"{strange[0]}, and "

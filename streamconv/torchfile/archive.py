@@ -24,7 +24,7 @@ def check_archive(directory: ZipDirectory) -> None:
     version = b"" if name is None else directory.read_entry(name, max_nbytes=16)
     if not _VERSION.fullmatch(version):
         raise BadInputError(
-            "a file format of torch.save that is not known",
+            "an unknown file format of torch.save",
             where=where,
             expected="a record 'version' of 1 to 10",
             found=repr(version) if name else "no such record",

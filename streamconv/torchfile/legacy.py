@@ -72,7 +72,7 @@ def read_legacy(path: Path, *, max_nbytes: int) -> tuple[os.stat_result, ZipDire
 
 def _check_head(magic: Any, protocol: Any, machine: Any, where: str) -> None:
     if magic != int.from_bytes(_MAGIC[4:14], "little") or protocol != _PROTOCOL:
-        raise BadInputError("a file of torch.save in a form that is not known", where=where)
+        raise BadInputError("a file of torch.save in an unknown form", where=where)
     if type(machine) not in (dict, InertDict) or machine.get("little_endian") is not True:
         raise BadInputError("the file holds big-endian numbers", where=where, expected="little")
 

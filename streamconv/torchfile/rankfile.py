@@ -254,7 +254,7 @@ class Contents:
                 elif kind is allowed.SHARDED_TENSOR:
                     stored = self._sharded(kind, outer, state)
                 else:
-                    raise bad(f"a tensor subclass that is not known: {name_of(kind)}")
+                    raise bad(f"an unknown tensor subclass: {name_of(kind)}")
             elif type(value) in TENSOR_CALLS or isinstance(value, Function):
                 stored = self._plain(value)
             else:

@@ -85,7 +85,7 @@ def tensor_parts(value: Any) -> TensorParts:
         elif call is allowed.REBUILD_FROM_TYPE:
             function, kind, inner, state = args
             if kind not in _PLAIN_TYPES:
-                raise bad(f"a tensor subclass that is not known: {name_of(kind)}")
+                raise bad(f"an unknown tensor subclass: {name_of(kind)}")
             check_attributes(state)
             call, args = function, inner
             continue
@@ -196,7 +196,7 @@ def check_dtensor(kind: Any, outer: Any, attributes: Any, fields: Any, spec: Any
     if not spec.state.keys() <= _SPEC_FIELDS:
         strange = [k for k in spec.state if k not in _SPEC_FIELDS and not str(k).startswith("_")]
         if strange:
-            raise bad("a DTensor's spec with a field that is not known", found=str(strange[0])[:80])
+            raise bad("a DTensor's spec with an unknown field", found=str(strange[0])[:80])
     if attributes is not None:
         check_attributes(attributes)
 
@@ -213,15 +213,15 @@ def placement_key(value: Any) -> tuple[object, int, int]:
     if kind is SHARD:
         dim, factor = state["dim"], 1
         if len(state) != 1:
-            raise bad("a placement with a field that is not known")
+            raise bad("a placement with an unknown field")
     elif kind is allowed.STRIDED_SHARD:
         dim, factor = state["dim"], state["split_factor"]
         if len(state) != 2:
-            raise bad("a placement with a field that is not known")
+            raise bad("a placement with an unknown field")
     elif kind in _PLACEMENT_KINDS:
         return kind, 0, 1
     else:
-        raise bad(f"a placement that is not known: {name_of(value)}")
+        raise bad(f"an unknown placement: {name_of(value)}")
     if type(dim) is not int or type(factor) is not int:
         raise bad("a placement without its dimension")
     return kind, dim, factor

@@ -108,7 +108,7 @@ class ShardMap:
 
     def _bad(self, name: str, found: str) -> BadInputError:
         return BadInputError(
-            "how the shards of tensor parallel ranks go together is not known",
+            "cannot determine how the shards of tensor-parallel ranks fit together",
             where=f"{self._where}, {name[:200]}",
             expected="universal_checkpoint_info, which DeepSpeed writes since 0.19",
             found=found,

@@ -307,8 +307,8 @@ def _merge(
     flat = next((n for n in pending if n.rpartition(".")[2] == _FLAT), None)
     if flat is not None:
         raise BadInputError(
-            "these files hold FSDP's flat parameters (LOCAL_STATE_DICT): which parameters they are "
-            "made of, and their shapes, is in no file",
+            "these files hold FSDP's flat parameters (LOCAL_STATE_DICT): no file says which "
+            "parameters they are made of, nor their shapes",
             where=str(folder.path),
             found=flat,
             hint="load them where they were made, and save with SHARDED_STATE_DICT or FULL_STATE_DICT",

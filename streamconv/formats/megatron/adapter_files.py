@@ -208,8 +208,8 @@ class _Run:
             by_experts = all(self._alike(first, o) for o in others)
             if any(_EXPERT.fullmatch(n) for n in first):
                 raise BadInputError(
-                    "whether the second number of these names is a stage of the pipeline or a rank of "
-                    "expert parallelism cannot be told",
+                    "cannot determine whether the second number of these names is a stage of the "
+                    "pipeline or a rank of expert parallelism",
                     where=str(self._folder),
                     expected="transformer_config.json beside the folder",
                 )
@@ -242,7 +242,7 @@ class _Run:
         if (self._size("virtual_pipeline_model_parallel_size") or 1) > 1:
             raise BadInputError(
                 "with virtual pipeline stages this release of verl saved the first stage of each rank "
-                "alone: the rest of the adapter is in no file",
+                "alone: the rest of the adapter was not saved",
                 where=str(self._folder),
             )
 
@@ -269,7 +269,7 @@ class _Run:
         layers = self._size("num_layers") or config.get("num_hidden_layers")
         if self._pp > 1 and sum(counts) != layers:
             raise BadInputError(
-                "where in the model the layers of a pipeline stage belong cannot be told",
+                "cannot determine where in the model the layers of a pipeline stage belong",
                 where=str(self._folder),
                 expected=f"adapters up to the last of {layers} layers in all stages together",
                 found=f"layers up to {', '.join(map(str, counts))} in the stages",
@@ -373,8 +373,8 @@ class _Run:
         gated = config.get("gated_linear_unit")
         if not isinstance(gated, bool):
             raise BadInputError(
-                "whether the rows of this adapter are those of a gate and of what it gates cannot be "
-                "told",
+                "cannot determine whether the rows of this adapter belong to a gate and to what it "
+                "gates",
                 where=f"{module}.adapter.linear_out.weight",
                 expected="gated_linear_unit in transformer_config.json beside the folder, or an "
                 "adapter of linear_fc2",
@@ -423,7 +423,7 @@ class _Run:
             return 1
         if told is None or self._tp % told:
             raise BadInputError(
-                "how many ranks share the adapter of an expert cannot be told",
+                "cannot determine how many ranks share the adapter of an expert",
                 where=str(self._folder),
                 expected="an expert_tensor_parallel_size in transformer_config.json that divides "
                 f"{self._tp}",

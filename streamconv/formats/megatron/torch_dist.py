@@ -184,7 +184,7 @@ def _no_weights(folder: Path, skipped: tuple[Skipped, ...]) -> BadInputError:
             "this checkpoint holds no weights of the model: an adapter was trained",
             where=str(folder),
             found=f"the adapter in {adapter}{beside}",
-            hint=f"whether the adapter is merged into {model}, no file tells: compare it with the "
+            hint=f"no file says whether the adapter is merged into {model}: compare it with the "
             "model that the run started from"
             if model
             else "the adapter's base is the model that the run started from",
