@@ -67,6 +67,28 @@ def test_gemmas_outer_norms_on_the_layer() -> None:
         assert value(model, tensors, name) == bits(model.state[name])
 
 
+def test_gates_of_query_heads_in_one_tensor_with_what_they_gate() -> None:
+    """Ranks of a run without tensor parallelism, or Megatron-FSDP's files."""
+    model, tensors = tiny("step3p7")
+    for key in [k for k in tensors if k.endswith("._qkv")]:
+        whole = key.removesuffix("._qkv")
+        tensors[whole] = torch.cat([tensors.pop(key), tensors.pop(whole + "._gate")])
+    for x in "qkvg":
+        name = f"model.layers.1.self_attn.{x}_proj.weight"
+        assert value(model, tensors, name) == bits(model.state[name])
+
+
+def test_a_gate_for_each_element_is_not_taken_for_one_a_head() -> None:
+    """What Megatron-Core's releases train; Megatron-Bridge would export the first of each head's."""
+    model, tensors = tiny("step3p7")
+    for key in [k for k in tensors if k.endswith("._qkv")]:
+        heads = len(tensors.pop(key.removesuffix("_qkv") + "_gate"))
+        rows = tensors.pop(key)
+        tensors[key.removesuffix("._qkv")] = torch.cat([rows[: heads * 12], rows])
+    with pytest.raises(BadInputError, match="trained a gate for each element of a head"):
+        plan(model, tensors)
+
+
 YARN: dict[str, Any] = {
     "rope_scaling": {
         "type": "yarn",

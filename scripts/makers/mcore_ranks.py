@@ -187,6 +187,7 @@ _HOW = (
     # Of Gemma 4: VocabParallelEmbedding and ColumnParallelLinear. Within a layer all is on every rank.
     (r"per_layer_embedding\.weight|per_layer_model_proj\.weight", "rows"),
     (r"linear_(qkv|q_proj|q_up_proj|kv_up_proj)\.(weight|bias)", "rows"),
+    (r"linear_qkv\.weight\._\w+", "rows"),
     (r"(in_proj|conv1d)\.(weight|bias)\.\w+|A_log|\.D|dt_bias|mixer\.norm\.weight", "rows"),
     (r"(linear_proj|linear_fc2|out_proj)\.weight", "columns"),
 )
@@ -243,7 +244,7 @@ def rank_state(
             state |= expert_state(local, parts, kind)
             continue
         part = cut(name, whole, tp, sizes.tp, special)
-        split = re.fullmatch(r"(.*(?:in_proj|conv1d)\.(?:weight|bias))\.\w+", local)
+        split = re.fullmatch(r"(.*(?:in_proj|conv1d|linear_qkv)\.(?:weight|bias))\.\w+", local)
         if split:
             joined.setdefault(split[1], []).append(part)
         else:

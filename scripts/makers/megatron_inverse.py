@@ -362,6 +362,47 @@ def mlp_of_exaone4(w: Walk, mg: str, hf: str) -> None:
     w.copy(f"{mg}mlp.linear_fc2.{after}", hf + "post_feedforward_layernorm.weight")
 
 
+def attention_of_step(w: Walk, mg: str, hf: str) -> None:
+    """As Megatron-Core's development branch keeps it: the gates behind queries, keys and values."""
+    gate = w.take(hf + "self_attn.g_proj.weight")
+    heads, key = w.config["num_attention_heads"], mg + "self_attention.linear_qkv.weight"
+    w.config["num_attention_heads"] = len(gate)
+    groups = w.config.setdefault("num_key_value_heads", w.config.get("num_attention_groups"))
+    assert groups
+    attention(w, mg, hf)
+    w.config["num_attention_heads"] = heads
+    w.made |= {key + "._qkv": w.made.pop(key), key + "._gate": gate}
+
+
+def feed_of_step(w: Walk, mg: str, hf: str) -> None:
+    if not w.has(hf + "moe.gate.weight"):
+        return mlp(w, mg, hf)
+    w.copy(mg + "pre_mlp_layernorm.weight", hf + "post_attention_layernorm.weight")
+    w.copy(mg + "mlp.router.weight", hf + "moe.gate.weight")
+    w.copy(mg + "mlp.router.expert_bias", hf + "moe.router_bias")
+    both = torch.cat([w.take(f"{hf}moe.{x}_proj.weight") for x in ("gate", "up")], dim=1)
+    w.put(mg + "mlp.experts.experts.linear_fc1.weight", both, gated=True)
+    w.copy(mg + "mlp.experts.experts.linear_fc2.weight", hf + "moe.down_proj.weight")
+    gate_up(w, mg + "mlp.shared_experts.linear_fc1", hf + "share_expert.")
+    w.copy(mg + "mlp.shared_experts.linear_fc2.weight", hf + "share_expert.down_proj.weight")
+    return None
+
+
+def step(w: Walk, vision: dict[str, Any] | None = None) -> None:
+    mg = "" if vision is None else "language_model."
+    hf = f"model.layers.{len(w.layers())}."
+    if w.has(hf + "enorm.weight"):
+        copy = w.take(hf + "transformer.shared_head.output.weight")
+        assert torch.equal(copy, w.left["lm_head.weight"])
+    language_model(w, attention_of_step, feed_of_step, mg)
+    if w.has(hf + "enorm.weight"):
+        names = {x: hf + x for x in ("enorm", "hnorm", "eh_proj")}
+        names["final_layernorm"] = hf + "transformer.shared_head.norm"
+        prediction(w, attention_of_step, feed_of_step, names, mg, hf)
+    w.copy_all("vision_model.", "vision_model.")
+    w.copy_all("image_insert_embedding.align_projector.", "vit_large_projector.")
+
+
 def minimax_m3(w: Walk, _: dict[str, Any]) -> None:
     for layer in w.layers():
         for x in ("q_proj", "k_proj", "q_norm", "k_norm"):
@@ -629,6 +670,8 @@ BY_TYPE: dict[str, Callable[..., None]] = {
     "mimo_v2_flash": mimo_v2_flash,
     "bailing_moe": bailing,
     "exaone4": lambda w: language_model(w, attention_behind, mlp_of_exaone4),
+    "step3p5": step,
+    "step3p7": step,
     "minimax_m3_vl": minimax_m3,
     "deepseek_v4": deepseek_v4,
     "mistral3": beside_towers("language_model.model.", PIXTRAL),

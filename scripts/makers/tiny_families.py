@@ -297,6 +297,56 @@ def bailing(state: State, config: dict[str, Any]) -> None:
     config["auto_map"] = {"AutoModelForCausalLM": "modeling_bailing_moe_v2.X"}
 
 
+def prediction_of_step(state: State, config: dict[str, Any]) -> None:
+    """Turn the last layer into the prediction layer of Step's releases, which has a dense MLP."""
+    text = config["text_config"]
+    last, hidden, wide = (
+        text["num_hidden_layers"] - 1,
+        text["hidden_size"],
+        text["intermediate_size"],
+    )
+    prefix = f"model.layers.{last}."
+    for name in [n for n in state if n.startswith((prefix + "moe.", prefix + "share_expert."))]:
+        del state[name]
+    for name, shape in {
+        "enorm": (hidden,),
+        "hnorm": (hidden,),
+        "eh_proj": (hidden, 2 * hidden),
+        "transformer.shared_head.norm": (hidden,),
+        "mlp.gate_proj": (wide, hidden),
+        "mlp.up_proj": (wide, hidden),
+        "mlp.down_proj": (hidden, wide),
+    }.items():
+        add(state, f"{prefix}{name}.weight", shape)
+    head = prefix + "transformer.shared_head.output.weight"
+    state[head] = state["lm_head.weight"].clone()
+    text["num_hidden_layers"], text["num_nextn_predict_layers"] = last, 1
+    for name in ("layer_types", "mlp_layer_types"):
+        text["mtp_" + name] = text[name][last:]
+        text[name] = text[name][:last]
+    del text["per_layer_config"][str(last)]
+
+
+def step_alone(state: State, config: dict[str, Any]) -> None:
+    """Make it Step-3.5, the language model alone, with the settings of its release's config.json."""
+    for name in [n for n in state if n.startswith(("vision_model.", "vit_large_projector."))]:
+        del state[name]
+    text = dict(config["text_config"])
+    config.clear()
+    for name in ("per_layer_config", "mlp_layer_types", "mtp_layer_types", "mtp_mlp_layer_types"):
+        del text[name]
+    text |= {
+        "moe_num_experts": text.pop("n_routed_experts"),
+        "moe_top_k": text.pop("num_experts_per_tok"),
+        "num_attention_groups": text.pop("num_key_value_heads"),
+        "attention_other_setting": {"num_attention_heads": text.pop("num_sliding_attention_heads")},
+        "moe_layers_enum": "1,2,3",
+        "architectures": ["Step3p5ForCausalLM"],
+        "auto_map": {"AutoModelForCausalLM": "modeling_step3p5.Step3p5ForCausalLM"},
+    }
+    config.update(text)
+
+
 def minimax_m3(state: State, config: dict[str, Any]) -> None:
     """Make it MiniMax-M3 as released: a language model with shared experts, an indexer, a tower."""
     for name in list(state):
@@ -500,6 +550,30 @@ GPT_OSS = TINY | HEAD | LOCAL_MOE | {"max_position_embeddings": 131072}
 QWEN3_CRITIC = TINY | HEAD | {"num_labels": 1}
 QWEN3_NEXT = TINY | MOE | HEAD | SHARED | LINEAR
 QWEN3_5 = TINY | HEAD | LINEAR
+STEP = {
+    "text_config": TINY
+    | HEAD
+    | {
+        "num_hidden_layers": 4,
+        "layer_types": ["full_attention", "sliding_attention"] * 2,
+        "num_sliding_attention_heads": 8,
+        "sliding_window": 4,
+        "mlp_layer_types": ["dense", "sparse", "sparse", "sparse"],
+        "n_routed_experts": 5,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 14,
+        "share_expert_dim": 18,
+    },
+    "vision_config": {
+        "hidden_size": 32,
+        "mlp_ratio": 1.5,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "image_size": 28,
+        "patch_size": 14,
+    },
+    "image_token_id": 57,
+}
 QWEN3_5_MOE = QWEN3_5 | MOE | SHARED
 TINY_HYBRID = {k: v for k, v in TINY.items() if k != "num_hidden_layers"} | HEAD | MAMBA
 MTP_LAST = (r"model\.layers\.3\.",)
@@ -833,6 +907,12 @@ FAMILIES: dict[str, Tiny] = {
             "mamba_d_conv": 4,
             "mamba_rms_norm": True,
         },
+    ),
+    "step3p7": Tiny(
+        "Step3p7ForConditionalGeneration", "Step3p7Config", STEP, prediction_of_step, MTP_LAST
+    ),
+    "step3p5": Tiny(
+        "Step3p7ForConditionalGeneration", "Step3p7Config", STEP, step_alone, loads=False
     ),
     "nemotron": Tiny("NemotronForCausalLM", "NemotronConfig", TINY | HEAD),
 }

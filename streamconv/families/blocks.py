@@ -172,14 +172,14 @@ def mtp(layer_rules: Iterable[Rule]) -> tuple[Rule, ...]:
         rule(
             (source + "enorm.weight", "embedding.word_embeddings.weight"),
             (target + "enorm.weight", target + "embed_tokens.weight"),
-            _with_vocab,
+            with_vocab,
         ),
         rule(source + "hnorm.weight", target + "hnorm.weight", ops.copy),
         rule(source + "eh_proj.weight", target + "eh_proj.weight", ops.copy),
         rule(
             (source + "final_layernorm.weight", "output_layer.weight"),
             (target + "shared_head.norm.weight", target + "shared_head.head.weight"),
-            _with_vocab,
+            with_vocab,
         ),
         *mtp_layer(layer_rules, target),
     )
@@ -198,7 +198,8 @@ def plain_mtp(layer_rules: Iterable[Rule], target: str, behind: str) -> tuple[Ru
     )
 
 
-def _with_vocab(dims: Dims, norm: Tensor, shared: Tensor) -> tuple[Tensor, ...]:
+def with_vocab(dims: Dims, norm: Tensor, shared: Tensor) -> tuple[Tensor, ...]:
+    """A norm, and a repeated embedding or output layer without padding."""
     return norm, ops.vocab(dims, shared)
 
 

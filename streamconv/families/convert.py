@@ -24,7 +24,7 @@ from streamconv.options import JobOptions
 from streamconv.tracing.hf import MetaModel, build_meta
 
 _LAYER = re.compile(r"(?:thinker\.)?(?:language_model\.)?decoder\.layers\.([0-9]+)\.")
-_PREDICTION = re.compile(r"mtp\.layers\.([0-9]+)\.")
+_PREDICTION = re.compile(r"(?:language_model\.)?mtp\.layers\.([0-9]+)\.")
 _OUTPUT = re.compile(r"(?:thinker\.)?(?:language_model\.)?output_layer\.(weight|bias)")
 _EMBEDDING = re.compile(r"(?:thinker\.)?(?:language_model\.)?embedding\.word_embeddings\.weight")
 _HEADS = (

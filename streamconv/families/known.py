@@ -78,6 +78,8 @@ _ROWS: dict[str, tuple[tuple[str, ...], str, str]] = {
     "internvl_chat": ((_W,), _LAID_OUT, _NO_CLASS),
     "kimi_k25": ((_B, _W), _LAID_OUT, _NO_CLASS),
     "qwen2_audio": ((_B,), _LAID_OUT, _TOWER),
+    "step3p5": ((_B,), _LAID_OUT, _HEADS),
+    "step3p7": ((_B,), _LAID_OUT, _TOWER),
     "qwen_omni": ((_B, _W, _R), _LAID_OUT, _TOWER),
     "qwen_omni_thinker": ((_B, _W), _LAID_OUT, _TOWER),
 }

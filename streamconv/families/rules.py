@@ -244,7 +244,9 @@ class Dims:
             shared = self.get("num_kv_shared_layers")
             found.reuses_keys = type(shared) is int and number >= self.layers - shared
         elif "mtp" in captures:
-            found.kind = "mtp"
+            kinds, place = self.get("mtp_layer_types"), int(captures["mtp"])
+            known = isinstance(kinds, list) and place < len(kinds)
+            found.kind = str(kinds[place]) if known else "mtp"
         if isinstance(own, Mapping):
             changed = own.get(str(number), own.get(number))
             if isinstance(changed, Mapping):

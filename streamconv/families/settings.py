@@ -291,7 +291,11 @@ _SETTINGS = (
         )
     ),
     Setting(("moe_router_topk",), (2,), _named("num_experts_per_tok", "moe_k")),
-    Setting(("moe_router_topk_scaling_factor",), (), _named("routed_scaling_factor")),
+    Setting(
+        ("moe_router_topk_scaling_factor",),
+        (),
+        _named("routed_scaling_factor", "moe_router_scaling_factor"),
+    ),
     Setting(("moe_router_score_function",), ("softmax",), _named("scoring_func")),
     Setting(("moe_router_num_groups",), (), _named("n_group")),
     Setting(("moe_router_group_topk",), (), _named("topk_group")),

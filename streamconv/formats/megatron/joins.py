@@ -105,6 +105,22 @@ def _gated(name: str, shape: Shape, around: Around) -> Cut:
     )
 
 
+def _queries(name: str, shape: Shape, around: Around) -> Cut:
+    """Queries, keys and values, and behind them a row for each head where it has a gate of its own.
+
+    The rows of keys and values are even in number and whole heads, the gates' are not.
+    """
+    module = name.removesuffix("linear_qkv.weight")
+    norm = around.shapes.get(f"{module}q_layernorm.weight")
+    out = around.shapes.get(f"{module}linear_proj.weight")
+    if norm and out and norm[0]:
+        width, queries = norm[0], out[1]
+        heads, rest = queries // width, shape[0] - queries
+        if rest % (2 * width) and rest > heads and (rest - heads) % (2 * width) == 0:
+            return Cut((Part(name + "._qkv", shape[0] - heads), Part(name + "._gate", heads)))
+    return _rows(name, shape, around)
+
+
 def _down(name: str, shape: Shape, around: Around) -> Cut:
     """MLA's down projections: cut by rows up to Megatron-Core 0.12, on every rank from 0.13 on."""
     module, _, which = name.rpartition("linear_")
@@ -202,6 +218,7 @@ _TABLE: tuple[tuple[str, Rule], ...] = (
     (r"(embedding\.word_embeddings|per_layer_embedding|per_layer_model_proj)\.weight", _rows),
     (r"output_layer\.(weight|bias)", _head),
     (r"linear_fc1\.(weight|bias)", _gated),
+    (r"linear_qkv\.weight", _queries),
     (r"linear_(qkv|q_proj|q_up_proj|kv_up_proj)\.(weight|bias)", _rows),
     (r"(linear_proj|linear_fc2)\.weight", _columns),
     (r"(self_attention|(mamba_)?mixer)\.out_proj\.weight", _columns),
