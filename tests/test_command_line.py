@@ -321,17 +321,25 @@ def test_status_shows_the_latest_and_groups_reasons(tmp_path, capsys):
 
 
 def test_the_live_line_says_what_runs_in_any_width():
-    view = LiveView()
+    view = LiveView(32 * 10**9)
     assert view.text(80) == ""
     record = Record("step_1", "/out/step_1", done_bytes=10**9, total_bytes=4 * 10**9)
+    for key in "ab":
+        view.hear("queued", SimpleNamespace(key=key, record=record))
     view.hear("started", SimpleNamespace(key="a", record=record))
     view.hear("progress", SimpleNamespace(key="a", record=record))
-    assert "0 done  1 running (1.00 GB of 4.00 GB)" in view.text(200)
-    assert "memory" in view.text(200)
+    view._began = time.monotonic() - 100
+    line = view.text(200)
+    assert "0 of 2 done  1 running (1.00 GB of 4.00 GB)" in line
+    assert "10.0 MB/s" in line
+    assert "11:40 min left" in line  # 7 of 8 GB: what waits is as large
+    assert line.endswith(" of 32.0 GB")
     assert all(len(view.text(width)) <= width for width in (10, 40, 60, 80, 200))
     record.write_bytes = 4 * 10**9
     view.hear("done", SimpleNamespace(key="a", record=record))
     assert view.text(80) == ""
+    view.hear("started", SimpleNamespace(key="b", record=Record("step_2", "/out/step_2")))
+    assert "1 of 2 done  1 running, planning" in view.text(200)
 
 
 @pytest.mark.parametrize(

@@ -49,7 +49,16 @@ _READ_BYTES = 1 << 16
 _TAIL_BYTES = 1 << 14
 
 What = Literal[
-    "started", "progress", "retry", "done", "failed", "gone", "elsewhere", "left", "notice"
+    "queued",
+    "started",
+    "progress",
+    "retry",
+    "done",
+    "failed",
+    "gone",
+    "elsewhere",
+    "left",
+    "notice",
 ]
 Listener = Callable[[What, Task, str], None]
 
@@ -107,6 +116,8 @@ class Runner:
         """Convert everything; failures are recorded and told, and stop nothing else."""
         self._waiting = list(tasks)
         told = time.monotonic()
+        for task in self._waiting:
+            self._tell("queued", task, "")
         try:
             for task in list(self._waiting):
                 if task.refused is not None:

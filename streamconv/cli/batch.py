@@ -209,7 +209,7 @@ def batch(
         own["part"] = Share.parse(part, os.environ).text
     settings = _settings(root, dst, {**given(context, own), **job})
     live = not (json or quiet) and sys.stderr.isatty()
-    view = LiveView() if live else None
+    view: LiveView | None = None
     lines = json_lines if json else BatchLines(quiet=quiet, progress=not live)
 
     def listener(what: What, task: Task, text: str) -> None:
@@ -218,6 +218,7 @@ def batch(
         lines(what, task, text)
 
     work = Batch(settings, listener)
+    view = LiveView(work.budget_bytes) if live else None
     if dry_run:
         preview = work.preview()
         if json:

@@ -59,7 +59,7 @@ class BatchLines:
         text = "\n".join(map(shown, text.split("\n")))
         if what == "failed":
             _line(f"error: {name}: {text}")
-        elif self._quiet:
+        elif self._quiet or what == "queued":
             return
         elif what == "started":
             self._last[name] = time.monotonic()
@@ -89,11 +89,17 @@ class BatchLines:
 
 
 class LiveView(Spinner):
-    """One line at the bottom of a terminal: how many are done, how much, how long, how much memory."""
+    """One line at the bottom of a terminal: how many of all are done, how fast, how long, memory.
 
-    def __init__(self) -> None:
+    ``budget_bytes`` is that of the batch. The sizes of outputs that wait are not known before they are
+    planned: they are taken to be as large as the others.
+    """
+
+    def __init__(self, budget_bytes: int) -> None:
         super().__init__("looking at the checkpoints")
+        self._budget_bytes = budget_bytes
         self._began = time.monotonic()
+        self._queued: set[str] = set()
         self._running: dict[str, Record] = {}
         self._outcomes: Counter[str] = Counter()
         self._moved = 0
@@ -101,11 +107,13 @@ class LiveView(Spinner):
     def hear(self, what: What, task: Task) -> None:
         """Take note of what happens to an output."""
         record = task.record
-        if what in ("started", "progress"):
+        if what == "queued":
+            self._queued.add(task.key)
+        elif what in ("started", "progress"):
             self._running[task.key] = record
-            return
-        if what in ("done", "failed", "gone", "elsewhere", "left"):
+        elif what in ("done", "failed", "gone", "elsewhere", "left"):
             self._running.pop(task.key, None)
+            self._queued.discard(task.key)
             self._outcomes[what] += 1
             self._moved += record.write_bytes if what == "done" else 0
 
@@ -120,14 +128,16 @@ class LiveView(Spinner):
         rate = (self._moved + done) / seconds if seconds else 0.0
         moving = f" ({format_size(done)} of {format_size(total)})" if total else ", planning"
         parts = [
-            f"{self._outcomes['done']} done",
+            f"{self._outcomes['done']} of {self._outcomes.total() + len(self._queued)} done",
             *([f"{self._outcomes['failed']} failed"] if self._outcomes["failed"] else []),
             f"{len(running)} running{moving}",
         ]
         if total and rate:
-            parts.append(f"{format_size(rate)}/s")
-            parts.append(f"{format_duration((total - done) / rate)} left of these")
-        parts.append(f"memory {format_size(tree_bytes())}")
+            known = self._outcomes["done"] + sum(r.total_bytes > 0 for r in running)
+            left = (self._moved + total) / known * (self._outcomes["done"] + len(self._queued))
+            left -= self._moved + done
+            parts += [f"{format_size(rate)}/s", f"{format_duration(left / rate)} left"]
+        parts.append(f"memory {format_size(tree_bytes())} of {format_size(self._budget_bytes)}")
         while len(parts) > 1 and len("  ".join(parts)) > width:
             parts.pop()
         return "  ".join(parts)[:width]

@@ -31,10 +31,10 @@ def _name(command: Any) -> str:
 def _root_for(arguments: Sequence[str]) -> Any:
     """Return the tree of commands, or as much of it as is needed for the one that is named first.
 
-    Making all of them takes as long as reading a plan.
+    Making all of them takes as long as reading a plan. ``help`` tells of any.
     """
     named = [c for c in app.registered_commands if arguments[:1] == [_name(c)]]
-    if not named:
+    if not named or _name(named[0]) == "help":
         return root()
     one = copy.copy(app)
     one.registered_commands, one.registered_groups = named, []
