@@ -1,4 +1,6 @@
-"""A small object store that speaks S3, for tests and benchmarks: slow, broken or strange as asked.
+"""A small object store, for tests and benchmarks: slow, broken or strange as asked.
+
+It speaks S3, the dialect of it that GCS speaks, and of WebDAV what lists a folder.
 
 ``python -m scripts.object_store [--latency SECONDS] [--cap BYTES] [FOLDER]`` prints its address
 and serves until its standard input ends. Objects are kept in memory, but for the files of FOLDER, which
@@ -10,6 +12,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import hashlib
+import json
 import os
 import re
 import sys
@@ -32,6 +35,7 @@ class Stored:
 
     data: bytes | Path
     etag: str
+    generation: int
     mtime: float = field(default_factory=time.time)
 
     def __len__(self) -> int:
@@ -81,14 +85,14 @@ class Store:
         self.requests: list[Request] = []
         self.fault: Fault = lambda _: None
         self.lock = threading.RLock()
-        self._count = 0
+        self._count = 1
 
     def put(self, bucket: str, key: str, data: bytes | Path, etag: str = "") -> str:
         """Store an object and return its ETag."""
         with self.lock:
             self._count += 1
             plain = hashlib.md5(data).hexdigest() if isinstance(data, bytes) else f"f{self._count}"
-            made = Stored(data, f'"{etag or plain}"')
+            made = Stored(data, f'"{etag or plain}"', self._count)
             self.objects[bucket, key] = made
             return made.etag
 
@@ -120,7 +124,7 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self._serve()
 
-    do_HEAD = do_PUT = do_POST = do_DELETE = do_GET  # noqa: N815 - names of http.server
+    do_HEAD = do_PUT = do_POST = do_DELETE = do_PROPFIND = do_GET  # noqa: N815 - http.server's names
 
     def _serve(self) -> None:
         store = self.store
@@ -143,7 +147,9 @@ class _Handler(BaseHTTPRequestHandler):
             self._do(request, body, reset=fault == "reset")
 
     def _do(self, r: Request, body: bytes, *, reset: bool) -> None:
-        if r.method in ("GET", "HEAD") and not r.key:
+        if r.method == "PROPFIND":
+            self._propfind(r)
+        elif r.method in ("GET", "HEAD") and not r.key:
             self._list_uploads(r) if "uploads" in r.query else self._list(r)
         elif r.method in ("GET", "HEAD"):
             self._get(r, reset=reset)
@@ -186,6 +192,10 @@ class _Handler(BaseHTTPRequestHandler):
         ignores = self.store.ignores
         wrong = "if-match" not in ignores and match and (found is None or found.etag != match)
         wrong = wrong or ("if-none-match" not in ignores and none == "*" and found is not None)
+        generation = self.headers.get("x-goog-if-generation-match")
+        there = "0" if found is None else str(found.generation)
+        kind = "if-none-match" if generation == "0" else "if-match"
+        wrong = wrong or (generation is not None and kind not in ignores and generation != there)
         if wrong:
             self._answer(412, b"<Error><Code>PreconditionFailed</Code></Error>")
         return bool(wrong)
@@ -193,7 +203,9 @@ class _Handler(BaseHTTPRequestHandler):
     def _put(self, r: Request, body: bytes) -> None:
         with self.store.lock:
             if not self._refused(r):
-                self._answer(200, etag=self.store.put(r.bucket, r.key, body))
+                etag = self.store.put(r.bucket, r.key, body)
+                generation = self.store.objects[r.bucket, r.key].generation
+                self._answer(200, etag=etag, generation=generation)
 
     def _complete(self, r: Request) -> None:
         with self.store.lock:
@@ -221,6 +233,7 @@ class _Handler(BaseHTTPRequestHandler):
         hi = min(hi, size)
         self.send_response(206 if r.range else 200)
         self.send_header("ETag", found.etag)
+        self.send_header("x-goog-generation", str(found.generation))
         self.send_header("Last-Modified", formatdate(found.mtime, usegmt=True))
         self.send_header("Content-Length", str(hi - lo))
         if r.range:
@@ -259,6 +272,40 @@ class _Handler(BaseHTTPRequestHandler):
         head = f"<Name>{r.bucket}</Name><IsTruncated>false</IsTruncated>"
         self._xml("ListBucketResult", head + "".join(rows))
 
+    def _propfind(self, r: Request) -> None:
+        """List a folder, or describe an object, as WebDAV does."""
+        prefix = f"{r.key.rstrip('/')}/" if r.key.strip("/") else ""
+        rows = dict[str, str]()
+        with self.store.lock:
+            for key in self.store.names(r.bucket, prefix):
+                name, slash, _ = key[len(prefix) :].partition("/")
+                rows[prefix + name + slash] = self._described(r.bucket, prefix + name + slash)
+            if not rows and (r.bucket, r.key) in self.store.objects:
+                rows[r.key] = self._described(r.bucket, r.key)
+        if not rows:
+            self._answer(404)
+            return
+        if prefix and r.key not in rows:
+            rows = {prefix: self._described(r.bucket, prefix), **rows}
+        text = "".join(rows.values())
+        body = f"<?xml version='1.0'?><D:multistatus xmlns:D='DAV:'>{text}</D:multistatus>"
+        self._answer(207, body.encode())
+
+    def _described(self, bucket: str, key: str) -> str:
+        found = self.store.objects.get((bucket, key))
+        when = formatdate(found.mtime if found else 0, usegmt=True)
+        what = "<D:resourcetype><D:collection/></D:resourcetype>"
+        if found is not None:
+            what = (
+                f"<D:resourcetype/><D:getcontentlength>{len(found)}</D:getcontentlength>"
+                f"<D:getetag>{escape(found.etag)}</D:getetag>"
+            )
+        return (
+            f"<D:response><D:href>/{bucket}/{escape(key)}</D:href><D:propstat><D:prop>"
+            f"<D:getlastmodified>{when}</D:getlastmodified>{what}</D:prop>"
+            "<D:status>HTTP/1.1 200 OK</D:status></D:propstat></D:response>"
+        )
+
     def _list_uploads(self, r: Request) -> None:
         rows = [
             f"<Upload><Key>{escape(key)}</Key><UploadId>{number}</UploadId></Upload>"
@@ -270,10 +317,14 @@ class _Handler(BaseHTTPRequestHandler):
     def _xml(self, name: str, content: str) -> None:
         self._answer(200, f"<?xml version='1.0'?><{name}>{content}</{name}>".encode())
 
-    def _answer(self, status: int, body: bytes = b"", etag: str = "") -> None:
+    def _answer(
+        self, status: int, body: bytes = b"", etag: str = "", generation: int | None = None
+    ) -> None:
         self.send_response(status)
         if etag:
             self.send_header("ETag", etag)
+        if generation is not None:
+            self.send_header("x-goog-generation", str(generation))
         if status != 204:
             self.send_header("Content-Length", str(len(body)))
         self.end_headers()
@@ -304,8 +355,10 @@ def serving(store: Store) -> Iterator[str]:
 
 
 def environment(address: str) -> dict[str, str]:
-    """Return the environment in which ``s3://`` is what is served at ``address``."""
+    """Return the environment in which ``s3://`` and ``gs://`` are what is served at ``address``."""
+    key = {"gcs_base_url": address, "disable_oauth": True, "client_email": "", "private_key": ""}
     return {
+        "GOOGLE_SERVICE_ACCOUNT_KEY": json.dumps(key | {"private_key_id": "not-to-be-seen"}),
         "AWS_ENDPOINT_URL": address,
         "AWS_ACCESS_KEY_ID": "test",
         "AWS_SECRET_ACCESS_KEY": "not-to-be-seen",

@@ -438,9 +438,17 @@ def verify(
     from streamconv.verification.room import check_room
     from streamconv.verification.source import verify_source
 
-    here, other = local_path(folder), _local(reference)
+    here = _source(folder, {})
+    other = None if reference is None else _source(reference, {})
     truth = None if source is None else _source(source, {})
     model, config = _local(base), _local(hf_config)
+    for where in (here, other) if forward else ():
+        if isinstance(where, Address):
+            raise UsageError(
+                "--forward runs a model that lies on a disk: transformers reads no object stores",
+                where=str(where),
+                hint="copy the model to a disk, or leave out --forward",
+            )
     _check_forward_options(forward, prompt, token_ids, logits_atol)
     _check_tolerances(atol, rtol, logits_atol)
     if (atol or rtol) and (reference is None or forward):

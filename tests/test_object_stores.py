@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -27,6 +28,8 @@ from streamconv.errors import (
 from streamconv.options import RunOptions
 from streamconv.storage import lease, objects
 from streamconv.storage.address import Address, place
+from tests import stores
+from tests.stores import files
 from tests.test_output_folder import record_of
 
 pytest.importorskip("obstore")
@@ -41,11 +44,6 @@ def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
         monkeypatch.setattr(objects, "_buckets", {})
         monkeypatch.setattr(objects, "_PAUSES_SECONDS", (0.01,) * 4)
         yield made
-
-
-def files(folder: Path) -> dict[str, bytes]:
-    paths = (p for p in folder.rglob("*") if p.is_file() and p.name != "streamconv.json")
-    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in paths}
 
 
 def put(store: Store, folder: Path, prefix: str = "run/actor/") -> str:
@@ -193,6 +191,55 @@ def test_lazy_tensors(store, checkpoints):
             assert here[name][...].tobytes() == there[name][...].tobytes()
 
 
+def test_a_model_runs_out_of_a_store(store, checkpoints):
+    source = checkpoints["fsdp2"].source
+    with streamconv.open(source) as here, streamconv.open(put(store, source)) as there:
+        mine, theirs = there.load_model().state_dict(), here.load_model().state_dict()
+    assert mine.keys() == theirs.keys()
+    assert all((mine[k] == theirs[k]).all() for k in theirs)
+
+
+def test_objects_are_opened_to_be_read(store):
+    data = bytes(range(256)) * (5 << 12)
+    store.put("bucket", "x/y", data)
+    one = place("s3://bucket/x/y")
+    assert one.open("rb").read() == data
+    before = len(store.requests)
+    with one.open("rb", buffering=0) as stream:
+        pieces = iter(lambda: stream.read(1 << 20), b"")
+        assert b"".join(pieces) == data
+        assert len(store.requests) - before < 4  # one answer, read to its end
+        assert stream.seek(-3, os.SEEK_END) == len(data) - 3
+        assert stream.read(9) == data[-3:]
+    store.put("bucket", "x/t", b"eins\nzwei")
+    assert [*place("s3://bucket/x/t").open(encoding="utf-8")] == ["eins\n", "zwei"]
+    for mode in ("w", "ab", "r+b", "x"):
+        with pytest.raises(io.UnsupportedOperation, match="can only be read"):
+            one.open(mode)
+
+
+@pytest.mark.parametrize("fault", [503, "reset"])
+def test_a_stream_that_breaks_off_goes_on(fault, store):
+    data = os.urandom(5 << 20)
+    store.put("bucket", "x/y", data)
+    numbers = iter(range(10**9))
+    store.fault = lambda r: fault if r.method == "GET" and next(numbers) % 2 else None
+    with place("s3://bucket/x/y").open("rb", buffering=0) as stream:
+        assert b"".join(iter(lambda: stream.read(1 << 20), b"")) == data
+
+
+def test_from_a_web_server(store, checkpoints, tmp_path):
+    """A folder of one that lists by WebDAV."""
+    source = checkpoints["fsdp2"].source
+    put(store, source)
+    address = f"{os.environ['AWS_ENDPOINT_URL']}/bucket/run/actor"
+    streamconv.convert(source, tmp_path / "disk", sync=False)
+    streamconv.convert(address, tmp_path / "web", sync=False)
+    assert files(tmp_path / "disk") == files(tmp_path / "web")
+    with pytest.raises(UsageError, match="can only be read"):
+        streamconv.convert(source, address + "/out")
+
+
 def test_a_server_that_is_not_there(monkeypatch):
     monkeypatch.setattr(objects, "_buckets", {})
     for name, value in environment("http://127.0.0.1:9").items():
@@ -203,18 +250,7 @@ def test_a_server_that_is_not_there(monkeypatch):
 
 @pytest.fixture(scope="module")
 def planned(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A plan with several output files, and what a disk gets of it."""
-    import torch
-
-    folder = tmp_path_factory.mktemp("planned")
-    plan = folder / "plan.jsonl"
-    source = folder / "step"
-    source.mkdir()
-    tensors = {f"layers.{k}.weight": torch.randn(64, 96) for k in range(8)}
-    torch.save(tensors, source / "model_world_size_1_rank_0.pt")
-    streamconv.plan(source, output=plan, max_shard_size="60kB")
-    run_plan(plan, folder / "out", RunOptions(sync=False))
-    return plan, folder / "out"
+    return stores.planned(tmp_path_factory.mktemp("planned"))
 
 
 TARGET = "s3://out/models/m"

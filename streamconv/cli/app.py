@@ -347,7 +347,7 @@ def run(
 )
 def verify(
     folder: Annotated[
-        Path, typer.Argument(parser=local_path, metavar="DST", help="What streamconv wrote.")
+        Path, typer.Argument(parser=place, metavar="DST", help="What streamconv wrote.")
     ],
     source: Annotated[
         Path | None,
@@ -362,7 +362,7 @@ def verify(
         Path | None,
         typer.Option(
             "--reference",
-            parser=local_path,
+            parser=place,
             metavar="DIR",
             help="Compare with another model folder.",
         ),
@@ -420,10 +420,10 @@ def verify(
     "streamconv diff my-model other-model --forward      # the logits that both give",
 )
 def diff(
-    one: Annotated[Path, typer.Argument(parser=local_path, metavar="A", help="A model folder.")],
+    one: Annotated[Path, typer.Argument(parser=place, metavar="A", help="A model folder.")],
     other: Annotated[
         Path,
-        typer.Argument(parser=local_path, metavar="B", help="The model folder to compare it with."),
+        typer.Argument(parser=place, metavar="B", help="The model folder to compare it with."),
     ],
     atol: Atol = 0.0,
     rtol: Rtol = 0.0,

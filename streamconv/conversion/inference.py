@@ -11,6 +11,7 @@ from streamconv.errors import BadInputError, UsageError
 from streamconv.ir.boxes import Shape
 from streamconv.ir.dtypes import DType
 from streamconv.ir.planfile import Plan
+from streamconv.storage.address import place
 
 if TYPE_CHECKING:
     import torch
@@ -83,7 +84,7 @@ def load_model(plan: Plan, tensors: Mapping[str, Readable], settings: dict[str, 
 
 def _side_texts(plan: Plan) -> Mapping[str, str]:
     wanted = (_CONFIG, "generation_config.json")
-    copied = {s.name: Path(s.path) for s in plan.head.side if s.name in wanted}
+    copied = {s.name: place(s.path) for s in plan.head.side if s.name in wanted}
     texts = {name: path.read_text(encoding="utf-8") for name, path in copied.items()}
     return texts | {
         w.name: "".join(plan.content(w.name)) for w in plan.head.written if w.name in wanted

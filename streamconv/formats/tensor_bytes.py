@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from streamconv.errors import BadInputError
-from streamconv.files.inputs import InputFile, opened
+from streamconv.files.inputs import InputFile, opened, readable
 from streamconv.ir.dtypes import DType
 
 if TYPE_CHECKING:
@@ -31,10 +32,11 @@ _MASKS = {
 
 def pieces(path: Path, begin: int, nbytes: int, step: int = STEP_BYTES) -> Iterator[bytes]:
     """Yield ``nbytes`` of a file in pieces of ``step``; :class:`BadInputError` where some are gone."""
-    with opened(path) as file:
+    with readable(path), opened(path) as file, io.BufferedReader(file.stream()) as stream:
+        stream.seek(begin)
         for at in range(begin, begin + nbytes, step):
-            piece = file.pread(min(step, begin + nbytes - at), at)
-            # A local file gives all that it has; one cut off in an element is not a tensor.
+            piece = stream.read(min(step, begin + nbytes - at))
+            # What is cut off in an element is not a tensor.
             if len(piece) < min(step, begin + nbytes - at):
                 raise BadInputError("the file became shorter", where=str(path))
             yield piece

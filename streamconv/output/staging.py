@@ -31,14 +31,20 @@ from streamconv.files.userkey import Sealer, strong_digest, user_key
 from streamconv.ir.planfile import Plan
 from streamconv.output.journal import JOURNAL, Choices, Journal
 from streamconv.output.publication import OldFile, Publication
+from streamconv.storage.address import Address
 
 PLAN = "plan.jsonl"
 
 
 def staging_path(target: Path) -> Path:
-    """Return where the staging folder of ``target`` lies: beside it, or inside an existing one."""
+    """Return where the staging folder of ``target`` lies: beside it, or inside an existing one.
+
+    In a store, where nothing is renamed, what a folder holds of an unfinished run lies inside it.
+    """
     beside = target.parent / f".{target.name}.streamconv"
     inside = target / ".streamconv"
+    if isinstance(target, Address):
+        return inside
     if not target.is_dir():
         return beside
     if inside.is_dir() or not _can_be_swapped(target):

@@ -12,7 +12,7 @@ import io
 import os
 import posixpath
 import re
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from pathlib import Path, PosixPath
 from typing import IO, Any
 
@@ -22,6 +22,7 @@ from streamconv.storage import objects
 StrPath = str | os.PathLike[str]
 # An address begins with a scheme; of its slashes a Path keeps one. ./s3:/x is a path in any case.
 _ADDRESS = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]+):/")
+_STREAMED_BYTES = 256 << 10
 _HINTS = {
     "file": "give the path alone",
     "hf": "download it with `hf download`, and name the folder that it prints",
@@ -130,20 +131,37 @@ class Address(PosixPath):
         """Return the whole object as text; for small ones."""
         return self.read_bytes().decode(encoding or "utf-8", errors or "strict")
 
-    def open(self, mode: str = "r", *_: Any, **__: Any) -> IO[Any]:  # type: ignore[override]
-        """Return the object as a stream of bytes, mode ``rb``."""
-        if mode != "rb":
-            raise NotImplementedError(mode)
-        self.stat()
-        return io.BufferedReader(ObjectStream(self.bucket.stat(self.key)), 1 << 16)
+    def open(  # type: ignore[override]
+        self,
+        mode: str = "r",
+        buffering: int = -1,
+        encoding: str | None = None,
+        errors: str | None = None,
+        newline: str | None = None,
+    ) -> IO[Any]:
+        """Return the object as a stream, to be read: an object is written as a whole, by its bucket."""
+        if set(mode) - set("rbt"):
+            raise io.UnsupportedOperation(f"{self} can only be read, not opened with mode {mode!r}")
+        raw = ObjectStream(self.bucket.stat(self.key))
+        if buffering == 0:
+            return raw  # type: ignore[return-value]
+        stream = io.BufferedReader(raw, 1 << 16)
+        return stream if "b" in mode else io.TextIOWrapper(stream, encoding, errors, newline)
 
 
 class ObjectStream(io.RawIOBase):
-    """An object as a stream that can be wound forward and back."""
+    """An object as a stream that can be wound forward and back.
+
+    Small pieces come out of the cache of blocks. Where large ones follow each other, somebody reads
+    from one end to the other: one answer is gone on with then, and nothing is kept.
+    """
 
     def __init__(self, item: objects.Object) -> None:
         self._object = item
         self._at = 0
+        self._flow: Iterator[memoryview] = iter(())
+        self._flow_at = self._large_end = -1
+        self._rest = memoryview(b"")
 
     def readable(self) -> bool:
         """Return True."""
@@ -161,10 +179,26 @@ class ObjectStream(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         """Fill a buffer as far as there are bytes."""
-        data = self._object.read(self._at, len(buffer))
+        data: bytes | memoryview
+        large = len(buffer) >= _STREAMED_BYTES
+        if self._flow_at == self._at or (large and self._large_end == self._at):
+            data = self._next(len(buffer))
+        else:
+            data = self._object.read(self._at, len(buffer))
         buffer[: len(data)] = data
         self._at += len(data)
+        self._large_end = self._at if large else -1
         return len(data)
+
+    def _next(self, most: int) -> memoryview:
+        if self._flow_at != self._at:
+            self._flow, self._rest = self._object.flow(self._at), memoryview(b"")
+            self._flow_at = self._at
+        if not self._rest:
+            self._rest = next(self._flow, memoryview(b""))
+        data, self._rest = self._rest[:most], self._rest[most:]
+        self._flow_at += len(data)
+        return data
 
 
 def place(path: StrPath) -> Path:

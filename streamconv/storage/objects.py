@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
 import re
 import stat
@@ -116,8 +117,7 @@ def _new_store(scheme: str, name: str) -> Any:
 
         config = aws.settings()
         endpoint = str(config.get("endpoint", ""))
-    plain = scheme == "http" or (scheme == "s3" and endpoint.startswith("http://"))
-    if plain or os.environ.get("AZURE_STORAGE_USE_EMULATOR", "").lower() in ("1", "true"):
+    if _is_plain(scheme, endpoint):
         client["allow_http"] = True
     try:
         return ob.store.from_url(
@@ -132,6 +132,18 @@ def _new_store(scheme: str, name: str) -> Any:
             where=f"{scheme}://{name}",
             hint=CREDENTIALS[scheme],
         ) from None
+
+
+def _is_plain(scheme: str, endpoint: str) -> bool:
+    """Whether a user has named a server that does not speak TLS."""
+    if scheme == "az":
+        return os.environ.get("AZURE_STORAGE_USE_EMULATOR", "").lower() in ("1", "true")
+    if scheme == "gs":
+        with contextlib.suppress(ValueError):
+            key = json.loads(os.environ.get("GOOGLE_SERVICE_ACCOUNT_KEY", ""))
+            endpoint = str(key.get("gcs_base_url", "")) if isinstance(key, dict) else ""
+        endpoint = os.environ.get("GOOGLE_BASE_URL", endpoint)
+    return scheme == "http" or endpoint.startswith("http://")
 
 
 def _told(error: BaseException) -> str:
@@ -152,7 +164,11 @@ class Found:
     def of(meta: Mapping[str, Any]) -> Found:
         """Return what obstore's ``meta`` says."""
         mtime_ns = int(meta["last_modified"].timestamp() * 1000) * 1_000_000
-        return Found(meta["size"], mtime_ns, meta["e_tag"] or f"modified-{mtime_ns}")
+        etag = meta["e_tag"] or ""
+        # Azure's lists have them without the quotes that its answers and its conditions have.
+        if etag and not etag.endswith('"'):
+            etag = f'"{etag}"'
+        return Found(meta["size"], mtime_ns, etag or f"modified-{mtime_ns}")
 
 
 class Object:
@@ -183,6 +199,10 @@ class Object:
             pieces.append(block[offset - lo : end - lo])
             offset += len(pieces[-1])
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    def flow(self, offset: int) -> Iterator[memoryview]:
+        """Yield the object's bytes from ``offset`` on, as they come: one answer, and no cache."""
+        return self.bucket.flow(self, offset)
 
 
 class NoAnswerError(StreamconvError):
@@ -231,6 +251,8 @@ class Bucket:
         self._ob = _obstore(scheme)
         self._listed: dict[str, dict[str, Found | None]] = {}
         self._versions: dict[str, Found] = {}
+        # GCS takes conditions on an object's generation, not on its ETag.
+        self._generations: dict[str, tuple[str, str]] = {}
         self._blocks: OrderedDict[tuple[str, str, int], bytes] = OrderedDict()
         self._held_bytes = 0
         self._lock = threading.RLock()
@@ -312,7 +334,9 @@ class Bucket:
 
     def look(self, key: str) -> Found:
         """Return what lies at ``key`` now; raises ``FileNotFoundError``."""
-        found = Found.of(self.ask(key, lambda: self._ob.head(self._store, key)))
+        meta = self.ask(key, lambda: self._ob.head(self._store, key))
+        found = Found.of(meta)
+        self._remember(key, meta)
         with self._lock:
             self._versions[key] = found
         return found
@@ -379,6 +403,23 @@ class Bucket:
                     "a source file vanished", where=f"{self.name}/{key}"
                 ) from None
 
+    def flow(self, item: Object, offset: int) -> Iterator[memoryview]:
+        """Yield an object's bytes from ``offset`` on; after an answer that breaks off comes another."""
+        while offset < item.nbytes:
+            first, rest = self.ask(item.key, partial(self._begun, item, offset))
+            offset += len(first)
+            yield first
+            with contextlib.suppress(NoAnswerError), self.answers(item.key):
+                for piece in rest:
+                    offset += len(piece)
+                    yield piece
+
+    def _begun(self, item: Object, offset: int) -> tuple[memoryview, Iterator[memoryview]]:
+        answer = self._stream(item.key, offset, item.nbytes, item.version)
+        for first in answer:
+            return first, answer
+        raise ConnectionError("the answer is empty")
+
     def _stream(self, key: str, lo: int, hi: int, version: str) -> Iterator[memoryview]:
         options: dict[str, Any] = {"range": (lo, hi)}
         has_etag = not version.startswith("modified-")
@@ -413,14 +454,23 @@ class Bucket:
         if if_version is None:
             mode = "create"
         elif if_version:
+            version, generation = self._generations.get(key, ("", ""))
             mode = {"e_tag": if_version}
+            if generation:
+                # Of an object that is another one by now no generation is known, and none is it.
+                mode["version"] = generation if version == if_version else "1"
         made = self.ask(
             key,
             lambda: self._ob.put(self._store, key, data, mode=mode, use_multipart=False),
             writing=True,
         )
         self.wrote(key)
+        self._remember(key, made)
         return str(made["e_tag"] or "")
+
+    def _remember(self, key: str, meta: Mapping[str, Any]) -> None:
+        if self.scheme == "gs" and meta.get("version"):
+            self._generations[key] = str(meta["e_tag"]), str(meta["version"])
 
     def wrote(self, key: str) -> None:
         """What was listed is no longer so."""

@@ -24,6 +24,7 @@ from streamconv.output.manifest import MAX_MANIFEST_BYTES, read_manifest
 from streamconv.output.staging import staging_path
 from streamconv.planning.sidefiles import read_config
 from streamconv.quantization import scales
+from streamconv.storage.address import Address
 from streamconv.system.children import ask
 from streamconv.units import counted
 from streamconv.verification.report import Report
@@ -269,7 +270,8 @@ def _check_fit(
         own = folder if (folder / "config.json").is_file() else None
         model = own or base_of(place, base)
         found: dict[str, Any] = {"architecture": None, "problem": None}
-        if model is not None:
+        remote = isinstance(place, Address) or isinstance(model, Address)
+        if model is not None and not remote:
             found = ask(
                 "streamconv.verification.adapter_child",
                 {"task": "names", "src": str(place), "model": str(model)},
@@ -281,6 +283,7 @@ def _check_fit(
             report.checked.append(f"the adapter's modules against {found['architecture']}")
         else:
             why = "transformers does not know the model" if model else "--base DIR names the model"
+            why = "transformers reads no object stores" if remote else why
             report.checked.append(f"note: the adapter's names were checked by form alone ({why})")
 
 

@@ -58,7 +58,7 @@ def verify_source(
         plan = make_plan(src, job, Path(scratch) / "plan.jsonl", max_mem_bytes=budget)
         wrong = dict(wrong_headers(plan, held))
         names = {t.name for t in planned_tensors(plan)}
-        if isinstance(src, Address):
+        if isinstance(src, Address) or isinstance(folder, Address):
             # torch.load reads files.
             left_out = dict.fromkeys(names - wrong.keys(), "torch reads no object stores")
             answer: dict[str, Any] = {"differing": {}, "left": left_out, "lost": {}, "ways": {}}
