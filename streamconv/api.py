@@ -133,7 +133,7 @@ def begin(
     """
     from streamconv.conversion.parts import begin as begin_parts
 
-    src, dst = local_path(src), local_path(dst)
+    src, dst = _source(src, job), place(dst)
     run = run_options(max_mem, overwrite, sync, False, source_crc, checksum, 1, on_event)
     with _reading(src, job, dst):
         return begin_parts(src, dst, job_options(**job), run)
@@ -162,7 +162,7 @@ def part(
     which = files if share is None else Share.parse(share, environment)
     run = run_options(max_mem, False, True, direct, True, None, io_threads, on_event)
     with reading(dst):
-        return write_part(local_path(dst), which, run)
+        return write_part(place(dst), which, run)
 
 
 def finish(
@@ -179,7 +179,7 @@ def finish(
 
     run = run_options(max_mem, False, True, False, True, None, 1, on_event)
     with reading(dst):
-        return finish_parts(local_path(dst), run)
+        return finish_parts(place(dst), run)
 
 
 def _reading(

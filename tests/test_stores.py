@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,14 @@ import streamconv
 from scripts import store_servers
 from scripts.object_store import Store, environment, serving
 from streamconv.conversion.job import run_plan
-from streamconv.errors import LockedError, OutputExistsError, SourceChangedError
+from streamconv.conversion.remote import RemoteExecution
+from streamconv.errors import (
+    BadInputError,
+    LockedError,
+    OutputExistsError,
+    SourceChangedError,
+    UnfinishedError,
+)
 from streamconv.options import RunOptions
 from streamconv.storage import lease, objects
 from streamconv.storage.address import Address, place
@@ -192,6 +200,48 @@ def test_a_lease_that_is_lost_is_noticed(root, monkeypatch):
         heir.check()
         with pytest.raises(LockedError, match="taken over"):
             zombie.check()
+
+
+def test_in_parts(root, planned):
+    """In any order, at once, twice, after a kill; what was finished before stays."""
+    plan, out = planned
+    target = str(root / "model")
+    begun = streamconv.begin(plan, target)
+    assert len(begun.files) > 3
+    with pytest.raises(UnfinishedError):
+        streamconv.finish(target)
+    with ThreadPoolExecutor(3) as pool:
+        parts = [pool.submit(streamconv.part, target, share) for share in ("2/3", "1/3", "2/3")]
+        assert {p.result().status for p in parts} <= {"written", "nothing-to-do"}
+    assert streamconv.part(target, "1/3").status == "nothing-to-do"
+    again = streamconv.begin(plan, target)
+    assert set(again.finished) < set(begun.files)
+    assert again.finished
+    streamconv.part(target, "3/3")
+    assert streamconv.finish(target).status == "done"
+    assert_whole(root / "model", out)
+    assert streamconv.finish(target).status == "nothing-to-do"
+    assert streamconv.part(target, "1/3").status == "published"
+    with pytest.raises(BadInputError, match="no conversion into this folder"):
+        streamconv.part(str(root / "nowhere"), "1/3")
+
+
+def test_a_part_that_comes_late(root, planned, monkeypatch):
+    """It ends its upload after the output was published: nothing of an unfinished run may be left."""
+    plan, out = planned
+    target = str(root / "model")
+    streamconv.begin(plan, target)
+    put = RemoteExecution._put
+
+    def late(self, *args):
+        monkeypatch.setattr(RemoteExecution, "_put", put)
+        streamconv.part(target, "1/1")
+        streamconv.finish(target)
+        return put(self, *args)
+
+    monkeypatch.setattr(RemoteExecution, "_put", late)
+    assert streamconv.part(target, "1/1").status == "published"
+    assert_whole(root / "model", out)
 
 
 def test_killed_on_the_way_and_gone_on(root, planned, server):

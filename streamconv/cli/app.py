@@ -45,10 +45,6 @@ Source = Annotated[
         "one lies in a store (s3://, gs://, az://, https://).",
     ),
 ]
-Target = Annotated[
-    Path, typer.Argument(parser=local_path, metavar="DST", help="The output folder.")
-]
-# Where one command writes the whole output, it may be in a store.
 TargetPlace = Annotated[
     Path,
     typer.Argument(
@@ -258,7 +254,7 @@ def plan(
     context: typer.Context,
     src: Source,
     dst: Annotated[
-        Path | None, typer.Argument(parser=local_path, metavar="DST", help="Whose disk to look at.")
+        Path | None, typer.Argument(parser=place, metavar="DST", help="Whose disk to look at.")
     ] = None,
     output: Annotated[
         Path | None,
@@ -525,7 +521,7 @@ def doctor(
     ] = None,
     dst: Annotated[
         Path | None,
-        typer.Argument(parser=local_path, metavar="DST", help="A folder to try writing to."),
+        typer.Argument(parser=place, metavar="DST", help="A folder to try writing to."),
     ] = None,
     model: Model = None,
     json: Json = False,

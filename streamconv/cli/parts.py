@@ -18,7 +18,7 @@ from streamconv.cli.app import (
     NoSync,
     Overwrite,
     Quiet,
-    Target,
+    TargetPlace,
     app,
 )
 from streamconv.cli.command import Command
@@ -26,7 +26,7 @@ from streamconv.cli.job_options import NONE, JobOptions, with_job_options
 from streamconv.cli.output import say, say_json
 from streamconv.cli.progress import listen, summarize
 from streamconv.errors import UsageError, shown
-from streamconv.files.inputs import local_path
+from streamconv.storage.address import place
 from streamconv.units import counted, format_size
 
 
@@ -37,10 +37,10 @@ def begin(
     src: Annotated[
         Path,
         typer.Argument(
-            parser=local_path, metavar="PLAN|SRC", help="A plan, or a checkpoint to plan first."
+            parser=place, metavar="PLAN|SRC", help="A plan, or a checkpoint to plan first."
         ),
     ],
-    dst: Target,
+    dst: TargetPlace,
     max_mem: MaxMem = None,
     job: JobOptions = NONE,
     overwrite: Overwrite = False,
@@ -81,7 +81,7 @@ def begin(
 
 @app.command(cls=Command)
 def part(
-    dst: Target,
+    dst: TargetPlace,
     share: Annotated[
         str | None,
         typer.Option(
@@ -132,7 +132,7 @@ def part(
 
 @app.command(cls=Command)
 def finish(
-    dst: Target,
+    dst: TargetPlace,
     max_mem: MaxMem = None,
     json: Json = False,
     quiet: Quiet = False,

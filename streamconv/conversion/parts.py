@@ -10,7 +10,8 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +21,7 @@ import xxhash
 from streamconv.conversion.execution import Execution, choices, full_disk_told
 from streamconv.conversion.finished import missing_files, nothing_to_do
 from streamconv.conversion.job import budget_bytes, held, prepared, prepared_plan, refuse_others
+from streamconv.conversion.remote import RemoteExecution, RemoteStaging, begun_in_store
 from streamconv.errors import BadInputError, OutputExistsError, UnfinishedError, UsageError
 from streamconv.files.filesystems import real_path
 from streamconv.files.userkey import state_folder
@@ -30,7 +32,10 @@ from streamconv.options import JobOptions, Result, RunOptions
 from streamconv.output import publication
 from streamconv.output.former import some
 from streamconv.output.manifest import read_manifest
+from streamconv.output.publication import OldFile
 from streamconv.output.staging import Staging, staging_path
+from streamconv.storage.address import Address
+from streamconv.storage.objects import forget
 from streamconv.system import memory
 
 _SHARE = re.compile(r"(\d+)/(\d+)")
@@ -160,7 +165,7 @@ def begin(src: Path, dst: Path, job: JobOptions, run: RunOptions) -> Begun:
     Begun again, it goes on: what is finished stays. ``run`` holds for all parts but for memory and
     readers, which each part is told for itself. Raises as :func:`streamconv.conversion.job.convert`.
     """
-    planned = is_plan(src)
+    planned = not isinstance(src, Address) and is_plan(src)
     if planned and job != JobOptions():
         raise UsageError(
             "options that decide the output have no place here: the plan has them", where=str(src)
@@ -169,7 +174,7 @@ def begin(src: Path, dst: Path, job: JobOptions, run: RunOptions) -> Begun:
         if isinstance(ready, Result):
             return Begun("nothing-to-do", ready.output)
         ready.check_disk()
-        ready.staging.journal.choose(choices(run))
+        ready.staging.choose(choices(run))
         outputs = ready.plan.outputs()
         ready.plan.close()
         return Begun(
@@ -187,28 +192,27 @@ def write_part(dst: Path, which: Share | Collection[str], run: RunOptions) -> Pa
     not have, :class:`BadInputError` where nothing was begun, and what converting raises.
     """
     dst = real_path(dst.absolute())
-    with full_disk_told(dst), memory.PeakMeter() as meter:
-        staging = Staging(dst, sync=True)
+    with full_disk_told(dst), _begun(dst) as staging, memory.PeakMeter() as meter:
         plan = staging.sealed_plan()
         if plan is None:
             _without_plan(staging, dst)
             return Part("published", dst)
         own = replace(run, **asdict(staging.journal.choices))
-        execution = Execution(plan, dst, own, budget_bytes(own), staging, meter)
+        execution = _execution(plan, dst, own, staging, meter)
         try:
             todo = [
-                output for output in _chosen(plan, which) if not _is_finished(staging, output.name)
+                output for output in _chosen(plan, which) if not staging.is_finished(output.name)
             ]
             if not todo:
                 return Part("nothing-to-do", dst)
             read_bytes = execution.write_files(todo)
         except FileNotFoundError as error:
             # A part that came late, or twice: whoever finished it has removed what it worked in.
-            if _published(dst) is not None and not staging.root.exists():
+            if _published(dst) is not None and not staging.exists():
                 return Part("published", dst)
             raise BadInputError(
                 "what this part was writing is gone: another command works on this output",
-                where=str(error.filename or staging.root),
+                where=str(error.filename or staging_path(dst)),
                 hint="run the part again, and only `part` commands until `finish`",
             ) from error
         return Part(
@@ -229,15 +233,13 @@ def finish(dst: Path, run: RunOptions) -> Result:
     it is finished already, there is nothing to do.
     """
     dst = real_path(dst.absolute())
-    with full_disk_told(dst), held(dst), memory.PeakMeter() as meter:
-        publication.finish(staging_path(dst), dst, sync=run.sync)
-        staging = Staging(dst, sync=True)
+    with full_disk_told(dst), _ending(dst, run) as staging, memory.PeakMeter() as meter:
         plan = staging.sealed_plan()
         if plan is None:
             return nothing_to_do(dst, _without_plan(staging, dst))
         own = replace(run, **asdict(staging.journal.choices))
         outputs = plan.outputs()
-        missing = [o for o in outputs if not _is_finished(staging, o.name)]
+        missing = [o for o in outputs if not staging.is_finished(o.name)]
         if missing:
             raise UnfinishedError(
                 f"{len(missing)} of {len(outputs)} output files are not written yet",
@@ -246,9 +248,41 @@ def finish(dst: Path, run: RunOptions) -> Result:
                 hint=f"write them: `streamconv part {dst} --file {missing[0].name}`, or the part again "
                 "that they belong to",
             )
-        job = JobIdentity.from_json(plan.head.job)
-        old = refuse_others(dst, job, overwrite=own.overwrite)
-        return Execution(plan, dst, own, budget_bytes(own), staging, meter, old).publish_parts()
+        old: tuple[OldFile, ...] = ()
+        if not isinstance(dst, Address):  # where its files are in their places by now
+            job = JobIdentity.from_json(plan.head.job)
+            old = refuse_others(dst, job, overwrite=own.overwrite)
+        return _execution(plan, dst, own, staging, meter, old).publish_parts()
+
+
+def _begun(dst: Path) -> AbstractContextManager[Staging]:
+    if isinstance(dst, Address):
+        return begun_in_store(dst, lock=False)
+    return nullcontext(Staging(dst, sync=True))
+
+
+@contextmanager
+def _ending(dst: Path, run: RunOptions) -> Iterator[Staging]:
+    """Hold the lock of an output whose parts are written."""
+    if isinstance(dst, Address):
+        with begun_in_store(dst, lock=True) as staging:
+            yield staging
+        return
+    with held(dst):
+        publication.finish(staging_path(dst), dst, sync=run.sync)
+        yield Staging(dst, sync=True)
+
+
+def _execution(
+    plan: Plan,
+    dst: Path,
+    run: RunOptions,
+    staging: Staging,
+    meter: memory.PeakMeter,
+    old: tuple[OldFile, ...] = (),
+) -> Execution:
+    kind = RemoteExecution if isinstance(staging, RemoteStaging) else Execution
+    return kind(plan, dst, run, budget_bytes(run), staging, meter, old)
 
 
 def _chosen(plan: Plan, which: Share | Collection[str]) -> list[OutputFile]:
@@ -265,20 +299,16 @@ def _chosen(plan: Plan, which: Share | Collection[str]) -> list[OutputFile]:
     return [o for o in outputs if o.name in which]
 
 
-def _is_finished(staging: Staging, name: str) -> bool:
-    journal = staging.journal
-    return name in journal.notes and journal.looks_finished(name, staging.locate(name))
-
-
 def _published(dst: Path) -> dict[str, Any] | None:
     """Return the manifest of the whole output that is in its place; None without one."""
+    forget()
     manifest = read_manifest(dst, entries=False) if dst.is_dir() else None
     return manifest if manifest is not None and not missing_files(dst, manifest) else None
 
 
 def _without_plan(staging: Staging, dst: Path) -> dict[str, Any]:
     """Return the manifest of what is published; raise where nothing was begun, or not by this user."""
-    if not os.path.lexists(staging.root):
+    if not staging.exists():
         published = _published(dst)
         if published is not None:
             return published
@@ -289,7 +319,7 @@ def _without_plan(staging: Staging, dst: Path) -> dict[str, Any]:
         )
     raise OutputExistsError(
         "nothing shows that this user, with this version of streamconv, has begun what is staged here",
-        where=str(staging.root),
+        where=str(staging_path(dst)),
         hint="all parts need the same version and the same key: let the machines share "
         f"{state_folder() or 'the state folder'} (XDG_STATE_HOME says where it is), or give them the "
         "same STREAMCONV_KEY",

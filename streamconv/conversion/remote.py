@@ -18,12 +18,14 @@ it is made: whoever goes on, here or elsewhere, begins with what is there. No we
 
 from __future__ import annotations
 
+import errno
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from streamconv.conversion.execution import Execution, Progressing, Stream
 from streamconv.errors import OutputExistsError, StreamconvError, UsageError
@@ -35,28 +37,56 @@ from streamconv.ir.planned import OutputFile, PlannedTensor
 from streamconv.options import RunOptions
 from streamconv.output.journal import DONE, JOURNAL, Choices
 from streamconv.output.publication import CONFIGS
-from streamconv.output.staging import PLAN, Staging
+from streamconv.output.staging import PLAN, Staging, staging_path
 from streamconv.output.unfinished import goes_on
 from streamconv.storage.address import Address
 from streamconv.storage.lease import Lease, held
 from streamconv.storage.objects import forget
 
-WORK = ".streamconv"
 _LOCK = "lock"
 _OLD = "old"
 # Larger files beside the weights are uploaded in parts.
 _SMALL_BYTES = 8 << 20
 
 
+def work_folder(target: Address) -> Address:
+    """Return where lies what is known of an unfinished output."""
+    return target / staging_path(target).name
+
+
+class Guard(Protocol):
+    """What says that this process may go on writing into an output."""
+
+    def check(self) -> None:
+        """Raise where it may not."""
+
+
+class Standing:
+    """The guard of a part: what was begun stands as it did when the part looked first."""
+
+    def __init__(self, target: Address) -> None:
+        self._journal = work_folder(target) / JOURNAL
+        try:
+            self._version = self._journal.bucket.look(self._journal.key).version
+        except FileNotFoundError:
+            self._version = ""
+
+    def check(self) -> None:
+        """Raise ``FileNotFoundError`` where it is finished, or another one's by now."""
+        found = self._journal.bucket.look(self._journal.key)
+        if found.version != self._version:
+            raise FileNotFoundError(errno.ENOENT, "another run was begun", str(self._journal))
+
+
 class RemoteStaging(Staging):
     """What is known of an unfinished output in a store; its journal lies in the folder ``scratch``."""
 
-    def __init__(self, target: Address, scratch: Path, lease: Lease) -> None:
+    def __init__(self, target: Address, scratch: Path, guard: Guard) -> None:
         super().__init__(target, sync=False, root=scratch)
         self.address = target
         self._names: frozenset[str] = frozenset()
-        self.work = target / WORK
-        self.lease = lease
+        self.work = work_folder(target)
+        self.guard = guard
 
     def fetch(self) -> None:
         """Bring what a stopped run has left in the store into the folder."""
@@ -93,13 +123,34 @@ class RemoteStaging(Staging):
         """Return where a finished file lies."""
         return self.target / name
 
+    def exists(self) -> bool:
+        """Whether anything is known of an unfinished run."""
+        return any(name != _LOCK for name in self.work.bucket.below(self.work.key))
+
+    def choose(self, choices: Choices) -> None:
+        """Let what remains to be done be done with these choices."""
+        super().choose(choices)
+        self.keep(self.root / JOURNAL)
+
+    def is_finished(self, name: str) -> bool:
+        """Whether the object of the output's file ``name`` is the very one that was written."""
+        note = self.journal.notes.get(name)
+        if note is None:
+            return False
+        try:
+            found = self.address.bucket.look(f"{self.address.key}/{name}")
+        except FileNotFoundError:
+            return False
+        return (found.nbytes, found.version) == (note.finished.nbytes, note.version)
+
     def discard(self) -> None:
         """Remove what is known of the run, and what it wrote unless the output is whole."""
         forget()
         below = self.address.bucket.below(self.address.key)
         gone = [] if MANIFEST in below else [n for n in below if n in self._names]
         # The journal, which says whose these are, goes last.
-        works = sorted(n for n in below if n.startswith(f"{WORK}/") and n != f"{WORK}/{_LOCK}")
+        work = self.work.name
+        works = sorted(n for n in below if n.startswith(f"{work}/") and n != f"{work}/{_LOCK}")
         works.sort(key=lambda n: n.endswith(JOURNAL))
         self.address.bucket.delete(f"{self.address.key}/{n}" for n in (*gone, *works))
         forget()
@@ -143,7 +194,7 @@ def locked_target(target: Address) -> Iterator[Lease]:
             where=str(target),
             hint=f"such as {target}/model",
         )
-    with held(target / WORK / _LOCK) as lease:
+    with held(work_folder(target) / _LOCK) as lease:
         forget()
         yield lease
 
@@ -156,6 +207,17 @@ def scratch_folder() -> Iterator[Path]:
         root.mkdir(mode=0o700)
         (root / "files").mkdir()
         yield root
+
+
+@contextmanager
+def begun_in_store(target: Address, *, lock: bool) -> Iterator[RemoteStaging]:
+    """Yield what is known of a conversion that was begun; ``lock`` is for the end of it."""
+    with ExitStack() as stack:
+        guard = stack.enter_context(locked_target(target)) if lock else Standing(target)
+        staging = RemoteStaging(target, stack.enter_context(scratch_folder()), guard)
+        forget()
+        staging.fetch()
+        yield staging
 
 
 def staged(
@@ -204,7 +266,7 @@ class RemoteExecution(Execution):
     def begin_in_store(self) -> None:
         """Write down in the store what is begun; take the former output out of the way."""
         staging = self.store()
-        staging.lease.check()
+        staging.guard.check()
         for name in (JOURNAL, PLAN):
             staging.keep(staging.root / name)
         if self.old:
@@ -221,20 +283,11 @@ class RemoteExecution(Execution):
         return self.plan.outputs()
 
     def _check_finished(self, outputs: list[OutputFile]) -> int:
-        good = 0
-        journal, bucket = self.staging.journal, self.store().address.bucket
+        good, journal = 0, self.staging.journal
         for output in outputs:
-            note = journal.notes.get(output.name)
-            if note is None:
-                continue
-            try:
-                found = bucket.look(f"{self.store().address.key}/{output.name}")
-                same = (found.nbytes, found.version) == (output.nbytes, note.version)
-            except FileNotFoundError:
-                same = False
-            if same:
+            if self.staging.is_finished(output.name):
                 good += output.nbytes
-            else:
+            elif output.name in journal.notes:
                 journal.forget(output.name)
         return good
 
@@ -253,6 +306,7 @@ class RemoteExecution(Execution):
     ) -> None:
         super()._write(output, tensors, stream, progress)
         staging = self.store()
+        staging.guard.check()
         staging.keep(staging.journal.note_path(output.name))
 
     def _put(
@@ -264,7 +318,7 @@ class RemoteExecution(Execution):
     ) -> tuple[FinishedFile, str]:
         staging = self.store()
         target = staging.address / output.name
-        staging.lease.check()
+        staging.guard.check()
         finished = write_output(
             output,
             tensors,
@@ -275,7 +329,7 @@ class RemoteExecution(Execution):
             sha256=self.run.sha256,
             seed=staging.seed,
             on_bytes=on_bytes,
-            before_end=staging.lease.check,
+            before_end=staging.guard.check,
         )
         found = target.bucket.look(target.key)
         if found.nbytes != output.nbytes:
@@ -295,7 +349,7 @@ class RemoteExecution(Execution):
         strange = {
             n
             for n in staging.address.bucket.below(staging.address.key)
-            if not n.startswith(f"{WORK}/")
+            if not n.startswith(f"{staging.work.name}/")
         } - {*names, *(o.name for o in outputs)}
         if strange:
             raise OutputExistsError(
@@ -305,7 +359,7 @@ class RemoteExecution(Execution):
                 hint="move it away and run the same command again: it goes on where it was",
             )
         for name in names:
-            staging.lease.check()
+            staging.guard.check()
             put_file(staging.address / name, staging.files / name)
         self._discard()
         return None

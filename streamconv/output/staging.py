@@ -166,6 +166,18 @@ class Staging:
         """Return where a process writes what will be the output's file ``name``; nobody else does."""
         return newfile.partial_name(self.root / name.replace("/", "-"))
 
+    def exists(self) -> bool:
+        """Whether anything is staged, whoever has staged it."""
+        return os.path.lexists(self.root)
+
+    def choose(self, choices: Choices) -> None:
+        """Let what remains to be done be done with these choices."""
+        self.journal.choose(choices)
+
+    def is_finished(self, name: str) -> bool:
+        """Whether the output's file ``name`` is finished and looks as it did then."""
+        return name in self.journal.notes and self.journal.looks_finished(name, self.locate(name))
+
     def discard(self) -> None:
         """Remove the staging folder and everything in it.
 
