@@ -38,6 +38,7 @@ CASES = (
     Case("qwen2_5_vl", KEPT_TOWER),
     Case("qwen3_5_vl", KEPT_TOWER),
     Case("gemma3_vl", KEPT_TOWER),
+    Case("internvl_chat", (("megatron_tower", True),)),
     Case("deepseek_v32_wide", (("variant", "indexer of slime"),)),
     Case("olmoe", (("variant", "wide norms"),)),
     Case("glm4", (("variant", "norms of ms-swift"),)),

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from scripts.makers import megatron_linear
-from scripts.makers.megatron_towers import siglip, tower_of_qwen2_5, tower_of_qwen3
+from scripts.makers.megatron_towers import intern_vit, siglip, tower_of_qwen2_5, tower_of_qwen3
 from scripts.makers.megatron_walk import Part, Walk, gate_up
 from scripts.makers.tiny_families import State
 
@@ -308,6 +308,12 @@ def deepseek(w: Walk, attend: Part = latent_attention) -> None:
 
 
 def bailing(w: Walk) -> None:
+    names_of_bailing(w)
+    glm4_moe(w)
+
+
+def names_of_bailing(w: Walk) -> None:
+    """Give the tensors of Ling the names that others have, queries, keys and values apart."""
     heads, groups = w.config["num_attention_heads"], w.config["num_key_value_heads"]
     width = w.config["head_dim"]
     for name in list(w.left):
@@ -317,6 +323,7 @@ def bailing(w: Walk) -> None:
         new = new.replace(".attention.query_layernorm", ".self_attn.q_norm")
         new = new.replace(".attention.key_layernorm", ".self_attn.k_norm")
         new = new.replace("gate.expert_bias", "gate.e_score_correction_bias")
+        new = new.replace(".attention.", ".self_attn.")
         tensor = w.take(name)
         if ".query_key_value." not in name:
             w.left[new] = tensor
@@ -324,7 +331,22 @@ def bailing(w: Walk) -> None:
         parts = tensor.split([heads * width, groups * width, groups * width])
         for x, part in zip("qkv", parts, strict=True):
             w.left[name.replace(".attention.query_key_value.", f".self_attn.{x}_proj.")] = part
-    glm4_moe(w)
+
+
+def attention_of_bailing_hybrid(w: Walk, mg: str, hf: str) -> None:
+    if w.has(hf + "self_attn.kv_b_proj.weight"):
+        return latent_attention(w, mg, hf)
+    attention(w, mg, hf)
+    norm = w.made.pop(mg + "self_attention.linear_qkv.layer_norm_weight")
+    w.put(mg + "input_layernorm.weight", norm)
+    for name in ("g_proj.weight", "g_norm.weight"):
+        w.copy(f"{mg}self_attention.{name}", f"{hf}self_attn.{name}")
+    return None
+
+
+def bailing_hybrid(w: Walk) -> None:
+    names_of_bailing(w)
+    deepseek(w, attention_of_bailing_hybrid)
 
 
 def uneven_attention(w: Walk, mg: str, hf: str) -> None:
@@ -646,6 +668,29 @@ def beside_towers(
     return family
 
 
+def internvl_chat(w: Walk, vision: dict[str, Any], *, megatron_tower: bool = False) -> None:
+    language_model(w, mg="language_model.", hf="language_model.model.")
+    if megatron_tower:  # mbridge
+        intern_vit(w, vision)
+    else:  # ms-swift
+        for tower in ("vision_model.", "mlp1."):
+            w.copy_all("visual." + tower, tower)
+
+
+def feed_of_llama4(w: Walk, mg: str, hf: str) -> None:
+    for name in [n for n in w.left if n.startswith(hf + "feed_forward.")]:
+        new = name.replace(".feed_forward.", ".mlp.").replace(".mlp.router.", ".mlp.gate.")
+        tensor = w.take(name)  # experts are [E, H, 2I] and [E, I, H]
+        w.left[new] = tensor.transpose(1, 2) if ".experts." in name else tensor
+    moe(w, mg, hf)
+
+
+def llama4(w: Walk, _: dict[str, Any]) -> None:
+    language_model(w, feed=feed_of_llama4, mg="language_model.", hf="language_model.model.")
+    for tower in ("vision_model.", "multi_modal_projector."):
+        w.copy_all("visual." + tower, tower)
+
+
 SENSES = {"thinker.visual": "thinker.visual", "thinker.audio_tower": "thinker.audio_model"}
 PIXTRAL = {"vision_tower": "vision_tower", "multi_modal_projector": "multi_modal_projector"}
 
@@ -669,6 +714,7 @@ BY_TYPE: dict[str, Callable[..., None]] = {
     "mimo": mimo,
     "mimo_v2_flash": mimo_v2_flash,
     "bailing_moe": bailing,
+    "bailing_hybrid": bailing_hybrid,
     "exaone4": lambda w: language_model(w, attention_behind, mlp_of_exaone4),
     "step3p5": step,
     "step3p7": step,
@@ -676,9 +722,9 @@ BY_TYPE: dict[str, Callable[..., None]] = {
     "deepseek_v4": deepseek_v4,
     "mistral3": beside_towers("language_model.model.", PIXTRAL),
     "internvl": beside_towers("language_model.model.", PIXTRAL),
-    "internvl_chat": beside_towers(
-        "language_model.model.", {"vision_model": "vision_model", "mlp1": "mlp1"}
-    ),
+    "internvl_chat": internvl_chat,
+    "kimi_vl": beside_towers("language_model.model.", PIXTRAL, attend=latent_attention),
+    "llama4": llama4,
     "kimi_k25": beside_towers(
         "language_model.model.",
         {"vision_tower": "vision_tower", "mm_projector": "mm_projector"},

@@ -67,3 +67,21 @@ def siglip(w: Walk, vision: dict[str, Any]) -> None:
         w.copy_both(layer + "mlp.linear_fc1.layer_norm_", block + "layer_norm2")
         w.copy_both(layer + "mlp.linear_fc1", block + "mlp.fc1")
         w.copy_both(layer + "mlp.linear_fc2", block + "mlp.fc2")
+
+
+def intern_vit(w: Walk, vision: dict[str, Any]) -> None:
+    mg, hf = "vision_model.", "vision_model.embeddings."
+    w.copy(mg + "class_token", hf + "class_embedding")
+    w.copy(mg + "position_embedding", hf + "position_embedding")
+    w.copy_both(mg + "conv1", hf + "patch_embedding")
+    for i in range(vision["num_hidden_layers"]):
+        layer, block = f"{mg}decoder.layers.{i}.", f"{mg}encoder.layers.{i}."
+        vision_attention(w, layer, block, vision["num_attention_heads"])
+        w.copy_both(layer + "mlp.linear_fc1", block + "mlp.fc1")
+        w.copy_both(layer + "mlp.linear_fc2", block + "mlp.fc2")
+        for x in ("ls1", "ls2"):
+            w.copy(layer + x, block + x)
+    mg = "vision_projection.encoder.linear_fc"
+    w.copy_both(mg + "1.layer_norm_", "mlp1.0")
+    w.copy_both(mg + "1", "mlp1.1")
+    w.copy_both(mg + "2", "mlp1.3")

@@ -130,6 +130,24 @@ AUDIO = {
     "downsample_hidden_size": 16,
     "max_source_positions": 20,
 }
+LLAMA4_TEXT = {
+    "num_hidden_layers": 4,
+    "intermediate_size": 14,
+    "intermediate_size_mlp": 20,
+    "interleave_moe_layer_step": 2,
+    "attention_chunk_size": 4,
+}
+LLAMA4_TOWER = {
+    "hidden_size": 32,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "image_size": 28,
+    "patch_size": 14,
+    "projector_input_dim": 24,
+    "projector_output_dim": 24,
+    "vision_output_dim": 24,
+}
 ROPE_SECTIONS = {"rope_parameters": {"rope_theta": 1e4, "mrope_section": [1, 1, 2]}}
 MROPE = {"rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2]}}
 
@@ -262,15 +280,49 @@ def internvl_chat(state: State, config: dict[str, Any]) -> None:
         state["language_model." + name] = state.pop(name)
     for layer in range(2):
         prefix = f"vision_model.encoder.layers.{layer}."
-        add(state, prefix + "attn.qkv.weight", (24, 8))
-        add(state, prefix + "ls1", (8,))
-    add(state, "vision_model.embeddings.class_embedding", (1, 1, 8))
-    add(state, "mlp1.1.weight", (48, 32))
+        for name, rows, columns in INTERN_VIT:
+            add(state, f"{prefix}{name}.weight", (rows, columns)[: 2 if columns else 1])
+            add(state, f"{prefix}{name}.bias", (rows,))
+        for name in ("ls1", "ls2"):
+            add(state, prefix + name, (8,))
+    for name, shape in {
+        "vision_model.embeddings.class_embedding": (1, 1, 8),
+        "vision_model.embeddings.position_embedding": (1, 5, 8),
+        "vision_model.embeddings.patch_embedding.weight": (8, 3, 2, 2),
+        "vision_model.embeddings.patch_embedding.bias": (8,),
+        "mlp1.0.weight": (32,),
+        "mlp1.0.bias": (32,),
+        "mlp1.1.weight": (48, 32),
+        "mlp1.1.bias": (48,),
+        "mlp1.3.weight": (48, 48),
+        "mlp1.3.bias": (48,),
+    }.items():
+        add(state, name, shape)
     text = dict(config)
     config.clear()
-    config.update(model_type="internvl_chat", llm_config=text, vision_config={"patch_size": 2})
+    tower = {"patch_size": 2, "num_attention_heads": 4, "num_hidden_layers": 2}
+    config.update(model_type="internvl_chat", llm_config=text, vision_config=tower)
     config["architectures"] = ["InternVLChatModel"]
     config["auto_map"] = {"AutoModel": "modeling_internvl_chat.InternVLChatModel"}
+
+
+INTERN_VIT = (
+    ("attn.qkv", 24, 8),
+    ("attn.proj", 8, 8),
+    ("norm1", 8, 0),
+    ("norm2", 8, 0),
+    ("mlp.fc1", 20, 8),
+    ("mlp.fc2", 8, 20),
+)
+"""Modules of a layer, with rows and columns."""
+
+
+def kimi_vl(state: State, config: dict[str, Any]) -> None:
+    """Make it Kimi-VL as released, whose projector has another name than Kimi-K2.5's."""
+    kimi_k25(state, config)
+    for name in [n for n in state if n.startswith("mm_projector.")]:
+        state["multi_modal_projector" + name.removeprefix("mm_projector")] = state.pop(name)
+    config.update(model_type="kimi_vl", architectures=["KimiVLForConditionalGeneration"])
 
 
 def bailing(state: State, config: dict[str, Any]) -> None:
@@ -345,6 +397,37 @@ def step_alone(state: State, config: dict[str, Any]) -> None:
         "auto_map": {"AutoModelForCausalLM": "modeling_step3p5.Step3p5ForCausalLM"},
     }
     config.update(text)
+
+
+def bailing_hybrid(state: State, config: dict[str, Any]) -> None:
+    """Make it a Ling 2.5 of the remote code's: every second layer has latent attention."""
+    prediction_of_hy_v3(state, config)
+    for name in list(state):
+        new = name.replace("model.embed_tokens.", "model.word_embeddings.")
+        new = new.replace(".self_attn.", ".attention.").replace(".o_proj.", ".dense.")
+        state[new.replace("gate.e_score_correction_bias", "gate.expert_bias")] = state.pop(name)
+    for layer in (0, 2, 4):
+        prefix = f"model.layers.{layer}.attention."
+        for name in [n for n in state if n.startswith(prefix)]:
+            del state[name]
+        for name, shape in {
+            "query_key_value": ((6 + 2 * 2) * 12, 48),
+            "query_layernorm": (12,),
+            "key_layernorm": (12,),
+            "g_proj": (72, 48),
+            "g_norm": (72,),
+            "dense": (48, 72),
+        }.items():
+            add(state, f"{prefix}{name}.weight", shape)
+    config.update(
+        model_type="bailing_hybrid",
+        architectures=["BailingMoeV2_5ForCausalLM"],
+        auto_map={"AutoModelForCausalLM": "modeling_bailing_moe_v2_5.X"},
+        num_key_value_heads=2,
+        head_dim=12,
+        layer_group_size=2,
+        group_norm_size=4,
+    )
 
 
 def minimax_m3(state: State, config: dict[str, Any]) -> None:
@@ -687,6 +770,23 @@ FAMILIES: dict[str, Tiny] = {
         kimi_k25,
         loads=False,
     ),
+    "kimi_vl": Tiny(
+        "DeepseekV3ForCausalLM",
+        "DeepseekV3Config",
+        TINY
+        | ROUTED
+        | LATENT
+        | {"q_lora_rank": None, "num_hidden_layers": 4, "first_k_dense_replace": 2},
+        kimi_vl,
+        loads=False,
+    ),
+    "bailing_hybrid": Tiny(
+        "DeepseekV3ForCausalLM",
+        "DeepseekV3Config",
+        TINY | ROUTED | LATENT | {"num_hidden_layers": 6, "first_k_dense_replace": 2},
+        bailing_hybrid,
+        loads=False,
+    ),
     "internvl_chat": Tiny("Qwen2ForCausalLM", "Qwen2Config", TINY, internvl_chat, loads=False),
     "mistral3": Tiny(
         "Mistral3ForConditionalGeneration",
@@ -908,6 +1008,11 @@ FAMILIES: dict[str, Tiny] = {
             "mamba_rms_norm": True,
         },
     ),
+    "llama4": Tiny(
+        "Llama4ForConditionalGeneration",
+        "Llama4Config",
+        {"text_config": TINY | HEAD | LOCAL_MOE | LLAMA4_TEXT, "vision_config": LLAMA4_TOWER},
+    ),
     "step3p7": Tiny(
         "Step3p7ForConditionalGeneration", "Step3p7Config", STEP, prediction_of_step, MTP_LAST
     ),
@@ -945,7 +1050,10 @@ def build(name: str, tiny: Tiny) -> TinyModel:
     """Return the tiny model that ``tiny`` describes."""
     config = getattr(transformers, tiny.config_class)(**copy.deepcopy(tiny.settings))
     config.dtype = torch.bfloat16
-    model = getattr(transformers, tiny.model_class)(config).to(torch.bfloat16)
+    model = getattr(transformers, tiny.model_class)(config)
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.is_floating_point():  # and not complex
+            tensor.data = tensor.to(torch.bfloat16)
     fill(model)
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)

@@ -31,6 +31,7 @@ _MODULES = (
     "qwen3_vl",
     "qwen3_next",
     "multimodal",
+    "internvl",
     "step",
 )
 

@@ -17,6 +17,7 @@ _LAYER = re.compile(r"((?:.+?\.)?(?:layers?|blocks|lightning_indexers)\.)([0-9]+
 _AROUND = re.compile(
     r"(?:language_model\.)?(embedding\.word_embeddings|output_layer|decoder\.final_(?:layer)?norm)\.weight"
 )
+_LATENT = tuple(f"self_attention.linear_kv_{x}_proj." for x in ("down", "up"))
 
 Tensors = dict[str, Shape]
 
@@ -24,7 +25,8 @@ Tensors = dict[str, Shape]
 def check_alike(shapes: Mapping[str, Shape], dims: Dims, own: tuple[str, ...] = ()) -> None:
     """Raise :class:`BadInputError` that names what a layer lacks, or has of another shape.
 
-    All layers have the same attention, and those with experts the same experts; what begins with one of
+    All layers have the same attention, or one of two kinds of it where one is latent, and those with
+    experts the same experts; what begins with one of
     ``own`` all have or lack together. Sizes may differ where config.json calls layers by other kinds.
     """
     for name, shape in shapes.items():
@@ -71,7 +73,9 @@ def _parts(block: str, layer: Tensors, own: tuple[str, ...]) -> Iterator[tuple[s
         return
     experts = any(n.startswith(("mlp.experts.", "mlp.router.")) for n in layer)
     mlp = {n: s for n, s in layer.items() if n.startswith(("mlp.", "pre_mlp_layernorm."))}
-    yield "attention", {n: s for n, s in layer.items() if n not in mlp}
+    attention = {n: s for n, s in layer.items() if n not in mlp}
+    latent = any(n.startswith(_LATENT) for n in attention)
+    yield "latent attention" if latent else "attention", attention
     yield "experts" if experts else "mlp", mlp
 
 

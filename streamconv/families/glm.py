@@ -1,4 +1,4 @@
-"""GLM-4 (dense), GLM-4.5 and 4.6 (experts), and others with their layers: dots.llm1, Hunyuan 3, Ling 2.
+"""GLM-4 (dense), GLM-4.5 and 4.6 (experts), and others with their layers: dots.llm1, Hunyuan 3, Ling.
 
 DeepSeek's first model with experts has them, too: nothing in common with what followed it.
 """
@@ -11,6 +11,7 @@ from streamconv.families.blocks import (
     DENSE,
     EXPERT_BIAS,
     EXPERTS,
+    MLA,
     MLP,
     ROUTER,
     SHARED_EXPERTS,
@@ -20,7 +21,7 @@ from streamconv.families.blocks import (
     mtp,
     plain_mtp,
 )
-from streamconv.families.rules import Family, borrowing, renamed, rule
+from streamconv.families.rules import Family, borrowing, moved, renamed, rule, without_class
 
 # The first rule that matches counts, so that what differs from a table stands before it.
 GLM4 = (
@@ -68,6 +69,15 @@ _BAILING = (
     *renamed(GLM4_MOE, targets=_BAILING_NAMES),
 )
 
+# Ling 2.5: linear attention with a gate and a norm of its own, latent attention in every n-th layer.
+_BAILING_HYBRID = (
+    rule(D + "input_layernorm.weight", L + "input_layernorm.weight", ops.copy),
+    *moved(D + "self_attention.", L + "attention.", {n: n for n in ("g_proj", "g_norm")}, ops.copy),
+    *_BAILING,  # q_layernorm is the norm of queries here: latent attention has its norms fused
+    *renamed(MLA, targets={".self_attn.": ".attention.", "attention.o_proj": "attention.dense"}),
+)
+_EMBEDDED = renamed(TOP, targets={"model.embed_tokens.": "model.word_embeddings."})
+
 FAMILIES = (
     Family(name="glm4", model_types=("glm4",), rules=GLM4),
     Family(
@@ -97,10 +107,22 @@ FAMILIES = (
         name="bailing_moe",
         model_types=("bailing_moe", "bailing_moe_v2"),
         rules=(
-            *renamed(TOP, targets={"model.embed_tokens.": "model.word_embeddings."}),
+            *_EMBEDDED,
             *_BAILING,
             *plain_mtp(_BAILING, "model.layers.{mtp_layer}.", "final_layernorm"),
         ),
         extras=("model.layers.{mtp_layer}.{rest}",),
+    ),
+    Family(
+        name="bailing_hybrid",
+        model_types=("bailing_hybrid",),
+        rules=(
+            *_EMBEDDED,
+            *_BAILING_HYBRID,
+            *plain_mtp(_BAILING_HYBRID, "model.layers.{mtp_layer}.", "final_layernorm"),
+        ),
+        # Ling 3 has another linear attention, and transformers' class is of that.
+        when=lambda config: "group_norm_size" in config,
+        reference=without_class,
     ),
 )

@@ -6,21 +6,41 @@ part that no trainer touches (what speaks in an omni model), may be absent: it i
 
 from __future__ import annotations
 
-from streamconv.families.blocks import DENSE, MOE, TOP
+from streamconv.families import ops
+from streamconv.families.blocks import DENSE, MOE, ROUTER, SHARED_EXPERTS, TOP, D, L
 from streamconv.families.deepseek import KIMI_K2
 from streamconv.families.glm import GLM4, GLM4_MOE
-from streamconv.families.rules import Family, Rule, without_class
-from streamconv.families.vision import kept, language
+from streamconv.families.rules import Family, Rule, renamed, rule, without_class
+from streamconv.families.vision import BESIDE, WITHIN, kept, language
 
 _VISUAL = {"visual": "model.visual", "vision_model": "model.visual"}
-_WITHIN = ("language_model.model.", "language_model.lm_head.")
-_PIXTRAL = {"vision_tower": "vision_tower", "multi_modal_projector": "multi_modal_projector"}
 _THINKER = ("thinker.model.", "thinker.lm_head.")
 _SENSES = {
     "thinker.visual": "thinker.visual",
     "thinker.audio_model": "thinker.audio_tower",
     "thinker.audio_tower": "thinker.audio_tower",
 }
+
+
+# Layers with experts and without take turns; the experts' tensors are HuggingFace's transposed.
+_LLAMA4 = (
+    *(
+        rule(
+            f"{D}mlp.experts.experts.linear_{source}.weight",
+            f"{L}feed_forward.experts.{target}",
+            ops.expert_columns,
+        )
+        for source, target in (("fc1", "gate_up_proj"), ("fc2", "down_proj"))
+    ),
+    *renamed(
+        (*DENSE, *ROUTER, *SHARED_EXPERTS),
+        targets={
+            ".mlp.gate.": ".feed_forward.router.",
+            ".mlp.shared_experts.": ".feed_forward.shared_expert.",
+            ".mlp.": ".feed_forward.",
+        },
+    ),
+)
 
 
 def _thinker(rules: tuple[Rule, ...]) -> tuple[Rule, ...]:
@@ -46,7 +66,7 @@ FAMILIES = (
     Family(
         name="mistral3",
         model_types=("mistral3",),
-        rules=(*language(DENSE, *_WITHIN), *kept(_PIXTRAL)),
+        rules=(*language(DENSE, *WITHIN), *kept(BESIDE)),
         untrained=("vision_tower.{rest}", "multi_modal_projector.{rest}"),
     ),
     Family(
@@ -68,35 +88,35 @@ FAMILIES = (
         untrained=("visual.{rest}",),
     ),
     Family(
-        name="internvl",
-        model_types=("internvl",),
-        rules=(*language(MOE, *_WITHIN), *kept(_PIXTRAL)),
-        untrained=("vision_tower.{rest}", "multi_modal_projector.{rest}"),
-    ),
-    Family(
-        name="internvl_chat",
-        model_types=("internvl_chat",),
-        rules=(
-            *language(MOE, *_WITHIN),
-            *kept({"vision_model": "vision_model", "mlp1": "mlp1"}),
-        ),
-        untrained=("vision_model.{rest}", "mlp1.{rest}"),
-    ),
-    Family(
         name="kimi_k25",
         model_types=("kimi_k25",),
         rules=(
-            *language(KIMI_K2, *_WITHIN),
+            *language(KIMI_K2, *WITHIN),
             *kept({"vision_tower": "vision_tower", "mm_projector": "mm_projector"}),
         ),
         reference=without_class,
         untrained=("vision_tower.{rest}", "mm_projector.{rest}"),
     ),
     Family(
+        name="kimi_vl",
+        model_types=("kimi_vl",),
+        rules=(*language(KIMI_K2, *WITHIN), *kept(BESIDE)),
+        untrained=tuple(f"{n}.{{rest}}" for n in BESIDE),
+    ),
+    Family(
+        name="llama4",
+        model_types=("llama4",),
+        rules=(
+            *language(_LLAMA4, *WITHIN),
+            *kept({n: n for n in ("vision_model", "multi_modal_projector")}),
+        ),
+        untrained=("vision_model.{rest}", "multi_modal_projector.{rest}"),
+    ),
+    Family(
         name="qwen2_audio",
         model_types=("qwen2_audio",),
         rules=(
-            *language(DENSE, *_WITHIN),
+            *language(DENSE, *WITHIN),
             *kept({"audio_tower": "audio_tower", "multi_modal_projector": "multi_modal_projector"}),
         ),
         untrained=("audio_tower.{rest}", "multi_modal_projector.{rest}"),

@@ -13,6 +13,10 @@ from streamconv.families.rules import Dims, How, Rule, prefixed, renamed, rule
 
 B = "vision_model.decoder.layers.{layer}."
 
+# HuggingFace's prefixes of a language model within another, and modules that often stand beside it.
+WITHIN = ("language_model.model.", "language_model.lm_head.")
+BESIDE = {name: name for name in ("vision_tower", "multi_modal_projector")}
+
 
 def joined_qkv(dims: Dims, tensor: ops.Tensor) -> ops.Tensor:
     """``[heads·3·d, …]`` → ``[3·heads·d, …]``: Megatron keeps q, k and v of a head together."""
@@ -59,6 +63,14 @@ def norm(source: str, target: str) -> tuple[Rule, ...]:
     return tuple(
         rule(f"{source}.layer_norm_{x}", f"{target}.{x}", ops.copy) for x in ("weight", "bias")
     )
+
+
+def together(sources: Mapping[str, str]) -> Rule:
+    """Return the rule of tensors that are copied, and are all there or none.
+
+    Of a model that transformers has no class for, nothing else tells that one is missing.
+    """
+    return rule(tuple(sources), tuple(sources.values()), lambda _, *tensors: tensors)
 
 
 def blocks(target: str) -> tuple[Rule, ...]:
