@@ -6,9 +6,12 @@ import argparse
 import dataclasses
 import os
 import re
+import sys
+import types
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -325,6 +328,43 @@ def test_parameters_that_share_one_storage(tmp_path: Path) -> None:
     for kind in ("grouped", "legacy"):
         folder = write_ranks(tmp_path, model, Sizes(tp=2, ep=2), kind=kind, change=one_buffer)
         check(folder, model)
+
+
+class Float8Tensor:
+    """Stands in for Transformer Engine's, which is pickled as a call of a method of its class."""
+
+    def __init__(self, data: torch.Tensor) -> None:
+        self.data = data
+
+    @classmethod
+    def _make_in_reduce_ex(cls, data: torch.Tensor) -> Float8Tensor:
+        return cls(data)
+
+    def __reduce_ex__(self, _: object) -> tuple[object, tuple[torch.Tensor]]:
+        return self._make_in_reduce_ex, (self.data,)
+
+
+def test_weights_that_transformer_engine_keeps_in_fp8(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts = ["transformer_engine", "pytorch", "tensor", "float8_tensor"]
+    for n in range(1, len(parts) + 1):
+        name = ".".join(parts[:n])
+        module = types.ModuleType(name)
+        module.Float8Tensor = Float8Tensor  # type: ignore[attr-defined]
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setattr(Float8Tensor, "__module__", ".".join(parts))
+    key = "decoder.layers.0.self_attention.linear_qkv.weight"
+
+    def quantize(state: Any, _: tuple[int, ...]) -> None:
+        state[key] = Float8Tensor(state[key].to(torch.uint8))
+
+    text = refused(
+        write_ranks(tmp_path, whole_model(), Sizes(tp=2), change=quantize, writer="megatron"),
+        "kept in fp8 or fp4 by Transformer Engine",
+    )
+    assert key in text
+    assert "float8_tensor.Float8Tensor" in text
 
 
 def test_parameters_without_checksums(tmp_path: Path) -> None:

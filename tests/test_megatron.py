@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -323,6 +324,30 @@ def test_what_verl_says_of_the_model_is_its_own_word(tmp_path: Path, folder: str
     facts = torch_dist.run_facts(data, unread)
     assert OF_MODEL not in facts
     assert facts["layernorm_epsilon"] == 1e-6
+
+
+@pytest.mark.parametrize(
+    "place", ["checkpoint-10/args.json", "checkpoint-10/iter_0000010/args.json"]
+)
+def test_what_ms_swift_says_of_its_run(place: str, tmp_path: Path) -> None:
+    data = tmp_path / "checkpoint-10/iter_0000010"
+    data.mkdir(parents=True)
+    torch.save({"args": {"mtp_num_layers": 2}}, data / "common.pt")
+    told = {
+        "swift_version": "4.1.0",
+        "tensor_model_parallel_size": 2,
+        "mtp_num_layers": 1,
+        "rope_scaling": "yarn",
+        "window_size": None,
+        "vocab_size": 7,
+        "lora_alpha": 16,
+    }
+    (tmp_path / place).write_text(json.dumps(told))
+    unread: Any = None
+    facts = torch_dist.run_facts(data, unread)
+    assert facts == {"tensor_model_parallel_size": 2, "mtp_num_layers": 2}
+    (tmp_path / place).write_text(json.dumps(told | {"swift_version": None}))
+    assert torch_dist.run_facts(data, unread) == {"mtp_num_layers": 2}
 
 
 @pytest.mark.parametrize(

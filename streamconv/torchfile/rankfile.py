@@ -59,6 +59,8 @@ REBUILD_FROM_TYPE, REBUILD_WRAPPER, DTENSOR = (
     allowed.DTENSOR,
 )
 
+# Primary weights that are quantized: tensors of classes of its own.
+_TRANSFORMER_ENGINE = "a transformer_engine."
 _MAX_RANK = 64  # dimensions; torch's own limit
 _MAX_MESH_NBYTES = 1 << 23
 
@@ -273,6 +275,14 @@ class Contents:
     def refuse_others(self) -> None:
         """Raise :class:`BadInputError` for what was not a tensor: a weight must not vanish."""
         for name, reason in self.skipped:
+            if reason.startswith(_TRANSFORMER_ENGINE):
+                raise BadInputError(
+                    "a weight is kept in fp8 or fp4 by Transformer Engine, which is not supported",
+                    where=f"{self._where}, {name[:200]}",
+                    found=reason,
+                    hint="save with --ckpt-format torch_dist, where Megatron-Core from 0.14 on writes "
+                    "such weights in full precision",
+                )
             raise BadInputError(
                 "a weight is stored as something other than a plain tensor",
                 where=f"{self._where}, {name[:200]}",

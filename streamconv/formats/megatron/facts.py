@@ -2,7 +2,8 @@
 
 The sources are ``common.pt`` (or, since 0.19, the record ``common_state``), which holds the arguments
 of a Megatron-LM run, and the model's own config as trainers save it: verl's
-``transformer_config.json``, Megatron-Bridge's ``run_config.yaml``, NeMo's ``context/model.yaml``. All
+``transformer_config.json``, Megatron-Bridge's ``run_config.yaml``, NeMo's ``context/model.yaml``;
+ms-swift has the arguments of its run in ``args.json``. All
 are strangers' data of many classes: they are read inertly, only plain numbers, texts, truth values and
 lists of them are taken, and what cannot be read is not a reason to fail.
 """
@@ -109,6 +110,8 @@ _WANTED_IF_NULL = frozenset(
 )
 # Trainers differ in whether they count padding here.
 _NOT_OF_YAML = frozenset({"vocab_size", "padded_vocab_size"})
+# An argument of the same name as Megatron-Bridge's, for another thing.
+_NOT_OF_SWIFT = _NOT_OF_YAML | {"rope_scaling"}
 _MAX_LISTED = 1024
 _KINDS = (int, float, bool, str)
 
@@ -138,7 +141,17 @@ def of_run(folder: Path, arguments: Mapping[str, object]) -> dict[str, object]:
     if config and not arguments.keys() & config.keys():
         # What the model was built of: here a default is not an argument that nobody gave.
         config[OF_MODEL] = True
-    return {**config, **arguments}
+    return {**config, **_of_swift(folder), **arguments}
+
+
+def _of_swift(folder: Path) -> dict[str, object]:
+    """Return the arguments that ms-swift saved beside a step, or in the folder of all."""
+    for place in (folder, above(folder)):
+        told = object_or_empty(place / "args.json", most_bytes=_MAX_NBYTES)
+        if isinstance(told.get("swift_version"), str):
+            wanted = {k: v for k, v in told.items() if k not in _NOT_OF_SWIFT and v is not None}
+            return dict(_plain(wanted))
+    return {}
 
 
 def _of_model(folder: Path) -> dict[str, object]:
