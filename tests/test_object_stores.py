@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -396,3 +397,47 @@ def test_killed_at_requests(store, planned):
         assert again.returncode == 0, (number, again.stderr)
         assert_whole(store, out)
         store.objects.clear()
+
+
+@pytest.mark.parametrize("sides", ["from", "into", "both"])
+def test_a_batch(sides, store, checkpoints, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    monkeypatch.chdir(tmp_path)
+    source = checkpoints["fsdp2"].source
+    root, dst = str(tmp_path / "run"), str(tmp_path / "models")
+    if sides == "into":
+        for step in (10, 20):
+            shutil.copytree(source, tmp_path / "run" / f"global_step_{step}" / "actor")
+    else:
+        root = put(store, source, "run/global_step_10/actor/").removesuffix("/global_step_10/actor")
+        put(store, source, "run/global_step_20/actor/")
+        store.put("bucket", "run/latest_checkpointed_iteration.txt", b"20")
+    if sides != "from":
+        dst = "s3://out/models"
+    made = streamconv.convert_run(root, dst, settle="0s", verify=True)
+    assert (made.exit_code, dict(made.counts)) == (0, {"converted": 2}), made.problems
+    expected = files(streamconv.convert(source, tmp_path / "one", sync=False).output)
+    for step in (10, 20):
+        assert files(place(dst) / f"global_step_{step}" / "actor") == expected
+    again = streamconv.convert_run(root, dst, settle="0s", verify=True)
+    assert dict(again.counts) == {"done": 2}
+    assert [(r.step, r.state) for r in streamconv.status(dst)] == [(10, "done"), (20, "done")]
+    if sides != "from":  # somebody writes an output anew: it is no longer the one that was written
+        name = next(n for n in store.names("out") if n.endswith(".safetensors"))
+        store.objects.pop(("out", name))
+        third = streamconv.convert_run(root, dst, settle="0s", verify=True, overwrite=True)
+        assert dict(third.counts) == {"converted": 1, "done": 1}, third.problems
+    assert not [p for p in tmp_path.iterdir() if p.name.startswith(("s3:", "http:"))]
+
+
+@pytest.mark.parametrize(
+    ("option", "side"),
+    [("pin", "root"), ("delete_sources", "root"), ("keep_last", "dst"), ("keep_every", "dst")],
+)
+def test_what_a_batch_cannot_do_in_a_store_is_refused(option, side, store, tmp_path):
+    (tmp_path / "run").mkdir()
+    root = "s3://bucket/run" if side == "root" else tmp_path / "run"
+    dst = "s3://out/models" if side == "dst" else tmp_path / "models"
+    with pytest.raises(UsageError, match=f"--{option.replace('_', '-')} is for folders of a file"):
+        streamconv.convert_run(root, dst, **{option: 1 if option.startswith("keep") else True})
+    assert not store.requests

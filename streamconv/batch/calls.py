@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict, Unpack
 
 from streamconv.errors import UsageError
-from streamconv.files.inputs import local_path
 from streamconv.options import JobKeywords
-from streamconv.storage.address import StrPath
+from streamconv.storage.address import Address, StrPath, place
 
 if TYPE_CHECKING:
     from streamconv.batch.round import Round
@@ -72,14 +70,14 @@ def convert_run(
     from streamconv.batch.cycle import Batch
     from streamconv.batch.settings import load, of_one_run
 
-    place = local_path(root)
+    where = place(root)
     said = {k: v for k, v in options.items() if v is not None}
-    if place.is_file():
-        made = load(place, said)
+    if not isinstance(where, Address) and where.is_file():
+        made = load(where, said)
     elif dst is None:
-        raise UsageError("a run needs an output folder", where=str(place))
+        raise UsageError("a run needs an output folder", where=str(where))
     else:
-        made = of_one_run(place, local_path(dst), said)
+        made = of_one_run(where, place(dst), said)
     batch = Batch(made, lambda what, task, _text: on_record(what, task.record))
     return batch.preview() if dry_run else batch.round()
 
@@ -91,4 +89,4 @@ def status(dst: StrPath) -> list[Record]:
     """
     from streamconv.batch.state import read_records
 
-    return read_records(Path(local_path(dst)))
+    return read_records(place(dst))

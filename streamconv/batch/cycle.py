@@ -32,7 +32,7 @@ from streamconv.batch.rules import claim_rule
 from streamconv.batch.runner import Listener, Runner, What, backoff_seconds
 from streamconv.batch.schedule import Schedule, local_now
 from streamconv.batch.settings import BatchSettings, RunSettings
-from streamconv.batch.state import STATUS, Store
+from streamconv.batch.state import Store, status_path
 from streamconv.batch.survey import Survey, scene
 from streamconv.batch.tasks import Task
 from streamconv.batch.tidy import Read, Surveyed, tidy
@@ -41,6 +41,7 @@ from streamconv.errors import BadInputError, StreamconvError, VerificationError
 from streamconv.executor import budget as budgets
 from streamconv.files import askedfile
 from streamconv.files.durable import no_space
+from streamconv.storage.objects import forget
 from streamconv.system import memory
 from streamconv.system.signals import how_it_ended
 from streamconv.units import parse_duration
@@ -99,6 +100,7 @@ class Batch:
         """Look at every run once, convert what is ready, apply retention."""
         started = time.monotonic()
         self._trouble = None
+        forget()
         made = Round(budget_bytes=self.budget_bytes)
         runs = [
             Surveyed(run, store, self._look(run, store, made))
@@ -207,7 +209,7 @@ class Batch:
         }
         try:
             refuse_inside_checkpoint(run.output, run.root, "the output folder")
-            askedfile.checked(run.output / STATUS, askedfile.STATUS)
+            askedfile.checked(status_path(run.output), askedfile.STATUS)
             store.begin()
             rule = Rule(run.keep_last, run.keep_every)
             if rule.active and not dry and store.folder not in self._rules:
@@ -249,7 +251,7 @@ class Batch:
 
     def _own_files(self, store: Store, name: str) -> dict[Path, str]:
         s = self._settings
-        found = {store.output / STATUS: "status"}
+        found = {status_path(store.output): "status"}
         if s.prometheus is not None:
             found[s.prometheus] = "metrics"
         if s.report is not None and self._overview is not None:

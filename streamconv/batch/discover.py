@@ -32,6 +32,7 @@ from streamconv.files.names import MANIFEST
 from streamconv.formats import finding, torch_file
 from streamconv.formats.megatron import rank_folders
 from streamconv.formats.steps import MARKERS, step_files, step_number
+from streamconv.storage.address import Address
 
 # Deep enough for every run; links being left out, it ends anyway.
 _MAX_DEPTH = 24
@@ -190,6 +191,8 @@ def _is_output(folder: Path) -> bool:
 
 
 def _folders(folder: Path) -> list[str]:
+    if isinstance(folder, Address):
+        return [p.name for p in folder.iterdir() if not p.name.startswith(".") and p.is_dir()]
     with os.scandir(folder) as entries:
         return sorted(
             e.name
@@ -200,6 +203,8 @@ def _folders(folder: Path) -> list[str]:
 
 def _links(folder: Path) -> list[str]:
     """Return the links in ``folder`` that lead to folders."""
+    if isinstance(folder, Address):
+        return []
     with os.scandir(folder) as entries:
         # Not is_dir() of the entry: that raises for a link to itself.
         return sorted(e.name for e in entries if e.is_symlink() and Path(e.path).is_dir())

@@ -24,10 +24,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
 from streamconv.batch.hook_process import HookProcess
-from streamconv.batch.state import FOLDER, Record, file_name, write_whole
+from streamconv.batch.state import Record, batch_folder, file_name, write_whole
 from streamconv.errors import LockedError, StreamconvError
 from streamconv.files.jsonfile import COUNT, NUMBER, mismatches, object_or_empty
 from streamconv.files.lockfile import locked_file
+from streamconv.storage.address import place
 from streamconv.system.signals import how_it_ended
 from streamconv.units import format_duration
 
@@ -93,7 +94,7 @@ _NOTE = {"attempts": COUNT, "not_before": NUMBER}
 
 def _folder(record: Record) -> Path:
     depth = len(PurePosixPath(record.name).parts)
-    return Path(record.output).parents[depth - 1] / FOLDER / "hooks"
+    return batch_folder(place(record.output).parents[depth - 1]) / "hooks"
 
 
 def note_path(record: Record) -> Path:
@@ -241,7 +242,7 @@ class Hooks:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             # The command inherits it, and so holds it as long as it lives, also when we are killed.
-            held = locked_file(lock_path(record), Path(record.output), wait_seconds=0.0)
+            held = locked_file(lock_path(record), place(record.output), wait_seconds=0.0)
             fd = lock.enter_context(held)
             found = _read(path)
             if found is None:

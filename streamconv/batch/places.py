@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path, PurePosixPath
 
 from streamconv import formats
 from streamconv.batch.state import holds_batch
@@ -12,6 +12,7 @@ from streamconv.errors import OutputExistsError, StreamconvError, UsageError
 from streamconv.files.filesystems import real_path
 from streamconv.files.names import MANIFEST
 from streamconv.formats.steps import step_number
+from streamconv.storage.address import Address
 
 
 class MisplacedError(UsageError):
@@ -92,10 +93,17 @@ def _overlapping(output: Path, root: Path) -> Path | None:
     for folder in output.parents:
         if folder == root:
             break
-        if os.path.lexists(folder / MANIFEST):
+        if (folder / MANIFEST).is_symlink() or (folder / MANIFEST).exists():
             return folder
-    below = (Path(where) for where, _, names in os.walk(output) if MANIFEST in names)
-    return next((place for place in below if place != output), None)
+    return next((place for place in _outputs_below(output) if place != output), None)
+
+
+def _outputs_below(folder: Path) -> Iterator[Path]:
+    if isinstance(folder, Address):
+        names = map(PurePosixPath, folder.bucket.below(folder.key))
+        yield from (folder / name.parent for name in names if name.name == MANIFEST)
+    else:
+        yield from (Path(where) for where, _, names in os.walk(folder) if MANIFEST in names)
 
 
 def output_inside(folder: Path) -> Path | None:

@@ -33,6 +33,7 @@ from streamconv.batch.walk import walk
 from streamconv.errors import StreamconvError
 from streamconv.formats.steps import MARKERS, TRACKERS, named_step, read_tracker_file
 from streamconv.planning.sidefiles import candidates
+from streamconv.storage.address import Address
 from streamconv.units import format_duration
 
 # By how much clocks of the machines that write and convert may differ.
@@ -80,6 +81,8 @@ def snapshot(folder: Path) -> Snapshot:
     """Return how ``folder``, or a file, looks now; raises ``OSError`` where it goes meanwhile."""
     entries: list[str] = []
     marks: list[str] = []
+    if isinstance(folder, Address):
+        return _snapshot_in_store(folder)
     status = folder.stat()
     newest = status.st_mtime_ns
     if not stat.S_ISDIR(status.st_mode):
@@ -96,6 +99,15 @@ def snapshot(folder: Path) -> Snapshot:
             entries.append(f"{met.name}\0{status.st_size}\0{status.st_mtime_ns}")
             marks.append(f"{met.name}\0{status.st_ctime_ns}")
     return Snapshot(_digest(entries), newest, total, _digest(marks), written)
+
+
+def _snapshot_in_store(folder: Address) -> Snapshot:
+    """Do the same where times need not be believed: versions tell what is another content."""
+    found = folder.bucket.below(folder.key) or {folder.name: folder.bucket.look(folder.key)}
+    entries = [f"{name}\0{f.nbytes}\0{f.version}" for name, f in found.items()]
+    newest = max(f.mtime_ns for f in found.values())
+    total = sum(f.nbytes for f in found.values())
+    return Snapshot(_digest(entries), newest, total, written_ns=newest)
 
 
 def _digest(entries: Iterable[str]) -> str:

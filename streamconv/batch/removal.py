@@ -20,6 +20,7 @@ from streamconv.batch.walk import walk
 from streamconv.errors import StreamconvError
 from streamconv.files.durable import fsync_directory
 from streamconv.files.jsonfile import COUNT, TEXT, Leaf, mismatches, read_json
+from streamconv.storage.address import Address
 
 _ASIDE = ".streamconv-deleted"
 _MAX_NOTE_BYTES = 256 << 20
@@ -63,6 +64,8 @@ def put_aside(aside: Path) -> str:
 
 def asides_below(folder: Path) -> Iterator[Path]:
     """Yield the folders in a tree that were put aside; those that cannot be looked into hold none."""
+    if isinstance(folder, Address):
+        return
     for where, below, _ in os.walk(folder):
         yield from (Path(where, name) for name in below if is_aside(name))
         below[:] = sorted(name for name in below if not is_aside(name))

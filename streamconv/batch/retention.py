@@ -38,6 +38,7 @@ from streamconv.files.names import MANIFEST
 from streamconv.formats.steps import step_kind, step_number
 from streamconv.options import JobOptions
 from streamconv.output.manifest import read_manifest
+from streamconv.storage.address import Address, place
 from streamconv.units import format_size
 from streamconv.verification.folder import verify_output
 
@@ -198,7 +199,7 @@ def remove_output(
 
     ``owns`` tells whether it is this run's.
     """
-    path = Path(record.output)
+    path = place(record.output)
     try:
         with store.holding(record.name):
             record = store.reload(record.name)
@@ -235,15 +236,15 @@ def remove_output(
 
 
 def _output_facts(record: Record, store: Store, owns: Callable[[Record], bool]) -> OutputFacts:
-    path = Path(record.output)
-    place, edited = _why_not_output(path, store.output), ""
-    if not place:
+    path = place(record.output)
+    misplaced, edited = _why_not_output(path, store.output), ""
+    if not misplaced:
         manifest = read_manifest(path, entries=False)
         listed = {MANIFEST, *(f["name"] for f in (manifest or {"files": ()})["files"])}
         strange = sorted(listing(path).keys() - listed)
         edited = f"it holds what its manifest does not list: {strange[0]}" if strange else ""
     intact = record.state == "done" and is_intact(record)
-    return OutputFacts(owns(record), place, edited, intact, awaits_hook(record))
+    return OutputFacts(owns(record), misplaced, edited, intact, awaits_hook(record))
 
 
 def _why_not_output(path: Path, root: Path) -> str:
@@ -304,7 +305,7 @@ def remove_source(
                     refused = around.training(candidate, True)
                 if refused or not apply:
                     return Removal("source", path, nbytes, refused=refused)
-                wrong = damage(Path(record.output))
+                wrong = damage(place(record.output))
             if wrong:
                 record.verified, record.reason = False, f"the output is damaged: {wrong}"
                 store.save(record)
@@ -330,7 +331,7 @@ def _manifest_damage(record: Record) -> str:
     if record.state != "done" or record.verified is not True or not is_intact(record):
         return ""
     try:
-        read_manifest(Path(record.output), entries=False)
+        read_manifest(place(record.output), entries=False)
     except StreamconvError as error:
         return error.what
     return ""
@@ -356,7 +357,7 @@ def _source_facts(record: Record, candidate: Candidate, around: Surroundings) ->
 def _other_job(record: Record, candidate: Candidate, job: JobOptions) -> str:
     """Return whether what is in the source now is not what the output was made of."""
     try:
-        manifest = read_manifest(Path(record.output), entries=False)
+        manifest = read_manifest(place(record.output), entries=False)
         digest = identify(candidate.path, job).digest
     except StreamconvError as error:
         return error.what
@@ -392,7 +393,7 @@ def resume_removals(store: Store, root: Path, *, apply: bool) -> list[Removal]:
         record = records.get(name)
         if record is None or kind not in ("source", "output"):
             continue
-        path = Path(record.output if kind == "output" else record.source)
+        path = place(record.output if kind == "output" else record.source)
         try:
             with store.holding(record.name):
                 # The run is walked through only where the folder is not found without.
@@ -403,12 +404,12 @@ def resume_removals(store: Store, root: Path, *, apply: bool) -> list[Removal]:
                 path = found
                 why_not = "" if apply else "--apply goes on removing it"
                 if apply and kind == "source":
-                    why_not = damage(Path(record.output))
+                    why_not = damage(place(record.output))
                 outcome = resume(note, path, why_not)
                 if outcome is None:
                     continue
                 done = not outcome.refused and not path.exists()
-                if kind == "output" and done and path == Path(record.output):
+                if kind == "output" and done and path == place(record.output):
                     record = store.reload(record.name)
                     record.state, record.reason, record.evidence = "pruned", _PRUNED, []
                     store.save(record)
@@ -439,6 +440,8 @@ def _place_of(note: Path, path: Path, asides: Iterable[Path]) -> Path | None:
 
 def asides_of(store: Store) -> list[Path]:
     """Return what was put aside beside the outputs of a folder."""
-    places = sorted({store.output, *(Path(record.output).parent for record in store)})
-    found = [path for place in places for path in place.glob(".*") if is_aside(path.name)]
+    places = sorted({store.output, *(place(record.output).parent for record in store)})
+    if isinstance(store.output, Address):
+        return []  # nothing is put aside in a store
+    found = [path for folder in places for path in folder.glob(".*") if is_aside(path.name)]
     return [path for path in found if path.is_dir() and not path.is_symlink()]

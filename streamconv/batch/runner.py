@@ -34,6 +34,8 @@ from streamconv.batch.state import Record, is_intact
 from streamconv.batch.tasks import UNCOMPARED, Task, take_over_finished
 from streamconv.conversion.job import identify
 from streamconv.errors import LockedError, NoSpaceError, StreamconvError
+from streamconv.storage.address import Address
+from streamconv.storage.objects import NoAnswerError, forget
 from streamconv.system.signals import how_it_ended
 
 _DONE_MEANWHILE = "another batch has done it"
@@ -337,7 +339,7 @@ class Runner:
             elif kind == "budget" and not task.alone and self._ledger.slots > 1:
                 task.alone = True
                 self._again(running, "needs more memory than its share: tried again alone")
-            elif number in _PASSING and task.tries <= self._retries:
+            elif (number in _PASSING or kind == NoAnswerError.kind) and task.tries <= self._retries:
                 wait = self._backoff(task.tries)
                 task.not_before = time.monotonic() + wait
                 self._again(running, f"{_one_line(error)}: tried again in {wait:g} s")
@@ -460,10 +462,11 @@ def _failed(record: Record, error: dict[str, Any]) -> None:
 
 
 def _still_there(path: Path) -> bool:
+    forget()
     try:
         return formats.detect(path) is not None
     except (StreamconvError, OSError):
-        return path.is_dir()
+        return isinstance(path, Address) or path.is_dir()
 
 
 def _one_line(error: dict[str, Any]) -> str:

@@ -27,7 +27,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from streamconv.batch.schedule import Schedule, parse_schedule
 from streamconv.batch.selection import Filter, Steps, namer, parse_steps
-from streamconv.batch.state import STATUS
+from streamconv.batch.state import status_path
 from streamconv.conversion.parts import Share
 from streamconv.errors import BadInputError, UsageError
 from streamconv.files.filesystems import real_path
@@ -45,6 +45,7 @@ from streamconv.options import (
     job_options,
     parse_override,
 )
+from streamconv.storage.address import Address, place
 from streamconv.units import parse_duration, parse_size
 
 
@@ -77,6 +78,7 @@ def _no_nul(path: Path) -> Path:
 _DType = Annotated[DTypeChoice, BeforeValidator(lambda v: SHORT_DTYPES.get(v, v))]
 _Count = Annotated[int, Field(gt=0), BeforeValidator(_no_flag)]
 _Path = Annotated[Path, AfterValidator(_no_nul), _parsed_by(local_path)]
+_Place = Annotated[Path, AfterValidator(_no_nul), _parsed_by(place), AfterValidator(place)]
 _Size = Annotated[str, _parsed_by(parse_size)]
 _Memory = Annotated[str, _parsed_by(lambda text: parse_size(text, whole_bytes=1 << 40))]
 _Duration = Annotated[str, _parsed_by(parse_duration)]
@@ -97,8 +99,8 @@ class _Strict(BaseModel):
 class RunSettings(_Strict):
     """One run: where its checkpoints are, which are wanted, how they are converted and kept."""
 
-    root: _Path
-    output: _Path
+    root: _Place
+    output: _Place
     name: _Template | None = None
     model: str | None = None
     every: _Count | None = None
@@ -242,13 +244,16 @@ def load(path: Path, given: Mapping[str, Any]) -> BatchSettings:
 
 
 def _anchored(run: RunSettings, base: Path) -> RunSettings:
-    return run.model_copy(update={k: base / v for k, v in run if isinstance(v, Path)})
+    return run.model_copy(
+        update={k: base / v for k, v in run if isinstance(v, Path) and not isinstance(v, Address)}
+    )
 
 
 def _refuse_overlap(made: BatchSettings, where: str | None) -> None:
     """Two runs in one output folder would mistake each other's outputs for their own."""
     outputs: list[Path] = []
     for run in made.run:
+        _refuse_in_stores(run, where)
         output, root = real_path(run.output), real_path(run.root)
         if output in outputs:
             raise UsageError(
@@ -275,10 +280,32 @@ def _refuse_overlap(made: BatchSettings, where: str | None) -> None:
             )
         outputs.append(output)
     own = [real_path(p) for p in (made.report, made.prometheus) if p is not None]
-    own += [output / STATUS for output in outputs]
+    own += [status_path(output) for output in outputs]
     twice = next((p for p in own if own.count(p) > 1), None)
     if twice is not None:
         raise UsageError("two files of the batch would be one", where=str(twice))
+
+
+def _refuse_in_stores(run: RunSettings, where: str | None) -> None:
+    """Refuse what links, renames and deletes folders, where there are none."""
+    remote = [p for p in (run.root, run.output) if isinstance(p, Address)]
+    asked = {
+        "pin": run.pin
+        and "a store has no links; what is read there is of one version, or an error",
+        "delete-sources": run.delete_sources and "a bucket's lifecycle rules delete what is old",
+        "keep-last": run.keep_last and "outputs in a store are deleted by its lifecycle rules",
+        "keep-every": run.keep_every and "outputs in a store are deleted by its lifecycle rules",
+    }
+    of_source = {"pin", "delete-sources"}
+    for name, why in asked.items():
+        side = run.root if name in of_source else run.output
+        if why and side in remote:
+            raise UsageError(
+                f"--{name} is for folders of a file system: {why}",
+                where=where or str(side),
+                found=str(side),
+                hint=f"leave out --{name}",
+            )
 
 
 def _told(error: pydantic.ValidationError, where: str | None) -> UsageError:

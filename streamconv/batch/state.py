@@ -18,6 +18,7 @@ known by their names in the folder, so that it can be moved and copied.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import socket
@@ -35,9 +36,11 @@ import xxhash
 from streamconv._version import __version__
 from streamconv.batch.leases import NO_FILE
 from streamconv.batch.record_file import SCHEMA, NewerRecordError, read_record_file, shape_of
-from streamconv.errors import LockedError, StreamconvError
+from streamconv.errors import LockedError, StreamconvError, UsageError
 from streamconv.files import askedfile
 from streamconv.files.names import MANIFEST
+from streamconv.files.userkey import state_folder
+from streamconv.storage.address import Address, place
 
 STATUS = "status.json"
 FOLDER = ".streamconv-batch"
@@ -113,7 +116,7 @@ class Record:
 
         Raises ``OSError`` where a file of it is missing.
         """
-        output = Path(self.output)
+        output = place(self.output)
         self.evidence = output_evidence(output, [*(f["name"] for f in manifest["files"]), MANIFEST])
         self.state, self.reason, self.error, self.attempts = "done", reason, None, 0
         self.write_bytes = sum(f["nbytes"] for f in manifest["files"])
@@ -151,7 +154,7 @@ class Store:
 
     def __init__(self, output: Path, folder: Path | None = None) -> None:
         self.output = output
-        self.folder = folder or output / FOLDER
+        self.folder = folder or batch_folder(output)
         self._records: dict[str, Record] = {}
         self._unsaved: set[str] = set()
         self.trouble: OSError | StreamconvError | None = None
@@ -263,7 +266,7 @@ class Store:
             "batch": facts,
             "checkpoints": [r.to_json() for r in records],
         }
-        self._write(self.output / STATUS, data, indent=1, kind=askedfile.STATUS)
+        self._write(status_path(self.output), data, indent=1, kind=askedfile.STATUS)
 
 
 def file_name(name: str) -> str:
@@ -283,9 +286,33 @@ def order(record: Record) -> tuple[str, int, str, str]:
     return (record.run, -1 if record.step is None else record.step, record.model, record.name)
 
 
+def batch_folder(output: Path) -> Path:
+    """Return where a batch keeps what it remembers of an output folder.
+
+    For one in a store that is the user's state folder: stores have no locks that end with a process.
+    Another machine's batch knows what is there by the manifests, and no two work on one output at once:
+    each conversion holds a lock in the store.
+    """
+    if not isinstance(output, Address):
+        return output / FOLDER
+    folder = state_folder()
+    if folder is None:
+        raise UsageError(
+            "what a batch remembers of outputs in a store has no place on this machine",
+            where=str(output),
+            hint="XDG_STATE_HOME names a folder for it",
+        )
+    return folder / "batches" / xxhash.xxh3_64_hexdigest(str(output).encode())
+
+
+def status_path(output: Path) -> Path:
+    """Return where ``status.json`` of an output folder lies."""
+    return (batch_folder(output) if isinstance(output, Address) else output) / STATUS
+
+
 def holds_batch(folder: Path) -> bool:
     """Whether ``folder`` is the output folder of a batch."""
-    return (folder / FOLDER / "jobs").is_dir()
+    return not isinstance(folder, Address) and (folder / FOLDER / "jobs").is_dir()
 
 
 def read_records(output: Path) -> list[Record]:
@@ -298,7 +325,7 @@ def read_records(output: Path) -> list[Record]:
 
 def _read_all(output: Path, folder: Path | None = None) -> tuple[list[Record], int]:
     """Return the records, and how many more a later release wrote."""
-    folder = (folder or output / FOLDER) / "jobs"
+    folder = (folder or batch_folder(output)) / "jobs"
     output = output.absolute()
     records, newer = [], 0
     for path in sorted(folder.glob("*.json")) if folder.is_dir() else []:
@@ -339,9 +366,18 @@ def _alive(record: Record) -> bool:
 def output_evidence(output: Path, files: Iterable[str]) -> list[list[Any]]:
     """Return (name, size, time of change) of an output's files: unchanged, it is still the output.
 
-    Raises ``OSError`` where one is missing.
+    Of an object the time is a number that stands for its version. Raises ``OSError`` where one is
+    missing.
     """
     evidence: list[list[Any]] = []
+    if isinstance(output, Address):
+        found = output.bucket.below(output.key)
+        for name in files:
+            if name not in found:
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(output / name))
+            mark = xxhash.xxh3_64_intdigest(found[name].version.encode()) >> 1
+            evidence.append([name, found[name].nbytes, mark])
+        return evidence
     for name in files:
         status = (output / name).stat()
         evidence.append([name, status.st_size, status.st_mtime_ns])
@@ -353,7 +389,7 @@ def is_intact(record: Record) -> bool:
     if not record.evidence:
         return False
     try:
-        now = output_evidence(Path(record.output), (name for name, *_ in record.evidence))
+        now = output_evidence(place(record.output), (name for name, *_ in record.evidence))
     except OSError:
         return False
     return now == record.evidence

@@ -44,6 +44,7 @@ from streamconv.files.inputs import cannot_read
 from streamconv.ir.identity import JobIdentity, chosen_options
 from streamconv.lora.plan import base_inputs
 from streamconv.planning.sidefiles import list_side_files
+from streamconv.storage.address import Address, place
 
 _STEPS_TO_KNOW_AN_INTERVAL = 3
 
@@ -113,8 +114,9 @@ class Survey:
         if run.hf_config is not None and not run.hf_config.is_dir():
             raise UsageError("--hf-config names no folder", where=str(run.hf_config))
         if not self._dry:
-            for place in (self._store.folder, run.root / FOLDER):
-                pins.remove_left_behind(place)
+            for folder in (self._store.folder, run.root / FOLDER):
+                if not isinstance(folder, Address):  # where nothing is linked
+                    pins.remove_left_behind(folder)
         # Absolute: records and hooks are read from other working folders.
         all_found = discover(
             run.root.absolute(),
@@ -275,7 +277,7 @@ class Survey:
 
     def _refusal(self, record: Record, job: JobIdentity) -> StreamconvError | None:
         """Return why the output is in the way: that needs no process to be found out."""
-        output = Path(record.output)
+        output = place(record.output)
         refused = refusal_into_another(output, self._store.output)
         if refused is not None:
             return refused
@@ -398,14 +400,14 @@ class Survey:
             record.state in ("waiting", "queued", "failed")
             and record.root in ("", str(self._root))
             and record.name not in self.candidates
-            and not Path(record.source).exists()
+            and not place(record.source).exists()
         )
 
 
 def scene(record: Record) -> str:
     """Return what a conversion meets: how its source looks, and what is where its output goes."""
     try:
-        return f"{record.snapshot} {Path(record.output).lstat().st_mtime_ns}"
+        return f"{record.snapshot} {place(record.output).lstat().st_mtime_ns}"
     except OSError:
         return record.snapshot
 

@@ -12,6 +12,8 @@ from streamconv.conversion.finished import finished_output
 from streamconv.errors import StreamconvError
 from streamconv.options import JobOptions
 from streamconv.output.manifest import is_ours
+from streamconv.storage.address import place
+from streamconv.storage.objects import forget
 
 UNCOMPARED = "its source went away before it was compared with it"
 
@@ -45,7 +47,7 @@ class Task:
     @property
     def output(self) -> Path:
         """Return the output folder."""
-        return Path(self.record.output)
+        return place(self.record.output)
 
     @property
     def key(self) -> str:
@@ -62,8 +64,9 @@ def take_over_finished(
     """
     if not digest:
         return False
+    forget()
     try:
-        manifest = finished_output(Path(record.output), digest)
+        manifest = finished_output(place(record.output), digest)
         if manifest is None or (sealed and not is_ours(manifest)):
             return False
         record.take_over(manifest, reason)

@@ -20,6 +20,7 @@ from streamconv.batch.state import Record, Store, is_intact, read_records
 from streamconv.batch.survey import Survey
 from streamconv.errors import BadInputError, UnsafeInputError
 from streamconv.files.filesystems import real_path
+from streamconv.storage.address import place
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +42,7 @@ class Read:
         """Return how an output differs from its manifest, having read it once."""
         key = (record.output, repr(record.evidence))
         if key not in self._found:
-            self._found[key] = damage(Path(record.output))
+            self._found[key] = damage(place(record.output))
         return self._found[key]
 
 
@@ -69,7 +70,7 @@ def _outputs(one: Surveyed, survey: Survey, read: Read, *, apply: bool) -> list[
         removals += [
             Removal(
                 "output",
-                Path(r.output),
+                place(r.output),
                 r.write_bytes,
                 refused=f"the output is damaged: {read.damage(r)}",
                 damaged=True,
@@ -126,7 +127,7 @@ _Known = Sequence[tuple[Surveyed, Sequence[Record]]]
 def _unfit(step: Path, known: _Known) -> str:
     """Return why training cannot go on from a step: what was deleted of it, or found to be damaged."""
     for record in (r for _, records in known for r in records):
-        source = Path(record.source)
+        source = place(record.source)
         if not source.is_relative_to(step) or is_state(record.model):
             continue
         if record.state == "done" and not source.exists():
@@ -148,7 +149,7 @@ def _unfinished(candidate: Candidate, record: Record, one: Surveyed, known: _Kno
         for found in records:
             if other.store is one.store and found.name == record.name:
                 continue
-            if Path(found.source) != candidate.path or found.state == "pruned":
+            if place(found.source) != candidate.path or found.state == "pruned":
                 continue
             if found.state != "done" or not is_intact(found):
                 return f"another output that is made of it is not done: {found.output}"

@@ -15,6 +15,7 @@ from typing import Any
 
 from streamconv.batch.state import output_evidence
 from streamconv.errors import StreamconvError, VerificationError
+from streamconv.storage.address import place
 from streamconv.system.signals import WORKER_GRACE_SECONDS, end_with_parent, heeded
 
 
@@ -61,7 +62,7 @@ def _convert(request: dict[str, Any]) -> dict[str, Any]:
     def on_event(event: Event) -> None:
         _say(event.to_json())
 
-    source, output = Path(request["source"]), Path(request["output"])
+    source, output = place(request["source"]), place(request["output"])
     job = JobOptions.from_json(request["job"])
     run = RunOptions(**request["run"], on_event=on_event)
     with reading(source, job.hf_config, job.lora.base, but=output):

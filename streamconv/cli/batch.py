@@ -31,6 +31,7 @@ from streamconv.cli.job_options import NONE, JobOptions, given, with_job_options
 from streamconv.cli.output import say, say_json, tell, told_when_stopped
 from streamconv.errors import BadInputError, UsageError, shown
 from streamconv.files.inputs import local_path
+from streamconv.storage.address import Address, place
 
 _STOPPED = (
     "stopped: outputs that are done stay, and what running conversions finished is kept; the same "
@@ -53,13 +54,11 @@ def batch(
     context: typer.Context,
     root: Annotated[
         Path,
-        typer.Argument(
-            parser=local_path, metavar="ROOT|JOBS", help="A training run, or a jobs.toml."
-        ),
+        typer.Argument(parser=place, metavar="ROOT|JOBS", help="A training run, or a jobs.toml."),
     ],
     dst: Annotated[
         Path | None,
-        typer.Argument(parser=local_path, metavar="DST", help="The folder for all outputs."),
+        typer.Argument(parser=place, metavar="DST", help="The folder for all outputs."),
     ] = None,
     max_mem: MaxMem = None,
     part: Annotated[
@@ -273,7 +272,7 @@ def _settings(root: Path, dst: Path | None, options: Mapping[str, Any]) -> Any:
             f"--every takes a number of steps, not {every!r}",
             hint=f"--watch {every!r} repeats the batch on a schedule",
         )
-    if root.is_file():
+    if not isinstance(root, Address) and root.is_file():
         if dst is not None:
             raise UsageError("a job file names its outputs itself", found=str(dst))
         wrong = sorted(f"--{k.replace('_', '-')}" for k in options if k not in SHARED)
@@ -299,7 +298,7 @@ def _settings(root: Path, dst: Path | None, options: Mapping[str, Any]) -> Any:
 )
 def status(
     dst: Annotated[
-        Path, typer.Argument(parser=local_path, metavar="DST", help="The output folder of a batch.")
+        Path, typer.Argument(parser=place, metavar="DST", help="The output folder of a batch.")
     ],
     watch: Annotated[
         str | None, _option("--watch", "Show it again and again: 5s, 1m.", "TIME")
@@ -308,10 +307,10 @@ def status(
     json: Json = False,
 ) -> None:
     """Show how the conversions of a batch stand."""
-    from streamconv.batch.state import FOLDER, read_records
+    from streamconv.batch.state import batch_folder, read_records
     from streamconv.cli.batch_report import print_status, status_json
 
-    if not (dst / FOLDER).is_dir():
+    if not batch_folder(dst).is_dir():
         raise BadInputError(
             "no batch has worked on this folder",
             where=str(dst),

@@ -57,7 +57,12 @@ class Address(PosixPath):
     @property
     def key(self) -> str:
         """Return its name in the bucket. There are no links: ``..`` is the folder that is written."""
-        return posixpath.normpath("/".join(("", *self.parts[2:]))).strip("/")
+        return posixpath.normpath("/" + "/".join(self.parts[2:])).strip("/")
+
+    @property
+    def parents(self) -> tuple[Address, ...]:
+        """Return the folders above it; the last one is the bucket."""
+        return tuple(p for p in super().parents if len(p.parts) > 1)
 
     def is_absolute(self) -> bool:
         """Return True: an address begins with its store."""

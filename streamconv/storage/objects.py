@@ -208,6 +208,8 @@ class Object:
 class NoAnswerError(StreamconvError):
     """A store does not answer, or with an error of its own: it may, a moment later."""
 
+    kind = "no-answer"
+
 
 class Upload:
     """A new object on its way. It appears when it is finished; closed before, it never was."""
