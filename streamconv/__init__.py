@@ -13,11 +13,13 @@ from streamconv._version import __version__
 
 if TYPE_CHECKING:
     from streamconv.api import (
+        average,
         begin,
         convert,
         convert_all,
         convert_async,
         diff,
+        difference,
         doctor,
         finish,
         inspect,
@@ -48,6 +50,7 @@ if TYPE_CHECKING:
     )
     from streamconv.ir.planfile import Plan
     from streamconv.options import (
+        AverageOptions,
         Cancel,
         Event,
         JobOptions,
@@ -62,8 +65,8 @@ if TYPE_CHECKING:
 _HOME = {
     **dict.fromkeys(
         (
-            *("begin", "convert", "convert_all", "convert_async", "diff", "doctor", "finish"),
-            *("inspect", "open", "part", "plan", "run", "upload", "verify"),
+            *("average", "begin", "convert", "convert_all", "convert_async", "diff", "difference"),
+            *("doctor", "finish", "inspect", "open", "part", "plan", "run", "upload", "verify"),
         ),
         "streamconv.api",
     ),
@@ -73,7 +76,10 @@ _HOME = {
     "Plan": "streamconv.ir.planfile",
     "Report": "streamconv.verification.report",
     **dict.fromkeys(
-        ("Cancel", "Event", "JobOptions", "Notice", "Phase", "Progress", "Result", "RunOptions"),
+        (
+            *("AverageOptions", "Cancel", "Event", "JobOptions", "Notice", "Phase", "Progress"),
+            *("Result", "RunOptions"),
+        ),
         "streamconv.options",
     ),
     **dict.fromkeys(
@@ -99,6 +105,7 @@ _HOME = {
 _CALLS = ("streamconv.api", "streamconv.batch.calls")
 
 __all__ = [
+    "AverageOptions",
     "BadInputError",
     "BudgetError",
     "Cancel",
@@ -126,12 +133,14 @@ __all__ = [
     "UsageError",
     "VerificationError",
     "__version__",
+    "average",
     "begin",
     "convert",
     "convert_all",
     "convert_async",
     "convert_run",
     "diff",
+    "difference",
     "doctor",
     "finish",
     "inspect",

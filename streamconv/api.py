@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import os
 import shutil
 import tempfile
 import weakref
@@ -23,6 +24,7 @@ from streamconv.errors import NoSpaceError, StreamconvError, UsageError, Verific
 from streamconv.files import askedfile
 from streamconv.files.inputs import local_path, reading
 from streamconv.options import (
+    AverageOptions,
     Cancel,
     ConvertKeywords,
     Event,
@@ -114,6 +116,63 @@ def _convert_on(
     )
 
 
+def average(
+    sources: Sequence[StrPath],
+    dst: StrPath,
+    *,
+    weights: Sequence[float] | None = None,
+    ema: float | None = None,
+    cancel: Cancel | None = None,
+    **options: Unpack[ConvertKeywords],
+) -> Result:
+    """Convert the average of the checkpoints ``sources`` into the HuggingFace folder ``dst``.
+
+    Each is read as :func:`convert` reads it: they may be of different formats, meshes and world sizes,
+    but must make the same tensors. The terms are added up as they stand, in float64, divided once and
+    rounded once. Without ``weights`` it is their mean; those are taken as they are, whatever they add
+    up to. ``ema`` is the decay of a moving average that begins with the first source. ``options`` are
+    those of :func:`convert`; config and tokenizer are those of the first source.
+    """
+    if not sources or isinstance(sources, str):
+        raise UsageError("there is nothing to average", expected="a list of checkpoints")
+    first, *others = map(_source_of_several, sources)
+    if weights is not None and ema is not None:
+        raise UsageError("an average has weights or a decay, and not both")
+    if weights is not None:
+        made = AverageOptions(tuple(others), tuple(map(float, weights)))
+    elif ema is not None:
+        made = AverageOptions.moving(others, ema)
+    else:
+        made = AverageOptions.mean(others)
+    keywords = options.copy()
+    keywords["average"] = made
+    return convert(first, dst, cancel=cancel, **keywords)
+
+
+def difference(
+    one: StrPath,
+    other: StrPath,
+    dst: StrPath,
+    *,
+    cancel: Cancel | None = None,
+    **options: Unpack[ConvertKeywords],
+) -> Result:
+    """Write ``one - other``, tensor by tensor, into the folder ``dst``: what training changed.
+
+    It is of float32 where ``dtype`` does not say otherwise, exact for 16-bit weights. Both are read,
+    and ``options`` are, as for :func:`average`.
+    """
+    keywords = options.copy()
+    keywords.setdefault("dtype", "float32")
+    return average([one, other], dst, weights=[1, -1], cancel=cancel, **keywords)
+
+
+def _source_of_several(src: StrPath) -> Path:
+    """Return where one of several checkpoints lies, written in the one way that leads nowhere else."""
+    found = local_path(src).absolute()
+    return found.resolve() if ".." in found.parts else found
+
+
 def begin(
     src: StrPath,
     dst: StrPath,
@@ -185,7 +244,13 @@ def finish(
 def _reading(
     src: StrPath, job: JobKeywords, dst: StrPath | None = None
 ) -> AbstractContextManager[None]:
-    return reading(src, job.get("hf_config"), job.get("base"), but=dst)
+    return reading(src, *_beside(job), but=dst)
+
+
+def _beside(job: JobKeywords) -> list[StrPath | None]:
+    average = job.get("average")
+    others = average.sources if average is not None else ()
+    return [job.get("hf_config"), job.get("base"), *others]
 
 
 def _source(src: StrPath, job: JobKeywords) -> Path:
@@ -193,6 +258,12 @@ def _source(src: StrPath, job: JobKeywords) -> Path:
     found = place(src)
     if isinstance(found, Address):
         forget()
+        if job.get("average") is not None:
+            raise UsageError(
+                "a checkpoint in a store cannot be averaged with others",
+                where=str(found),
+                hint="copy it to a disk",
+            )
         if job.get("base") is not None:
             raise UsageError(
                 "an adapter in a store cannot be merged into a base model on a disk",
@@ -218,6 +289,7 @@ def _own_file(
         (dst, "the output folder"),
         (job.hf_config, "the folder with config and tokenizer"),
         (job.lora.base, "the base model"),
+        *((p, "a checkpoint") for p in (job.average.sources if job.average is not None else ())),
     ]
     apart = [(folder, what) for folder, what in folders if folder is not None]
     place = askedfile.checked(path, kind, apart)
@@ -405,7 +477,7 @@ def open(  # noqa: A001 - meant to be called as streamconv.open
 def verify(
     folder: StrPath,
     *,
-    source: StrPath | None = None,
+    source: StrPath | Sequence[StrPath] | None = None,
     reference: StrPath | None = None,
     base: StrPath | None = None,
     forward: bool = False,
@@ -422,12 +494,13 @@ def verify(
 
     Against its manifest, unless only another model is asked about. ``source`` compares every tensor
     with the checkpoint, planned with the options of the manifest, but with the config in
-    ``hf_config`` where that is given. ``reference`` is another model folder, whose tensors may differ
-    by ``atol + rtol * |reference|``. ``forward`` runs the model with transformers, on ``prompt`` or
-    ``token_ids``; ``reference`` then is run, too, and the logits are compared and not the tensors
-    (``logits_atol``; None: 1e-5 of the largest logit, 0.05 where the dtypes differ). ``base`` is the
-    model that an adapter's folder belongs to: its names are checked there, and it is run on it.
-    ``report`` is an HTML file to write about it.
+    ``hf_config`` where that is given. Of an average it is a list of the checkpoints, in their order, or
+    the first of them: the manifest says where the others lie. ``reference`` is another model folder,
+    whose tensors may differ by ``atol + rtol * |reference|``. ``forward`` runs the model with
+    transformers, on ``prompt`` or ``token_ids``; ``reference`` then is run, too, and the logits are
+    compared and not the tensors (``logits_atol``; None: 1e-5 of the largest logit, 0.05 where dtypes
+    differ). ``base`` is the model that an adapter's folder belongs to: its names are checked there, and
+    it is run on it. ``report`` is an HTML file to write about it.
     """
     from streamconv.files.names import MANIFEST
     from streamconv.system.memory import available_bytes
@@ -440,7 +513,8 @@ def verify(
 
     here = _source(folder, {})
     other = None if reference is None else _source(reference, {})
-    truth = None if source is None else _source(source, {})
+    given = [source] if isinstance(source, str | os.PathLike) else [*(source or ())]
+    truth = [_source(path, {}) for path in given]
     model, config = _local(base), _local(hf_config)
     for where in (here, other) if forward else ():
         if isinstance(where, Address):
@@ -457,7 +531,7 @@ def verify(
         )
     if logits_atol is not None and reference is None:
         raise UsageError("--logits-atol needs --reference")
-    if hf_config is not None and source is None:
+    if hf_config is not None and not truth:
         raise UsageError("--hf-config needs --source")
     page = _local(report)
     if page is not None:
@@ -466,17 +540,20 @@ def verify(
     budget = memory_bytes(max_mem)
     if model is not None and not (model / "config.json").is_file():
         raise UsageError("no config.json in the base model's folder", where=str(model))
-    with reading(folder, source, reference, hf_config, base):
+    with reading(folder, *given, reference, hf_config, base):
         check_room([here, *([other] if other is not None else [])], budget or available_bytes()[0])
         foreign = forward and not (here / MANIFEST).is_file()
-        if foreign and source is None:
+        if foreign and not truth:
             found.checked.append(
                 f"note: no {MANIFEST} here, so the files themselves are not checked"
             )
-        elif source is not None or other is None or forward:
+        elif truth or other is None or forward:
             found.extend(verify_output(here, base=model))
-        if truth is not None and found.passed:
-            found.extend(verify_source(here, truth, hf_config=config, max_mem_bytes=budget))
+        if truth and found.passed:
+            src, *others = truth
+            found.extend(
+                verify_source(here, src, others=others, hf_config=config, max_mem_bytes=budget)
+            )
         if other is not None and not forward:
             found.extend(verify_reference(here, other, atol=atol, rtol=rtol))
         if forward and found.passed:

@@ -70,6 +70,75 @@ class LoraOptions:
 
 
 @dataclass(frozen=True, slots=True)
+class AverageOptions:
+    """The weighted sum of several checkpoints, which is what is converted.
+
+    ``sources``: where the others lie, beside the one that is the source; empty in what makes a job's
+    identity. ``weights``: one for each checkpoint, that of the source first. ``divisor``: what the sum
+    is divided by, once.
+    """
+
+    sources: tuple[Path, ...]
+    weights: tuple[float, ...]
+    divisor: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.weights or len(self.sources) not in (0, len(self.weights) - 1):
+            raise UsageError(
+                "as many weights are needed as there are checkpoints",
+                expected=str(len(self.sources) + 1),
+                found=str(len(self.weights)),
+            )
+        if not all(map(math.isfinite, self.weights)) or not any(self.weights):
+            raise UsageError(
+                "weights must be numbers, not all of them 0",
+                found=", ".join(f"{w:g}" for w in self.weights),
+            )
+        if not (0 < self.divisor < math.inf):
+            raise UsageError("a sum is divided by a positive number", found=str(self.divisor))
+
+    @staticmethod
+    def mean(others: Sequence[Path]) -> AverageOptions:
+        """Return the mean of a checkpoint and ``others``: their sum, divided once."""
+        count = len(others) + 1
+        return AverageOptions(tuple(others), (1.0,) * count, float(count))
+
+    @staticmethod
+    def moving(others: Sequence[Path], decay: float) -> AverageOptions:
+        """Return the moving average that begins with a checkpoint and takes in ``others`` in turn."""
+        if not 0 < decay < 1:
+            raise UsageError("the decay lies between 0 and 1", found=f"{decay:g}")
+        count = len(others)
+        later = [(1 - decay) * decay ** (count - 1 - k) for k in range(count)]
+        return AverageOptions(tuple(others), (decay**count, *later))
+
+    @property
+    def said(self) -> str:
+        """Return in words what is summed up."""
+        return f"the sum of {len(self.weights)} checkpoints times {self.said_weights}"
+
+    @property
+    def said_weights(self) -> str:
+        """Return the weights, and what their sum is divided by, in words."""
+        weights = ", ".join(f"{w:.6g}" for w in self.weights)
+        return weights if self.divisor == 1 else f"{weights}, over {self.divisor:g}"
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the options as plain data."""
+        return {
+            "sources": [str(s) for s in self.sources],
+            "weights": list(self.weights),
+            "divisor": self.divisor,
+        }
+
+    @staticmethod
+    def from_json(data: Mapping[str, Any]) -> AverageOptions:
+        """Rebuild the options from :meth:`to_json`."""
+        sources = tuple(Path(s) for s in data["sources"])
+        return AverageOptions(sources, tuple(data["weights"]), data["divisor"])
+
+
+@dataclass(frozen=True, slots=True)
 class JobOptions:
     """Options that change the output; they are part of the job's identity and of the plan.
 
@@ -85,7 +154,8 @@ class JobOptions:
     tensors begin with, where that cannot be found out. ``keep_buffers``: write what quantization-aware
     training measures beside the weights. ``dequantize``: make floats of quantized weights, bfloat16
     where ``dtype`` does not say. ``quantize``: write the weights of projections as fp8, by this rule,
-    from what the source holds; ``dtype`` is for the others.
+    from what the source holds; ``dtype`` is for the others. ``average``: other checkpoints that the
+    source is summed up with; what is written is the sum of what would be written of each.
     """
 
     layout: Layout = "hub"
@@ -104,6 +174,7 @@ class JobOptions:
     keep_buffers: bool = False
     dequantize: bool = False
     quantize: Quantization | None = None
+    average: AverageOptions | None = None
 
     def __post_init__(self) -> None:
         _check_choice("value head", self.value_head, ValueHead)
@@ -114,6 +185,12 @@ class JobOptions:
             _check_choice("--quantize", self.quantize, Quantization)
             if self.layout != "hub":
                 raise UsageError("--quantize is for the names of the Hub", found="--layout memory")
+        if self.average is not None and self.lora.mode in ("adapter", "both"):
+            raise UsageError(
+                "the sum of adapters is not the adapter of the sum",
+                found=f"--lora {self.lora.mode}",
+                hint="leave it out: adapters are merged before models are summed up",
+            )
         if self.max_shard_bytes <= 0:
             raise UsageError("the shard size must be positive")
         if self.strip_prefix is not None and not self.strip_prefix.strip("."):
@@ -129,7 +206,15 @@ class JobOptions:
             "config": list(self.config),
             "hf_config": str(self.hf_config) if self.hf_config else None,
             "lora": self.lora.to_json(),
+            "average": self.average.to_json() if self.average else None,
         }
+
+    @property
+    def folders(self) -> tuple[Path, ...]:
+        """Return what is read beside the source: config, base model, other checkpoints."""
+        named = (self.hf_config, self.lora.base)
+        others = self.average.sources if self.average is not None else ()
+        return (*(p for p in named if p is not None), *others)
 
     @staticmethod
     def from_json(data: dict[str, Any]) -> JobOptions:
@@ -140,6 +225,7 @@ class JobOptions:
             "config": tuple(data.get("config", ())),
             "hf_config": Path(data["hf_config"]) if data["hf_config"] else None,
             "lora": LoraOptions.from_json(data.get("lora", {})),
+            "average": AverageOptions.from_json(data["average"]) if data.get("average") else None,
         }
         return JobOptions(**made)
 
@@ -190,6 +276,7 @@ class JobKeywords(TypedDict, total=False):
     keep_buffers: bool
     dequantize: bool
     quantize: Quantization | None
+    average: AverageOptions | None
 
 
 class ConvertKeywords(JobKeywords, total=False):
@@ -246,7 +333,10 @@ def _flags(options: Mapping[str, Any], others: Mapping[str, Any]) -> list[str]:
     flags = []
     for key in sorted(defaults.keys() | options.keys() | others.keys()):
         value, default = options.get(key, defaults.get(key)), defaults.get(key)
-        if isinstance(value, dict):
+        if key == "average":
+            made = AverageOptions.from_json(value) if value else None
+            flags.append(_flag("weights", made and made.said_weights))
+        elif isinstance(value, dict):
             names = {v: k for k, v in _OF_LORA.items()}
             flags += [
                 _flag(names.get(k, k), value.get(k, d)) for k, d in (default or value).items()
@@ -262,7 +352,7 @@ def _flag(name: str, value: Any) -> str:
     flag = f"--{name.replace('_', '-')}"
     if value is True:
         return flag
-    if value in (False, None, []):
+    if value in (False, None, [], ()):
         return f"no {flag}"
     if isinstance(value, list):
         return " ".join(f"{flag} {v}" for v in value)

@@ -151,15 +151,20 @@ def plan_here(patch: pytest.MonkeyPatch) -> None:
         return child._TASKS[request["task"]](request)
 
     def make_twice(
-        checkpoint: Any, job: Any, stream: IO[str], asked: Any = None, answers: Any = None
+        checkpoint: Any,
+        job: Any,
+        stream: IO[str],
+        asked: Any = None,
+        answers: Any = None,
+        others: Any = (),
     ) -> None:
         cache: Any = _DictCache()
         plan, first = io.StringIO(), Answers(cache)
-        make(checkpoint, job, plan, asked, first)
+        make(checkpoint, job, plan, asked, first, others)
         stream.write(plan.getvalue())
         if first.remembered:
             again = io.StringIO()
-            make(checkpoint, job, again, asked, Answers(cache, _refuse))
+            make(checkpoint, job, again, asked, Answers(cache, _refuse), others)
             assert again.getvalue() == plan.getvalue()
 
     patch.setattr(child, "_ask", ask)

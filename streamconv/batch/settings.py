@@ -146,8 +146,8 @@ class RunSettings(_Strict):
         return Filter(self.model, self.every, steps, self.last)
 
     def job_options(self) -> JobOptions:
-        """Return what decides the outputs; the source of each names its model already."""
-        names = JobKeywords.__annotations__.keys() - {"model"}
+        """Return what decides the outputs; the source of each names its model, and is one alone."""
+        names = JobKeywords.__annotations__.keys() - {"model", "average"}
         return job_options(**{name: getattr(self, name) for name in names})
 
 

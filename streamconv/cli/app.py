@@ -346,12 +346,12 @@ def verify(
         Path, typer.Argument(parser=place, metavar="DST", help="What streamconv wrote.")
     ],
     source: Annotated[
-        Path | None,
+        list[Path] | None,
         typer.Option(
             "--source",
             parser=place,
             metavar="SRC",
-            help="Compare every tensor with the checkpoint.",
+            help="Compare every tensor with the checkpoint; once for each that an average is of.",
         ),
     ] = None,
     reference: Annotated[

@@ -8,6 +8,7 @@ from typing import Any
 
 import typer.main
 
+from streamconv.cli import average as _average  # noqa: F401 - declares its commands
 from streamconv.cli import batch as _batch  # noqa: F401 - declares its commands
 from streamconv.cli import families as _families  # noqa: F401 - declares its commands
 from streamconv.cli import parts as _parts  # noqa: F401 - declares its commands

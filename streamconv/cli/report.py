@@ -37,11 +37,7 @@ def plan_report(plan: Plan, dst: Path | None, budget_bytes: int | None = None) -
     available, limit = available_bytes()
     smallest_convert = smallest_convert_bytes(remembered=plan.remembered)
     outputs = plan.outputs()
-    beside = beside_bytes(
-        max((o.tensors for o in outputs), default=0),
-        merging=head.totals.placed,
-        encoding=bool(head.totals.encoded),
-    )
+    beside = beside_bytes(head.totals, max((o.tensors for o in outputs), default=0))
     # `run` has the byte path loaded when it looks at what is left for windows.
     importlib.import_module("streamconv.conversion.job")
     return {

@@ -183,28 +183,25 @@ class Execution:
     def _shares(self, root: Path, outputs: Iterable[OutputFile]) -> tuple[int, int, Ahead | None]:
         """Return how large windows and what is held of factors may be, and how a store is read."""
         run = self.run
-        merging = self.plan.head.totals.placed
+        totals = self.plan.head.totals
         tensors = max((o.tensors for o in outputs), default=0)
         buffer_bytes = DIRECT_BYTES if run.direct else 0
-        encoding = bool(self.plan.head.totals.encoded)
         if isinstance(self.dst, Address):
             part = part_bytes(max((o.nbytes for o in self.plan.outputs()), default=0))
             buffer_bytes = UPLOAD_BASE_BYTES + part * (UPLOADS_AT_ONCE + 1)
         if isinstance(root, Address):
             return budgets.remote_shares(
                 self.budget,
-                merging=merging,
-                tensors=tensors,
+                totals,
+                tensors,
                 most_requests=run.io_threads if run.io_threads > 1 else None,
-                encoding=encoding,
                 buffer_bytes=buffer_bytes,
             )
         window, factors = budgets.shares(
             self.budget,
-            merging=merging,
-            tensors=tensors,
+            totals,
+            tensors,
             io_threads=run.io_threads,
-            encoding=encoding,
             buffer_bytes=buffer_bytes,
         )
         return window, factors, None

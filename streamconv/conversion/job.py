@@ -77,12 +77,17 @@ def identify(src: Path, job: JobOptions) -> IdentifiedJob:
     # Not above: `run` needs none of it, and works in 64 MB.
     from streamconv import formats
     from streamconv.lora.plan import adapter_inputs
+    from streamconv.planning.averaging import other_inputs, places
     from streamconv.planning.build import side_files
 
     location = formats.find_model(src, job.model)
     side_dir, side = side_files(location.root, location.side_dir, job)
     inputs = [*formats.settings(location.root), *adapter_inputs(location.root, job.lora)]
-    identity = job_identity(location.format, location.identify(), side, job, inputs)
+    beside = job.average.sources if job.average is not None else ()
+    others = [formats.find_model(path, job.model) for path in beside]
+    inputs += other_inputs(job, [(o.root, o.format, o.identify()) for o in others])
+    at = places(job, [o.root for o in others])
+    identity = job_identity(location.format, location.identify(), side, job, inputs, at)
     return IdentifiedJob(location.root, side_dir, tuple(side), identity)
 
 
@@ -179,7 +184,7 @@ def prepared(
             cache=run.cache,
         )
 
-    others = (source.side_dir, job.lora.base)
+    others = (source.side_dir, *job.folders)
     asked = _Asked(source.root, others, source.side, source.identity, plan_at)
     with _ready(dst, asked, run, budget) as ready:
         yield ready

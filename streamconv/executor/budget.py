@@ -16,9 +16,12 @@ from streamconv.executor.windows import (
     KNOWLEDGE_SHARE,
     MAX_WINDOW_BYTES,
     MIN_WINDOW_BYTES,
+    PRODUCT_BLOCK_ELEMENTS,
     SCRATCH_BYTES,
+    SUM_ELEMENTS,
     Ahead,
 )
+from streamconv.ir.planned import Totals
 from streamconv.system.memory import resident_bytes
 from streamconv.units import format_size
 
@@ -84,59 +87,54 @@ def factor_bytes(budget_bytes: int) -> int:
     return min(max(_MIN_FACTOR_BYTES, share), _MAX_FACTOR_BYTES)
 
 
-def encoding_bytes() -> int:
-    """Return what quantizing takes: floats, those of the piece before them, a block of codes."""
-    return 2 * ENCODE_BYTES + 2 * SCRATCH_BYTES + FACTOR_READ_BYTES
-
-
 def beside_bytes(
-    tensors: int,
+    totals: Totals,
+    tensors: int = 0,
     *,
-    merging: bool,
     factors: int = _MIN_FACTOR_BYTES,
     io_threads: int = 1,
-    encoding: bool = False,
 ) -> int:
-    """Return what a run needs beside windows and reads.
+    """Return what a run needs beside windows and reads to do what ``totals`` tell of.
 
-    ``tensors``: the most that an output file has; ``merging``: whether there are low-rank updates, of
-    whose factors ``factors`` bytes are held; ``encoding``: whether weights are quantized.
+    ``tensors``: the most that an output file has; ``factors``: what is held of the factors of low-rank
+    updates, where there are any.
     """
     need = max(0, tensors - _RESERVED_ENTRIES) * _ENTRY_BYTES + io_threads * _THREAD_BYTES
-    need += encoding_bytes() if encoding else 0
-    if merging:
+    if totals.encoded:
+        # Floats, those of the piece before them, a block of codes.
+        need += 2 * ENCODE_BYTES + 2 * SCRATCH_BYTES + FACTOR_READ_BYTES
+    if totals.summed:
+        # The sum, a term of it, a block on its way from one type to another.
+        need += 2 * 8 * SUM_ELEMENTS + 3 * 8 * PRODUCT_BLOCK_ELEMENTS
+    if totals.placed:
         need += factors + max(io_threads, CAST_THREADS) * SCRATCH_BYTES + FACTOR_READ_BYTES
     return need
 
 
 def shares(
     budget_bytes: int,
-    *,
-    merging: bool,
+    totals: Totals,
     tensors: int = 0,
+    *,
     io_threads: int = 1,
     buffer_bytes: int = 0,
-    encoding: bool = False,
 ) -> tuple[int, int]:
     """Return how large a window may grow, and what may be held of the factors of low-rank updates.
 
-    ``merging``, ``tensors``, ``encoding``: as for :func:`beside_bytes`. Raises :class:`BudgetError`
-    where no window fits.
+    ``totals``, ``tensors``: as for :func:`beside_bytes`; ``buffer_bytes`` are needed besides. Raises
+    :class:`BudgetError` where no window fits.
     """
     factors = factor_bytes(budget_bytes)
-    beside = beside_bytes(
-        tensors, merging=merging, factors=factors, io_threads=io_threads, encoding=encoding
-    )
+    beside = beside_bytes(totals, tensors, factors=factors, io_threads=io_threads)
     return window_bytes(budget_bytes, buffer_bytes + beside), factors
 
 
 def remote_shares(
     budget_bytes: int,
-    *,
-    merging: bool,
+    totals: Totals,
     tensors: int = 0,
+    *,
     most_requests: int | None = None,
-    encoding: bool = False,
     buffer_bytes: int = 0,
 ) -> tuple[int, int, Ahead]:
     """Return the same where the source is in a store, and how it is read.
@@ -147,7 +145,7 @@ def remote_shares(
     nothing fits.
     """
     factors = factor_bytes(budget_bytes)
-    beside = beside_bytes(tensors, merging=merging, factors=factors, encoding=encoding)
+    beside = beside_bytes(totals, tensors, factors=factors)
     beside += _CLIENT_BYTES
     free = budget_bytes - resident_bytes() - _RESERVE_BYTES - buffer_bytes - beside
     least = 2 * (MIN_REQUEST_BYTES + _ANSWER_BYTES) * 2
@@ -160,7 +158,7 @@ def remote_shares(
             hint=f"--max-mem {need}MB is the smallest that works",
         )
     request = next((n for at, n in _REQUEST_BYTES if free >= at), MIN_REQUEST_BYTES)
-    fitting = free // 2 // (request + _ANSWER_BYTES + (SCRATCH_BYTES if merging else 0))
+    fitting = free // 2 // (request + _ANSWER_BYTES + (SCRATCH_BYTES if totals.placed else 0))
     ahead = Ahead(max(1, min(fitting, most_requests or _MOST_REQUESTS)), request)
     window = free // 2 // ahead.windows * KNOWLEDGE_SHARE // (KNOWLEDGE_SHARE + 1)
     return min(max(window, 4096) // 4096 * 4096, MAX_WINDOW_BYTES), factors, ahead

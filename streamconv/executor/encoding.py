@@ -50,7 +50,7 @@ class Encoder:
         self, segment: Segment, tensor: PlannedTensor, encode: Encode, out: memoryview
     ) -> None:
         # Codes and scales are made of the same floats.
-        key = tuple(s.fqn for s in tensor.sources), tensor.moves
+        key = tuple(s.fqn for s in tensor.sources), tensor.moves, tensor.terms
         if encode.part == "scales":
             grid = self._grids.pop(key, None)
             if grid is None or grid.shape != encode.grid or np.isnan(grid).any():

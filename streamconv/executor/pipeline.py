@@ -40,6 +40,7 @@ from streamconv.ir.planned import OutputFile, PlannedTensor
 if TYPE_CHECKING:
     from streamconv.executor.encoding import Encoder
     from streamconv.executor.products import Factors
+    from streamconv.executor.sums import Summer
 
 # Bytes are summed, hashed and written in steps that are still in the CPU's cache from the one before.
 _STEP_BYTES = 1 << 20
@@ -98,12 +99,15 @@ class WindowFiller:
         self._factors: Factors | None = factors
         self._making = threading.Lock()
         self._encoder: Encoder | None = None
+        self._summer: Summer | None = None
         self._float_filler: WindowFiller | None = None
         self._factor_filler: WindowFiller | None = None
 
     def begin(self, window: Window, buffer: memoryview) -> list[Future[None]]:
         """Begin to bring every byte of ``window`` into ``buffer``: it is there when all is done."""
         encoded = [s for s in window.segments if s.tensor.encode is not None]
+        # Its readers serve this thread: were it one of them, they could all wait for each other.
+        self._sum(window, buffer)
         reads = runs(_plain(window) if encoded else window, self._run_bytes, self._reader.gap_bytes)
         begun = [self._pool.submit(self._serve, read, buffer) for read in reads]
         return begun + [self._pool.submit(self._encode, s, buffer) for s in encoded]
@@ -113,6 +117,7 @@ class WindowFiller:
         encoded = [s for s in window.segments if s.tensor.encode is not None]
         for segment in encoded:
             self._encode(segment, buffer)
+        self._sum(window, buffer)
         if encoded:
             window = _plain(window)
         reads = runs(window, self._run_bytes, self._reader.gap_bytes)
@@ -185,6 +190,22 @@ class WindowFiller:
                     self._reader, self._checks, max_bytes=FACTOR_READ_BYTES, factors=tiles
                 )
         self._encoder.fill(segment, buffer[segment.at : segment.at + segment.nbytes])
+
+    def _sum(self, window: Window, buffer: memoryview) -> None:
+        summed = [s for s in window.segments if s.tensor.terms and s.tensor.encode is None]
+        if not summed:
+            return
+        from streamconv.executor.sums import Summer
+
+        with self._making:
+            if self._summer is None:
+                self._summer = Summer(self.fill, self._file_of)
+        for segment in summed:
+            self._summer.fill(segment, buffer[segment.at : segment.at + segment.nbytes])
+
+    def _file_of(self, tensor: PlannedTensor) -> str:
+        move = tensor.moves[0]
+        return str(self._reader.path(tensor.sources[move.source].shards.files[move.shard]))
 
     def _fill_floats(self, window: Window, buffer: memoryview) -> None:
         # Called by the encoder alone, which does one thing at a time.

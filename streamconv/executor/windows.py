@@ -42,6 +42,8 @@ FACTOR_READ_BYTES = 256 << 10
 PRODUCT_BLOCK_ELEMENTS = 1 << 16
 # So much of a weight that is quantized is held as float32 at a time.
 ENCODE_BYTES = 4 << 20
+# So many elements of a sum, and of one of its terms, are held as float64 at most.
+SUM_ELEMENTS = 1 << 19
 SCRATCH_BYTES = 4 * PRODUCT_BLOCK_ELEMENTS * 4
 
 

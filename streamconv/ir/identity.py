@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import xxhash
@@ -35,6 +36,7 @@ _SHAPE: dict[str, Any] = {
     "inputs?": [_ENTRY],
     "given": {"hf_config": TEXT.or_null(), "model": TEXT.or_null()},
     "base?": TEXT.or_null(),
+    "others?": [TEXT],
     "digest": TEXT,
 }
 
@@ -52,6 +54,8 @@ def _without_paths(options: JobOptions) -> dict[str, Any]:
     given = options.to_json()
     # What lies there takes part as one of the inputs.
     given["lora"]["base"] = None
+    if given["average"] is not None:
+        given["average"]["sources"] = []
     return {k: v for k, v in given.items() if k not in ("hf_config", "model")}
 
 
@@ -65,9 +69,9 @@ class JobIdentity:
     """What makes a job this job: made once before it is planned, and compared before a byte moves.
 
     ``source`` are the files as :func:`identified`, ``side`` the files beside the weights with their
-    hashes, ``inputs`` what else takes part. ``hf_config``, ``model`` and ``base`` say where the config
-    came from, which model was picked and where the base model lies: they do not enter the digest,
-    but of use to whoever plans it again.
+    hashes, ``inputs`` what else takes part. ``hf_config``, ``model``, ``base`` and ``others`` say where
+    the config came from, which model was picked, and where the base model lies and what is averaged
+    with the source: they do not enter the digest, but are of use to whoever plans it again.
     """
 
     schema: int
@@ -79,6 +83,7 @@ class JobIdentity:
     hf_config: str | None
     model: str | None
     base: str | None
+    others: tuple[str, ...] = ()
 
     @property
     def digest(self) -> str:
@@ -104,7 +109,8 @@ class JobIdentity:
         """Return the identity as plans and manifests have it."""
         given = {"hf_config": self.hf_config, "model": self.model}
         data = {**self._hashed(), "given": given, "digest": self.digest}
-        return data if self.base is None else {**data, "base": self.base}
+        data |= {} if self.base is None else {"base": self.base}
+        return data | ({"others": list(self.others)} if self.others else {})
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> JobIdentity:
@@ -123,6 +129,7 @@ class JobIdentity:
             given["hf_config"],
             given["model"],
             data.get("base"),
+            tuple(data.get("others", ())),
         )
         if found.digest != data["digest"]:
             raise ValueError(f"the job's digest is {found.digest}, and said to be {data['digest']}")
@@ -175,10 +182,12 @@ def job_identity(
     side: Iterable[SideFile],
     options: JobOptions,
     inputs: Iterable[Sequence[str | int]] = (),
+    others: Iterable[Path] = (),
 ) -> JobIdentity:
     """Return what makes a job this job.
 
-    ``inputs`` are what else takes part, each with what identifies it (``lora.plan.adapter_inputs``).
+    ``inputs`` are what else takes part, each with what identifies it (``lora.plan.adapter_inputs``),
+    ``others`` where the checkpoints lie that the source is averaged with.
     Paths are relative, so that a checkpoint that was moved is still the same. Where the central
     directory's hash covers every record's CRC-32, times are left out; elsewhere a file's evidence tells
     whether it was rewritten.
@@ -194,4 +203,5 @@ def job_identity(
         hf_config=str(options.hf_config.absolute()) if options.hf_config else None,
         model=options.model,
         base=str(base.absolute()) if base else None,
+        others=tuple(str(o) for o in others),
     )

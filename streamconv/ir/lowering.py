@@ -29,6 +29,7 @@ from streamconv.ir.recipe import (
     MulScale,
     Op,
     Placed,
+    Sum,
     View,
     Zero,
 )
@@ -127,17 +128,19 @@ def lower(
     view: View,
     layout_of: Callable[[str], ShardLayout],
     order: Mapping[str, int] | None = None,
+    numbers: Mapping[Placed, int] | None = None,
 ) -> list[Move]:
     """Return the moves that make ``view``, in the order of their output offsets.
 
     ``layout_of`` gives the layout of a global tensor, ``order`` the number of each source (by default
-    its place in ``view.sources()``). Raises :class:`BadInputError` for a view that is not a union of
-    boxes (a diagonal, a window that overlaps itself).
+    its place in ``view.sources()``), ``numbers`` those of products and scales (:func:`numbered`).
+    Raises :class:`BadInputError` for a view that is not a union of boxes (a diagonal, a window that
+    overlaps itself).
     """
     if order is None:
         order = {fqn: k for k, fqn in enumerate(view.sources())}
-    numbers: dict[Placed, int] = {update: k for k, update in enumerate(view.products())}
-    numbers |= {scaled: k for k, scaled in enumerate(view.scales())}
+    if numbers is None:
+        numbers = numbered(view)
     dims = tuple(
         Dim(n, d, s)
         for n, d, s in zip(view.shape, contiguous_strides(view.shape), view.strides, strict=True)
@@ -147,6 +150,12 @@ def lower(
         _lower(_Region(dims, 0, view.offset), view, (), order, numbers, layout_of, moves)
     moves.sort(key=lambda m: m.dst_offset)
     return moves
+
+
+def numbered(view: View) -> dict[Placed, int]:
+    """Return the number of each low-rank update of a view, and of each of its scales."""
+    numbers: dict[Placed, int] = {update: k for k, update in enumerate(view.products())}
+    return numbers | {scaled: k for k, scaled in enumerate(view.scales())}
 
 
 def _lower(
@@ -160,6 +169,8 @@ def _lower(
 ) -> None:
     ops = view.ops + outer_ops
     base = view.base
+    if isinstance(base, Sum):
+        raise TypeError("what is summed up is made a term at a time, and is no part of a view")
     if not isinstance(base, Gather):
         layout = layout_of(base.fqn)
         for j, piece in _cut_by_boxes(

@@ -15,7 +15,8 @@ One line is one JSON object whose first key says what it is. The order is fixed:
       {"tensor": …, "at": [begin, end], "sources": [3], "pattern": 7, "last": [3]}
         (and "products": [[shape, rank, scale, left pattern, right pattern]], low-rank updates,
         "scales": [[grid, block, pattern, outer pattern, divide]], of quantized weights,
-        "encode": [rule, block, shape, part], codes or scales of floats that the moves make)
+        "encode": [rule, block, shape, part], codes or scales of floats that the moves make;
+        in place of "pattern" "terms": [[weight, dtype, pattern]] and "divisor", a sum of tensors)
       {"tied": …, "same_as": …}                   dropped if its bytes equal those of another tensor
     {"end": digest, "lines": n}
 
@@ -180,7 +181,7 @@ class Plan:
                 data = planlines.parse(line)
                 kind = next(iter(data))
                 if kind == "file":
-                    files.append(planlines.source_file(data, job.base if job else None))
+                    files.append(planlines.source_file(data, job))
                 elif kind == "side":
                     one, side_folder = planlines.side_file(data, side_folder)
                     side.append(one)

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, get_args
 from streamconv.files.jsonfile import COUNT, NUMBER, TEXT, Leaf, mismatches, unique_keys
 from streamconv.files.names import is_output_name
 from streamconv.ir.dtypes import BY_NAME, F32, DType
+from streamconv.ir.identity import JobIdentity
 from streamconv.ir.lowering import Dim, Move, MoveOp, ProductAt, ScaledAt
 from streamconv.ir.planned import (
     OutputFile,
@@ -24,6 +25,7 @@ from streamconv.ir.planned import (
     PlannedScale,
     PlannedSource,
     PlannedTensor,
+    PlannedTerm,
     SideFile,
     Totals,
     WrittenFile,
@@ -68,6 +70,7 @@ _TOTALS = {
     "output_dtypes": _BYTES_BY_TYPE,
     "scaled?": COUNT,
     "encoded?": COUNT,
+    "summed?": COUNT,
 }
 
 
@@ -150,8 +153,11 @@ def skipped(data: Any) -> tuple[Skipped, ...]:
     return tuple(Skipped(_text(n, "a name"), _text(r, "a reason")) for n, r in data)
 
 
-def source_file(data: dict[str, Any], base: str | None) -> SourceFile:
-    """Return a source file: below the checkpoint's root, or in ``base``, the base model's folder."""
+def source_file(data: dict[str, Any], job: JobIdentity | None) -> SourceFile:
+    """Return a source file: below the checkpoint's root, or where the job says that others lie.
+
+    These are the base model's folder, and what the source is averaged with: folders, or files.
+    """
     shape = {
         "file": TEXT,
         "nbytes": COUNT,
@@ -165,10 +171,19 @@ def source_file(data: dict[str, Any], base: str | None) -> SourceFile:
     _need(wrong is None, f"a source file: {wrong}")
     path, index = data["file"], data["index"]
     inside = _clean(path, absolute=False)
-    if not inside and base is not None and _clean(path, absolute=True):
-        inside = str(PurePosixPath(path).parent) == str(PurePosixPath(base))
+    others = [PurePosixPath(o) for o in job.others] if job is not None else []
+    if not inside and job is not None and _clean(path, absolute=True):
+        at = PurePosixPath(path)
+        of_base = job.base is not None and at.parent == PurePosixPath(job.base)
+        inside = of_base or any(at.is_relative_to(o) for o in others)
     _need(inside, f"the source file {path[:80]!r} lies outside the checkpoint")
-    _need(not index or _clean(index, absolute=False), f"the index {index[:80]!r} lies outside it")
+    beside = _clean(index, absolute=True) and any(
+        PurePosixPath(index).is_relative_to(o) for o in others
+    )
+    _need(
+        not index or beside or _clean(index, absolute=False),
+        f"the index {index[:80]!r} lies outside it",
+    )
     return SourceFile(path=path, **{k: v for k, v in data.items() if k != "file"})
 
 
@@ -324,10 +339,19 @@ def tensor(
     drawn = tuple(sources[k] for k in data["sources"])
     products = [_product(p, drawn, patterns) for p in data.get("products", ())]
     scales = [_scale(s, drawn, patterns) for s in data.get("scales", ())]
-    moves, amount = patterns[data["pattern"]]
     encode = _encode(data["encode"], dtype, shape) if "encode" in data else None
     made, count_ = (F32, math.prod(encode.shape)) if encode else (dtype, numel)
-    _fits(amount, drawn, made, count_, len(products), len(scales))
+    moves: tuple[Move, ...] = ()
+    terms: list[PlannedTerm] = []
+    for weight, name_, number in data.get("terms", ()):
+        term, amount = _term(weight, BY_NAME[name_], patterns[number], made)
+        _fits(amount, drawn, term.dtype, count_, len(products), len(scales))
+        terms.append(term)
+    divisor = data.get("divisor", 1.0)
+    _need(NUMBER.holds(divisor) and divisor > 0, "what a sum is divided by")
+    if not terms:
+        moves, amount = patterns[data["pattern"]]
+        _fits(amount, drawn, made, count_, len(products), len(scales))
     return PlannedTensor(
         name=name,
         dtype=dtype,
@@ -342,7 +366,19 @@ def tensor(
         ended=_ended(data["ended"], drawn) if "ended" in data else None,
         scales=tuple(scales),
         encode=encode,
+        terms=tuple(terms),
+        divisor=float(divisor),
     )
+
+
+def _term(weight: Any, dtype: DType, pattern: Pattern, made: DType) -> tuple[PlannedTerm, Shape]:
+    _need(NUMBER.holds(weight), "a weight that is not a number")
+    _need(
+        (dtype.castable and made.castable) or dtype == made,
+        f"{dtype} is summed up where {made} is written",
+    )
+    moves, amount = pattern
+    return PlannedTerm(float(weight), dtype, moves), amount
 
 
 def _ended(data: Sequence[Any], drawn: Sequence[PlannedSource]) -> tuple[tuple[int, int], ...]:

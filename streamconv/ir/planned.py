@@ -59,6 +59,15 @@ class PlannedScale:
 
 
 @dataclass(frozen=True, slots=True)
+class PlannedTerm:
+    """One of the tensors that are summed up: its moves make all elements of the sum, in ``dtype``."""
+
+    weight: float
+    dtype: DType
+    moves: tuple[Move, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class PlannedTensor:
     """One tensor of an output file.
 
@@ -67,7 +76,8 @@ class PlannedTensor:
     them; where records are shared with later tensors, ``ended`` holds those that are not, as (source,
     shard). ``same_as`` names the tensor whose bytes this one repeats; such a tensor is compared and not
     written. ``products`` are what the moves' :class:`ProductAt` speak of, ``scales`` their
-    :class:`ScaledAt`. With ``encode`` the moves make the floats that are quantized.
+    :class:`ScaledAt`. With ``encode`` the moves make the floats that are quantized. With ``terms``
+    there are no moves: those of each term are made, summed up and divided by ``divisor``.
     """
 
     name: str
@@ -83,6 +93,8 @@ class PlannedTensor:
     ended: tuple[tuple[int, int], ...] | None = None
     scales: tuple[PlannedScale, ...] = ()
     encode: Encode | None = None
+    terms: tuple[PlannedTerm, ...] = ()
+    divisor: float = 1.0
 
     def ended_records(self) -> Iterator[tuple[PlannedSource, Record]]:
         """Yield the records that no later tensor of the plan draws from, with a source that does."""
@@ -116,6 +128,12 @@ class PlannedTensor:
         shape = self.encode.shape
         nbytes = shape[0] * shape[1] * F32.itemsize
         return replace(self, dtype=F32, shape=shape, begin=0, end=nbytes, encode=None)
+
+    def term(self, number: int) -> PlannedTensor:
+        """Return one of the terms as a tensor of its own."""
+        t = self.terms[number]
+        nbytes = math.prod(self.shape) * t.dtype.itemsize
+        return replace(self, dtype=t.dtype, begin=0, end=nbytes, moves=t.moves, terms=())
 
     def scale(self, number: int) -> PlannedTensor:
         """Return one of the scales as a tensor of its own."""
@@ -181,7 +199,7 @@ class Totals:
     """What a plan amounts to; sizes in bytes, dtypes as bytes per torch name.
 
     ``merged`` counts the tensors that an adapter is merged into, ``scaled`` those that are made of
-    quantized ones, ``encoded`` those that are quantized.
+    quantized ones, ``encoded`` those that are quantized, ``summed`` those that are sums of several.
     """
 
     tensors: int
@@ -194,6 +212,7 @@ class Totals:
     merged: int = 0
     scaled: int = 0
     encoded: int = 0
+    summed: int = 0
 
     @property
     def placed(self) -> bool:

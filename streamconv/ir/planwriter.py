@@ -57,7 +57,7 @@ class PlanWriter:
         self._line({"streamconv_plan": SCHEMA, "root": head.root})
         self._line({"job": head.job})
         totals = asdict(head.totals)
-        for name in ("scaled", "encoded"):
+        for name in ("scaled", "encoded", "summed"):
             if not totals[name]:
                 del totals[name]  # as before there were any
         self._line({"totals": totals})
@@ -100,9 +100,13 @@ class PlanWriter:
             "shape": tensor.shape,
             "at": [tensor.begin, tensor.end],
             "sources": ids,
-            "pattern": self._pattern_id(tensor.moves),
-            "last": tensor.last,
         }
+        if tensor.terms:
+            terms = [[t.weight, t.dtype.name, self._pattern_id(t.moves)] for t in tensor.terms]
+            line |= {"terms": terms, "divisor": tensor.divisor}
+        else:
+            line["pattern"] = self._pattern_id(tensor.moves)
+        line["last"] = tensor.last
         if tensor.ended is not None:
             line["ended"] = tensor.ended
         if tensor.products:

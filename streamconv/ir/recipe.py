@@ -4,14 +4,15 @@ A :class:`View` is what a view of a torch meta tensor is: a shape, element strid
 offset into a C-contiguous base. The base is a global tensor of the checkpoint or a :class:`Gather`,
 the result of an op that copies (cat, stack, clone, a reshape that cannot be a view): a tensor whose
 parts are again views. Elementwise ops commute with both, so they ride along on the view. A low-rank
-update (LoRA) is elementwise, too, once it is known where in its matrix an element lies.
+update (LoRA) is elementwise, too, once it is known where in its matrix an element lies. What several
+checkpoints are averaged to is the base of a view of its own, a :class:`Sum`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from streamconv.ir.boxes import Box, Shape, contiguous_strides
@@ -110,7 +111,7 @@ class View:
     ``ops`` are applied to each element after it is taken, in order.
     """
 
-    base: SourceRef | Gather
+    base: SourceRef | Gather | Sum
     shape: Shape
     strides: Shape
     offset: int = 0
@@ -122,6 +123,9 @@ class View:
         if isinstance(self.base, Gather):
             for part in self.base.parts:
                 yield from part.view.walk()
+        elif isinstance(self.base, Sum):
+            for term in self.base.terms:
+                yield from term.view.walk()
 
     def leaves(self) -> Iterator[tuple[SourceRef, View]]:
         """Yield the views of global tensors, each with the tensor that it takes elements of."""
@@ -152,15 +156,28 @@ class View:
         ops = (op for _, view in self.leaves() for op in view.ops)
         return list(dict.fromkeys(op for op in ops if isinstance(op, MulScale)))
 
+    def with_leaves(self, make: Callable[[SourceRef, View], View]) -> View:
+        """Return this view with what ``make`` returns in the place of each view of a global tensor."""
+        base = self.base
+        if isinstance(base, SourceRef):
+            return make(base, self)
+        if isinstance(base, Gather):
+            parts = tuple(replace(p, view=p.view.with_leaves(make)) for p in base.parts)
+            return replace(self, base=replace(base, parts=parts))
+        terms = tuple(replace(t, view=t.view.with_leaves(make)) for t in base.terms)
+        return replace(self, base=replace(base, terms=terms))
+
     def map_sources(self, names: Mapping[str, str]) -> View:
-        """Return the same view of the global tensors that ``names`` gives for the FQNs of these."""
-        base: SourceRef | Gather
-        if isinstance(self.base, SourceRef):
-            base = SourceRef(names[self.base.fqn], self.base.shape)
-        else:
-            parts = (Part(p.box, p.view.map_sources(names)) for p in self.base.parts)
-            base = Gather(self.base.shape, tuple(parts))
-        return View(base, self.shape, self.strides, self.offset, self.ops)
+        """Return the same view of the global tensors that ``names`` gives for the FQNs of these.
+
+        Those of scales and of low-rank updates are among them.
+        """
+
+        def renamed(source: SourceRef, view: View) -> View:
+            ops = tuple(_op_of_others(op, names) for op in view.ops)
+            return replace(view, base=replace(source, fqn=names[source.fqn]), ops=ops)
+
+        return self.with_leaves(renamed)
 
     @property
     def whole(self) -> SourceRef | None:
@@ -172,6 +189,16 @@ class View:
         same = isinstance(base, SourceRef) and not self.offset and self.shape == base.shape
         contiguous = same and self.strides == contiguous_strides(self.shape)
         return base if contiguous and isinstance(base, SourceRef) else None
+
+
+def _op_of_others(op: Op, names: Mapping[str, str]) -> Op:
+    match op:
+        case AddProduct(left, right):
+            return replace(op, left=left.map_sources(names), right=right.map_sources(names))
+        case MulScale(scale, _, outer):
+            outer = outer and outer.map_sources(names)
+            return replace(op, scale=scale.map_sources(names), outer=outer)
+    return op
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,6 +215,30 @@ class Gather:
 
     shape: Shape
     parts: tuple[Part, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Term:
+    """One of the tensors that are summed up, and what it is multiplied by; ``dtype`` is the view's."""
+
+    weight: float
+    dtype: DType
+    view: View
+
+
+@dataclass(frozen=True, slots=True)
+class Sum:
+    """The weighted sum of tensors of one ``shape``, divided by ``divisor``.
+
+    The base of the outermost view, which takes all of it in order. Terms are added as they stand, each
+    weighted, in float64, each step rounded; the first sets the sum. It is divided once, and the view's
+    only op, a cast, rounds it. Terms that are no plain floats are not added up: they must all be
+    equal, bit by bit, and are handed on.
+    """
+
+    shape: Shape
+    terms: tuple[Term, ...]
+    divisor: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,18 @@ from typing import Any
 
 from streamconv.ir.boxes import Box, Shape
 from streamconv.ir.dtypes import BY_NAME
-from streamconv.ir.recipe import AddScalar, Cast, Gather, Op, Part, Recipe, SourceRef, View, Zero
+from streamconv.ir.recipe import (
+    AddScalar,
+    Cast,
+    Gather,
+    Op,
+    Part,
+    Recipe,
+    SourceRef,
+    Sum,
+    View,
+    Zero,
+)
 
 
 def to_json(recipe: Recipe) -> list[Any]:
@@ -30,6 +41,8 @@ def _view(view: View) -> list[Any]:
     base: list[Any]
     if isinstance(view.base, SourceRef):
         base = [view.base.fqn, view.base.shape]
+    elif isinstance(view.base, Sum):
+        raise TypeError("no model's recipe is a sum")
     else:
         parts = [[p.box.offsets, p.box.sizes, _view(p.view)] for p in view.base.parts]
         base = [None, view.base.shape, parts]

@@ -21,7 +21,7 @@ from streamconv.formats.tensor_bytes import is_finite, pieces
 from streamconv.ir.boxes import contiguous_strides
 from streamconv.ir.dtypes import F32
 from streamconv.ir.pieces import stored_view
-from streamconv.ir.recipe import AddProduct, Cast, Gather, Part, Recipe, SourceRef, View
+from streamconv.ir.recipe import AddProduct, Cast, Recipe, SourceRef, View
 from streamconv.ir.source import Checkpoint, GlobalTensor, Skipped
 from streamconv.lora.names import FOREIGN, ORIGINAL, PART, PARTS, SAVED, canonical
 from streamconv.lora.settings import CONFIG, PREFIX, Settings
@@ -373,17 +373,13 @@ def attach(recipes: Iterable[Recipe], made: Mapping[str, AddProduct]) -> list[Re
     """
     used: set[str] = set()
 
-    def updated(view: View) -> View:
-        base = view.base
-        if isinstance(base, Gather):
-            parts = tuple(Part(p.box, updated(p.view)) for p in base.parts)
-            return dataclasses.replace(view, base=Gather(base.shape, parts))
+    def updated(base: SourceRef, view: View) -> View:
         if base.fqn not in made:
             return view
         used.add(base.fqn)
         return dataclasses.replace(view, ops=(made[base.fqn], *view.ops))
 
-    result = [dataclasses.replace(r, view=updated(r.view)) for r in recipes]
+    result = [dataclasses.replace(r, view=r.view.with_leaves(updated)) for r in recipes]
     lost = [name for name in made if name not in used]
     if lost:
         raise BadInputError(

@@ -35,6 +35,7 @@ from streamconv.ir.planfile import Plan
 # A million tensors; whoever needs less memory than that checks the file's size before.
 MAX_MANIFEST_BYTES = 256 << 20
 
+_AVERAGE = {"sources": [TEXT], "weights": [NUMBER], "divisor": NUMBER}
 _PATH = Leaf("a path", is_path)
 _NAME = Leaf("the name of a file in this folder", is_output_name)
 _XXH3 = Leaf("an xxh3_128", lambda v: _is_hex(v, 32))
@@ -59,11 +60,13 @@ _SHAPE: dict[str, Any] = {
             },
             "value_head?": TEXT,
             "masters?": TEXT,
+            "average?": Leaf("what is averaged", lambda v: v is None or _is_average(v)),
         },
         "source": [(TEXT, COUNT, TEXT)],
         "side": [(_NAME, _XXH3)],
         "given?": {"hf_config?": _PATH.or_null(), "model?": TEXT.or_null()},
         "base?": _PATH.or_null(),
+        "others?": [_PATH],
         "digest": _XXH3,
     },
     "plan_digest": TEXT,
@@ -108,6 +111,10 @@ _SHAPE_WITHOUT_ENTRIES = _SHAPE | {"tensors": {str: Leaf("an entry", lambda v: v
 def _without_entries(pairs: list[tuple[str, Any]]) -> dict[str, Any] | None:
     found = unique_keys(pairs)
     return None if found.keys() >= _ENTRY else found
+
+
+def _is_average(value: Any) -> bool:
+    return next(mismatches(value, _AVERAGE), None) is None
 
 
 def _is_hex(value: Any, length: int) -> bool:

@@ -52,18 +52,26 @@ class Answers:
         self.before_loading = before_loading
         self.remembered = True
         """Whether the same could be planned again without asking, once this is closed."""
+        self._subject: str | None = None
         self._key: str | None = None
         self._known: dict[str, Any] = {}
         self._code: list[Any] = []
         self._asked: dict[str, Any] = {}
 
+    def about(self, checkpoint: Checkpoint, config: Mapping[str, Any] | None) -> Answers:
+        """Return the answers about another checkpoint's model: these, if the two look alike."""
+        if _subject(checkpoint, config) == self._subject:
+            return self
+        made = Answers(self._cache, self.before_loading)
+        made.open(checkpoint, config)
+        return made
+
     def open(self, checkpoint: Checkpoint, config: Mapping[str, Any] | None) -> None:
         """Find what is known about the model of ``checkpoint``, which ``config`` describes."""
+        self._subject = _subject(checkpoint, config)
         if self._cache is None or config is None:
             return
-        undecided = [[n, u.pieces.shape, u.copies.shape] for n, u in checkpoint.undecided.items()]
-        subject = [headers_json(checkpoint.headers()), undecided, config]
-        self._key = _digest(code_digest(), subject)
+        self._key = _digest(code_digest(), self._subject)
         data = self._cache.get(self._key)
         if data is None:
             return
@@ -258,6 +266,12 @@ class AskedModel:
         """Return the recipes of the output tensors, and notices."""
         question = ["recipes", headers_json(tensors), layout]
         return self._ask(question, lambda m: m.recipes(tensors, layout), _recipes, _recipes_of)
+
+
+def _subject(checkpoint: Checkpoint, config: Mapping[str, Any] | None) -> str:
+    """Return what stands for all that is said of a checkpoint's model: names, shapes, types, config."""
+    undecided = [[n, u.pieces.shape, u.copies.shape] for n, u in checkpoint.undecided.items()]
+    return _digest(headers_json(checkpoint.headers()), undecided, config)
 
 
 def _digest(*parts: Any) -> str:

@@ -7,28 +7,28 @@ import fnmatch
 import functools
 import json
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from streamconv import formats
-from streamconv.errors import BadInputError, SourceChangedError, UsageError
+from streamconv.errors import BadInputError, SourceChangedError, UsageError, listed
 from streamconv.files.durable import hash_file
 from streamconv.files.jsonfile import read_json
 from streamconv.files.names import INDEX, MANIFEST
 from streamconv.files.namesakes import refuse_overlaps
-from streamconv.ir.dtypes import F32
+from streamconv.ir.dtypes import F32, DType
 from streamconv.ir.identity import JobIdentity, job_identity
 from streamconv.ir.planned import OutputFile, PlanHead, SideFile, TextFile, Totals, WrittenFile
 from streamconv.ir.planwriter import PlanWriter
-from streamconv.ir.recipe import Recipe
+from streamconv.ir.recipe import Recipe, Sum
 from streamconv.ir.source import Checkpoint, GlobalTensor, Skipped, SourceFile
 from streamconv.lora import adapters
 from streamconv.lora.adapters import Adapter
 from streamconv.lora.plan import LoraPlan, Translate, adapter_inputs, idle_options, plan_lora
 from streamconv.options import JobOptions, Layout
-from streamconv.planning import checks, placing, strays, untrained
+from streamconv.planning import averaging, checks, placing, strays, untrained
 from streamconv.planning.answers import Answers, headers_json
 from streamconv.planning.precision import chosen_weights
 from streamconv.planning.sidefiles import (
@@ -55,22 +55,24 @@ def build_plan(
     stream: IO[str],
     asked: JobIdentity | None = None,
     answers: Answers | None = None,
+    others: Sequence[Checkpoint] = (),
 ) -> None:
     """Write the plan of converting ``checkpoint`` to ``stream``.
 
     ``asked`` is the job that was asked for: what was read must be that one's source. ``answers`` are
-    what is known about its model. Raises :class:`BadInputError` for what is missing, contradictory or
-    cannot be written.
+    what is known about its model, ``others`` the checkpoints that it is averaged with.
+    Raises :class:`BadInputError` for what is missing, contradictory or cannot be written.
     """
     answers = answers or Answers()
-    checkpoint = chosen_weights(checkpoint, job)
-    if job.strip_prefix is not None:
-        checkpoint = strays.stripped(checkpoint, job.strip_prefix)
+    checkpoint = _with_options(checkpoint, job)
+    others = [_with_options(other, job) for other in others]
     notices = list(checkpoint.notices)
     folder, side = side_files(checkpoint.root, checkpoint.side_dir, job)
     notices += missing_code(side)
     inputs = [*formats.settings(checkpoint.root), *adapter_inputs(checkpoint.root, job.lora)]
-    identity = job_identity(checkpoint.format, checkpoint.files, side, job, inputs)
+    inputs += averaging.other_inputs(job, [(o.root, o.format, o.files) for o in others])
+    at = averaging.places(job, [o.root for o in others])
+    identity = job_identity(checkpoint.format, checkpoint.files, side, job, inputs, at)
     if asked not in (None, identity):
         raise SourceChangedError(
             "the checkpoint changed while it was planned",
@@ -80,36 +82,25 @@ def build_plan(
     config, overrides = overridden(read_config(folder) if folder else None, job.config)
     _check_config(folder, side)
     answers.open(checkpoint, config)
-    translate = _translation(checkpoint, config, job, notices, answers)
-    lora = plan_lora(checkpoint, job.lora, translate)
-    if lora is not None:
-        checkpoint, side = lora.checkpoint, lora.side(side)
-    else:
-        notices += idle_options(job.lora)
-    decoded = _decoded(checkpoint, config, job, notices)
-    if decoded is not None:
-        checkpoint = decoded.checkpoint
-        if lora is not None:
-            lora = dataclasses.replace(lora, checkpoint=checkpoint)
-    # An adapter's names were a family's, and are the Hub's now.
-    done = lora is not None and translate is not None and checkpoint.naming != "mcore"
-    as_named = dataclasses.replace(job, family=None) if done else job
-    made = _sources(checkpoint, config, as_named, notices, answers)
-    if checkpoint.unproved and not (made.model is not None and made.model.certain):
-        raise BadInputError(
-            checkpoint.unproved,
-            where=str(checkpoint.root),
-            hint="--hf-config DIR names a folder that has it",
-        )
+    checkpoint, lora, made = _understood(checkpoint, config, job, notices, answers)
     made.config_changes = (*overrides, *made.config_changes)
-    made.decoded = decoded
     if lora is not None:
-        lora = lora.fitted(made.model)
+        side = lora.side(side)
+    summed = None
+    if job.average is not None:
+        members = [_as_member(checkpoint, made, lora, job, notices)]
+        for k, other in enumerate(others, 2):
+            member, left = _member(k, other, config, job, notices, answers)
+            members.append(member)
+            made.skipped += left
+        summed = averaging.summed(members, job.average, made.model)
+        notices.append(averaging.told(members, job.average))
     if lora is not None and not lora.merge:
         made.skipped = lora.base_skipped()
     else:
-        _refuse_unknown_names(checkpoint, made, job)
-        _plan_model(made, lora, job, {s.name for s in side}, notices)
+        if summed is None:
+            _refuse_unknown_names(checkpoint, made, job)
+        _plan_model(made, lora, job, {s.name for s in side}, notices, summed)
         beside = folder if folder != job.lora.base else None
         made.skipped += left_out(
             beside, checkpoint.root, {checkpoint.root / f.path for f in checkpoint.files}
@@ -143,7 +134,7 @@ def build_plan(
             totals=totals,
             notices=tuple(notices),
             skipped=(*skipped, *checks.unused(made.tensors, recipes, {s.name for s in skipped})),
-            files=(*checkpoint.files, *made.files),
+            files=made.files,
             side=tuple(side),
             written=tuple(WrittenFile(t.name, len(t.content.encode())) for t in made.texts),
         ),
@@ -152,6 +143,119 @@ def build_plan(
     placing.write_sections(writer, made.placed, made.tensors)
     writer.end()
     answers.close()
+
+
+def _with_options(checkpoint: Checkpoint, job: JobOptions) -> Checkpoint:
+    """Return the checkpoint with the weights, and under the names, that the options ask for."""
+    checkpoint = chosen_weights(checkpoint, job)
+    if job.strip_prefix is not None:
+        checkpoint = strays.stripped(checkpoint, job.strip_prefix)
+    return checkpoint
+
+
+def _understood(
+    checkpoint: Checkpoint,
+    config: Mapping[str, Any] | None,
+    job: JobOptions,
+    notices: list[str],
+    answers: Answers,
+) -> tuple[Checkpoint, LoraPlan | None, _Output]:
+    """Return the checkpoint that is there, its adapter, and what its tensors make."""
+    translate = _translation(checkpoint, config, job, notices, answers)
+    lora = plan_lora(checkpoint, job.lora, translate)
+    if lora is not None:
+        checkpoint = lora.checkpoint
+    else:
+        notices += idle_options(job.lora)
+    decoded = _decoded(checkpoint, config, job, notices)
+    if decoded is not None:
+        checkpoint = decoded.checkpoint
+        if lora is not None:
+            lora = dataclasses.replace(lora, checkpoint=checkpoint)
+    # An adapter's names were a family's, and are the Hub's now.
+    done = lora is not None and translate is not None and checkpoint.naming != "mcore"
+    as_named = dataclasses.replace(job, family=None) if done else job
+    made = _sources(checkpoint, config, as_named, notices, answers)
+    if checkpoint.unproved and not (made.model is not None and made.model.certain):
+        raise BadInputError(
+            checkpoint.unproved,
+            where=str(checkpoint.root),
+            hint="--hf-config DIR names a folder that has it",
+        )
+    made.files = (*checkpoint.files, *made.files)
+    made.decoded = decoded
+    if lora is not None:
+        lora = lora.fitted(made.model)
+    return checkpoint, lora, made
+
+
+def _member(
+    number: int,
+    checkpoint: Checkpoint,
+    config: Mapping[str, Any] | None,
+    job: JobOptions,
+    notices: list[str],
+    answers: Answers,
+) -> tuple[averaging.Member, list[Skipped]]:
+    """Return what would be written of checkpoint ``number`` of several, and what is left out of it.
+
+    ``answers`` are what is known about number 1.
+    """
+    if job.hf_config is None:
+        own = checkpoint.side_dir
+        averaging.refuse_other_config(checkpoint.root, read_config(own) if own else None, config)
+    told = list(checkpoint.notices)
+    own_answers = answers.about(checkpoint, config)
+    checkpoint, lora, made = _understood(checkpoint, config, job, told, own_answers)
+    member = _as_member(checkpoint, made, lora, job, told)
+    if own_answers is not answers:
+        own_answers.close()
+        answers.remembered &= own_answers.remembered
+    notices += [f"{checkpoint.root}: {n}" for n in told if n not in notices]
+    skipped = (*checkpoint.skipped, *made.skipped)
+    return member, [Skipped(f"{number}:{s.name}", s.reason) for s in skipped]
+
+
+def _as_member(
+    checkpoint: Checkpoint,
+    made: _Output,
+    lora: LoraPlan | None,
+    job: JobOptions,
+    notices: list[str],
+) -> averaging.Member:
+    """Return what would be written of a checkpoint, to be averaged with others."""
+    if lora is not None and not lora.merge:
+        raise BadInputError(
+            "an adapter without its base model cannot be averaged: a sum of products is no product of "
+            "sums",
+            where=str(checkpoint.root),
+            hint="--base DIR names the model that it is merged into before",
+        )
+    _refuse_unknown_names(checkpoint, made, job)
+    recipes, quantized = _named(made, lora, job, notices)
+    if quantized.weights:
+        raise BadInputError(
+            f"{len(quantized.weights)} weights are quantized: codes are not averaged",
+            where=str(checkpoint.root),
+            found=listed(quantized.weights),
+            hint="--dequantize makes floats of them, and --quantize RULE codes of their average",
+        )
+    decoded: dict[str, DType] = {}
+    if made.decoded is not None:
+        named = declared_dtype(made.config) if made.config else None
+        dtype = decoding.float_type(job.dtype, named)
+        decoded = {r.name: dtype for r in recipes if made.decoded.takes_part(r)}
+        recipes, made.tensors = made.decoded.resolved(recipes, made.tensors)
+    if lora is not None:
+        made.tensors = lora.tensors(made.tensors)
+    return averaging.Member(
+        checkpoint.root,
+        recipes,
+        made.tensors,
+        made.files,
+        checks.decide_ties(recipes, made.model, made.tensors),
+        decoded,
+    )
 
 
 def _check_config(folder: Path | None, side: Iterable[SideFile]) -> None:
@@ -194,15 +298,15 @@ def _decoded(
     configs = [c for c in (base, config) if c is not None]
     declared = declared_dtype(config) if config else None
     dtype = decoding.float_type(job.dtype, declared)
-    if job.quantize is not None:
-        dtype = F32  # what is quantized again is not rounded on the way
-    decoded = decoding.decode(checkpoint, configs, dtype)
+    # What is quantized again, or averaged, is not rounded on the way.
+    between = F32 if job.quantize is not None or job.average is not None else dtype
+    decoded = decoding.decode(checkpoint, configs, between)
     if decoded is None and not job.dequantize:
         return None
     if decoded is None:
         notices.append("--dequantize is without effect: no weight is quantized")
     else:
-        notices.append(decoded.notice)
+        notices.append(decoded.notice(F32 if job.quantize is not None else dtype))
     return decoded
 
 
@@ -347,15 +451,11 @@ def one_model(
     return chosen, model, prefix
 
 
-def _plan_model(
-    made: _Output,
-    lora: LoraPlan | None,
-    job: JobOptions,
-    side: Collection[str],
-    notices: list[str],
-) -> None:
-    """Add the model's files: the weights, merged where there is an adapter, index and config."""
-    config, model = made.config, made.model
+def _named(
+    made: _Output, lora: LoraPlan | None, job: JobOptions, notices: list[str]
+) -> tuple[list[Recipe], scales.Quantized]:
+    """Return the recipes of the model's tensors, merged with an adapter, and what is quantized."""
+    model = made.model
     if job.value_head == "drop":
         _drop_value_head(made)
     if lora is not None:
@@ -371,6 +471,27 @@ def _plan_model(
         if made.recipes:
             recipes, made.tensors = lora.in_pieces(recipes, made.tensors)
         recipes = lora.merged(recipes, made.tensors, model)
+    return recipes, quantized
+
+
+def _plan_model(
+    made: _Output,
+    lora: LoraPlan | None,
+    job: JobOptions,
+    side: Collection[str],
+    notices: list[str],
+    summed: averaging.Summed | None,
+) -> None:
+    """Add the model's files: the weights, merged where there is an adapter, index and config.
+
+    ``summed`` are the weights where they are averages.
+    """
+    config, model = made.config, made.model
+    if summed is None:
+        recipes, quantized = _named(made, lora, job, notices)
+    else:
+        recipes, quantized = summed.recipes, scales.Quantized({}, {}, {})
+        made.tensors, made.files, made.decoded = summed.tensors, summed.files, None
     declared = declared_dtype(config) if config else None
     encoded: frozenset[str] = frozenset()
     if job.quantize is not None:
@@ -381,6 +502,8 @@ def _plan_model(
         )
     fixed = {*quantized.weights, *quantized.scales, *encoded}
     recipes = checks.with_dtypes(recipes, job, model, declared, fixed=fixed)
+    if summed is not None:
+        recipes = summed.rounded(recipes, encoded)
     if made.decoded is not None:
         if quantized.weights:
             raise decoding.not_decoded(next(iter(quantized.weights)))
@@ -390,7 +513,7 @@ def _plan_model(
             f"--dtype {job.dtype} does not touch {len(quantized.weights)} quantized weights and their "
             "scales: they are written as they are. --dequantize makes floats of them"
         )
-    ties = checks.decide_ties(recipes, model, made.tensors)
+    ties = summed.ties if summed is not None else checks.decide_ties(recipes, model, made.tensors)
     for alias, kept in ties.kept.items():
         notices.append(
             f"{alias} is tied to {kept} by the config but not known to equal it: both kept"
@@ -644,4 +767,5 @@ def _totals(
         merged=sum(1 for p in written if p.recipe.view.products()),
         scaled=sum(1 for p in written if p.recipe.view.scales()),
         encoded=sum(1 for p in written if p.recipe.encode is not None),
+        summed=sum(1 for p in written if isinstance(p.recipe.view.base, Sum)),
     )

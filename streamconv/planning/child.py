@@ -158,6 +158,7 @@ def _plan(request: dict[str, Any]) -> dict[str, Any]:
 
     job = JobOptions.from_json(request["job"])
     checkpoint = read_checkpoint(place(request["src"]), job.model)
+    others = [read_checkpoint(p, job.model) for p in job.average.sources] if job.average else []
     asked = request["asked"]
 
     def before_loading() -> None:
@@ -168,7 +169,8 @@ def _plan(request: dict[str, Any]) -> dict[str, Any]:
     folder = cache_folder() if request["cache"] else None
     answers = Answers(Cache(folder) if folder is not None else None, before_loading)
     with os.fdopen(request["plan_fd"], "w", encoding="utf-8", closefd=False) as stream:
-        build_plan(checkpoint, job, stream, asked and JobIdentity.from_json(asked), answers)
+        identity = asked and JobIdentity.from_json(asked)
+        build_plan(checkpoint, job, stream, identity, answers, others)
         stream.flush()
         os.fsync(stream.fileno())
     return {"remembered": answers.remembered}

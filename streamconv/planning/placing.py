@@ -13,16 +13,19 @@ from dataclasses import dataclass, replace
 
 from streamconv.errors import UsageError
 from streamconv.files.names import SINGLE
-from streamconv.ir.lowering import Move, lower
+from streamconv.ir.boxes import contiguous_strides
+from streamconv.ir.dtypes import F32
+from streamconv.ir.lowering import Move, lower, numbered
 from streamconv.ir.planned import (
     OutputFile,
     PlannedProduct,
     PlannedScale,
     PlannedSource,
     PlannedTensor,
+    PlannedTerm,
 )
 from streamconv.ir.planwriter import PlanWriter
-from streamconv.ir.recipe import AddProduct, MulScale, Op, Recipe, SourceRef, View
+from streamconv.ir.recipe import AddProduct, Cast, MulScale, Op, Recipe, SourceRef, Sum, View
 from streamconv.ir.source import GlobalTensor, ShardLayout
 from streamconv.planning.checks import Ties
 from streamconv.units import format_size
@@ -136,6 +139,16 @@ def index_json(outputs: Sequence[tuple[OutputFile, Sequence[Placed]]]) -> str:
     return json.dumps(index, indent=2, ensure_ascii=False) + "\n"
 
 
+def _check_sum(view: View, recipe: Recipe) -> None:
+    """Raise ``TypeError`` unless the view takes all of a sum in order, and rounds it once."""
+    made = recipe.dtype if recipe.encode is None else F32
+    plain = not view.offset and view.strides == contiguous_strides(view.base.shape)
+    # Nothing is rounded where nothing is added.
+    once = view.ops == (Cast(made),) or not (view.ops or made.castable)
+    if not plain or view.shape != view.base.shape or not once:
+        raise TypeError(f"{recipe.name}: a sum that something else is made of")
+
+
 class Lowerer:
     """Lowers recipes; tensors that are cut and viewed alike share their moves."""
 
@@ -154,7 +167,9 @@ class Lowerer:
         view = placed.recipe.view
         fqns = view.sources()
         numbers = {fqn: k for k, fqn in enumerate(fqns)}
-        moves = self._lowered(view, numbers)
+        summed = view.base if isinstance(view.base, Sum) else None
+        if summed is not None:
+            _check_sum(view, placed.recipe)
         return PlannedTensor(
             name=placed.recipe.name,
             dtype=placed.recipe.dtype,
@@ -164,7 +179,7 @@ class Lowerer:
             sources=tuple(
                 PlannedSource(f, self._tensors[f].dtype, self._tensors[f].shards) for f in fqns
             ),
-            moves=moves,
+            moves=self._lowered(view, numbers) if summed is None else (),
             last=tuple(k for k, f in enumerate(fqns) if f in last),
             same_as=placed.same_as,
             products=tuple(
@@ -189,6 +204,22 @@ class Lowerer:
                 for scaled in view.scales()
             ),
             encode=placed.recipe.encode,
+            terms=self._terms(view, summed, numbers) if summed is not None else (),
+            divisor=summed.divisor if summed is not None else 1.0,
+        )
+
+    def _terms(
+        self, view: View, summed: Sum, numbers: Mapping[str, int]
+    ) -> tuple[PlannedTerm, ...]:
+        # Updates and scales are numbered among those of all terms.
+        placed = numbered(view)
+        if placed:
+            moves = [lower(t.view, self._layout, numbers, placed) for t in summed.terms]
+        else:
+            moves = [[*self._lowered(t.view, numbers)] for t in summed.terms]
+        return tuple(
+            PlannedTerm(t.weight, t.dtype, tuple(m))
+            for t, m in zip(summed.terms, moves, strict=True)
         )
 
     def _lowered(self, view: View, numbers: Mapping[str, int]) -> tuple[Move, ...]:
@@ -203,6 +234,8 @@ class Lowerer:
 
     def _key(self, view: View, numbers: Mapping[str, int]) -> object:
         base: object
+        if isinstance(view.base, Sum):
+            raise TypeError("a sum is lowered a term at a time")
         if isinstance(view.base, SourceRef):
             base = (numbers[view.base.fqn], id(self._layout(view.base.fqn)))
         else:

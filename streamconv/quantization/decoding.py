@@ -93,12 +93,15 @@ class Decoded:
     stored: Mapping[str, _Stored]
     configs: Sequence[Mapping[str, Any]]
 
-    @property
-    def notice(self) -> str:
-        """Return what a user should know."""
+    def notice(self, dtype: DType) -> str:
+        """Return what a user should know, where they become ``dtype`` in the end."""
         kinds = Counter(s.kind for s in self.stored.values())
         what = ", ".join(f"{n} {kind}" for kind, n in kinds.most_common())
-        return f"{len(self.stored)} quantized weights ({what}) become {self.dtype}"
+        return f"{len(self.stored)} quantized weights ({what}) become {dtype}"
+
+    def takes_part(self, recipe: Recipe) -> bool:
+        """Whether a quantized weight is among what a tensor is made of."""
+        return not self.stored.keys().isdisjoint(recipe.view.sources())
 
     def resolved(
         self, recipes: Iterable[Recipe], tensors: Mapping[str, GlobalTensor]
@@ -107,11 +110,8 @@ class Decoded:
         own = {n: t for n, t in tensors.items() if n not in self.stored}
         views: dict[str, View] = {}
 
-        def resolve(view: View) -> View:
-            if isinstance(view.base, Gather):
-                parts = tuple(Part(p.box, resolve(p.view)) for p in view.base.parts)
-                return dataclasses.replace(view, base=Gather(view.base.shape, parts))
-            name = view.base.fqn
+        def resolved(source: SourceRef, view: View) -> View:
+            name = source.fqn
             if name not in self.stored:
                 if name in own and own[name].placement == _PROMISED:
                     raise not_decoded(name)
@@ -120,7 +120,7 @@ class Decoded:
                 views[name] = self._view(name, own)
             return _composed(view, views[name], self.dtype)
 
-        made = [dataclasses.replace(r, view=resolve(r.view)) for r in recipes]
+        made = [dataclasses.replace(r, view=r.view.with_leaves(resolved)) for r in recipes]
         return made, own
 
     def _view(self, name: str, own: dict[str, GlobalTensor]) -> View:
@@ -200,7 +200,7 @@ def _composed(view: View, float_: View, dtype: DType) -> View:
     updates = tuple(op for op in view.ops if isinstance(op, AddProduct))
     rest = tuple(op for op in view.ops if not isinstance(op, AddProduct))
     ops: tuple[Op, ...] = (Cast(dtype), *rest)
-    if isinstance(float_.base, SourceRef):
+    if not isinstance(float_.base, Gather):
         return dataclasses.replace(view, base=float_.base, ops=(*float_.ops, *updates, *ops))
     if updates:
         float_ = dataclasses.replace(float_, base=_updated(float_.base, updates))

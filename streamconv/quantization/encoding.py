@@ -57,10 +57,9 @@ def others_as(
     dtype: DType, recipes: Sequence[Recipe], chosen: Collection[str], decoded: Decoded | None
 ) -> list[Recipe]:
     """Return the recipes with what was quantized and is not ``chosen`` cast to ``dtype``."""
-    stored = decoded.stored if decoded is not None else {}
     return [
         _cast(r, dtype)
-        if r.name not in chosen and not stored.keys().isdisjoint(r.view.sources())
+        if r.name not in chosen and decoded is not None and decoded.takes_part(r)
         else r
         for r in recipes
     ]

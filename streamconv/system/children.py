@@ -201,6 +201,7 @@ def _places(request: Mapping[str, Any]) -> list[Path]:
         request.get("folder"),
         job.get("hf_config"),
         job.get("lora", {}).get("base"),
+        *(job.get("average") or {}).get("sources", ()),
     )
     return [place(given_place) for given_place in given if given_place]
 

@@ -87,14 +87,11 @@ def differing_tensors(
     with ExitStack() as stack:
         reader = stack.enter_context(open_source(place(plan.head.root), plan.head.files))
         checks = RecordChecks(reader, check_crc=source_crc)
-        merging, ahead = plan.head.totals.placed, None
-        encoding = budgets.encoding_bytes() if plan.head.totals.encoded else 0
+        ahead = None
         if isinstance(place(plan.head.root), Address):
-            max_window, factors, ahead = budgets.remote_shares(
-                budget, merging=merging, buffer_bytes=encoding
-            )
+            max_window, factors, ahead = budgets.remote_shares(budget, plan.head.totals)
         else:
-            max_window, factors = budgets.shares(budget, merging=merging, buffer_bytes=encoding)
+            max_window, factors = budgets.shares(budget, plan.head.totals)
         filler = WindowFiller(
             reader, checks, max_bytes=max_window, factor_bytes=factors, ahead=ahead
         )

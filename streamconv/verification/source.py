@@ -12,7 +12,7 @@ import dataclasses
 import json
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,16 +41,18 @@ def verify_source(
     folder: Path,
     src: Path,
     *,
+    others: Sequence[Path] = (),
     hf_config: Path | None = None,
     max_mem_bytes: int | None = None,
 ) -> Report:
     """Compare every tensor of a folder with the source shards, byte by byte.
 
-    ``hf_config`` is used in place of the folder that the output was made with. Raises
+    ``others`` are the further checkpoints that an average is of, where they do not lie where they lay
+    then. ``hf_config`` is used in place of the folder that the output was made with. Raises
     :class:`BadInputError` for a source that is damaged or cannot be read.
     """
     manifest = manifest_of(folder)
-    job = _job(folder, manifest, src, hf_config)
+    job = _job(folder, manifest, src, hf_config, others)
     budget = max_mem_bytes or memory.available_bytes()[0]
     report = Report()
     held = read_folder(folder, nested=True)
@@ -128,10 +130,13 @@ def _by_manifest(job: JobOptions, hf_config: Path | None) -> Iterator[str]:
     """Name what only the manifest says of how the output was made: it is for the user to know."""
     options = chosen_options(job)
     options.pop("lora", None)
+    options.pop("average", None)  # of which a notice tells
     lora = {k: v for k, v in job.lora.to_json().items() if v not in (None, False, "auto")}
     given = {**options, **{f"lora {k}": v for k, v in lora.items()}}
     if job.hf_config is not None and hf_config is None:
         given["config and tokenizer from"] = str(job.hf_config)
+    if job.average is not None:
+        yield f"note: made, as the manifest says, of {job.average.said}"
     if given:
         text = ", ".join(
             f"{k} {v if isinstance(v, str) else json.dumps(v)}" for k, v in given.items()
@@ -152,7 +157,11 @@ def _ways(ways: Mapping[str, int], differing: int) -> Iterator[str]:
 
 
 def _job(
-    folder: Path, manifest: Mapping[str, Any], src: Path, hf_config: Path | None
+    folder: Path,
+    manifest: Mapping[str, Any],
+    src: Path,
+    hf_config: Path | None,
+    others: Sequence[Path],
 ) -> JobOptions:
     """Return the options that the output was made with."""
     job = manifest["job"]
@@ -176,6 +185,14 @@ def _job(
                 hint="put it there again, a link will do",
             )
         options["lora"] = {**options.get("lora", {}), "base": base}
+    if average := options.get("average"):
+        options["average"] = {**average, "sources": _others(job, others)}
+    elif others:
+        raise UsageError(
+            "this output was made of one checkpoint",
+            where=str(folder),
+            found=f"--source {others[0]} besides",
+        )
     try:
         made = JobOptions.from_json(options)
     except (TypeError, UsageError) as error:
@@ -186,6 +203,19 @@ def _job(
     return dataclasses.replace(
         made, hf_config=hf_config, model=_model(src, given.get("model"), within)
     )
+
+
+def _others(job: Mapping[str, Any], given: Sequence[Path]) -> list[str]:
+    """Return where the checkpoints lie that the source was averaged with: ``given``, or as then."""
+    there = [str(p) for p in given] or list(job.get("others", ()))
+    gone = next((p for p in there if not Path(p).exists()), None)
+    if gone is not None:
+        raise UsageError(
+            "a checkpoint that this output is an average of is gone",
+            where=gone,
+            hint="--source SRC, once for each of them in their order, says where they are now",
+        )
+    return there
 
 
 def _same_config(folder: Path, digest: str | None) -> Path:

@@ -36,6 +36,7 @@ from streamconv.ir.recipe import (
     MulScale,
     Recipe,
     SourceRef,
+    Sum,
     View,
     Zero,
 )
@@ -96,6 +97,8 @@ def _check(request: dict[str, Any]) -> dict[str, Any]:
     wanted = list(_wanted(plan, request["skip"]))
     answer.leave((w for w in wanted if w.name in encoded), "it was quantized on the way")
     wanted = [w for w in wanted if w.name not in encoded]
+    if job.average is not None:
+        return answer.leave(wanted, "torch has no reader for averages").to_json()
     format_name = formats.find_model(src, job.model).format
     if format_name not in ("fsdp", "deepspeed"):
         return answer.leave(wanted, f"torch has no reader for {format_name}").to_json()
@@ -441,6 +444,8 @@ def evaluate(
         extent.append(b - a + 1)
         apart = apart or a != b
         start, end = start - a * stride, end - b * stride
+    if isinstance(view.base, Sum):
+        raise AssertionError("no model's recipe is a sum")
     base = _box(view.base, tuple(low), tuple(extent), pieces, limit)
     begin = sum(a * s for a, s in zip(low, strides, strict=True))
     made = base.view(-1).as_strided(sizes, view.strides, first - begin)
