@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import hashlib
+import io
 import json
 import os
 import re
@@ -65,7 +66,8 @@ class Request:
     number: int
 
 
-# What to do with a request: nothing (None), answer with a status, or "reset" after half of the answer.
+# What to do with a request: nothing (None), answer with a status, break off ("reset") after half of the
+# answer, or do it and give no answer ("lost").
 Fault = Callable[[Request], int | str | None]
 
 
@@ -143,6 +145,8 @@ class _Handler(BaseHTTPRequestHandler):
         if isinstance(fault, int):
             self._answer(fault, b"<Error><Code>SlowDown</Code></Error>")
             return
+        if fault == "lost":
+            self.wfile, self.close_connection = io.BytesIO(), True
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             self._do(request, body, reset=fault == "reset")
 

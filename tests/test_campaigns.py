@@ -53,6 +53,14 @@ def test_killed_anywhere(work: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_store_that_fails_and_forgets(work: Path) -> None:
+    pytest.importorskip("obstore")
+    line = sample("stores", 1, work)
+    assert "3 kills after" in line
+    assert "1 zombies" in line
+
+
+@pytest.mark.slow
 @pytest.mark.usefixtures("tampering")
 def test_a_disk_that_fails(work: Path) -> None:
     line = sample("faults", 6, work)

@@ -323,6 +323,39 @@ def test_overwrite_replaces_another_jobs_output(store, planned, tmp_path):
     assert_whole(store, out)
 
 
+def deletes(request: Request) -> bool:
+    return request.method == "DELETE" or "delete" in request.query
+
+
+@pytest.mark.parametrize("command", ["the same", "another job"])
+def test_an_old_output_that_is_half_deleted(command, store, planned, tmp_path):
+    """What is left of it is known: the same command goes on, and another one may replace it, too."""
+    plan, out = planned
+    other = tmp_path / "other.jsonl"
+    streamconv.plan(plan.parent / "step", output=other, max_shard_size="45kB")
+    run(other)
+    seen: list[Request] = []
+
+    def after_four(request: Request) -> int | None:
+        seen.extend([request] if deletes(request) and ".streamconv" not in request.key else [])
+        return 403 if len(seen) > 4 else None
+
+    store.fault = after_four
+    with pytest.raises(BadInputError, match="refuses access"):
+        run(plan, overwrite=True)
+    store.fault = lambda _: None
+    assert any(n.endswith(".safetensors") for n in written(store))
+    if command == "another job":
+        third = tmp_path / "third.jsonl"
+        streamconv.plan(plan.parent / "step", output=third, max_shard_size="30kB")
+        run_plan(third, tmp_path / "third", RunOptions(sync=False))
+        run(third, overwrite=True)
+        assert_whole(store, tmp_path / "third")
+    else:
+        run(plan, overwrite=True)
+        assert_whole(store, out)
+
+
 @pytest.mark.parametrize("ignored", ["if-match", "if-none-match"])
 def test_a_store_without_conditions_is_refused(ignored, store, planned):
     store.ignores = {ignored}

@@ -6,6 +6,7 @@ the output an output comes last, and what is known of an unfinished one lies bes
     DST/.streamconv/lock               held while a process works on DST (storage.lease)
     DST/.streamconv/plan.jsonl         the plan that is being executed
     DST/.streamconv/journal.jsonl      as on a disk, sealed with the user's key
+    DST/.streamconv/former.json        what of a former output is to be deleted first
     DST/.streamconv/done/NAME.json     the note of a finished file, with the version of its object
     DST/model-00001-of-….safetensors   the weights, then
     DST/config.json, tokenizer …       what lies beside them, then
@@ -21,7 +22,7 @@ from __future__ import annotations
 import errno
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,13 +36,13 @@ from streamconv.ir.identity import JobIdentity
 from streamconv.ir.planfile import Plan
 from streamconv.ir.planned import OutputFile, PlannedTensor
 from streamconv.options import RunOptions
-from streamconv.output.journal import DONE, JOURNAL, Choices
+from streamconv.output.journal import DONE, FORMER, JOURNAL, Choices
 from streamconv.output.publication import CONFIGS
 from streamconv.output.staging import PLAN, Staging, staging_path
 from streamconv.output.unfinished import goes_on
 from streamconv.storage.address import Address
 from streamconv.storage.lease import Lease, held
-from streamconv.storage.objects import forget
+from streamconv.storage.objects import Found, forget
 
 _LOCK = "lock"
 _OLD = "old"
@@ -92,7 +93,9 @@ class RemoteStaging(Staging):
         """Bring what a stopped run has left in the store into the folder."""
         bucket = self.work.bucket
         for name, found in bucket.below(self.work.key).items():
-            known = name in (PLAN, JOURNAL) or (name.startswith(f"{DONE}/") and ".." not in name)
+            known = name in (PLAN, JOURNAL, FORMER) or (
+                name.startswith(f"{DONE}/") and ".." not in name
+            )
             if known:
                 path = self.root / name
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -148,12 +151,20 @@ class RemoteStaging(Staging):
         forget()
         below = self.address.bucket.below(self.address.key)
         gone = [] if MANIFEST in below else [n for n in below if n in self._names]
+        gone += self.former_among(below)
         # The journal, which says whose these are, goes last.
         work = self.work.name
         works = sorted(n for n in below if n.startswith(f"{work}/") and n != f"{work}/{_LOCK}")
         works.sort(key=lambda n: n.endswith(JOURNAL))
         self.address.bucket.delete(f"{self.address.key}/{n}" for n in (*gone, *works))
         forget()
+
+    def former_among(self, below: Mapping[str, Found]) -> list[str]:
+        """Return which of a former output's objects are still there, as they were when it was taken."""
+        former = self.journal.former().items()
+        return [
+            name for name, version in former if name in below and below[name].version == version
+        ]
 
     def clear_scratch(self) -> None:
         """Empty the folder of this machine."""
@@ -267,17 +278,20 @@ class RemoteExecution(Execution):
         """Write down in the store what is begun; take the former output out of the way."""
         staging = self.store()
         staging.guard.check()
-        for name in (JOURNAL, PLAN):
-            staging.keep(staging.root / name)
+        bucket, key = staging.address.bucket, staging.address.key
+        below = bucket.below(key) if self.old or staging.journal.former() else {}
         if self.old:
-            # No loader shall start with the one's index and the other's weights.
-            bucket, key = staging.address.bucket, staging.address.key
-            first = [MANIFEST, *(o.name for o in self.old if o.name.endswith(".index.json"))]
-            first += [o.name for o in self.old if o.name in CONFIGS]
-            rest = [o.name for o in self.old if o.name not in first]
-            bucket.delete(f"{key}/{name}" for name in (*first, *rest))
+            staging.journal.note_former({o.name: below[o.name].version for o in self.old})
+            staging.keep(staging.root / FORMER)
             self.old = ()
-            forget()
+        for name in (PLAN, JOURNAL):
+            staging.keep(staging.root / name)
+        former = staging.former_among(below)
+        # No loader shall start with the one's index and the other's weights.
+        former.sort(key=lambda n: (n != MANIFEST, not n.endswith(".index.json"), n not in CONFIGS))
+        staging.journal.forget_former()
+        bucket.delete(f"{key}/{name}" for name in (*former, f"{staging.work.name}/{FORMER}"))
+        forget()
 
     def _begin(self) -> list[OutputFile]:
         return self.plan.outputs()

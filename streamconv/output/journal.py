@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from streamconv.files.durable import fsync_directory, hash_open_file
 from streamconv.files.userkey import Sealer, same_seal
 
 JOURNAL = "journal.jsonl"
+FORMER = "former.json"
 DONE = "done"
 # A million tensors in a file.
 _LONGEST_NOTE_BYTES = 256 << 20
@@ -81,6 +82,18 @@ class Journal:
         """Let what remains to be done be done with these choices."""
         self.choices = choices
         self._write(self._path, "line", {"plan": self._plan.hex(), "choices": asdict(choices)})
+
+    def note_former(self, versions: Mapping[str, str]) -> None:
+        """Note what is to be deleted before the first file is written: names, and their versions."""
+        self._write(self._path.with_name(FORMER), "former", dict(versions))
+
+    def former(self) -> dict[str, str]:
+        """Return what was to be deleted first; nothing where nothing was, or it is done."""
+        return self._read(self._path.with_name(FORMER), "former") or {}
+
+    def forget_former(self) -> None:
+        """Note that all of it is deleted."""
+        self._path.with_name(FORMER).unlink(missing_ok=True)
 
     def resume(self, plan: bytes) -> bool:
         """Read the journal where it is that of this plan; return whether it is."""
@@ -204,8 +217,8 @@ class Journal:
         )
 
     def _seal(self, kind: str, text: bytes) -> str:
-        # A note is of its plan; the journal's line, which names the plan, is what tells of which.
-        return self._sealer.seal(kind, self._plan if kind == "done" else b"", text)
+        # What is noted is of its plan; the journal's line, which names the plan, tells of which.
+        return self._sealer.seal(kind, b"" if kind == "line" else self._plan, text)
 
     def _write(self, path: Path, kind: str, data: dict[str, Any]) -> None:
         text = json.dumps(data).encode()
