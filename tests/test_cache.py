@@ -134,6 +134,49 @@ def test_a_place_that_cannot_be_is_no_error(tmp_path: Path) -> None:
     assert cache.get(KEY) is None
 
 
+def test_what_another_process_finds_out_is_waited_for(tmp_path: Path) -> None:
+    folder = tmp_path / "cache"
+    code = (
+        "import sys, time; from pathlib import Path; from streamconv.files.cache import Cache\n"
+        "cache = Cache(Path(sys.argv[1])); found = cache.get_or_claim(sys.argv[2])\n"
+        "print(found, flush=True)\n"
+        "if found is None: sys.stdin.readline() and cache.put(sys.argv[2], b'found out')\n"
+        "cache.close()"
+    )
+    first = subprocess.Popen(
+        [sys.executable, "-c", code, str(folder), KEY],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert first.stdin is not None
+    assert first.stdout is not None
+    assert first.stdout.readline().strip() == "None"
+    cache = Cache(folder)
+    assert cache.get_or_claim("1" * 64) is None  # another one is not waited for
+    cache.close()
+    assert cache.get_or_claim(KEY, wait_seconds=0.1) is None  # nor for ever
+    waiting = subprocess.Popen(
+        [sys.executable, "-c", code, str(folder), KEY], stdout=subprocess.PIPE, text=True
+    )
+    with pytest.raises(subprocess.TimeoutExpired):
+        waiting.wait(0.5)
+    first.communicate("go on\n")
+    assert waiting.communicate()[0].strip() == "b'found out'"
+
+
+def test_who_dies_keeps_nobody_waiting(tmp_path: Path) -> None:
+    folder = tmp_path / "cache"
+    code = (
+        "import os, sys; from pathlib import Path; from streamconv.files.cache import Cache\n"
+        "cache = Cache(Path(sys.argv[1])); cache.get_or_claim(sys.argv[2]); os.kill(os.getpid(), 9)"
+    )
+    subprocess.run([sys.executable, "-c", code, str(folder), KEY], check=False)
+    cache = Cache(folder)
+    assert cache.get_or_claim(KEY) is None
+    cache.close()
+
+
 def test_recipes_come_back_as_they_were() -> None:
     leaf = View(SourceRef("w", (4, 6)), (2, 3), (6, 1), 3, (Cast(F32), AddScalar(1.0)))
     zeros = View(leaf.base, (2, 3), (0, 0), 0, (Zero(),))
@@ -185,7 +228,7 @@ def test_the_second_plan_loads_nothing_and_is_the_same(
     assert plan_alone(source, second) == ["True"]
     entry(folder).unlink()
     assert "torch" in plan_alone(source, without, "no")
-    assert not [*folder.iterdir()]
+    assert not [*folder.glob("*.entry")]
     assert first.read_bytes() == second.read_bytes() == without.read_bytes()
 
 

@@ -7,11 +7,14 @@ off counts as absent; nothing that fails here fails anything else.
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import os
 import stat
 import time
 import zlib
 from pathlib import Path
+from typing import IO
 
 from streamconv.files import newfile
 from streamconv.files.userkey import Sealer, same_seal, user_key
@@ -21,6 +24,10 @@ MOST_BYTES = 256 << 20
 MOST_ENTRY_BYTES = 64 << 20
 
 _SUFFIX = ".entry"
+_CLAIMS = "claims"
+# How long what another process is finding out is waited for, and how often it is asked whether it has.
+_WAIT_SECONDS = 60.0
+_ASK_SECONDS = 0.05
 _WRITE = 0o022  # of a group, of everybody
 # What a process that was killed has left half written is nobody's after that time.
 _LEFT_SECONDS = 3600
@@ -46,6 +53,39 @@ class Cache:
         self._folder = folder
         self._most_bytes = most_bytes
         self._sealer = Sealer(user_key(), "cache")
+        self._claims: IO[bytes] | None = None
+
+    def get_or_claim(self, key: str, *, wait_seconds: float = _WAIT_SECONDS) -> bytes | None:
+        """Return an entry as :meth:`get` does; what another process is finding out is waited for.
+
+        Where there is none the next ones wait for this process, until :meth:`close` or its end. That
+        saves them work and promises nothing.
+        """
+        found = self.get(key)
+        if found is not None or not self._make_folder():
+            return found
+        place = int(key[:15], 16)  # a byte of the file for each key, which need not be there
+        with contextlib.suppress(OSError):
+            if self._claims is None:
+                fd = newfile.reopen(self._folder / _CLAIMS, os.O_RDWR | os.O_CREAT)
+                if fd is None:
+                    return None
+                self._claims = os.fdopen(fd, "r+b", buffering=0)
+            if not _try_lock(self._claims, fcntl.LOCK_EX, place):
+                end = time.monotonic() + wait_seconds
+                # Shared: where there is no entry in the end, all who waited find out at once.
+                while not _try_lock(self._claims, fcntl.LOCK_SH, place):
+                    if time.monotonic() > end:
+                        break
+                    time.sleep(_ASK_SECONDS)
+                _try_lock(self._claims, fcntl.LOCK_UN, place)
+        return self.get(key)  # it may have come since the first look
+
+    def close(self) -> None:
+        """Let nobody wait any more for what was claimed."""
+        if self._claims is not None:
+            self._claims.close()
+            self._claims = None
 
     def get(self, key: str) -> bytes | None:
         """Return an entry, None where there is none that can be trusted."""
@@ -70,8 +110,7 @@ class Cache:
             return False
         seal = self._sealer.seal("entry", key.encode(), packed)
         with contextlib.suppress(OSError):
-            self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            if not self._is_private():
+            if not self._make_folder():
                 return False
             path = self._folder / f"{key}{_SUFFIX}"
             with newfile.replacing(path) as fd:
@@ -81,6 +120,11 @@ class Cache:
             self._make_room(path)
             return True
         return False
+
+    def _make_folder(self) -> bool:
+        with contextlib.suppress(OSError):
+            self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        return self._is_private()
 
     def _is_private(self) -> bool:
         """Whether the folder is this user's, and nobody else can put files into it."""
@@ -108,3 +152,13 @@ class Cache:
                 with contextlib.suppress(OSError):
                     path.unlink()
                 total -= nbytes
+
+
+def _try_lock(file: IO[bytes], kind: int, place: int) -> bool:
+    try:
+        fcntl.lockf(file, kind | fcntl.LOCK_NB, 1, place)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EAGAIN):
+            raise
+        return False
+    return True

@@ -72,7 +72,7 @@ class Answers:
         if self._cache is None or config is None:
             return
         self._key = _digest(code_digest(), self._subject)
-        data = self._cache.get(self._key)
+        data = self._cache.get_or_claim(self._key)
         if data is None:
             return
         try:
@@ -85,6 +85,11 @@ class Answers:
 
     def close(self) -> None:
         """Remember what was asked for the first time."""
+        self._remember()
+        if self._cache is not None:
+            self._cache.close()
+
+    def _remember(self) -> None:
         if self._asked.keys() <= self._known.keys():
             return
         if self._cache is None or self._key is None:

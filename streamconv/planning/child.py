@@ -165,6 +165,9 @@ def _plan(request: dict[str, Any]) -> dict[str, Any]:
         if "budget_bytes" in request:
             check_planning(request["budget_bytes"], request["floor_bytes"])
             make_room_for_torch(request)
+        from streamconv.tracing import light
+
+        light.load()
 
     folder = cache_folder() if request["cache"] else None
     answers = Answers(Cache(folder) if folder is not None else None, before_loading)
