@@ -48,7 +48,8 @@ class _Later(ModuleType):
 
     def __getattr__(self, name: str) -> Any:
         # What lies below the compiler is about to be imported where its path is asked for.
-        if name.startswith("__") and (name, self.__name__) != ("__path__", _COMPILER):
+        stands = sys.modules.get(self.__name__) is self
+        if stands and name.startswith("__") and (name, self.__name__) != ("__path__", _COMPILER):
             raise AttributeError(name)
         return getattr(_loaded(self.__name__), name)
 
@@ -80,17 +81,22 @@ def _search_once() -> None:
     def remembered(path: Any, prefix: str | None = None) -> Any:
         if prefix is not None or Path(path) != folder / "__init__.py":
             return search(path, prefix)
-        return {
-            backends: {
-                name.removeprefix("models."): objects
-                for name, objects in modules.items()
-                if name.startswith("models.")
-            }
-            for backends, modules in search(folder, prefix="models").items()
-        }
+        return of_models(search(folder, prefix="models"))
 
     import_utils.define_import_structure = remembered
     try:
         importlib.import_module("transformers.models")
     finally:
         import_utils.define_import_structure = search
+
+
+def of_models(found: Mapping[Any, Mapping[str, Any]]) -> dict[Any, dict[str, Any]]:
+    """Return, of what transformers found of itself, what ``transformers.models`` would find."""
+    return {
+        backends: {
+            name.removeprefix("models."): objects
+            for name, objects in modules.items()
+            if name.startswith("models.")
+        }
+        for backends, modules in found.items()
+    }
