@@ -121,9 +121,15 @@ def scene(tmp_path: Path, lone_rank_file: Path, lone_output: Path) -> Scene:
 class _DictCache(dict[str, bytes]):
     """A cache in memory."""
 
+    def get_or_claim(self, key: str) -> bytes | None:
+        return self.get(key)
+
     def put(self, key: str, data: bytes) -> bool:
         self[key] = data
         return True
+
+    def close(self) -> None:
+        pass
 
 
 def _refuse() -> None:
