@@ -156,6 +156,7 @@ def test_what_another_process_finds_out_is_waited_for(tmp_path: Path) -> None:
     assert cache.get_or_claim("1" * 64) is None  # another one is not waited for
     cache.close()
     assert cache.get_or_claim(KEY, wait_seconds=0.1) is None  # nor for ever
+    cache.close()
     waiting = subprocess.Popen(
         [sys.executable, "-c", code, str(folder), KEY], stdout=subprocess.PIPE, text=True
     )

@@ -78,7 +78,7 @@ class Cache:
                     if time.monotonic() > end:
                         break
                     time.sleep(_ASK_SECONDS)
-                _try_lock(self._claims, fcntl.LOCK_UN, place)
+                fcntl.lockf(self._claims, fcntl.LOCK_UN, 1, place)
         return self.get(key)  # it may have come since the first look
 
     def close(self) -> None:
