@@ -436,14 +436,15 @@ def plan(
     """
     from streamconv.planning.child import make_plan
 
-    src, dst, output = _source(src, job), _local(dst), _local(output)
+    src, output = _source(src, job), _local(output)
+    dst = None if dst is None else place(dst)
     options = job_options(**job)
     budget = memory_bytes(max_mem)
     if output is not None:
-        place = _own_file(output, askedfile.PLAN, src, dst, options)
-        with _reading(src, job), askedfile.aside(place, askedfile.PLAN) as partial:
+        where = _own_file(output, askedfile.PLAN, src, dst, options)
+        with _reading(src, job), askedfile.aside(where, askedfile.PLAN) as partial:
             made = make_plan(src, options, partial, max_mem_bytes=budget, cache=cache)
-        made.path = place
+        made.path = where
     else:
         folder = tempfile.mkdtemp(prefix="streamconv-")
         path = Path(folder) / "plan.jsonl"
@@ -601,7 +602,9 @@ def doctor(
     """
     from streamconv.environment.doctor import examine
 
-    return examine(None if src is None else _source(src, {}), model, _local(dst))
+    return examine(
+        None if src is None else _source(src, {}), model, None if dst is None else place(dst)
+    )
 
 
 def _check_forward_options(
@@ -694,7 +697,12 @@ def disk_free_bytes(dst: Path) -> int:
 
 
 def check_disk(plan: Plan, dst: Path) -> None:
-    """Raise :class:`NoSpaceError` where the output of ``plan`` would not fit at ``dst``."""
+    """Raise :class:`NoSpaceError` where the output of ``plan`` would not fit at ``dst``.
+
+    A store is never full.
+    """
+    if isinstance(dst, Address):
+        return
     needed, free = plan.disk_bytes(), disk_free_bytes(dst)
     if free < needed:
         raise NoSpaceError(

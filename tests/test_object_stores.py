@@ -184,6 +184,44 @@ def test_nothing_secret_is_told(store, checkpoints, tmp_path):
     )
 
 
+def test_a_plan_tells_the_requests_and_the_time(store, tmp_path, capsys):
+    """No more are made than it says, and nothing is left where it tried to write."""
+    import torch
+
+    from streamconv.cli.report import plan_report, render_plan
+
+    (tmp_path / "step").mkdir()
+    tensors = {f"layers.{k}.weight": torch.randn(512, 1024) for k in range(6)}
+    torch.save(tensors, tmp_path / "step" / "model_world_size_1_rank_0.pt")
+    address = put(store, tmp_path / "step")
+    store.latency = 0.01
+    plan = streamconv.plan(address, "s3://out/m", output=tmp_path / "plan.jsonl")
+    report = plan_report(plan, place("s3://out/m"))
+    told = report["forecast"]
+    assert report["disk_free_bytes"] is None
+    assert told["seconds"] > 0
+    assert told["store"]["latency_seconds"] >= 0.01
+    assert not store.names("out")
+    assert "ms each" in render_plan(report)
+    first = len(store.requests)
+    run_plan(tmp_path / "plan.jsonl", place("s3://out/m"), RunOptions(sync=False))
+    assert 0 < sum(map(ranges, store.requests[first:])) <= told["requests"]
+
+
+def test_doctor_says_whether_a_store_can_be_written(store, checkpoints):
+    address = put(store, checkpoints["fsdp2"].source)
+    found = streamconv.doctor(address, "s3://out/m")
+    row = next(s for s in found["filesystems"] if s["role"] == "output")
+    assert row["conditions"] is True
+    assert not found["problems"]
+    assert "not-to-be-seen" not in json.dumps(found)
+    store.ignores = {"if-match"}
+    assert streamconv.doctor(address, "s3://out/m")["exit_code"] == 1
+    store.fault = lambda r: 403 if r.method == "PUT" else None
+    assert streamconv.doctor(address, "s3://out/m")["exit_code"] == 1
+    assert not store.names("out")
+
+
 def test_lazy_tensors(store, checkpoints):
     source = checkpoints["fsdp2"].source
     with streamconv.open(source) as here, streamconv.open(put(store, source)) as there:

@@ -8,12 +8,13 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from streamconv.cli.output import columns, sorted_notices
 from streamconv.errors import shown
 from streamconv.files.names import in_words, shown_all
 from streamconv.ir.planfile import Plan
+from streamconv.storage.address import Address
 from streamconv.units import counted, format_duration, format_size
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ def plan_report(plan: Plan, dst: Path | None, budget_bytes: int | None = None) -
         "written_files": [w.name for w in head.written],
         "source_files": [{"path": f.path, "nbytes": f.nbytes} for f in head.files],
         "disk_needed_bytes": plan.disk_bytes(),
-        "disk_free_bytes": disk_free_bytes(dst) if dst is not None else None,
+        "disk_free_bytes": disk_free_bytes(dst) if _on_disk(dst) else None,
         "memory": {
             "smallest_convert_bytes": smallest_convert,
             "smallest_run_bytes": smallest_run_bytes(beside),
@@ -65,6 +66,10 @@ def plan_report(plan: Plan, dst: Path | None, budget_bytes: int | None = None) -
         "skipped": [{"name": s.name, "reason": s.reason} for s in head.skipped],
         "notices": list(head.notices),
     }
+
+
+def _on_disk(dst: Path | None) -> TypeGuard[Path]:
+    return dst is not None and not isinstance(dst, Address)
 
 
 def _forecast_json(told: Forecast) -> dict[str, Any]:
@@ -81,7 +86,14 @@ def _forecast_rows(told: Mapping[str, Any]) -> list[tuple[str, str]]:
     seconds = told["seconds"]
     speeds = f"reads {rate(told['read_rate'])}, writes {rate(told['write_rate'])}"
     time = "a moment" if seconds is None else f"about {format_duration(max(1.0, seconds))}"
-    rows = [("time", f"{time} to move the bytes ({speeds})"), ("machines", told["machines"])]
+    rows = [("time", f"{time} to move the bytes ({speeds})")]
+    if told["store"] is not None:
+        store = told["store"]
+        many = f"{told['requests']:,} of up to {format_size(store['request_bytes'])}"
+        each = f"{1000 * store['latency_seconds']:.0f} ms each"
+        alone = f"one connection {rate(store['connection_rate'])}"
+        rows.append(("requests", f"{many}, {store['at_once']} at once; {each}, {alone}"))
+    rows.append(("machines", told["machines"]))
     return rows + [("warning", warning) for warning in told["warnings"]]
 
 

@@ -10,7 +10,6 @@ import shutil
 import stat
 import sys
 import tempfile
-import time
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,11 @@ _LOADERS = ("vllm", "sglang", "peft", "accelerate", "ctranslate2", "mlx-lm", "te
 _MEASURE_SECONDS = 0.5
 # The reader keeps up to 128 files open, and there are libraries and pipes beside it.
 _FEW_OPEN_FILES = 256
-_REQUESTS_TRIED = 5
+_CONDITIONS = {
+    True: "takes conditions",
+    False: "TAKES NO NOTICE OF CONDITIONS: nothing can be written safely",
+    None: "cannot be written",
+}
 
 
 def examine(
@@ -59,6 +62,11 @@ def examine(
     refused = why_not_writable(dst) if dst is not None else None
     if refused is not None:
         problems.append(f"the output cannot be written: {refused}\n  next: choose another folder")
+    systems = _filesystems(src, dst)
+    if any(
+        "credentials" in s and s["role"] == "output" and not s.get("conditions") for s in systems
+    ):
+        problems.append(f"{dst} cannot be written safely\n  next: see the row `disk of output`")
     code = 1 if problems else 0
     try:
         check_planning(memory)
@@ -81,7 +89,7 @@ def examine(
         "checksum_bytes_per_second": checksum_speed(),
         "loaders": {n: v for n in _LOADERS if (v := _version(n))},
         "working_directory_free_bytes": shutil.disk_usage(Path.cwd()).free,
-        "filesystems": _filesystems(src, dst),
+        "filesystems": systems,
         "source": None,
         "problems": problems,
         "exit_code": code,
@@ -112,7 +120,11 @@ def _filesystems(src: Path | None, dst: Path | None) -> list[dict[str, Any]]:
         if path is None or (role == "source" and not _is_there(path)):
             continue
         system = filesystem_of(path)
-        if role == "source":
+        store: dict[str, Any] = {}
+        if isinstance(path, Address):
+            store = _of_store(path, role)
+            read, write = store.pop("read"), store.pop("write")
+        elif role == "source":
             read, write = read_speed(_large_files(path), _MEASURE_SECONDS), None
         else:
             read, write = None, write_speed(path, _MEASURE_SECONDS)
@@ -127,21 +139,33 @@ def _filesystems(src: Path | None, dst: Path | None) -> list[dict[str, Any]]:
                 "free_bytes": system.free_bytes,
                 "read_bytes_per_second": read,
                 "write_bytes_per_second": write,
-                **(_of_store(path) if isinstance(path, Address) else {}),
+                **store,
             }
         )
     return measured
 
 
-def _of_store(path: Address) -> dict[str, Any]:
-    """Return how long a request takes, and where credentials come from; never what they are."""
-    files = [p for p in path.rglob("*") if p.is_file()] if path.is_dir() else [path]
-    began = time.monotonic()
-    for file in files[:_REQUESTS_TRIED]:
-        path.bucket.look(file.key)
-    latency = (time.monotonic() - began) / max(1, min(len(files), _REQUESTS_TRIED))
-    source = aws.source() if path.scheme == "s3" else CREDENTIALS[path.scheme]
-    return {"latency_seconds": latency, "credentials": source}
+def _of_store(path: Address, role: str) -> dict[str, Any]:
+    """Return what a store is like here, and where credentials come from; never what they are.
+
+    ``conditions`` says whether it takes notice of them, which writing needs; None where it cannot be
+    tried.
+    """
+    from streamconv.environment import store_speed
+    from streamconv.executor.windows import Ahead
+    from streamconv.storage.lease import takes_conditions
+
+    found: dict[str, Any] = {"read": None, "write": None, "latency_seconds": None}
+    if role == "source":
+        files = [p for p in _large_files(path) if isinstance(p, Address)]
+        speed = store_speed.read_speed(files, Ahead(4, 2 << 20), 2 * _MEASURE_SECONDS)
+        if speed is not None:
+            found |= {"read": speed.rate, "latency_seconds": speed.latency_seconds}
+    elif not path.scheme.startswith("http"):
+        found["write"] = store_speed.write_speed(path, _MEASURE_SECONDS)
+        found["conditions"] = None if found["write"] is None else takes_conditions(path)
+    found["credentials"] = aws.source() if path.scheme == "s3" else CREDENTIALS[path.scheme]
+    return found
 
 
 def _large_files(path: Path, most: int = 64) -> list[Path]:
@@ -175,8 +199,11 @@ def _filesystem_rows(systems: list[dict[str, Any]]) -> list[tuple[str, str]]:
         kind = s["type"] + (", network" if s["network"] else ", in memory" if s["memory"] else "")
         facts = [f"{kind} at {s['mount']}", f"{format_size(s['free_bytes'])} free", *speeds]
         if s.get("credentials"):
-            latency = f"{1000 * s['latency_seconds']:.0f} ms a request"
-            facts = [kind, latency, *speeds, f"credentials: {s['credentials']}"]
+            facts = [kind, *speeds, f"credentials: {s['credentials']}"]
+            if s["latency_seconds"] is not None:
+                facts.insert(1, f"{1000 * s['latency_seconds']:.0f} ms a request")
+            if s["role"] == "output":
+                facts.insert(1, _CONDITIONS[s.get("conditions")])
         rows.append((f"disk of {s['role']}", ", ".join(facts)))
     return rows
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from streamconv.environment import speed
+from streamconv.environment import speed, store_speed
+from streamconv.environment.store_speed import StoreSpeed
+from streamconv.executor.budget import remote_shares
 from streamconv.files.filesystems import FileSystem, filesystem_of, why_not_writable
 from streamconv.ir.planfile import Plan
-from streamconv.storage.address import place
+from streamconv.storage.address import Address, place
 from streamconv.system import memory
 from streamconv.units import format_size
 
@@ -22,7 +24,8 @@ class Forecast:
 
     Rates are bytes per second, None where they could not be measured. ``seconds`` is for moving
     (planning is done by then), None where there was nothing to measure it by. ``machines`` says what
-    more of them would bring.
+    more of them would bring. Of a source in a store, ``store`` says how it is read, ``requests`` how
+    many it takes.
     """
 
     seconds: float | None
@@ -34,6 +37,8 @@ class Forecast:
     output: FileSystem
     machines: str
     warnings: tuple[str, ...]
+    store: StoreSpeed | None = None
+    requests: int | None = None
 
 
 def forecast(plan: Plan, dst: Path, budget_bytes: int, *, measure_seconds: float = 1.0) -> Forecast:
@@ -41,21 +46,37 @@ def forecast(plan: Plan, dst: Path, budget_bytes: int, *, measure_seconds: float
     root = place(plan.head.root)
     files = [root / f.path for f in sorted(plan.head.files, key=lambda f: -f.nbytes)]
     source, output = filesystem_of(root), filesystem_of(dst)
-    read_rate = speed.read_speed(files, measure_seconds)
-    write_rate = speed.write_speed(dst, measure_seconds)
-    checksum_rate = speed.checksum_speed()
-    one_disk = source.device == output.device and not output.is_memory
     totals = plan.head.totals
+    found = requests = None
+    if isinstance(root, Address):
+        window, _, ahead = remote_shares(budget_bytes, totals)
+        addresses = [file for file in files if isinstance(file, Address)]
+        found = store_speed.read_speed(addresses, ahead, 2 * measure_seconds)
+        requests = store_speed.requests_of(plan, ahead, window)
+        read_rate = None if found is None else found.rate
+    else:
+        read_rate = speed.read_speed(files, measure_seconds)
+    write_rate = (
+        store_speed.write_speed(dst, measure_seconds)
+        if isinstance(dst, Address)
+        else speed.write_speed(dst, measure_seconds)
+    )
+    checksum_rate = speed.checksum_speed()
+    one_disk = source.device == output.device >= 0 and not output.is_memory
+    moving = moving_seconds(
+        totals.read_bytes,
+        totals.write_bytes,
+        read_rate,
+        write_rate,
+        checksum_rate,
+        one_disk=one_disk,
+    )
+    if moving is not None and found is not None and requests is not None:
+        # However few bytes each of them brings.
+        moving = max(moving, requests * found.latency_seconds / found.at_once)
     rates = [rate for rate in (read_rate, write_rate) if rate is not None]
     return Forecast(
-        seconds=moving_seconds(
-            totals.read_bytes,
-            totals.write_bytes,
-            read_rate,
-            write_rate,
-            checksum_rate,
-            one_disk=one_disk,
-        ),
+        seconds=moving,
         read_rate=read_rate,
         write_rate=write_rate,
         checksum_rate=checksum_rate,
@@ -75,6 +96,8 @@ def forecast(plan: Plan, dst: Path, budget_bytes: int, *, measure_seconds: float
                 refused=why_not_writable(dst),
             )
         ),
+        store=found,
+        requests=requests,
     )
 
 

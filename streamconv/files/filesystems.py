@@ -89,7 +89,12 @@ def lies_in(path: Path, folder: Path) -> bool:
 
 
 def why_not_writable(path: Path) -> str | None:
-    """Return why nothing can be written at ``path``, which need not exist yet; None where it can be."""
+    """Return why nothing can be written at ``path``, which need not exist yet; None where it can be.
+
+    What a store allows only writing tells.
+    """
+    if isinstance(path, Address):
+        return f"{path.scheme}:// can only be read" if path.scheme.startswith("http") else None
     here = nearest(path)
     if not here.is_dir():
         return f"{here} is not a folder"

@@ -176,11 +176,7 @@ def _acquire(place: Address, me: dict[str, Any]) -> str:
 
 def _check_conditions(place: Address, version: str, me: dict[str, Any]) -> None:
     """Raise :class:`UsageError` where the store writes whatever the condition says."""
-    for condition in (None, f'"{"0" * 32}"'):
-        try:
-            _put(place, me, condition)
-        except OutputExistsError:
-            continue
+    if not _conditions_hold(place, me):
         place.bucket.delete([place.key])
         raise UsageError(
             "this store takes no notice of conditions: two conversions could write into one output",
@@ -188,6 +184,28 @@ def _check_conditions(place: Address, version: str, me: dict[str, Any]) -> None:
             found=f"an object was replaced although it was there (version {version})",
             hint="convert into a folder of a disk and copy it there",
         )
+
+
+def _conditions_hold(place: Address, me: dict[str, Any]) -> bool:
+    """Whether an object that is there is not replaced on conditions that do not hold."""
+    for condition in (None, f'"{"0" * 32}"'):
+        try:
+            _put(place, me, condition)
+        except OutputExistsError:
+            continue
+        return False
+    return True
+
+
+def takes_conditions(folder: Address) -> bool:
+    """Whether a store takes notice of conditions; an object is written for it, and deleted."""
+    place = folder / f"probe-{secrets.token_hex(8)}"
+    me = _me()
+    _put(place, me, None)
+    try:
+        return _conditions_hold(place, me)
+    finally:
+        place.bucket.delete([place.key])
 
 
 def _locked(place: Address, holder: dict[str, Any]) -> LockedError:
