@@ -5,10 +5,19 @@ The literal pickles are those that these interpreters write for classes of the n
 
 from __future__ import annotations
 
+import collections
+import datetime
+import enum
+import io
+import operator
+import pickle
 import re
+import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from scripts.makers import readings
@@ -85,6 +94,58 @@ def test_classes_that_are_only_reported(made: bytes) -> None:
         assert value.path == f"megatron.core.enums.{path}"  # type: ignore[attr-defined]
         with pytest.raises(UnsafeInputError):
             load(owner + made)
+
+
+class Keywords:
+    """An object that protocol 2 makes by ``functools.partial(cls.__new__, cls, ...)``."""
+
+    def __getnewargs_ex__(self) -> tuple[tuple[int, ...], dict[str, int]]:
+        return (1,), {"b": 2}
+
+    def method(self) -> None: ...
+
+    @classmethod
+    def maker(cls) -> None: ...
+
+
+class Level(enum.Flag):
+    LOW = 1
+    HIGH = 2
+
+    def __reduce_ex__(self, protocol: Any) -> Any:  # as Python 3.11.0 to 3.11.3 do
+        if self is Level.LOW | Level.HIGH:
+            return operator.or_, (Level.LOW, Level.HIGH)
+        return getattr, (Level, self.name)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        Keywords(),
+        Keywords().method,
+        Keywords.maker,
+        Level.LOW,
+        Level.LOW | Level.HIGH,
+        signal.SIGTERM,
+        collections.deque([1], 2),
+        collections.defaultdict(list, a=[1]),
+        collections.Counter("ab"),
+        range(3),
+        bytearray(b"x"),
+        {b"x": frozenset({1, 2j})},
+        datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC),
+        type,
+        torch.optim.AdamW,
+        ValueError("x"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("pickler", [pickle._Pickler, pickle.Pickler])  # type: ignore[attr-defined]
+def test_whatever_a_trainer_keeps_is_passed_over(value: object, pickler: Any) -> None:
+    stream = io.BytesIO()
+    pickler(stream, 2).dump({"kept": value, "beside": 1})
+    found = load_inert(stream.getvalue(), "f.pt", unknown="keep")
+    assert found["beside"] == 1  # type: ignore[index]
 
 
 @pytest.mark.parametrize(

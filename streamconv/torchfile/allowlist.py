@@ -80,8 +80,8 @@ MEMBERS: Globals = {
 class InertGetattr(Inert):
     """``builtins.getattr``: how protocol 2 spells nested classes, and Python 3.11 members of enums.
 
-    It looks a name up in :data:`MEMBERS` and nowhere else. Of a class that is only reported there is
-    a member of every name, which is as inert as the class.
+    It looks a name up in :data:`MEMBERS` and nowhere else. What is only reported, a class or an object
+    whose method is kept, has a member of every name, which is as inert.
     """
 
     __slots__ = ()
@@ -91,17 +91,19 @@ class InertGetattr(Inert):
         """Return the stand-in for the member, never an attribute of anything."""
         if len(args) == 2:
             owner, name = args
-            if isinstance(owner, Frozen) and type(name) is str:
-                found = MEMBERS.get((owner.path, name))
-                if found is None and issubclass(owner, Kept) and _is_public(name):
-                    found = stand_in(f"{owner.path}.{name}"[:200], Kept)
+            kind = owner if isinstance(owner, Frozen) else type(owner)
+            if isinstance(kind, Frozen) and type(name) is str:
+                found = MEMBERS.get((kind.path, name)) if kind is owner else None
+                if found is None and issubclass(kind, Kept) and _is_reported(name):
+                    found = stand_in(f"{kind.path}.{name}"[:200], Kept)
                 if found is not None:
                     return found  # type: ignore[return-value]  # a type: NEWOBJ may follow
         raise RefusedPickleError("a call of builtins.getattr")
 
 
-def _is_public(name: str) -> bool:
-    return name.isidentifier() and not name.startswith("__")
+def _is_reported(name: str) -> bool:
+    # Protocol 2 makes an object whose __new__ takes keywords by a partial of that.
+    return name == "__new__" or (name.isidentifier() and not name.startswith("__"))
 
 
 STORAGE_DTYPES: dict[Frozen, str] = {}
@@ -234,6 +236,7 @@ KEPT: Globals = {
     **build_globals(
         (
             *((module, Kept, "frozenset complex bytes") for module in ("builtins", "__builtin__")),
+            ("_codecs", Kept, "encode"),
             ("numpy.core.multiarray", Kept, "scalar"),
             ("numpy._core.multiarray", Kept, "scalar"),
         )

@@ -147,6 +147,10 @@ class Kept(Inert):
     __slots__ = ()
     __hash__ = object.__hash__  # type: ignore[assignment]  # by identity, as its equality is
 
+    def __call__(self, *args: object) -> Kept:
+        """Keep what a partial would have made likewise."""
+        return type(self)(*args)
+
     def __setitem__(self, key: object, value: object) -> None:
         """Pass over an item of a dict."""
 
