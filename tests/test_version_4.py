@@ -15,7 +15,7 @@ DEFAULT = {"rope_type": "default", "rope_theta": 300.0}
 def added(config: dict[str, Any]) -> dict[str, Any]:
     """What version 4's keys are, with nothing else changed."""
     changed = dict(config)
-    version_4.add_config_keys(changed, lambda one, other: True)
+    version_4.say_again(changed, lambda one, other: True)
     return {k: v for k, v in changed.items() if k not in config}
 
 
@@ -74,9 +74,31 @@ def test_settings_under_their_old_names(config: dict[str, Any], expected: Any) -
 
 def test_parts_of_a_config_are_told_by_their_path() -> None:
     config = {"text_config": {"rope_parameters": DEFAULT}, "rope_parameters": DEFAULT}
-    notices = version_4.add_config_keys(config, lambda one, other: "rope_theta" not in other)
+    notices = version_4.say_again(config, lambda one, other: "rope_theta" not in other)
     assert notices == ["config.json: text_config.rope_theta added for transformers 4"]
     assert "rope_theta" not in config
+
+
+def test_layers_and_infinities_as_version_4_reads_them() -> None:
+    from streamconv.tracing.hf_build import reads_alike
+
+    config = {
+        "model_type": "granitemoehybrid",
+        "num_hidden_layers": 2,
+        "layer_types": ["linear_attention", "full_attention"],
+        "time_step_limit": [0.0, {"__float__": "Infinity"}],
+    }
+    notices = version_4.say_again(config, reads_alike)
+    assert config["layer_types"] == ["mamba", "attention"]
+    assert "time_step_limit" not in config
+    assert notices == [
+        "config.json: time_step_limit left out, the default, for transformers 4",
+        "config.json: layer_types by the older names of layers for transformers 4",
+    ]
+    # No default: it stays, and what has these names in both versions, too.
+    limit = [0.5, {"__float__": "Infinity"}]
+    kept = {"model_type": "mamba2", "time_step_limit": limit, "layer_types": ["linear_attention"]}
+    assert version_4.say_again(dict(kept), reads_alike) == []
 
 
 def test_version_5_reads_the_same() -> None:

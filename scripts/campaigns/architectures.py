@@ -40,6 +40,7 @@ from transformers import PreTrainedModel
 
 from scripts.campaigns.common import REPOSITORY, scratch
 from scripts.makers.architectures import TASKS, Architecture, NotSmallError, architectures, build
+from scripts.makers.forward import logits
 from scripts.makers.ranks import write_ranks
 from streamconv import formats
 from streamconv.conversion.job import run_plan
@@ -146,28 +147,6 @@ def _load(folder: Path, model: PreTrainedModel, state: State) -> tuple[str, bool
     if not torch.allclose(expected, computed, rtol=1e-4, atol=1e-5, equal_nan=True):
         return f"the logits differ by {(expected - computed).abs().max():.2g}", False
     return "", True
-
-
-def logits(model: PreTrainedModel) -> torch.Tensor | None:
-    """Return what a model makes of some input of its kind, None where this is not enough for it."""
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(3, 200, (1, 8), generator=generator)
-    picture = torch.randn(1, 3, 28, 28, generator=generator)
-    given: dict[str, Any] = {"input_ids": ids}
-    if model.main_input_name == "pixel_values":
-        given = {"pixel_values": picture}
-    elif model.main_input_name != "input_ids":
-        return None
-    if model.config.is_encoder_decoder:
-        given["decoder_input_ids"] = ids[:, :4]
-    try:
-        with torch.no_grad():
-            torch.manual_seed(0)
-            made = model(**given)
-    except Exception:  # noqa: BLE001 - it wants a picture, a sound, or more layers
-        return None
-    found = made.get("logits") if hasattr(made, "get") else None
-    return found if isinstance(found, torch.Tensor) else None
 
 
 def stored(folder: Path) -> dict[str, torch.Tensor]:

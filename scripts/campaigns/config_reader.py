@@ -73,7 +73,10 @@ def config_of(said: dict[str, Any]) -> Any:
     """Return the library's config object of what a config.json says."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    return CONFIG_MAPPING[said["model_type"]].from_dict(json.loads(json.dumps(said)))
+    config_class = CONFIG_MAPPING[said["model_type"]]
+    # Version 5 does this when it reads a file.
+    decoded = getattr(config_class, "_decode_special_floats", lambda read: read)
+    return config_class.from_dict(decoded(json.loads(json.dumps(said))))
 
 
 def saved(config: Any) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from streamconv.planning import version_4
 
 # Version 5 takes what these say of ties as the scale of their logits, and saves that they are tied.
 _ALWAYS_TIED = ("t5", "mt5", "umt5", "longt5", "pop2piano")
+_COMPUTED = ("head_dim", "layer_types", "gnn_layers_types", "keypoint_encoder_sizes")
 _READER = Path(__file__).with_name("config_reader.py")
 
 
@@ -52,14 +53,14 @@ def campaign(work: Path, count: int, seed: int) -> Figures:
             figures.add("settings that version 5 drops")
             continue
         ours = json.loads(json.dumps(again))
-        version_4.add_config_keys(ours, _alike)
+        version_4.say_again(ours, _alike)
         if case["tied"] is not None:
             version_4.say_ties(ours, case["tied"])
-        back.append({"name": name, "one": case["said"], "two": ours})
+        back.append({"name": name, "one": case["said"], "two": ours, "tied": case["tied"]})
         forth.append({"name": name, "one": again, "two": ours})
     for older, pairs in ((True, back), (False, forth)):
         version = "version 4" if older else "version 5"
-        said = {pair["name"]: pair["two"] for pair in pairs} if older else {}
+        said = {pair["name"]: pair for pair in pairs} if older else {}
         for result in ask("compare", pairs, older=older):
             differing = [d for d in result["differing"] if _counts(d, said.get(result["name"]))]
             if not differing:
@@ -78,15 +79,17 @@ def _alike(*_: object) -> bool:
 def _counts(differing: str, said: dict[str, Any] | None) -> bool:
     """Whether a setting that is read otherwise makes another model; ``said`` is for version 4 alone."""
     path = differing.partition(":")[0].split(".")
-    if path[-1] == "head_dim":
-        return "None became" not in differing  # what follows from the other sizes anyway
+    if path[-1] in _COMPUTED:
+        return "None became" not in differing  # from the other settings, by both versions
     if path[-1] != "tie_word_embeddings":
         return True
     if said is None:
         return len(path) == 1  # version 5 goes by the config of the whole
-    if said.get("model_type") in _ALWAYS_TIED:
+    config = said["two"]
+    # By default version 5 ties what 4 does not, and the other way round: its weights are the truth.
+    if config.get("model_type") in _ALWAYS_TIED or differing.endswith(f"became {said['tied']}"):
         return False
-    parts = [key for key, value in said.items() if isinstance(value, dict) and "config" in key]
+    parts = [key for key, value in config.items() if isinstance(value, dict) and "config" in key]
     return path == ["text_config", path[-1]] if parts else len(path) == 1
 
 

@@ -13,7 +13,7 @@ import math
 import re
 import warnings
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -104,6 +104,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     # Experts that are not square: transformers 5 tells whether to transpose them by their shape.
     "qwen3_vl_moe": {"text_config": {"moe_intermediate_size": 40}},
     "reformer": {"is_decoder": True, "axial_pos_embds_dim": [16, 48], "axial_pos_shape": [8, 16]},
+    # As wide as version 4 makes them in any case.
+    "zamba2": {"attention_hidden_size": 128, "attention_head_dim": 32},
     "zamba": {"num_hidden_layers": 4, "layers_block_type": ["mamba", "hybrid"] * 2},
 }
 """What is set in a type's config after it has been made small; nested as the config is."""
@@ -159,8 +161,13 @@ def _is_home(model_type: str, name: str) -> bool:
     return module.split(".")[1:2] == [model_type_to_module_name(model_type)]
 
 
-def build(architecture: Architecture) -> PreTrainedModel:
-    """Return a small model of float32 numbers that are different everywhere."""
+def build(
+    architecture: Architecture, change: Callable[[Any], None] = lambda _: None
+) -> PreTrainedModel:
+    """Return a small model of float32 numbers that are different everywhere.
+
+    ``change`` may write other settings into the dict of the config before the model is made.
+    """
     module = model_type_to_module_name(architecture.model_type)
     package = importlib.import_module(f"transformers.models.{module}")
     config_class = getattr(package, CONFIG_MAPPING_NAMES[architecture.model_type])
@@ -170,7 +177,7 @@ def build(architecture: Architecture) -> PreTrainedModel:
     reasons: dict[str, None] = {}
     for variant in _VARIANTS:
         try:
-            return _build(architecture, config_class, model_class, variant)
+            return _build(architecture, config_class, model_class, variant, change)
         except Exception as error:  # noqa: BLE001 - whatever a class says of a config
             words = " ".join(str(error).split())[:200]
             reasons[f"{type(error).__name__}: {words}"] = None
@@ -178,10 +185,15 @@ def build(architecture: Architecture) -> PreTrainedModel:
 
 
 def _build(
-    architecture: Architecture, config_class: Any, model_class: Any, variant: Mapping[str, Any]
+    architecture: Architecture,
+    config_class: Any,
+    model_class: Any,
+    variant: Mapping[str, Any],
+    change: Callable[[Any], None],
 ) -> PreTrainedModel:
     settings = small(config_class().to_dict(), variant)
     _merge(settings, SETTINGS.get(architecture.model_type, {}))
+    change(settings)
     for key in ("model_type", "transformers_version", "architectures", "dtype"):
         settings.pop(key, None)
 

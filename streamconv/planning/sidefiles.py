@@ -326,7 +326,7 @@ def corrected_config(
         )
         changed["architectures"] = [architecture]
     if alike is not None:
-        notices += version_4.add_config_keys(changed, alike)
+        notices += version_4.say_again(changed, alike)
     parts = [("", changed)]
     parts += [
         (f"{key}.", changed[key])

@@ -19,28 +19,41 @@ TOKENIZER_CONFIG = "tokenizer_config.json"
 _SCALINGS = frozenset({"linear", "dynamic", "yarn", "longrope", "llama3"})
 # Settings of the rotary embedding that stand beside rope_scaling and not in it.
 _BESIDE = ("rope_theta", "partial_rotary_factor")
-_GPT_NEOX = {"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"}
+# What version 5 calls layers of every model; these know their own names alone in version 4.
+_LAYER_TYPES = {"linear_attention": "mamba", "full_attention": "attention"}
+_OLD_LAYER_TYPES = frozenset({"granitemoehybrid", "zamba", "zamba2"})
+# Their names where a model has its own, by the beginning of its type.
+_NAMES = {
+    "gpt_neox": {"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"},
+    "sam2_video": {"rope_theta": "memory_attention_rope_theta"},
+    "edgetam_video": {"rope_theta": "memory_attention_rope_theta"},
+}
 
 
-def add_config_keys(config: Config, alike: Alike) -> list[str]:
-    """Say again under version 4's names what version 5 renamed, at every level; tell what was added.
+def say_again(config: Config, alike: Alike) -> list[str]:
+    """Say as version 4 reads it what version 5 says otherwise, at every level; tell what became of it.
 
-    ``alike`` tells whether version 5 reads the same from two configs: what it does not is left out.
+    ``alike`` tells whether version 5 reads the same from two configs: the rest stays as it is.
     """
     notices = []
     for where, part in _parts("", config):
-        added = {k: v for k, v in _older(part).items() if part.get(k) is None}
-        if not added:
-            continue
-        before = json.loads(json.dumps(config))
-        part |= added
-        if alike(before, config):
-            names = ", ".join(where + key for key in added)
-            notices.append(f"config.json: {names} added for transformers 4")
-        else:
-            for key in added:
-                del part[key]
+        for tell, change in _CHANGES:
+            changed = change(part)
+            if changed == part:
+                continue
+            keys = [where + k for k in {**changed, **part} if changed.get(k) != part.get(k)]
+            before, kept = json.loads(json.dumps(config)), dict(part)
+            _replace(part, changed)
+            if alike(before, config):
+                notices.append(f"config.json: {', '.join(keys)} {tell} for transformers 4")
+            else:
+                _replace(part, kept)
     return notices
+
+
+def _replace(part: Config, content: Config) -> None:
+    part.clear()
+    part.update(content)
 
 
 def say_ties(config: Config, tied: bool) -> list[str]:
@@ -72,6 +85,38 @@ def _parts(where: str, part: Config) -> Iterator[tuple[str, Config]]:
             yield from _parts(f"{where}{key}.", value)
 
 
+def _with_older_names(part: Config) -> Config:
+    return part | {k: v for k, v in _older(part).items() if part.get(k) is None}
+
+
+def _without_infinities(part: Config) -> Config:
+    """Leave out what JSON has no number for: version 4 takes the object that stands for it as it is."""
+    return {k: v for k, v in part.items() if not _has_infinity(v)}
+
+
+def _has_infinity(value: Any) -> bool:
+    if isinstance(value, list):
+        return any(map(_has_infinity, value))
+    return isinstance(value, dict) and value.keys() == {"__float__"}
+
+
+def _with_older_layer_types(part: Config) -> Config:
+    if part.get("model_type") not in _OLD_LAYER_TYPES:
+        return part
+    return part | {
+        key: [_LAYER_TYPES.get(str(kind), kind) for kind in part[key]]
+        for key in ("layer_types", "layers_block_type")
+        if isinstance(part.get(key), list)
+    }
+
+
+_CHANGES: tuple[tuple[str, Callable[[Config], Config]], ...] = (
+    ("added", _with_older_names),
+    ("left out, the default,", _without_infinities),
+    ("by the older names of layers", _with_older_layer_types),
+)
+
+
 def _older(part: Config) -> Config:
     """Return what a part of a config says, under the names of version 4."""
     found: Config = {}
@@ -98,7 +143,7 @@ def _older(part: Config) -> Config:
 
 def _flat(rope: Config, model_type: str) -> Config:
     kind = rope.get("rope_type", rope.get("type", "default"))
-    names = _GPT_NEOX if model_type.startswith("gpt_neox") else {}
+    names = next((n for start, n in _NAMES.items() if model_type.startswith(start)), {})
     found = {names.get(k, k): rope[k] for k in _BESIDE if rope.get(k) is not None}
     if kind in _SCALINGS or (kind == "default" and "mrope_section" in rope):
         scaling = {k: v for k, v in rope.items() if k not in _BESIDE}

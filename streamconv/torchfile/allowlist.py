@@ -91,19 +91,22 @@ class InertGetattr(Inert):
         """Return the stand-in for the member, never an attribute of anything."""
         if len(args) == 2:
             owner, name = args
-            kind = owner if isinstance(owner, Frozen) else type(owner)
-            if isinstance(kind, Frozen) and type(name) is str:
-                found = MEMBERS.get((kind.path, name)) if kind is owner else None
-                if found is None and issubclass(kind, Kept) and _is_reported(name):
-                    found = stand_in(f"{kind.path}.{name}"[:200], Kept)
-                if found is not None:
-                    return found  # type: ignore[return-value]  # a type: NEWOBJ may follow
+            found: StandIn | None = None
+            if isinstance(owner, Frozen) and type(name) is str:
+                found = MEMBERS.get((owner.path, name))
+            kind = owner if isinstance(owner, type) else type(owner)
+            if found is None and issubclass(kind, Kept) and _is_reported(name):
+                found = stand_in(f"{kind.path}.{name}"[:200], Kept)
+            if found is not None:
+                return found  # type: ignore[return-value]  # a type: NEWOBJ may follow
         raise RefusedPickleError("a call of builtins.getattr")
 
 
-def _is_reported(name: str) -> bool:
+def _is_reported(name: object) -> bool:
     # Protocol 2 makes an object whose __new__ takes keywords by a partial of that.
-    return name == "__new__" or (name.isidentifier() and not name.startswith("__"))
+    return type(name) is str and (
+        name == "__new__" or (name.isidentifier() and not name.startswith("__"))
+    )
 
 
 STORAGE_DTYPES: dict[Frozen, str] = {}
