@@ -242,6 +242,27 @@ def test_what_was_joined_already_is_taken(
     assert formats.find_model(src).root == src
 
 
+def test_a_finished_model_goes_before_the_files_of_metas_beside_it(
+    llama: transformers.PreTrainedModel, truth: Path
+) -> None:
+    """A release on the Hub has both; the folder's config.json is the finished model's."""
+    torch.save({"tok_embeddings.weight": torch.ones(2, 2)}, truth / "consolidated.00.pth")
+    assert formats.find_model(truth).format == "huggingface"
+    (truth / "model.safetensors").unlink()
+    assert formats.find_model(truth).format == "meta"
+
+
+def test_a_finished_model_beside_the_steps_of_its_run_is_told_of(
+    llama: transformers.PreTrainedModel, truth: Path
+) -> None:
+    assert formats.find_model(truth).notices == ()
+    for step in ("iter_0000010", "iter_0000020"):
+        (truth / step).mkdir()
+    assert formats.find_model(truth).format == "huggingface"
+    (notice,) = formats.find_model(truth).read().notices
+    assert "not a step of the run beside it (iter_0000010, iter_0000020)" in notice
+
+
 # Rank files
 
 

@@ -552,7 +552,7 @@ def test_an_adapter_of_fused_experts_has_no_module(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("decoder.layers.0.self_attention.linear_qkv.adapter.weight_magnitude", "not LoRA's"),
+        ("decoder.layers.0.self_attention.linear_qkv.adapter.weight_magnitude", "of DoRA"),
         (
             "decoder.layers.0.self_attention.linear_qkv.lora_B.bias",
             "no place in HuggingFace's",

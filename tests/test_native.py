@@ -201,18 +201,6 @@ def test_adapters_are_refused() -> None:
     assert refused.value.where == key
 
 
-@pytest.mark.usefixtures("planned_here")
-def test_adapters_with_names_of_pefts_are_refused(tmp_path: Path) -> None:
-    model, tensors = taken_apart("litgpt", "llama")
-    key = "model.transformer.h.0.attn.qkv.lora_"
-    adapter = {f"{key}A": torch.ones(4, 48), f"{key}B": torch.ones(80, 4)}
-    step = write_dcp(tmp_path / "run", model, tensors | adapter)
-    with pytest.raises(BadInputError, match="adapter") as refused:
-        streamconv.convert(step, tmp_path / "out", hf_config=step.parent, sync=False)
-    assert "litgpt" in str(refused.value)
-    assert str(refused.value.where).startswith(key)
-
-
 def test_another_order_of_rotary_rows_is_refused() -> None:
     """The config asks HuggingFace's DeepSeek for the rows that torchtitan has not."""
     model = make("deepseek_halves")

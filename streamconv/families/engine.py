@@ -78,6 +78,14 @@ def targets(family: Family, name: str) -> tuple[str, ...]:
     return tuple(_format(t, captures) for t in rule.targets)
 
 
+def joined(family: Family, name: str) -> str | None:
+    """Return what a rule makes of ``name`` and other tensors together; None for no such rule."""
+    match = _Matcher(family.rules).find(name)
+    if match is None or len(match[0].sources) == 1:
+        return None
+    return _format(match[0].targets[0], match[2])
+
+
 def knows(family: Family, names: Iterable[str]) -> int:
     """Return how many of ``names`` a rule of the family knows."""
     matcher = _Matcher(family.rules)

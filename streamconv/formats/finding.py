@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
-from streamconv.errors import BadInputError, UsageError
+from streamconv.errors import BadInputError, UsageError, listed
 from streamconv.files.names import INDEX, check_file_name
 from streamconv.formats import meta_ranks, peft_folder, torch_file
 from streamconv.formats.dcp import plain_dcp
@@ -34,8 +35,8 @@ FORMATS: tuple[Format, ...] = (
     rank_folders,
     deepspeed,  # before what lies beside it with the same weights in 16 bits
     peft_folder,
-    meta_ranks,
     folder,  # a finished model may lie beside what it was made of
+    meta_ranks,  # releases on the Hub have Meta's files beside the model
     torch_file,
 )
 
@@ -97,7 +98,7 @@ def find_model(path: Path, model: str | None = None) -> Location:
     if here and here.kind.FINISHED and (tag := latest_tag(path)) is not None:
         here = Location(tag, deepspeed)  # its masters are finer than what was saved in 16 bits
     if here and model is None:
-        return here
+        return _beside_steps(here)
     tag = latest_tag(path)
     if tag is not None and model is None:
         return find_model(tag)  # as DeepSpeed itself loads it
@@ -124,6 +125,18 @@ def find_model(path: Path, model: str | None = None) -> Location:
             hint=f"say which: --model {'|'.join(found)}, or its folder; `convert` has --model all, too",
         )
     return _in_run(path, model)
+
+
+def _beside_steps(here: Location) -> Location:
+    """Return a finished model, and that it was taken, where the steps of a run lie beside it."""
+    steps = [p.name for p in _steps(here.path)] if here.kind.FINISHED and here.path.is_dir() else []
+    if not steps:
+        return here
+    notice = (
+        f"the finished model in {here.path} is taken, and not a step of the run beside it "
+        f"({listed(steps, 4)}): name the folder of a step to convert that"
+    )
+    return replace(here, notices=(notice,))
 
 
 def _file(path: Path) -> Location | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -54,10 +54,14 @@ class Format(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Location:
-    """Where a model of a known format lies: a folder, or a file."""
+    """Where a model of a known format lies: a folder, or a file.
+
+    ``notices`` say what a user should know of why it is this one.
+    """
 
     path: Path
     kind: Format
+    notices: tuple[str, ...] = ()
 
     @property
     def root(self) -> Path:
@@ -82,7 +86,8 @@ class Location:
 
     def read(self) -> Checkpoint:
         """Return the metadata of the checkpoint; no weight is read."""
-        return self.kind.read(self.path)
+        found = self.kind.read(self.path)
+        return replace(found, notices=(*self.notices, *found.notices)) if self.notices else found
 
     def identify(self) -> tuple[SourceFile, ...]:
         """Return the source files with their hashes, without reading what they hold."""

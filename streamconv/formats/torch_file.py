@@ -32,7 +32,8 @@ _MODEL = re.compile(
     r"\.(pt|pth|bin|ckpt)|.+\.ckpt",
     re.ASCII,
 )
-SUFFIXES = frozenset({".pt", ".pth", ".bin", ".ckpt"})
+_ADAPTER = "lit_model.pth.lora"  # litgpt's; the model that it was merged into may lie beside it
+SUFFIXES = frozenset({".pt", ".pth", ".bin", ".ckpt", ".lora"})
 
 
 def detect(path: Path) -> str | None:
@@ -92,7 +93,8 @@ def _file(path: Path) -> Path | None:
 def _files(path: Path) -> list[Path]:
     if not path.is_dir() or path.name.startswith("mp_rank_"):  # a rank of Megatron's
         return []
-    return sorted(p for p in path.iterdir() if _MODEL.fullmatch(p.name) and p.is_file())
+    found = sorted(p for p in path.iterdir() if _MODEL.fullmatch(p.name) and p.is_file())
+    return found or [p for p in (path / _ADAPTER,) if p.is_file()]
 
 
 def _one(path: Path) -> Path:

@@ -26,6 +26,7 @@ from streamconv.ir.source import Checkpoint, GlobalTensor, Skipped
 from streamconv.lora.names import FOREIGN, ORIGINAL, PART, PARTS, SAVED, canonical
 from streamconv.lora.settings import CONFIG, PREFIX, Settings
 
+_MAGNITUDES = "lora_magnitude_vector"
 BELOW = "base_layer"
 """The part of a target that is the base model's own weight, saved with the adapter."""
 
@@ -60,7 +61,7 @@ class Adapter:
     @property
     def dora(self) -> bool:
         """Whether the adapter has magnitudes."""
-        return any("lora_magnitude_vector" in t.parts for t in self.targets.values())
+        return any(_MAGNITUDES in t.parts for t in self.targets.values())
 
 
 def separate(checkpoint: Checkpoint) -> tuple[Checkpoint, Adapter]:
@@ -97,6 +98,8 @@ def separate(checkpoint: Checkpoint) -> tuple[Checkpoint, Adapter]:
             skipped.append(
                 Skipped(fqn, "as it was before training (modules_to_save has the other)")
             )
+        elif name.endswith("_magnitude"):
+            raise _dora(fqn)
         elif FOREIGN.fullmatch(name):
             raise BadInputError(
                 "this part of an adapter is not LoRA's, and leaving it out would give another model",
@@ -108,6 +111,10 @@ def separate(checkpoint: Checkpoint) -> tuple[Checkpoint, Adapter]:
             _once(base, name.replace(".base_layer.", "."), tensor)
     for name, tensor in saved.items():
         _once(base, name, tensor)
+    for name in [n for n in base if n.removesuffix(".magnitude") in targets]:
+        tensor = base.pop(name)  # torchtune's DoRA
+        parts[tensor.fqn] = tensor
+        _once(targets[name.removesuffix(".magnitude")].parts, _MAGNITUDES, tensor.fqn)
     _refuse_adapted_parameters(targets, base)
     undecided = {
         canonical(n).replace(".base_layer.", "."): pair for n, pair in checkpoint.undecided.items()
@@ -124,6 +131,34 @@ def separate(checkpoint: Checkpoint) -> tuple[Checkpoint, Adapter]:
         skipped=(*checkpoint.skipped, *skipped),
     )
     return found, Adapter(targets, saved, frozenset(wrapped), parts)
+
+
+def _dora(fqn: str) -> BadInputError:
+    return BadInputError(
+        "this adapter is of DoRA: its magnitudes are neither merged nor handed on under HuggingFace's "
+        "names of the modules",
+        where=fqn,
+        expected="lora_A and lora_B (linear_in and linear_out) alone",
+        hint="let the trainer merge the adapter into the model, and save that",
+    )
+
+
+def refuse_more(target: Target) -> None:
+    """Raise :class:`BadInputError` for what an adapter on a trainer's own module has but factors."""
+    if _MAGNITUDES in target.parts:
+        raise _dora(target.parts[_MAGNITUDES])
+    odd = [p for p in target.parts if p not in ("lora_A", "lora_B")]
+    if odd:
+        raise BadInputError(
+            "this part of an adapter on a trainer's own module has no place in HuggingFace's",
+            where=target.parts[odd[0]],
+            expected="lora_A and lora_B (linear_in and linear_out) alone",
+        )
+    if len(target.parts) < 2:
+        raise BadInputError(
+            "incomplete adapter: only one of lora_A and lora_B is present",
+            where=next(iter(target.parts.values())),
+        )
 
 
 def _refuse_adapted_parameters(targets: Mapping[str, Target], base: Iterable[str]) -> None:
@@ -222,7 +257,7 @@ def settle(settings: Settings, adapter: Adapter) -> Settings:
                 hint="do the settings belong to this checkpoint? --lora-rank N overrules r, but not "
                 f"rank_pattern in {CONFIG}",
             )
-    plain = [t for t in adapter.targets.values() if "lora_magnitude_vector" not in t.parts]
+    plain = [t for t in adapter.targets.values() if _MAGNITUDES not in t.parts]
     if plain and (settings.dora or adapter.dora):
         raise BadInputError(
             "an adapter of DoRA lacks magnitudes: as plain LoRA it would be another model",

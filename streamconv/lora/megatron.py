@@ -1,8 +1,6 @@
-"""An adapter on Megatron's modules becomes one on HuggingFace's, which merging and PEFT go by.
+"""An adapter on Megatron's modules becomes one on HuggingFace's.
 
-What a family does to a weight it does to the product of two factors as well: where a rule only takes
-rows (query heads of a fused ``linear_qkv``, the gate of ``linear_fc1``, one expert), it takes them of
-B, and A stays as it is, shared by all that the rule makes. The rules are those of the weights.
+How, :mod:`streamconv.lora.translation` says. Beyond that:
 
 * Factors of one adapter for many experts (Megatron-Bridge) stand for each of them.
 * CanonicalLoRA has a pair of factors for each of q, k, v, gate and up, whose rows are HuggingFace's.
@@ -19,13 +17,14 @@ from collections.abc import Mapping
 from streamconv.errors import BadInputError
 from streamconv.families.convert import Described
 from streamconv.families.engine import apply, targets
-from streamconv.ir.boxes import Box, Shape, contiguous_strides
+from streamconv.ir.boxes import Box, Shape
 from streamconv.ir.dtypes import DType
-from streamconv.ir.pieces import keeps_columns, matrix_of, spread, stored_view
-from streamconv.ir.recipe import Gather, Part, Recipe, SourceRef, View
+from streamconv.ir.pieces import spread, stored_view
+from streamconv.ir.recipe import Gather, Part, SourceRef, View
 from streamconv.ir.source import Checkpoint, GlobalTensor
-from streamconv.lora.adapters import Adapter, Target, rank_of
+from streamconv.lora.adapters import Adapter, Target, rank_of, refuse_more
 from streamconv.lora.names import PART_OF_FUSED, fused
+from streamconv.lora.translation import Translation
 
 _SEVERAL = {"q": (3, 0), "k": (3, 1), "v": (3, 2), "gate": (2, 0), "up": (2, 1)}
 """How many tensors a family makes of the fused weight, and which of them an adapter is for."""
@@ -55,44 +54,30 @@ def translated(adapter: Adapter, checkpoint: Checkpoint, described: Described) -
     return Adapter(made.targets, saved, wrapped, made.tensors)
 
 
-class _Translation:
+class _Translation(Translation):
     """Collects HuggingFace's modules."""
 
     def __init__(self, checkpoint: Checkpoint, described: Described) -> None:
-        self.targets: dict[str, Target] = {}
-        self.tensors: dict[str, GlobalTensor] = {}
-        self._described = described
+        super().__init__(described.family, described.dims, "Megatron")
         # Only a folder of global tensors shows the order in which ranks were put together.
         self._sharded = checkpoint.format in ("torch_dist", "dcp")
         run = checkpoint.facts.get("megatron")
         size = run.get("tensor_model_parallel_size") if isinstance(run, Mapping) else None
         self._tp = size if type(size) is int and size > 0 else None
-        self._factors: dict[str, tuple[GlobalTensor, GlobalTensor]] = {}
 
     def add(self, module: str, target: Target, adapter: Adapter) -> None:
         """Take in one of Megatron's modules."""
-        odd = [p for p in target.parts if p not in ("lora_A", "lora_B")]
-        if odd:
-            raise BadInputError(
-                "this part of an adapter on a module of Megatron's has no place in HuggingFace's",
-                where=target.parts[odd[0]],
-                expected="lora_A and lora_B (linear_in and linear_out) alone",
-            )
+        refuse_more(target)
         several = PART_OF_FUSED.fullmatch(module)
         experts = ".mlp.experts." in module
         if not experts:
-            rank_of(target, adapter)  # refuses half an adapter, and factors that do not fit
-        elif len(target.parts) < 2:
-            raise BadInputError(
-                "incomplete adapter: only one of lora_A and lora_B is present",
-                where=next(iter(target.parts.values())),
-            )
+            rank_of(target, adapter)  # refuses factors that do not fit
         a, b = (adapter.tensors[target.parts[p]] for p in ("lora_A", "lora_B"))
         if several:
             self._add_one_of_several(several[1], several[2], a, b)
             return
         if experts:
-            number = self._described.dims.experts
+            number = self.dims.experts
             try:
                 a, b = spread(a, number), spread(b, number)
             except ValueError as error:
@@ -104,57 +89,13 @@ class _Translation:
                 ) from error
         elif self._is_of_ranks(module, target):
             b = self._by_halves(b)
-        self._factors[f"{module}.weight"] = a, b
-
-    def finish(self) -> None:
-        """Let the family's rules say what becomes of the modules."""
-        headers = {name: (b.shape, b.dtype) for name, (_, b) in self._factors.items()}
-        for recipe in apply(self._described.family, self._described.dims, headers):
-            (name,) = recipe.view.sources()
-            self._add(recipe, name, *self._factors[name])
-
-    def _add(self, recipe: Recipe, name: str, a: GlobalTensor, b: GlobalTensor) -> None:
-        if not recipe.name.endswith(".weight"):
-            raise _no_module(name, recipe.name)
-        module = recipe.name.removesuffix(".weight")
-        number = matrix_of(recipe.view, b.shape) if len(b.shape) == 3 else 0
-        if number is None or recipe.view.ops or not keeps_columns(recipe.view, b.shape):
-            raise BadInputError(
-                "this module of Megatron's is more than rows of HuggingFace's, and so is its adapter",
-                where=name,
-                expected=f"{recipe.name} to be some of its rows",
-                hint="let the trainer merge the adapter into the model",
-            )
-        if len(a.shape) == 3:
-            shape = a.shape[1:]
-            view = View(
-                SourceRef(a.fqn, a.shape),
-                shape,
-                contiguous_strides(shape),
-                number * shape[0] * shape[1],
-            )
-            a = self._own(f"{a.fqn} of expert {number}", view, a)
-        # The rule saw B under its weight's name.
-        view = recipe.view.map_sources({name: b.fqn})
-        whole = view.whole is not None and len(b.shape) == 2
-        b = b if whole else self._own(f"{b.fqn} of {module}", view, b)
-        self._target(module, a, b)
-
-    def _own(self, name: str, view: View, tensor: GlobalTensor) -> GlobalTensor:
-        found = self.tensors.get(name)
-        return stored_view(name, view, {tensor.fqn: tensor}) if found is None else found
-
-    def _target(self, module: str, a: GlobalTensor, b: GlobalTensor) -> None:
-        if module in self.targets:
-            raise BadInputError("two adapters are for one module", where=module)
-        self.tensors |= {a.fqn: a, b.fqn: b}
-        self.targets[module] = Target(module, {"lora_A": a.fqn, "lora_B": b.fqn})
+        self.take(f"{module}.weight", a, b)
 
     def _add_one_of_several(
         self, module: str, which: str, a: GlobalTensor, b: GlobalTensor
     ) -> None:
         """CanonicalLoRA: the rows of B are those of one of HuggingFace's modules already."""
-        made = targets(self._described.family, f"{module}.weight")
+        made = self.made_of(f"{module}.weight")
         number, index = _SEVERAL.get(which, (0, 0))
         if not made or len(made) != number:
             raise BadInputError(
@@ -162,11 +103,9 @@ class _Translation:
                 where=b.fqn,
                 found=f"a part {which!r}; the module becomes {', '.join(made) or 'nothing known'}",
             )
-        if not made[index].endswith(".weight"):
-            raise _no_module(f"{module}.weight", made[index])
         if self._sharded and which in ("gate", "up"):
             b = self._without_halves(b)
-        self._target(made[index].removesuffix(".weight"), a, b)
+        self.adapt(made[index], a, b)
 
     def _is_of_ranks(self, module: str, target: Target) -> bool:
         """Whether B is that of a gated module, and its rows are rank by rank."""
@@ -175,7 +114,7 @@ class _Translation:
             self._sharded
             and by_peft
             and module.endswith(".linear_fc1")
-            and len(targets(self._described.family, f"{module}.weight")) == 2
+            and len(targets(self.family, f"{module}.weight")) == 2
         )
 
     def _by_halves(self, b: GlobalTensor) -> GlobalTensor:
@@ -237,7 +176,7 @@ class _Translation:
         """Return what was trained whole under HuggingFace's names."""
         headers = {name: (t.shape, t.dtype) for name, t in held.items()}
         result = {}
-        for recipe in apply(self._described.family, self._described.dims, headers):
+        for recipe in apply(self.family, self.dims, headers):
             try:
                 result[recipe.name] = stored_view(recipe.name, recipe.view, held)
             except ValueError as error:
@@ -247,12 +186,3 @@ class _Translation:
                     found=str(error),
                 ) from error
         return result
-
-
-def _no_module(name: str, parameter: str) -> BadInputError:
-    return BadInputError(
-        "this adapter changes a parameter that is not a module of its own in HuggingFace's model",
-        where=name,
-        found=parameter,
-        hint="let the trainer merge the adapter into the model",
-    )

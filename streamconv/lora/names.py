@@ -32,6 +32,8 @@ FOREIGN = re.compile(
 # Megatron-Bridge hangs LoRA's factors on a module as an adapter, CanonicalLoRA one for each part of a
 # fused module: adapter.adapter_q.
 PART_OF_FUSED = re.compile(r"(.+)\.adapter_([a-z]+)")
+# torchtune and torchtitan write them with small letters.
+_SMALL = re.compile(r"(.+)\.lora_([ab])\.weight")
 _BRIDGE = re.compile(r"(.+)\.adapter(\.adapter_[a-z]+)?\.linear_(in|out)\.weight")
 
 # By the components that PEFT's tuners give their parameters. A component must match as a whole, for
@@ -75,10 +77,14 @@ def canonical(name: str) -> str:
 
     >>> canonical("decoder.layers.0.linear_proj.adapter.linear_in.weight")
     'decoder.layers.0.linear_proj.lora_A.weight'
+    >>> canonical("layers.0.attn.q_proj.lora_b.weight")
+    'layers.0.attn.q_proj.lora_B.weight'
     """
     name = without_markers(name).rpartition(PREFIX)[2]
     if match := _BRIDGE.fullmatch(name):
         return f"{match[1]}{match[2] or ''}.lora_{'AB'[match[3] == 'out']}.weight"
+    if match := _SMALL.fullmatch(name):
+        return f"{match[1]}.lora_{match[2].upper()}.weight"
     return name
 
 
@@ -86,6 +92,12 @@ def fused(module: str) -> str:
     """Return the module that an adapter hangs on, which may be that of one of its parts."""
     match = PART_OF_FUSED.fullmatch(module)
     return match[1] if match else module
+
+
+def weights(names: Iterable[str]) -> set[str]:
+    """Return the weights that the adapter among these tensors is for."""
+    found = (PART.fullmatch(canonical(name)) for name in names)
+    return {f"{match[1]}.weight" for match in found if match}
 
 
 def has_adapter(names: Iterable[str]) -> bool:

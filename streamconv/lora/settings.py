@@ -2,7 +2,8 @@
 
 ``lora_train_meta.json`` (newer verl: ``r``, ``lora_alpha``, ``task_type``) and
 ``lora_adapter/adapter_config.json`` (verl writes PEFT's own settings there), ``run_config.yaml``
-(Megatron-Bridge) and ``args.json`` (ms-swift). All are data of strangers: only the keys below are
+(Megatron-Bridge), ``args.json`` (ms-swift), ``hyperparameters.yaml`` (litgpt) and
+``torchtune_config.yaml``. All are data of strangers: only the keys below are
 taken, for a PEFT config can also name code to import.
 """
 
@@ -32,6 +33,8 @@ CONFIG = "adapter_config.json"
 # Beside an adapter these would say that the folder is a model.
 OF_A_MODEL = ("config.json", "generation_config.json")
 FILES = ("lora_train_meta.json", "lora_adapter/adapter_config.json")
+LITGPT = "hyperparameters.yaml"
+_TORCHTUNE = "torchtune_config.yaml"
 # Where else trainers say how an adapter was trained: seen from the weights, whose folder may be one of
 # several in the trainer's.
 _PLACES = (
@@ -45,8 +48,13 @@ _PLACES = (
     "../../../config.yaml",  # NeMo-RL, of step_N/policy/weights/iter_0000000
     "args.json",  # ms-swift
     "../args.json",
+    LITGPT,
+    _TORCHTUNE,
+    f"../{_TORCHTUNE}",
 )
 _BELOW = {"run_config.yaml": ("peft",), "config.yaml": ("policy", "megatron_cfg", "peft")}
+# What recipes of others call rank, and below which keys.
+_OF_RECIPES = {LITGPT: ((), "lora_r"), _TORCHTUNE: (("model",), "lora_rank")}
 _OF_ADAPTERS = (CONFIG, FILES[0])
 _BY_USER = "the command line"
 _MAX_NBYTES = 1 << 20
@@ -151,7 +159,7 @@ class Settings:
             raise BadInputError(
                 "the adapter's lora_alpha is not known, and a guess would give another model",
                 expected=f"it in {', '.join(FILES)}, run_config.yaml (Megatron-Bridge), config.yaml "
-                "(NeMo-RL) or args.json (ms-swift) near the weights",
+                f"(NeMo-RL), args.json (ms-swift), {LITGPT} (litgpt) or {_TORCHTUNE} near the weights",
                 hint="say what it was trained with: --lora-alpha N",
             )
         return alpha / math.sqrt(rank) if self.rslora else alpha / rank
@@ -184,6 +192,8 @@ def _beside(root: Path) -> list[str]:
 
 def _told_in(path: Path) -> Mapping[str, Any] | None:
     """Return the settings of an adapter in a file, under PEFT's names; None where it has none."""
+    if path.name in _OF_RECIPES:
+        return _of_recipe(path, *_OF_RECIPES[path.name])
     if path.suffix == ".yaml":
         return _of_bridge(path, _BELOW[path.name])
     return _of_swift(path) if path.name == "args.json" else read_object(path)
@@ -197,6 +207,13 @@ def _of_bridge(path: Path, keys: tuple[str, ...]) -> Mapping[str, Any] | None:
     # With it the experts have a rank of their own, by which their alpha is divided.
     rank = told.get("dim") if _is_rank(told.get("dim")) else None
     return {"lora_alpha": told["alpha"], "r": None if told.get("normalize_moe_lora") else rank}
+
+
+def _of_recipe(path: Path, keys: tuple[str, ...], rank: str) -> Mapping[str, Any] | None:
+    """Return PEFT's names for what a recipe's settings say; None without an adapter."""
+    told = settings_below(path, keys, {"lora_alpha", rank})
+    found = {"lora_alpha": told.get("lora_alpha"), "r": told.get(rank)}
+    return found if all(_CHECKS[k](v) for k, v in found.items()) else None
 
 
 def _of_swift(path: Path) -> Mapping[str, Any] | None:

@@ -25,6 +25,7 @@ from streamconv.ir.planwriter import PlanWriter
 from streamconv.ir.recipe import Recipe, Sum
 from streamconv.ir.source import Checkpoint, GlobalTensor, Skipped, SourceFile
 from streamconv.lora import adapters
+from streamconv.lora import names as adapter_names
 from streamconv.lora.adapters import Adapter
 from streamconv.lora.plan import LoraPlan, Translate, adapter_inputs, idle_options, plan_lora
 from streamconv.options import JobOptions, Layout
@@ -173,7 +174,12 @@ def _understood(
         if lora is not None:
             lora = dataclasses.replace(lora, checkpoint=checkpoint)
     # An adapter's names were a family's, and are the Hub's now.
-    done = lora is not None and translate is not None and checkpoint.naming != "mcore"
+    done = (
+        lora is not None
+        and translate is not None
+        and checkpoint.naming != "mcore"
+        and _dialect(checkpoint, config, job) is None
+    )
     as_named = dataclasses.replace(job, family=None) if done else job
     made = _sources(checkpoint, config, as_named, notices, answers)
     if checkpoint.unproved and not (made.model is not None and made.model.certain):
@@ -367,7 +373,8 @@ def _dialect(
         return None
     from streamconv.families import native
 
-    dialect = native.find([*checkpoint.tensors, *checkpoint.undecided])
+    names = [*checkpoint.tensors, *checkpoint.undecided]
+    dialect = native.find(names) or native.of_layers(adapter_names.weights(names))
     # Models whose code is not transformers' may have such names on the Hub.
     if dialect is None or (checkpoint.naming == "hf" and not dialect.knows(config)):
         return None
@@ -408,7 +415,7 @@ def _of_dialect(
         [dialect.name, headers_json(headers), config, run, options.to_json()], convert
     )
     recipes = list(found.recipes)
-    notices += found.notices
+    notices += [n for n in found.notices if n not in notices]
     if found.model is not None:
         notices += checks.check_recipes(recipes, found.model, job, found.extras)
     left = chosen.skipped[len(checkpoint.skipped) :]
@@ -592,13 +599,10 @@ def _translation(
     notices: list[str],
     answers: Answers,
 ) -> Translate | None:
-    """Return what makes an adapter on HuggingFace's modules of one on Megatron's.
-
-    That of one on the modules of a trainer's own models refuses it.
-    """
+    """Return what makes an adapter on HuggingFace's modules of one on a trainer's own."""
     dialect = _dialect(checkpoint, config, job)
     if dialect is not None:
-        return functools.partial(_refuse_adapter, dialect)
+        return functools.partial(_of_native, dialect, config, job, notices, answers)
     if checkpoint.naming != "mcore":
         return None
 
@@ -619,10 +623,25 @@ def _translation(
     return translate
 
 
-def _refuse_adapter(dialect: Dialect, adapter: Adapter, _: Checkpoint) -> Adapter:
-    from streamconv.families.native.convert import unmerged
+def _of_native(
+    dialect: Dialect,
+    config: Mapping[str, Any] | None,
+    job: JobOptions,
+    notices: list[str],
+    answers: Answers,
+    adapter: Adapter,
+    source: Checkpoint,
+) -> Adapter:
+    """Return an adapter on HuggingFace's modules of one on those of ``dialect``."""
+    answers.asks_anew()
+    from streamconv.families.native.beside import said_of_run
+    from streamconv.families.native.convert import describe, untold_heads
+    from streamconv.lora import native
 
-    raise unmerged(dialect, next(iter(adapter.tensors)))
+    described = describe(dialect, config, said_of_run(source.root), _for_family(job))
+    told = [*described.notices, *untold_heads(described)]
+    notices.extend(n for n in told if n not in notices)
+    return native.translated(adapter, source, dialect, described)
 
 
 def _of_family(

@@ -21,6 +21,12 @@ def dialects() -> tuple[Dialect, ...]:
     return tuple(importlib.import_module(f"{__name__}.{m}").DIALECT for m in _MODULES)
 
 
+def of_layers(names: Collection[str]) -> Dialect | None:
+    """Return in whose layers all of ``names`` are, though they are no whole model; None for nobody."""
+    found = sorted(names)
+    return next((d for d in dialects() if d.prefix_of(found) is not None), None)
+
+
 def find(names: Collection[str]) -> Dialect | None:
     """Return whose names these are, None where they are not a trainer's own."""
     return next((d for d in dialects() if d.prefix(names) is not None), None)

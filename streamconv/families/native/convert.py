@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from streamconv import families
 from streamconv.errors import BadInputError
-from streamconv.families import causes, ops
+from streamconv.families import ops
 from streamconv.families.converted import Converted, extras, put_together, settings_of
 from streamconv.families.engine import Headers, apply
 from streamconv.families.native.dialect import Dialect
@@ -24,18 +25,28 @@ from streamconv.tracing.wrappers import without_markers
 _SCORE = {f"lm_head.{kind}": f"score.{kind}" for kind in ("weight", "bias")}
 
 
-def convert(
-    dialect: Dialect,
-    tensors: Headers,
-    config: Mapping[str, Any] | None,
-    run: Mapping[str, Any],
-    job: JobOptions,
-) -> Converted:
-    """Return how ``tensors``, whose names are those of ``dialect``, become HuggingFace's.
+@dataclass(frozen=True, slots=True)
+class Described:
+    """The model that a config.json describes, and whose rules of a dialect hold for it.
 
-    ``run`` is what lies beside them says of it (:mod:`~streamconv.families.native.beside`).
-    Raises :class:`BadInputError` where config.json is missing, is of a model that the dialect has no
-    rules for, or contradicts the tensors, and where a tensor is unknown.
+    ``reference`` is the config of a model that transformers has.
+    """
+
+    family: Family
+    dims: Dims
+    model: MetaModel | None
+    reference: Mapping[str, Any]
+    notices: tuple[str, ...]
+
+
+def describe(
+    dialect: Dialect, config: Mapping[str, Any] | None, run: Mapping[str, Any], job: JobOptions
+) -> Described:
+    """Return whose rules hold for a model with the names of ``dialect``, and its sizes.
+
+    ``run`` is what lies beside the weights says of it (:mod:`~streamconv.families.native.beside`).
+    Raises :class:`BadInputError` where config.json is missing, contradicts that, or is of a model that
+    the dialect has no rules for.
     """
     if config is None:
         raise BadInputError(
@@ -52,16 +63,7 @@ def convert(
             hint=f"let {dialect.name} export it",
         )
     family = families.choose(config, job.family, dialect.families, dialect.name)
-    prefix = dialect.prefix(tensors) or ""
-    original = {without_markers(name).removeprefix(prefix): name for name in tensors}
-    if len(original) != len(tensors):
-        raise BadInputError(
-            "two tensors have the same name without what wrappers leave in it",
-            found=", ".join(sorted(set(tensors) - set(original.values()))[:4]),
-        )
     notices = [f"the tensors have {dialect.name}'s names, and are read as the family {family.name}"]
-    if prefix:
-        notices.append(f"{prefix!r} is left out of their names")
     reference = family.reference(config)
     model = build_meta(reference)
     vision = config.get("vision_config") if model is None else model.vision_settings
@@ -69,16 +71,39 @@ def convert(
     if run:
         dims.check_heads()
         notices += check_settings(dims, family, dialect.name)
-    family = _with_head(family, model)
+    return Described(_with_head(family, model), dims, model, reference, tuple(notices))
+
+
+def convert(
+    dialect: Dialect,
+    tensors: Headers,
+    config: Mapping[str, Any] | None,
+    run: Mapping[str, Any],
+    job: JobOptions,
+) -> Converted:
+    """Return how ``tensors``, whose names are those of ``dialect``, become HuggingFace's.
+
+    ``run`` is as in :func:`describe`. Raises :class:`BadInputError` where config.json is missing, is
+    of a model that the dialect has no rules for, or contradicts the tensors, and for unknown tensors.
+    """
+    described = describe(dialect, config, run, job)
+    family, dims, model = described.family, described.dims, described.model
+    prefix = dialect.prefix(tensors) or ""
+    original = {without_markers(name).removeprefix(prefix): name for name in tensors}
+    if len(original) != len(tensors):
+        raise BadInputError(
+            "two tensors have the same name without what wrappers leave in it",
+            found=", ".join(sorted(set(tensors) - set(original.values()))[:4]),
+        )
+    notices = list(described.notices)
+    if prefix:
+        notices.append(f"{prefix!r} is left out of their names")
     dropped = dict(_dropped(dialect, family, original))
     if dropped:
         reasons = {reason: name for name, reason in dropped.items()}
         notices += [f"left out: {name} and its like: {why}" for why, name in reasons.items()]
     given = {name: tensors[original[name]] for name in original if name not in dropped}
-    adapter = causes.adapter_names(given)
-    if adapter:
-        raise unmerged(dialect, original[adapter[0]])
-    notices += _untold_heads(family, dims)
+    notices += untold_heads(described)
     predicting: set[int] = set()
     if dialect.prediction is not None:
         notices += check_prediction({n: s for n, (s, _) in given.items()}, dims, dialect.prediction)
@@ -87,20 +112,11 @@ def convert(
     return put_together(
         (Recipe(r.name, r.dtype, r.view.map_sources(original)) for r in made),
         model,
-        reference,
-        config,
+        described.reference,
+        config or {},
         extras=extras(family, dims, predicting),
         notices=notices,
         skipped=(Skipped(original[name], reason) for name, reason in dropped.items()),
-    )
-
-
-def unmerged(dialect: Dialect, name: str) -> BadInputError:
-    """Return what to raise where an adapter, ``name`` in it, is on the modules of ``dialect``."""
-    return BadInputError(
-        f"there is an adapter (LoRA) under {dialect.name}'s names in this checkpoint",
-        where=name,
-        hint="let the trainer merge it into the model, and save that",
     )
 
 
@@ -129,8 +145,9 @@ def _dropped(
                 yield name, reason
 
 
-def _untold_heads(family: Family, dims: Dims) -> tuple[str, ...]:
+def untold_heads(described: Described) -> tuple[str, ...]:
     """Tell that nothing in the tensors could contradict the numbers of heads."""
+    family, dims = described.family, described.dims
     if "num_attention_heads" in dims.megatron or not any(
         r.how in ops.BY_HEADS for r in family.rules
     ):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -50,6 +50,23 @@ class Dialect:
     def has(self, name: str) -> bool:
         """Whether some family of it knows a name, which has nothing in front."""
         return _alike(without_markers(name)) in self.patterns
+
+    def prefix_of(self, names: Sequence[str]) -> str | None:
+        """Return what all of ``names`` have in front, None where they are not all its names.
+
+        They need not be a whole model: what a layer of its model is called is enough.
+        """
+        first = names[0] if names else ""
+        starts = (first[:k] for k in (0, *(m.end() for m in re.finditer(r"\.", first))))
+        for prefix in starts:
+            own = [n.removeprefix(prefix) for n in names if n.startswith(prefix)]
+            if (
+                len(own) == len(names) > 0
+                and all(map(self.has, own))
+                and any(_NUMBER.search(n) for n in own)
+            ):
+                return prefix
+        return None
 
     def prefix(self, names: Collection[str]) -> str | None:
         """Return what the names of its model have in front, None where they are not its names.
