@@ -60,6 +60,7 @@ _SHAPE: dict[str, Any] = {
             },
             "value_head?": TEXT,
             "masters?": TEXT,
+            "quantize?": TEXT.or_null(),
             "average?": Leaf("what is averaged", lambda v: v is None or _is_average(v)),
         },
         "source": [(TEXT, COUNT, TEXT)],

@@ -27,6 +27,7 @@ from streamconv.quantization import scales
 from streamconv.storage.address import Address
 from streamconv.system.children import ask
 from streamconv.units import counted
+from streamconv.verification.codes import code_problems
 from streamconv.verification.report import Report
 
 _STEP_BYTES = 1 << 20
@@ -73,7 +74,7 @@ def verify_output(folder: Path, *, base: Path | None = None) -> Report:
     if not unreadable:
         _check_adapter(tensors, report)
         _check_fit(folder, tensors, base, report)
-        _check_quantization(folder, tensors, report)
+        _check_quantization(folder, tensors, manifest["job"]["options"].get("quantize"), report)
     return report
 
 
@@ -287,8 +288,14 @@ def _check_fit(
             report.checked.append(f"note: the adapter's names were checked by form alone ({why})")
 
 
-def _check_quantization(folder: Path, tensors: Mapping[str, FileTensor], report: Report) -> None:
-    """Quantized weights need scales, and a config.json that says so; others one that does not."""
+def _check_quantization(
+    folder: Path, tensors: Mapping[str, FileTensor], rule: str | None, report: Report
+) -> None:
+    """Quantized weights need scales, and a config.json that says so; others one that does not.
+
+    ``rule`` is what quantized them here: then the codes must be such as it makes. What a source holds
+    is handed on as it is, and only told of.
+    """
     own = {n: (t.shape, t.dtype) for n, t in tensors.items() if t.path.parent == folder}
     try:
         quantized = scales.find(own, {})
@@ -296,5 +303,13 @@ def _check_quantization(folder: Path, tensors: Mapping[str, FileTensor], report:
         if config is not None:
             elsewhere = (folder / scales.HF_QUANT_CONFIG).is_file()
             scales.check(config, quantized, elsewhere=elsewhere)
+        wrong = [f"{n}: {what}" for n, what in code_problems(tensors, quantized.scales, rule)]
+        if rule is None:
+            report.checked += [f"note: {text}, as in the source" for text in wrong]
+        else:
+            report.problems += wrong
+            report.checked.append(
+                f"the codes and scales of {len(quantized.weights)} weights ({rule})"
+            )
     except StreamconvError as error:
         report.problems.append(f"{error.where or 'config.json'}: {error.what} ({error.found})")

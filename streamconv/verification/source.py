@@ -149,6 +149,7 @@ def _ways(ways: Mapping[str, int], differing: int) -> Iterator[str]:
     how = {
         "converted": "through transformers' own conversion",
         "converted in slices": "in slices, through the traced conversion",
+        "computed": "decoded, added up or quantized by torch",
     }
     parts = [f"{ways[w]} {text}" for w, text in how.items() if ways.get(w)]
     detail = f" ({', '.join(parts)})" if parts else ""

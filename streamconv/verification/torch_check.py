@@ -26,12 +26,14 @@ from streamconv.files.memory_limit import share_of, within
 from streamconv.formats.deepspeed.folder import tag_folder
 from streamconv.formats.safetensors_file import FileTensor, read_folder
 from streamconv.ir.boxes import Shape
-from streamconv.ir.dtypes import BY_TORCH, DType
+from streamconv.ir.dtypes import BY_TORCH, F32, DType
 from streamconv.ir.planfile import Plan
+from streamconv.ir.planned import PlannedTensor
 from streamconv.ir.recipe import (
     AddProduct,
     Cast,
     Decode,
+    Encode,
     Gather,
     MulScale,
     Recipe,
@@ -41,30 +43,35 @@ from streamconv.ir.recipe import (
     Zero,
 )
 from streamconv.lora.names import has_adapter
-from streamconv.options import JobOptions
+from streamconv.options import AverageOptions, JobOptions
 from streamconv.planning.build import one_model, side_files
 from streamconv.planning.child import read_checkpoint
 from streamconv.planning.precision import chosen_weights
 from streamconv.planning.sidefiles import overridden, read_config
+from streamconv.quantization import decoding
 from streamconv.system.children import serve
 from streamconv.system.memory import resident_bytes
 from streamconv.verification.torch_files import (
-    GlobalPieces,
     MappedFile,
     RankFiles,
     UnreadableError,
     map_bytes,
 )
-from streamconv.verification.zero_files import FlatPieces, ZeroFiles
+from streamconv.verification.torch_floats import (
+    Files,
+    FloatFiles,
+    Pieces,
+    SafetensorsFiles,
+    added,
+    quantized,
+)
+from streamconv.verification.zero_files import ZeroFiles
 
 # What a tensor of a rank file takes as Python and torch objects, measured with torch 2.13.
 _OBJECT_BYTES = 3000
 _MARGIN_BYTES = 24 << 20
 _MAX_TILE_BYTES = 32 << 20
 _MIN_TILE_BYTES = 1 << 20
-
-
-Pieces = GlobalPieces | FlatPieces
 
 
 class LostValuesError(Exception):
@@ -87,51 +94,28 @@ class Wanted:
 
 
 def _check(request: dict[str, Any]) -> dict[str, Any]:
-    from streamconv import formats
-
     job = JobOptions.from_json(request["job"])
-    src = Path(request["src"])
     answer = _Answer()
     plan = Plan(Path(request["plan_path"]))
-    encoded = {t.name for _, section in plan.sections() for t in section if t.encode is not None}
     wanted = list(_wanted(plan, request["skip"]))
-    answer.leave((w for w in wanted if w.name in encoded), "it was quantized on the way")
-    wanted = [w for w in wanted if w.name not in encoded]
-    if job.average is not None:
-        return answer.leave(wanted, "torch has no reader for averages").to_json()
-    format_name = formats.find_model(src, job.model).format
-    if format_name not in ("fsdp", "deepspeed"):
-        return answer.leave(wanted, f"torch has no reader for {format_name}").to_json()
-    # Untrusted files: torch sees only what the strict reader has accepted.
-    with within(share_of(request["budget_bytes"], resident_bytes(str(os.getppid())))):
-        checkpoint = read_checkpoint(src, job.model)
-    if checkpoint.undecided or (len(checkpoint.files) > 1 and _all_plain(checkpoint.facts)):
-        return answer.leave(wanted, "plain tensors on several ranks say no placement").to_json()
-    if job.strip_prefix is not None:
-        return answer.leave(wanted, "--strip-prefix gave the tensors other names").to_json()
-    if has_adapter(checkpoint.tensors):
-        return answer.leave(wanted, "torch has no reader for LoRA adapters").to_json()
-    checkpoint = chosen_weights(checkpoint, job)
-    files: RankFiles | ZeroFiles
+    others = job.average.sources if job.average is not None else ()
     try:
-        if format_name == "deepspeed":
-            tag = tag_folder(checkpoint.root) or checkpoint.root
-            files = ZeroFiles(tag, masters=job.masters == "yes")
-        else:
-            files = RankFiles([checkpoint.root / f.path for f in checkpoint.files])
-        folder, _ = side_files(checkpoint.root, checkpoint.side_dir, job)
-        config, _ = overridden(read_config(folder) if folder else None, job.config)
-        chosen, _, prefix = one_model(checkpoint, config, job, [])
-        headers = files.headers(list(chosen.tensors))
-        conversion = _Conversion(config, headers, job, prefix)
+        inputs = [_opened(path, job, request) for path in (Path(request["src"]), *others)]
         room = _free_bytes(request["budget_bytes"])
         tile = min(_MAX_TILE_BYTES, room // 6)
         output = _Output(Path(request["folder"]))
         output.check_holds(w.file_name for w in wanted)
-        comparison = _Comparison(conversion, output, tile, room, answer)
-        for batch in _batches(wanted, conversion, room, len(checkpoint.files)):
+        if job.average is not None or job.dequantize or job.quantize is not None:
+            encoded = {t.name: t.encode for t in _planned(plan) if t.encode is not None}
+            computed = _Computed(inputs, job, output, tile, answer)
+            for group in _chunks(wanted, room, sum(i.count for i in inputs)):
+                computed.run(group, encoded)
+            return answer.to_json()
+        (only,) = inputs
+        comparison = _Comparison(only.conversion, output, tile, room, answer)
+        for batch in _batches(wanted, only.conversion, room, only.count):
             used = sorted({s for w in batch for s in w.sources})
-            comparison.run(batch, files.read(used))
+            comparison.run(batch, only.files.read(used))
     except UnreadableError as error:
         done = answer.same | answer.differing | answer.lost | answer.left
         answer.leave((w for w in wanted if w.name not in done), str(error))
@@ -140,18 +124,80 @@ def _check(request: dict[str, Any]) -> dict[str, Any]:
     return answer.to_json()
 
 
+@dataclass(frozen=True, slots=True)
+class _Input:
+    """A checkpoint as torch reads it, in ``count`` files, and what transformers makes of it."""
+
+    files: Files
+    conversion: _Conversion
+    count: int
+
+
+def _opened(src: Path, job: JobOptions, request: Mapping[str, Any]) -> _Input:
+    """Open a checkpoint; raises :class:`UnreadableError` for what torch cannot read."""
+    from streamconv import formats
+
+    format_name = formats.find_model(src, job.model).format
+    computed = job.average is not None or job.dequantize or job.quantize is not None
+    # A finished model is read by its own library's rules where there is something to compute.
+    known = ("fsdp", "deepspeed", "huggingface") if computed else ("fsdp", "deepspeed")
+    if format_name not in known:
+        raise UnreadableError(f"torch has no reader for {format_name}")
+    # Untrusted files: torch sees only what the strict reader has accepted.
+    with within(share_of(request["budget_bytes"], resident_bytes(str(os.getppid())))):
+        checkpoint = read_checkpoint(src, job.model)
+    paths = [checkpoint.root / f.path for f in checkpoint.files]
+    if checkpoint.undecided or (len(paths) > 1 and _all_plain(checkpoint.facts)):
+        raise UnreadableError("plain tensors on several ranks say no placement")
+    if job.strip_prefix is not None:
+        raise UnreadableError("--strip-prefix gave the tensors other names")
+    if has_adapter(checkpoint.tensors):
+        raise UnreadableError("torch has no reader for LoRA adapters")
+    checkpoint = chosen_weights(checkpoint, job)
+    files: Files
+    if format_name == "deepspeed":
+        tag = tag_folder(checkpoint.root) or checkpoint.root
+        files = ZeroFiles(tag, masters=job.masters == "yes")
+    elif format_name == "huggingface":
+        if any(path.suffix != ".safetensors" for path in paths):
+            raise UnreadableError("a finished model that is not safetensors")
+        files = SafetensorsFiles(paths)
+    else:
+        files = RankFiles(paths)
+    folder, _ = side_files(checkpoint.root, checkpoint.side_dir, job)
+    config, _ = overridden(read_config(folder) if folder else None, job.config)
+    if job.dequantize or job.quantize is not None:
+        files = FloatFiles(files, checkpoint.tensors, config)
+        decoded = decoding.decode(checkpoint, [config] if config else [], F32)
+        checkpoint = checkpoint if decoded is None else decoded.checkpoint
+    chosen, _, prefix = one_model(checkpoint, config, job, [])
+    headers = files.headers(list(chosen.tensors))
+    return _Input(files, _Conversion(config, headers, job, prefix), len(paths))
+
+
+def _chunks(wanted: Sequence[Wanted], room: int, files: int) -> Iterator[Sequence[Wanted]]:
+    """Cut the tensors into groups whose pieces fit into memory as mere objects."""
+    most = max(1, room // 4 // (_OBJECT_BYTES * files))
+    for at in range(0, len(wanted), most):
+        yield wanted[at : at + most]
+
+
+def _planned(plan: Plan) -> Iterator[PlannedTensor]:
+    for _, section in plan.sections():
+        yield from section
+
+
 def _all_plain(facts: Mapping[str, object]) -> bool:
     return facts.get("tensor_kinds") == ["plain"]
 
 
 def _wanted(plan: Plan, skip: Sequence[str]) -> Iterator[Wanted]:
     left_out = set(skip)
-    for _, section in plan.sections():
-        for t in section:
-            if t.name not in left_out:
-                dtype = _torch(t.dtype)
-                sources = frozenset(sys.intern(s.fqn) for s in t.sources)
-                yield Wanted(t.name, dtype, t.shape, sources, t.same_as or t.name)
+    for t in _planned(plan):
+        if t.name not in left_out:
+            dtype = _torch(t.dtype)
+            sources = frozenset(sys.intern(s.fqn) for s in t.sources)
+            yield Wanted(t.name, dtype, t.shape, sources, t.same_as or t.name)
 
 
 def _free_bytes(budget: int) -> int:
@@ -400,6 +446,98 @@ class _Comparison:
             self._answer.lost[wanted.name] = str(error)
             return
         self._answer.same[wanted.name] = way
+
+
+class _Computed:
+    """Compares output tensors with what torch computes: floats of codes, sums, codes of floats."""
+
+    def __init__(
+        self,
+        inputs: Sequence[_Input],
+        job: JobOptions,
+        output: _Output,
+        tile: int,
+        answer: _Answer,
+    ) -> None:
+        self._inputs = inputs
+        self._average = job.average
+        self._output = output
+        self._tile = tile
+        self._answer = answer
+
+    def run(self, group: Sequence[Wanted], encoded: Mapping[str, Encode]) -> None:
+        """Check some tensors."""
+        names = {w.name: self._weight(w.name, encoded.get(w.name)) for w in group}
+        sources = []
+        for i in self._inputs:
+            views = [r.view for n in names.values() if (r := i.conversion.recipes.get(n))]
+            sources.append(i.files.read(sorted({s for v in views for s in v.sources()})))
+        for wanted in group:
+            name = names[wanted.name]
+            if any(name not in i.conversion.recipes for i in self._inputs):
+                self._answer.leave([wanted], "made by more than transformers' conversion")
+                continue
+            views = [i.conversion.recipes[name].view for i in self._inputs]
+            floats = _Computing(views, sources, self._average, self._tile)
+            try:
+                self._check_one(wanted, floats, encoded.get(wanted.name))
+            except TooLargeError as error:
+                self._answer.leave([wanted], str(error))
+            except LostValuesError as error:
+                self._answer.lost[wanted.name] = str(error)
+
+    def _weight(self, name: str, encode: Encode | None) -> str:
+        """Return the weight whose codes or scales a tensor holds, or the tensor itself."""
+        if encode is None or encode.part == "codes":
+            return name
+        return name.removesuffix("_inv").removesuffix("_scale")
+
+    def _check_one(self, wanted: Wanted, floats: _Computing, encode: Encode | None) -> None:
+        tensor = self._output.tensors[wanted.file_name]
+        slices = self._encoded(floats, encode) if encode else self._plain(wanted, floats)
+        for at, expected in slices:
+            if self._output.differs(tensor, at, expected, cast=encode is None):
+                self._answer.differing[wanted.name] = f"from element {at} on"
+                return
+        self._answer.same[wanted.name] = "computed"
+
+    def _plain(self, wanted: Wanted, floats: _Computing) -> Iterator[tuple[int, torch.Tensor]]:
+        for at, lo, sizes in tiles(wanted.shape, max(1, self._tile // 8)):
+            made = floats.box(lo, sizes)
+            if made.dtype == torch.float64 and wanted.dtype.itemsize < 4:
+                made = cast_to(made, torch.float32)
+            yield at, cast_to(made, wanted.dtype)
+
+    def _encoded(self, floats: _Computing, encode: Encode) -> Iterator[tuple[int, torch.Tensor]]:
+        (rows, columns), high = encode.shape, encode.block[0]
+        _check_size(high * columns * 8, self._tile)
+        step = max(1, self._tile // (high * columns * 8)) * high
+        for top in range(0, rows, step):
+            band = floats.box((top, 0), (min(step, rows - top), columns))
+            codes, scales = quantized(cast_to(band, torch.float32), encode.rule, encode.block)
+            if encode.part == "codes":
+                yield top * columns, codes
+            else:
+                yield top // high * encode.grid[1], scales
+
+
+@dataclass(frozen=True, slots=True)
+class _Computing:
+    """A tensor of the output before it is rounded: of one checkpoint, or the sum of several."""
+
+    views: Sequence[View]
+    sources: Sequence[Mapping[str, Pieces]]
+    average: AverageOptions | None
+    tile: int
+
+    def box(self, lo: Shape, sizes: Shape) -> torch.Tensor:
+        found = [
+            evaluate(view, lo, sizes, pieces, self.tile)
+            for view, pieces in zip(self.views, self.sources, strict=True)
+        ]
+        if self.average is None or not found[0].is_floating_point():
+            return found[0]
+        return added(found, self.average.weights, self.average.divisor)
 
 
 def tiles(shape: Shape, most: int) -> Iterator[tuple[int, Shape, Shape]]:
