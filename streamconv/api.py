@@ -38,7 +38,7 @@ from streamconv.options import (
     job_options,
 )
 from streamconv.storage.address import Address, StrPath, place
-from streamconv.storage.objects import forget
+from streamconv.storage.buckets import forget
 from streamconv.units import format_size, parse_size
 
 _LOG = logging.getLogger("streamconv")
@@ -66,6 +66,7 @@ def convert(
     cancel: Cancel | None = None,
     report: StrPath | None = None,
     nodes: str | None = None,
+    scattered: bool = False,
     **job: Unpack[JobKeywords],
 ) -> Result:
     """Convert the checkpoint ``src`` into the HuggingFace folder ``dst``.
@@ -76,7 +77,8 @@ def convert(
     neither it nor torch is loaded. ``on_event`` hears how it goes, ``cancel`` ends it from another
     thread. ``report`` is an HTML file to write about it, ``job`` what decides the output: see
     :class:`JobKeywords`. ``nodes`` is a cluster that does it, ``"ray"`` or ``"ray://HOST"``, whose
-    machines share both paths; ``max_mem`` is each worker's then (None: 1 GB).
+    machines share both paths; ``max_mem`` is each worker's then (None: 1 GB). ``scattered``: they
+    have each a part of ``src`` on disks of their own.
     """
     from streamconv.conversion.job import convert as run_job
 
@@ -86,7 +88,9 @@ def convert(
         max_mem, overwrite, sync, direct, source_crc, checksum, io_threads, on_event, cancel, cache
     )
     if nodes is not None:
-        return _convert_on(nodes, src, dst, options, run, report)
+        return _convert_on(nodes, src, dst, options, run, report, scattered)
+    if scattered:
+        raise UsageError("--scattered is for a cluster: --nodes ray")
     with _reading(src, job, dst):
         page = None if report is None else _own_file(report, askedfile.PAGE, src, dst, options)
         return _reported(page, lambda how: run_job(src, dst, options, how), run)
@@ -102,7 +106,13 @@ def _reported(page: Path | None, work: Callable[[RunOptions], Result], run: RunO
 
 
 def _convert_on(
-    nodes: str, src: Path, dst: Path, job: JobOptions, run: RunOptions, report: Path | None
+    nodes: str,
+    src: Path,
+    dst: Path,
+    job: JobOptions,
+    run: RunOptions,
+    report: Path | None,
+    scattered: bool,
 ) -> Result:
     from streamconv.nodes import ray_engine
     from streamconv.nodes.tasks import DEFAULT_BUDGET_BYTES, Request
@@ -111,9 +121,8 @@ def _convert_on(
         raise UsageError("--report is for a conversion on one machine, without --nodes")
     budget = run.max_mem_bytes or DEFAULT_BUDGET_BYTES
     sent = replace(run, max_mem_bytes=budget, on_event=ignore_event, cancel=None)
-    return ray_engine.convert(
-        nodes, Request(src.absolute(), dst.absolute(), job, sent), run.on_event
-    )
+    request = Request(src.absolute(), dst.absolute(), job, sent)
+    return ray_engine.convert(nodes, request, run.on_event, scattered=scattered)
 
 
 def average(

@@ -27,7 +27,7 @@ from streamconv.errors import (
     UsageError,
 )
 from streamconv.options import RunOptions
-from streamconv.storage import lease, objects
+from streamconv.storage import buckets, lease, objects
 from streamconv.storage.address import Address, place
 from tests import stores
 from tests.stores import files
@@ -42,7 +42,7 @@ def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
     with serving(made) as address:
         for name, value in environment(address).items():
             monkeypatch.setenv(name, value)
-        monkeypatch.setattr(objects, "_buckets", {})
+        monkeypatch.setattr(buckets, "_buckets", {})
         monkeypatch.setattr(objects, "_PAUSES_SECONDS", (0.01,) * 4)
         yield made
 
@@ -280,7 +280,7 @@ def test_from_a_web_server(store, checkpoints, tmp_path):
 
 
 def test_a_server_that_is_not_there(monkeypatch):
-    monkeypatch.setattr(objects, "_buckets", {})
+    monkeypatch.setattr(buckets, "_buckets", {})
     for name, value in environment("http://127.0.0.1:9").items():
         monkeypatch.setenv(name, value)
     with pytest.raises(StreamconvError, match="does not answer"):

@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 import streamconv
-from scripts.outputs import contents
+from scripts.outputs import MANIFEST, contents
 from streamconv.errors import BadInputError, BudgetError, StreamconvError, UsageError
 from streamconv.nodes import ray_engine, tasks
 from streamconv.options import Event, Phase, Progress
@@ -73,6 +73,19 @@ def test_a_cluster_makes_what_one_machine_makes(cluster, checkpoints, whole, tmp
     again = convert(source(checkpoints), tmp_path / "out", max_mem=800 * 10**6)
     assert again.status == "nothing-to-do"
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_files_that_all_machines_have_are_replicas(cluster, checkpoints, whole, tmp_path):
+    """They are read from the machines' servers, whose token ends with the run."""
+    src = source(checkpoints)
+    result = convert(src, tmp_path / "out", max_mem=800 * 10**6, scattered=True)
+    assert (result.status, result.read_bytes > 0) == ("done", True)
+    files = {n: b for n, b in contents(tmp_path / "out").items() if n != MANIFEST}
+    assert files == {n: b for n, b in contents(whole).items() if n != MANIFEST}
+    with pytest.raises(UsageError, match="base model"):
+        convert(src, tmp_path / "out", max_mem=800 * 10**6, scattered=True, base=src)
+    with pytest.raises(BadInputError, match="no machine of the cluster"):
+        convert(tmp_path / "no", tmp_path / "out", max_mem=800 * 10**6, scattered=True)
 
 
 def test_bad_input_is_told_once_with_its_machine(cluster, checkpoints, tmp_path):

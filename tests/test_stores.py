@@ -32,7 +32,7 @@ from streamconv.errors import (
     UnfinishedError,
 )
 from streamconv.options import RunOptions
-from streamconv.storage import lease, objects
+from streamconv.storage import buckets, lease
 from streamconv.storage.address import Address, place
 from tests import stores
 from tests.stores import files, put_folder
@@ -74,7 +74,7 @@ def root(server: tuple[str, dict[str, str]], monkeypatch: pytest.MonkeyPatch) ->
     address, settings = server
     for name, value in settings.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(objects, "_buckets", {})
+    monkeypatch.setattr(buckets, "_buckets", {})
     made = place(f"{address}/try-{secrets.token_hex(6)}")
     assert isinstance(made, Address)
     yield made
@@ -92,7 +92,7 @@ def run(plan: Path, target: Path, **options: object):
 
 
 def written(target: Address) -> dict[str, bytes]:
-    objects.forget()
+    buckets.forget()
     return files(target)
 
 
@@ -283,6 +283,6 @@ def test_no_secret_is_shown(root, planned, server, tmp_path):
             text=True,
         )
         told += done.stdout + done.stderr
-    objects.forget()
+    buckets.forget()
     told += (root / "m" / "streamconv.json").read_text() + (tmp_path / "page.html").read_text()
     assert not [s for s in hidden if s in told]

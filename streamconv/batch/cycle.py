@@ -41,7 +41,7 @@ from streamconv.errors import BadInputError, StreamconvError, VerificationError
 from streamconv.executor import budget as budgets
 from streamconv.files import askedfile
 from streamconv.files.durable import no_space
-from streamconv.storage.objects import forget
+from streamconv.storage.buckets import forget
 from streamconv.system import memory
 from streamconv.system.signals import how_it_ended
 from streamconv.units import parse_duration

@@ -35,7 +35,8 @@ from streamconv.batch.tasks import UNCOMPARED, Task, take_over_finished
 from streamconv.conversion.job import identify
 from streamconv.errors import LockedError, NoSpaceError, StreamconvError
 from streamconv.storage.address import Address
-from streamconv.storage.objects import NoAnswerError, forget
+from streamconv.storage.buckets import forget
+from streamconv.storage.objects import NoAnswerError
 from streamconv.system.signals import how_it_ended
 
 _DONE_MEANWHILE = "another batch has done it"

@@ -13,7 +13,7 @@ from streamconv.errors import StreamconvError
 from streamconv.options import JobOptions
 from streamconv.output.manifest import is_ours
 from streamconv.storage.address import place
-from streamconv.storage.objects import forget
+from streamconv.storage.buckets import forget
 
 UNCOMPARED = "its source went away before it was compared with it"
 

@@ -216,6 +216,15 @@ def convert(
             rich_help_panel=SPEED,
         ),
     ] = None,
+    scattered: Annotated[
+        bool,
+        typer.Option(
+            "--scattered",
+            help="With --nodes: each machine has a part of SRC on its own disk, and serves it to the "
+            "others.",
+            rich_help_panel=SPEED,
+        ),
+    ] = False,
     no_cache: NoCache = False,
     report: Report = None,
     hf_upload_path: UploadPath = None,
@@ -238,6 +247,7 @@ def convert(
         "cache": not no_cache,
         "report": report,
         "nodes": nodes,
+        "scattered": scattered,
     }
     run_conversion(
         src, dst, options, json=json, quiet=quiet, upload_to=hf_upload_path, private=private

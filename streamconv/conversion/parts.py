@@ -35,7 +35,7 @@ from streamconv.output.manifest import read_manifest
 from streamconv.output.publication import OldFile
 from streamconv.output.staging import Staging, staging_path
 from streamconv.storage.address import Address
-from streamconv.storage.objects import forget
+from streamconv.storage.buckets import forget
 from streamconv.system import memory
 
 _SHARE = re.compile(r"(\d+)/(\d+)")

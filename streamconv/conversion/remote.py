@@ -41,8 +41,9 @@ from streamconv.output.publication import CONFIGS
 from streamconv.output.staging import PLAN, Staging, staging_path
 from streamconv.output.unfinished import goes_on
 from streamconv.storage.address import Address
+from streamconv.storage.buckets import forget
 from streamconv.storage.lease import Lease, held
-from streamconv.storage.objects import Found, forget
+from streamconv.storage.objects import READ_ONLY, Found
 
 _LOCK = "lock"
 _OLD = "old"
@@ -193,7 +194,7 @@ def put_file(target: Address, path: Path) -> None:
 @contextmanager
 def locked_target(target: Address) -> Iterator[Lease]:
     """Hold the lock of an output in a store."""
-    if target.scheme in ("http", "https"):
+    if target.scheme in READ_ONLY:
         raise UsageError(
             f"{target.scheme}:// can only be read",
             where=str(target),

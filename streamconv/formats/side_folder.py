@@ -12,7 +12,7 @@ from streamconv.errors import StreamconvError
 from streamconv.files.filesystems import real_path
 from streamconv.files.jsonfile import read_json
 
-_OWN = (
+SIDE_FOLDERS = (
     "huggingface",
     "hf_config_and_tokenizer",
     "hf_model",  # LLaMA-Factory
@@ -25,7 +25,7 @@ _MAX_CONFIG_NBYTES = 4 << 20
 def side_folder(*places: Path) -> Path | None:
     """Return the folder with config and tokenizer in the first of ``places`` that has one."""
     for place in places:
-        own = next((place / name for name in _OWN if (place / name).is_dir()), None)
+        own = next((place / name for name in SIDE_FOLDERS if (place / name).is_dir()), None)
         if own is not None:
             return own
         if _is_model_config(place / _CONFIG):

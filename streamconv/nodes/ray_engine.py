@@ -7,17 +7,21 @@ machines read the source and write the output at the same paths.
 
 from __future__ import annotations
 
+import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from streamconv.errors import BadInputError, BudgetError, StreamconvError, UsageError
 from streamconv.files.userkey import Sealer, user_key
-from streamconv.nodes import tasks
+from streamconv.nodes import serving, tasks
 from streamconv.options import Event, Phase, Progress, Result
+from streamconv.storage.address import Address, place
+from streamconv.storage.scattered import address as scattered_address
 from streamconv.units import format_size
 
 _ADDRESS = "ray://"
@@ -41,16 +45,26 @@ class _Board:
         return self._done.total()
 
 
-def convert(nodes: str, request: tasks.Request, on_event: Callable[[Event], None]) -> Result:
+def convert(
+    nodes: str,
+    request: tasks.Request,
+    on_event: Callable[[Event], None],
+    *,
+    scattered: bool = False,
+) -> Result:
     """Run a conversion on the cluster ``nodes``: ``ray``, or ``ray://HOST[:PORT]``.
 
-    Where this process is connected to a cluster already, that one is taken. Raises
-    :class:`UsageError` where there is none, :class:`BadInputError` where the machines differ in what
-    must be alike, :class:`BudgetError` where none has the memory, and what converting raises.
+    ``scattered``: the machines have each a part of the source on disks of their own. Where this
+    process is connected to a cluster already, that one is taken. Raises :class:`UsageError` where there
+    is none, :class:`BadInputError` where the machines differ in what must be alike,
+    :class:`BudgetError` where none has the memory, and what converting raises.
     """
-    with _connected(nodes) as ray:
+    with ExitStack() as stack:
+        ray = stack.enter_context(_connected(nodes))
         started = time.monotonic()
         request = _checked(ray, request)
+        if scattered:
+            request = stack.enter_context(_served(ray, request))
         on_event(Phase("plan"))
         begun = _answer(ray, tasks.begin, request, "beginning the conversion")
         if begun["status"] == "begun":
@@ -103,13 +117,77 @@ def _address(nodes: str) -> str:
     return nodes if ":" in host else f"{_ADDRESS}{host}:{_CLIENT_PORT}"
 
 
-def _checked(ray: Any, request: tasks.Request) -> tasks.Request:
-    """Hold the machines against this one; return the request with a key where they have not ours."""
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
+def _alive(ray: Any) -> list[dict[str, Any]]:
+    """Return the machines that can do anything, as Ray describes them."""
     alive = [n for n in ray.nodes() if n["Alive"] and n["Resources"].get("CPU")]
     if not alive:
         raise UsageError("the Ray cluster has no machine with a processor")
+    return alive
+
+
+def _there(node: Mapping[str, Any]) -> Any:
+    """Return what makes Ray run something on one machine, and on no other."""
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    return NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+
+
+class _Shelf:
+    """An actor on each machine: its shelf, whose errors come back as data."""
+
+    def __init__(self) -> None:
+        self._shelf = serving.Shelf()
+
+    def ask(self, method: str, arguments: tuple[Any, ...]) -> dict[str, Any]:
+        """Call a method of the shelf."""
+        return tasks.answer(lambda: {"told": getattr(self._shelf, method)(*arguments)})
+
+
+@contextmanager
+def _served(ray: Any, request: tasks.Request) -> Iterator[tasks.Request]:
+    """Let each machine serve what it has of the source; yield the request that reads it there."""
+    if isinstance(request.src, Address):
+        raise UsageError(
+            "--scattered is for a folder on the machines' own disks", found=str(request.src)
+        )
+    if request.job.lora.base is not None:
+        raise UsageError(
+            "a scattered adapter cannot be merged into a base model on a disk",
+            found=str(request.job.lora.base),
+            hint="copy the adapter's checkpoint into one folder; it is small",
+        )
+    path = os.path.normpath(request.src)
+    nodes = {_name(node): node for node in _alive(ray)}
+    shelf = ray.remote(_Shelf)
+    actors = {
+        name: shelf.options(num_cpus=0, scheduling_strategy=_there(node)).remote()
+        for name, node in nodes.items()
+    }
+
+    def ask(method: str, arguments: Mapping[str, tuple[Any, ...]]) -> dict[str, Any]:
+        asked = {name: actors[name].ask.remote(method, args) for name, args in arguments.items()}
+        return {
+            name: _raise_error(_get(ray, told, f"asking {name} for its files"))["told"]
+            for name, told in asked.items()
+        }
+
+    try:
+        addresses = {name: node["NodeManagerAddress"] for name, node in nodes.items()}
+        servers = serving.serve(path, addresses, ask)
+        yield replace(request, src=place(scattered_address(path)), servers=servers)
+    finally:
+        for actor in actors.values():
+            ray.kill(actor)
+
+
+def _name(node: Mapping[str, Any]) -> str:
+    """Return how a machine is called; of one with several nodes each has another address, or number."""
+    return f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']}, {node['NodeID'][:6]})"
+
+
+def _checked(ray: Any, request: tasks.Request) -> tasks.Request:
+    """Hold the machines against this one; return the request with a key where they have not ours."""
+    alive = _alive(ray)
     room = max(n["Resources"].get("memory", 0) for n in alive)
     if room < request.budget_bytes:
         raise BudgetError(
@@ -120,10 +198,7 @@ def _checked(ray: Any, request: tasks.Request) -> tasks.Request:
         )
     describe = ray.remote(tasks.describe)
     asked = [
-        describe.options(
-            num_cpus=0, scheduling_strategy=NodeAffinitySchedulingStrategy(n["NodeID"], soft=False)
-        ).remote()
-        for n in alive
+        describe.options(num_cpus=0, scheduling_strategy=_there(node)).remote() for node in alive
     ]
     here, keys = tasks.describe(), set()
     for node, reference in zip(alive, asked, strict=True):

@@ -12,8 +12,9 @@ import platform
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from streamconv.errors import StreamconvError
 from streamconv.files.userkey import Sealer, user_key
 from streamconv.ir.identity import SCHEMA
 from streamconv.options import Event, JobOptions, Progress, RunOptions
+from streamconv.storage.scattered import SERVERS
 from streamconv.system.signals import how_it_ended
 
 # An idle worker of Ray has 80 to 90 MB, and 105 while it converts.
@@ -38,14 +40,16 @@ class Request:
     """A conversion that an engine runs: what, how, and by which key what is staged is sealed.
 
     ``run`` is each worker's; it must be such as can be sent, with nobody who listens. ``key`` is for
-    machines that do not have the user's own, in hexadecimal.
+    machines that do not have the user's own, in hexadecimal, ``servers`` says who serves a checkpoint
+    that is scattered over them: both are secrets.
     """
 
     src: Path
     dst: Path
     job: JobOptions
     run: RunOptions
-    key: str | None = None
+    key: str | None = field(default=None, repr=False)
+    servers: str | None = field(default=None, repr=False)
 
     @property
     def budget_bytes(self) -> int:
@@ -89,9 +93,12 @@ def finish(request: Request) -> dict[str, Any]:
 
 
 def _answer(request: Request, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    with _environment({"STREAMCONV_KEY": request.key, SERVERS: request.servers}):
+        return answer(work)
+
+
+def answer(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """Return errors as data: an engine that sees an exception might try the same again."""
-    if request.key is not None:
-        os.environ["STREAMCONV_KEY"] = request.key  # for child processes, too
     try:
         return work()
     except StreamconvError as error:
@@ -99,6 +106,25 @@ def _answer(request: Request, work: Callable[[], dict[str, Any]]) -> dict[str, A
     except (OSError, MemoryError) as error:
         told = StreamconvError.of_system(error).to_json()
         return {"error": told, "host": socket.gethostname()}
+
+
+@contextmanager
+def _environment(values: Mapping[str, str | None]) -> Iterator[None]:
+    """Set variables, for child processes, too; an engine's process does other work afterwards."""
+    before = {name: os.environ.get(name) for name in values}
+    _set({name: value for name, value in values.items() if value is not None})
+    try:
+        yield
+    finally:
+        _set(before)
+
+
+def _set(values: Mapping[str, str | None]) -> None:
+    for name, value in values.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
 
 
 def _begin(request: Request) -> dict[str, Any]:

@@ -48,7 +48,7 @@ _MODEL = re.compile(
     re.ASCII,
 )
 # What save_pretrained of models, tokenizers and processors writes, custom code included.
-_NAMES = (
+SIDE_NAMES = (
     "config.json",
     "generation_config.json",
     "hf_quant_config.json",
@@ -217,7 +217,7 @@ def _refuse_folder(path: Path, name: PurePath) -> None:
 
     What has no more than their extension is a folder like any other.
     """
-    named = [n for n in _NAMES if not n.startswith("*.")]
+    named = [n for n in SIDE_NAMES if not n.startswith("*.")]
     if name.suffix and any(fnmatch.fnmatchcase(name.as_posix(), known) for known in named):
         raise BadInputError(
             "a folder lies in the place of a model's file",
@@ -235,7 +235,7 @@ def candidates(folder: Path, root: Path) -> list[Path]:
     """Return what may be a side file, in order: among a trainer's files, what has a known name."""
     if not holds_weights(folder, root):
         return sorted(folder.rglob("*"))
-    known = {p for name in _NAMES for p in folder.glob(name)}
+    known = {p for name in SIDE_NAMES for p in folder.glob(name)}
     return sorted(known | code_of(folder, known).files)
 
 

@@ -17,7 +17,7 @@ from pathlib import Path, PosixPath
 from typing import IO, Any
 
 from streamconv.errors import UsageError
-from streamconv.storage import objects
+from streamconv.storage import buckets, objects
 
 StrPath = str | os.PathLike[str]
 # An address begins with a scheme; of its slashes a Path keeps one. ./s3:/x is a path in any case.
@@ -46,13 +46,13 @@ class Address(PosixPath):
 
     @property
     def scheme(self) -> str:
-        """Return the kind of store: s3, gs, az, http or https."""
+        """Return the kind of store: s3, gs, az, http, https or nodes."""
         return self.parts[0].removesuffix(":")
 
     @property
     def bucket(self) -> objects.Bucket:
         """Return the bucket (for http: the server) that it lies in."""
-        return objects.bucket(self.scheme, self.parts[1])
+        return buckets.bucket(self.scheme, self.parts[1])
 
     @property
     def key(self) -> str:
@@ -221,7 +221,7 @@ def place(path: StrPath) -> Path:
     scheme, rest = match["scheme"].lower(), text[match.end() :].lstrip("/")
     shown = f"{scheme}://{objects.without_secrets(rest)}"
     if scheme not in objects.SCHEMES:
-        known = ", ".join(f"{s}://" for s in objects.SCHEMES)
+        known = ", ".join(f"{s}://" for s in objects.SCHEMES if s != objects.NODES)
         raise UsageError(
             f"{scheme}:// is not supported",
             where=shown,

@@ -34,7 +34,9 @@ from streamconv.errors import (
     UsageError,
 )
 
-SCHEMES = ("s3", "gs", "az", "http", "https")
+NODES = "nodes"
+SCHEMES = ("s3", "gs", "az", "http", "https", NODES)
+READ_ONLY = ("http", "https", NODES)
 CREDENTIALS = {
     "s3": "they come from AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, ~/.aws, or the machine's role",
     "gs": "they come from GOOGLE_APPLICATION_CREDENTIALS, gcloud's login, or the machine's role",
@@ -42,6 +44,7 @@ CREDENTIALS = {
     "machine's identity",
     "http": "only servers that ask for none can be read",
     "https": "only servers that ask for none can be read",
+    NODES: "they are those of one run, and end with it",
 }
 # Metadata is read in blocks: the directory of a zip is at its end, its pickle at the beginning.
 _BLOCK_BYTES = 256 << 10
@@ -96,11 +99,14 @@ def _obstore(scheme: str) -> Any:
     return obstore
 
 
-def _new_store(scheme: str, name: str) -> Any:
+def new_store(scheme: str, name: str, headers: Mapping[str, str] | None = None) -> Any:
+    """Return obstore's client of a bucket or a server, which sends ``headers`` with each request."""
     # Threads for as many requests as the processors can serve are more than enough.
     os.environ.setdefault("TOKIO_WORKER_THREADS", "2")
     ob = _obstore(scheme)
     client: dict[str, Any] = {"timeout": "180s", "connect_timeout": "10s"}
+    if headers:
+        client["default_headers"] = dict(headers)
     retry = {
         "max_retries": 5,
         "backoff": {
@@ -249,7 +255,7 @@ class Bucket:
     def __init__(self, scheme: str, name: str) -> None:
         self.scheme = scheme
         self.name = f"{scheme}://{name}"
-        self._store = _new_store(scheme, name)
+        self._store = self._new_store()
         self._ob = _obstore(scheme)
         self._listed: dict[str, dict[str, Found | None]] = {}
         self._versions: dict[str, Found] = {}
@@ -260,6 +266,13 @@ class Bucket:
         self._lock = threading.RLock()
         self._answered = False
         self.requests = 0
+
+    def _new_store(self) -> Any:
+        return new_store(self.scheme, self.name.partition("://")[2])
+
+    def _place(self, key: str) -> tuple[Any, str]:
+        """Return who is asked for an object, and by which name."""
+        return self._store, key
 
     def forget(self) -> None:
         """Ask the store again for what comes."""
@@ -336,7 +349,7 @@ class Bucket:
 
     def look(self, key: str) -> Found:
         """Return what lies at ``key`` now; raises ``FileNotFoundError``."""
-        meta = self.ask(key, lambda: self._ob.head(self._store, key))
+        meta = self.ask(key, lambda: self._ob.head(*self._place(key)))
         found = Found.of(meta)
         self._remember(key, meta)
         with self._lock:
@@ -427,7 +440,7 @@ class Bucket:
         has_etag = not version.startswith("modified-")
         if has_etag:
             options["if_match"] = version
-        answer = self._ob.get(self._store, key, options=options)
+        answer = self._ob.get(*self._place(key), options=options)
         found = Found.of(answer.meta)
         # Also where a server takes no notice of the condition.
         if found.version != version:
@@ -584,22 +597,3 @@ def _scatter(buffers: tuple[memoryview, ...], at: int, piece: memoryview) -> Non
         at = 0
         if not len(piece):
             return
-
-
-_buckets: dict[tuple[str, str], Bucket] = {}
-_buckets_lock = threading.Lock()
-
-
-def bucket(scheme: str, name: str) -> Bucket:
-    """Return the bucket of that name, opened once a process."""
-    with _buckets_lock:
-        if (scheme, name) not in _buckets:
-            _buckets[scheme, name] = Bucket(scheme, name)
-        return _buckets[scheme, name]
-
-
-def forget() -> None:
-    """Forget what was learnt of all buckets: a new command looks anew."""
-    with _buckets_lock:
-        for one in _buckets.values():
-            one.forget()
