@@ -8,10 +8,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 import streamconv
+from streamconv.batch import worker
 from streamconv.errors import StreamconvError, UsageError
+from streamconv.options import JobOptions, LoraOptions
 from streamconv.verification import adapter_child, folder, forward, forward_child
 from streamconv.verification.forward import verify_forward
 from tests.test_lora import convert, trained
@@ -61,6 +64,31 @@ def test_an_adapters_names_are_checked_where_the_model_is_at_hand(made):
     for report in (streamconv.verify(adapter, base=base), streamconv.verify(both)):
         assert report.problems == []
         assert any("modules against Qwen2ForCausalLM" in c for c in report.checked)
+
+
+def test_a_batch_checks_an_adapter_against_its_base(made, tmp_path, monkeypatch):
+    base, adapter, *_ = made
+    reports, verify = [], streamconv.api.verify
+    monkeypatch.setattr(
+        streamconv.api, "verify", lambda *a, **k: reports.append(verify(*a, **k)) or reports[0]
+    )
+    alone = tmp_path / "alone"
+    shutil.copytree(adapter.parent / "src", alone)
+    (rank_file,) = alone.glob("*.pt")
+    torch.save({n: t for n, t in torch.load(rank_file).items() if "lora_" in n}, rank_file)
+    job = JobOptions(lora=LoraOptions(mode="adapter", base=base))
+    done = worker._convert(
+        {
+            "source": str(alone),
+            "output": str(tmp_path / "out"),
+            "job": job.to_json(),
+            "run": {"sync": False},
+            "verify": True,
+            "report": None,
+        }
+    )
+    assert done["verified"]
+    assert any("modules against Qwen2ForCausalLM" in c for c in reports[0].checked)
 
 
 @pytest.mark.parametrize("key", ["num_hidden_layers", "intermediate_size"])

@@ -105,7 +105,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "qwen3_vl_moe": {"text_config": {"moe_intermediate_size": 40}},
     "reformer": {"is_decoder": True, "axial_pos_embds_dim": [16, 48], "axial_pos_shape": [8, 16]},
     # As wide as version 4 makes them in any case.
-    "zamba2": {"attention_hidden_size": 128, "attention_head_dim": 32},
+    "zamba2": {"attention_hidden_size": 128, "attention_head_dim": 32, "hybrid_layer_ids": [1]},
     "zamba": {"num_hidden_layers": 4, "layers_block_type": ["mamba", "hybrid"] * 2},
 }
 """What is set in a type's config after it has been made small; nested as the config is."""

@@ -81,7 +81,11 @@ def _convert(request: dict[str, Any]) -> dict[str, Any]:
     if request["verify"]:
         _say({"event": "phase", "text": "verify"})
         report = api.verify(
-            output, source=source, hf_config=job.hf_config, max_mem=run.max_mem_bytes
+            output,
+            source=source,
+            hf_config=job.hf_config,
+            base=job.lora.base,  # an adapter's names are checked there
+            max_mem=run.max_mem_bytes,
         )
         if not report.passed:
             raise VerificationError(
