@@ -15,6 +15,7 @@ from streamconv.errors import BadInputError
 from streamconv.ir.dtypes import BF16
 from streamconv.planning.sidefiles import corrected_config
 from streamconv.tracing.hf import build_meta
+from streamconv.tracing.hf_build import resolve
 from tests.hf_models import HEAD, LINEAR, TINY, dense, meta_of, sparse
 
 ROOT = Path(__file__).parent.parent
@@ -62,6 +63,14 @@ def test_quantization_and_attention_do_not_take_part() -> None:
         )
     )
     assert meta.state_shapes == meta_of(dense()).state_shapes
+
+
+@pytest.mark.parametrize(
+    "name", ["Emu3ForCausalLM", "Emu3ForConditionalGeneration", "LlamaForCausalLM"]
+)
+def test_a_text_model_that_was_saved_alone_is_known_by_its_package(name: str) -> None:
+    found = resolve({"model_type": "emu3_text_model", "architectures": [name]}, ())
+    assert found == ((name, (name,)) if name.startswith("Emu3") else ("", ()))
 
 
 def test_a_text_only_class_of_a_multimodal_type_takes_the_text_config() -> None:

@@ -65,6 +65,10 @@ def added(config: dict[str, Any]) -> dict[str, Any]:
         ({"rope_parameters": {"rope_type": "axial", "rope_theta": 9.0}}, {"rope_theta": 9.0}),
         ({"rope_parameters": YARN, "rope_theta": 1.0, "rope_scaling": {"type": "linear"}}, {}),
         ({"rope_parameters": "yarn"}, {}),
+        (
+            {"model_type": "qwen3_vl_text", "rope_parameters": DEFAULT},
+            {"rope_theta": 300.0, "rope_scaling": {"rope_type": "default"}},
+        ),
         ({"rope_parameters": None, "text_config": None}, {}),
     ],
 )
@@ -73,9 +77,15 @@ def test_settings_under_their_old_names(config: dict[str, Any], expected: Any) -
 
 
 def test_parts_of_a_config_are_told_by_their_path() -> None:
-    config = {"text_config": {"rope_parameters": DEFAULT}, "rope_parameters": DEFAULT}
+    part = {"model_type": "t5_gemma_module", "rope_parameters": DEFAULT}
+    config = {
+        "text_config": {"rope_parameters": DEFAULT}, "encoder": part, "rope_parameters": DEFAULT
+    }  # fmt: skip
     notices = version_4.say_again(config, lambda one, other: "rope_theta" not in other)
-    assert notices == ["config.json: text_config.rope_theta added for transformers 4"]
+    assert notices == [
+        f"config.json: {part}.rope_theta added for transformers 4"
+        for part in ("text_config", "encoder")
+    ]
     assert "rope_theta" not in config
 
 

@@ -135,7 +135,7 @@ def _changes(
             key == "num_hidden_layers" and "encoder_layers" in part
         ):
             continue
-        if isinstance(value, dict) and key.endswith("config"):
+        if isinstance(value, dict) and (key.endswith("config") or "model_type" in value):
             yield from _changes(value, other_names, here)
         elif key == "rope_scaling":
             for scaling in SCALINGS:

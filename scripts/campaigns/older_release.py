@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import random
 import shutil
 import subprocess
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
+import transformers
 from safetensors.torch import save_file
 
 from scripts import releases
@@ -41,6 +43,8 @@ def campaign(work: Path, count: int, seed: int) -> Figures:
         figures.breach(f"pip cannot install transformers 4: {why_not}")
         return figures
     torch.set_num_threads(1)
+    transformers.utils.logging.set_verbosity(logging.CRITICAL)
+    transformers.utils.logging.disable_progress_bar()
     environment = releases.environment(packages)
     environment["PYTHONPATH"] += f":{REPOSITORY}"
     with subprocess.Popen(

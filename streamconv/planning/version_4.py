@@ -17,6 +17,8 @@ TOKENIZER_CONFIG = "tokenizer_config.json"
 
 # The ways of scaling that version 4 knows.
 _SCALINGS = frozenset({"linear", "dynamic", "yarn", "longrope", "llama3"})
+# Types that do not start without any, and what they make of one that says nothing is the default.
+_NEED_A_SCALING = ("mllama", "qwen3_vl", "qwen3_omni")
 # Settings of the rotary embedding that stand beside rope_scaling and not in it.
 _BESIDE = ("rope_theta", "partial_rotary_factor")
 # What version 5 calls layers of every model; these know their own names alone in version 4.
@@ -81,7 +83,8 @@ def say_ties(config: Config, tied: bool) -> list[str]:
 def _parts(where: str, part: Config) -> Iterator[tuple[str, Config]]:
     yield where, part
     for key, value in part.items():
-        if isinstance(value, dict) and key.endswith("config"):
+        # The encoder and decoder of t5gemma are configs, too.
+        if isinstance(value, dict) and (key.endswith("config") or "model_type" in value):
             yield from _parts(f"{where}{key}.", value)
 
 
@@ -145,7 +148,8 @@ def _flat(rope: Config, model_type: str) -> Config:
     kind = rope.get("rope_type", rope.get("type", "default"))
     names = next((n for start, n in _NAMES.items() if model_type.startswith(start)), {})
     found = {names.get(k, k): rope[k] for k in _BESIDE if rope.get(k) is not None}
-    if kind in _SCALINGS or (kind == "default" and "mrope_section" in rope):
+    needed = "mrope_section" in rope or model_type.startswith(_NEED_A_SCALING)
+    if kind in _SCALINGS or (kind == "default" and needed):
         scaling = {k: v for k, v in rope.items() if k not in _BESIDE}
         if model_type.startswith("phi3") and kind == "longrope":
             # These three and no other, and the first by its old name.

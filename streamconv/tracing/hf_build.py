@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib
 import re
 import warnings
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -123,12 +123,25 @@ def resolve(
     given = architectures[0] if isinstance(architectures, list) and architectures else None
     if not isinstance(given, str):
         given = next(iter(known), "")
+    if not known and given in _of_package(model_type, tables.values()):
+        known[given] = None  # a text model alone, listed as that of the whole
     if given not in known and config.get("auto_map"):
         return None
     head = _score_head(names)
     if head and not given.endswith("Classification"):
         given = tables[f"MODEL_FOR_{head}_CLASSIFICATION_MAPPING_NAMES"].get(model_type, given)
     return (given if given in known else ""), tuple(known)
+
+
+def _of_package(model_type: str, tables: Iterable[Mapping[str, Any]]) -> Iterator[str]:
+    """Yield the classes of all types that are in the same package as ``model_type``."""
+    from transformers.models.auto.configuration_auto import model_type_to_module_name
+
+    package = model_type_to_module_name(model_type)
+    for table in tables:
+        for other, names in table.items():
+            if model_type_to_module_name(other) == package:
+                yield from (names,) if isinstance(names, str) else names
 
 
 def _reaches_out(value: object) -> bool:
