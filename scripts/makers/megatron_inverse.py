@@ -131,6 +131,7 @@ def mlp(w: Walk, mg: str, hf: str, norm: str = "post_attention_layernorm") -> No
 
 EXPERT_BIASES = (
     "mlp.expert_bias",
+    "mlp.e_score_correction_bias",
     "mlp.gate.e_score_correction_bias",
     "block_sparse_moe.e_score_correction_bias",
     "mlp.moe_statics.e_score_correction_bias",
@@ -514,8 +515,8 @@ def mimo(w: Walk) -> None:
     w.made[key] = torch.cat([embedding, hidden], 1)
 
 
-def qwen_hybrid(w: Walk, mg: str = "", hf: str = "model.") -> None:
-    language_model(w, hybrid_attention, moe, mg, hf)
+def qwen_hybrid(w: Walk, mg: str = "", hf: str = "model.", attend: Part = hybrid_attention) -> None:
+    language_model(w, attend, moe, mg, hf)
     if w.has("mtp.fc.weight"):
         names = {
             "enorm": "mtp.pre_fc_norm_embedding",
@@ -523,7 +524,7 @@ def qwen_hybrid(w: Walk, mg: str = "", hf: str = "model.") -> None:
             "eh_proj": "mtp.fc",
             "final_layernorm": "mtp.norm",
         }
-        prediction(w, hybrid_attention, moe, names, mg, "mtp.layers.0.")
+        prediction(w, attend, moe, names, mg, "mtp.layers.0.")
 
 
 # Mamba
@@ -701,6 +702,9 @@ BY_TYPE: dict[str, Callable[..., None]] = {
     "glm_moe_dsa": deepseek,
     "glm4_moe_lite": deepseek,
     "hy_v3": glm4_moe,
+    "exaone_moe": lambda w: qwen_hybrid(w, attend=attention),
+    "sarvam_mla": deepseek,
+    "sarvam_moe": bailing,
     "kimi_k2": deepseek,
     "glm4": lambda w: language_model(w, feed=mlp_of_glm4),
     "glm4_moe": glm4_moe,

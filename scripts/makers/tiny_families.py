@@ -536,6 +536,18 @@ def prediction_of_mimo_v2(state: State, config: dict[str, Any]) -> None:
         add(state, inner, tuple(state[name].shape))
 
 
+def prediction_of_exaone(state: State, config: dict[str, Any]) -> None:
+    """Add K-EXAONE's prediction layer: beside the model, with a dense MLP."""
+    for name in [n for n in state if n.startswith("model.layers.0.")]:
+        inner = name.replace("model.layers.0.", "mtp.layers.0.")
+        add(state, inner, tuple(state[name].shape))
+    hidden = config["hidden_size"]
+    for name in ("pre_fc_norm_embedding", "pre_fc_norm_hidden", "norm"):
+        add(state, f"mtp.{name}.weight", (hidden,))
+    add(state, "mtp.fc.weight", (hidden, 2 * hidden))
+    config["num_nextn_predict_layers"] = 1
+
+
 def kimi(state: State, config: dict[str, Any]) -> None:
     config["model_type"] = "kimi_k2"
     config["architectures"] = ["DeepseekV3ForCausalLM"]
@@ -901,6 +913,19 @@ FAMILIES: dict[str, Tiny] = {
         TINY | MOE | HEAD | {"num_hidden_layers": 4},
         prediction_of_hy_v3,
         MTP_LAST,
+    ),
+    "sarvam_mla": Tiny(
+        "DeepseekV3ForCausalLM",
+        "SarvamMLAConfig",
+        TINY | ROUTED | LATENT | {"q_lora_rank": None},
+    ),
+    "sarvam_moe": Tiny("Glm4MoeForCausalLM", "SarvamMoEConfig", TINY | ROUTED | HEAD),
+    "exaone_moe": Tiny(
+        "ExaoneMoeForCausalLM",
+        "ExaoneMoeConfig",
+        TINY | MOE | HEAD | {"first_k_dense_replace": 1, "sliding_window": 4},
+        prediction_of_exaone,
+        (r"mtp\.",),
     ),
     "seed_oss": Tiny("SeedOssForCausalLM", "SeedOssConfig", TINY | HEAD),
     "smollm3": Tiny(

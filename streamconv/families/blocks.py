@@ -198,6 +198,20 @@ def plain_mtp(layer_rules: Iterable[Rule], target: str, behind: str) -> tuple[Ru
     )
 
 
+def mtp_beside(layer_rules: Iterable[Rule]) -> tuple[Rule, ...]:
+    """The same of one layer that is beside the model and not in it, under the names of Qwen3-Next."""
+    names = {
+        "enorm": "pre_fc_norm_embedding",
+        "hnorm": "pre_fc_norm_hidden",
+        "eh_proj": "fc",
+        "final_layernorm": "norm",
+    }
+    return (
+        *moved("mtp.layers.{mtp}.", "mtp.", names, ops.copy),
+        *mtp_layer(layer_rules, "mtp.layers.{mtp}."),
+    )
+
+
 def with_vocab(dims: Dims, norm: Tensor, shared: Tensor) -> tuple[Tensor, ...]:
     """A norm, and a repeated embedding or output layer without padding."""
     return norm, ops.vocab(dims, shared)

@@ -129,6 +129,7 @@ FAMILIES = (
             "kimi_k2",
             "glm4_moe_lite",
             "glm_moe_dsa",
+            "sarvam_mla",
         ),
         rules=(*TOP, *_LAYER, *mtp(_LAYER)),
         extras=("model.layers.{mtp_layer}.{rest}",),

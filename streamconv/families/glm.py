@@ -1,4 +1,5 @@
-"""GLM-4 (dense), GLM-4.5 and 4.6 (experts), and others with their layers: dots.llm1, Hunyuan 3, Ling.
+"""GLM-4 (dense), GLM-4.5 and 4.6 (experts), and others with their layers: dots.llm1, Hunyuan 3, Ling,
+K-EXAONE, Sarvam.
 
 DeepSeek's first model with experts has them, too: nothing in common with what followed it.
 """
@@ -19,6 +20,7 @@ from streamconv.families.blocks import (
     D,
     L,
     mtp,
+    mtp_beside,
     plain_mtp,
 )
 from streamconv.families.rules import Family, borrowing, moved, renamed, rule, without_class
@@ -49,7 +51,9 @@ _HY_V3 = renamed(
     },
 )
 
-# Ling and Ring 2: queries, keys and values in one tensor, one after the other.
+_EXAONE_MOE = renamed(GLM4_MOE, targets={"mlp.gate.e_score": "mlp.e_score"})
+
+# Ling and Ring 2, and Sarvam: queries, keys and values in one tensor, one after the other.
 _BAILING_NAMES = {
     ".self_attn.": ".attention.",
     "attention.o_proj": "attention.dense",
@@ -104,8 +108,14 @@ FAMILIES = (
         extras=("model.layers.{mtp_layer}.{rest}",),
     ),
     Family(
+        name="exaone_moe",
+        model_types=("exaone_moe",),
+        rules=(*TOP, *_EXAONE_MOE, *mtp_beside(_EXAONE_MOE)),
+        extras=("mtp.{rest}",),
+    ),
+    Family(
         name="bailing_moe",
-        model_types=("bailing_moe", "bailing_moe_v2"),
+        model_types=("bailing_moe", "bailing_moe_v2", "sarvam_moe"),
         rules=(
             *_EMBEDDED,
             *_BAILING,

@@ -30,7 +30,7 @@ from streamconv.families.blocks import (
     TOP,
     D,
     L,
-    mtp_layer,
+    mtp_beside,
 )
 from streamconv.families.ops import Tensor
 from streamconv.families.qwen3_vl import TOWER
@@ -233,21 +233,7 @@ _LAYER = (
     *EXPERTS,
     *GATED_SHARED_EXPERT,
 )
-# One layer for multi-token prediction, beside the model and not in it.
-_MTP = (
-    *moved(
-        "mtp.layers.{mtp}.",
-        "mtp.",
-        {
-            "enorm": "pre_fc_norm_embedding",
-            "hnorm": "pre_fc_norm_hidden",
-            "eh_proj": "fc",
-            "final_layernorm": "norm",
-        },
-        ops.copy,
-    ),
-    *mtp_layer(_LAYER, "mtp.layers.{mtp}."),
-)
+_MTP = mtp_beside(_LAYER)
 # slime joins hidden state and embedding in the other order, in this family alone.
 _MTP_OF_NEXT = (
     rule("mtp.layers.{mtp}.eh_proj.weight", "mtp.fc.weight", prediction_input),
