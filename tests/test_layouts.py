@@ -576,3 +576,22 @@ def test_a_snapshot_in_the_hubs_cache_is_a_source(
     (snapshot / "vocab.json").symlink_to("/etc/hostname")
     with pytest.raises(UnsafeInputError, match="leads out of the checkpoint"):
         streamconv.plan(snapshot)
+
+
+@pytest.mark.parametrize("name", ["base-model", "truth"])
+def test_a_model_beside_the_steps_of_a_run_is_not_what_it_trained(
+    name: str, truth: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    actor = run / "global_step_10" / "actor"
+    actor.mkdir(parents=True)
+    (actor / "model_world_size_1_rank_0.pt").touch()
+    shutil.copytree(truth, run / name)
+    assert formats.find_model(run).root == actor
+    assert formats.find_model(run, "actor").root == actor
+    assert formats.model_names(run) == ("actor",)
+    assert formats.find_model(run, name).root == run / name
+    shutil.copytree(run / "global_step_10", run / "global_step_20")
+    with pytest.raises(UsageError, match="a run with 2 training steps"):
+        formats.find_model(run)
+    assert formats.model_names(run) == ()

@@ -108,6 +108,8 @@ def find_model(path: Path, model: str | None = None) -> Location:
     trained = any(not loc.kind.FINISHED for loc in found.values())
     if here and not trained and here.kind.SEVERAL:
         return here  # is it one of several in one checkpoint? Its names tell (planning.strays)
+    if not trained and _steps(path):
+        found = {}  # a base model or an export beside the steps of a run is not what was trained
     if model is not None and (found or not _steps(path)):
         raise UsageError(
             f"there is no model {model!r} in this checkpoint",
@@ -154,8 +156,10 @@ def model_names(path: Path) -> tuple[str, ...]:
     if not path.is_dir() or detect(path):
         return ()
     steps = _steps(path)
-    single = len(steps) == 1 and steps[0].is_dir()
-    return tuple(_in_folders(path) or (_in_folders(steps[0]) if single else ()))
+    found = _in_folders(path)
+    if steps and all(loc.kind.FINISHED for loc in found.values()):
+        found = _in_folders(steps[0]) if len(steps) == 1 and steps[0].is_dir() else {}
+    return tuple(found)
 
 
 def _in_folders(path: Path) -> dict[str, Location]:
