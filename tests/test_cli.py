@@ -418,6 +418,27 @@ def test_quiet_plans_and_verifies_tell_what_is_wrong_alone(checkpoints, tmp_path
     assert "config.json" in failed.output
 
 
+@pytest.mark.usefixtures("planned_here")
+def test_the_command_that_executes_a_plan_can_be_pasted(checkpoints, tmp_path):
+    plan = tmp_path / "my plan"
+    told = typer.testing.CliRunner().invoke(
+        app, ["plan", str(checkpoints["fsdp2"].source), "-o", str(plan)]
+    )
+    assert f"`streamconv run '{plan}' DST`" in told.output
+
+
+@pytest.mark.usefixtures("planned_here")
+def test_a_config_folder_without_a_config_does_not_hide_the_checkpoints_own(checkpoints, tmp_path):
+    (tmp_path / "wrong").mkdir()
+    source = str(checkpoints["fsdp2"].source)
+    told = typer.testing.CliRunner().invoke(
+        app, ["plan", source, "--hf-config", str(tmp_path / "wrong")]
+    )
+    assert isinstance(told.exception, errors.UsageError)
+    assert "--hf-config names has no config.json" in str(told.exception)
+    assert "leave out --hf-config" in str(told.exception)
+
+
 def test_the_summary_names_bytes_seconds_and_peak_against_budget():
     result = Result(
         "done",

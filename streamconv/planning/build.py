@@ -705,7 +705,16 @@ def side_files(
     if job.hf_config is not None:
         if not job.hf_config.is_dir():
             raise UsageError("--hf-config names no folder", where=str(job.hf_config))
-        return job.hf_config, list(list_side_files(job.hf_config, root=root, named=True))
+        named = list(list_side_files(job.hf_config, root=root, named=True))
+        own = [] if side_dir is None else list_side_files(side_dir, root=root)
+        if "config.json" in {s.name for s in own} - {s.name for s in named}:
+            raise UsageError(
+                "the folder that --hf-config names has no config.json, and the checkpoint has one",
+                where=str(job.hf_config),
+                found=", ".join(s.name for s in named[:8]) or "no file that belongs to a model",
+                hint=f"leave out --hf-config to use {side_dir}, or name a model's folder",
+            )
+        return job.hf_config, named
     if side_dir is None and job.lora.base is not None:
         return job.lora.base, list(list_side_files(job.lora.base, root=root, named=True))
     if side_dir is None:
