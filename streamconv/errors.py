@@ -17,6 +17,12 @@ from typing import Any, ClassVar
 # A name in a file can be as long as the file. A path cannot, and all of it is of use.
 _LONGEST = 500
 _LONGEST_PATH = 5000
+# What to do about what the system refuses.
+_WHAT_TO_DO: dict[int | None, str] = {
+    errno.EMFILE: "raise the limit: `ulimit -n 1024`",
+    errno.ENFILE: "raise the limit: `ulimit -n 1024`",
+    errno.EROFS: "choose a place on a file system that can be written to",
+}
 
 
 class StreamconvError(Exception):
@@ -51,11 +57,10 @@ class StreamconvError(Exception):
                 hint="raise the limit of `ulimit -v`, or see what else takes memory here",
             )
         where = None if error.filename is None else str(error.filename)
-        few = error.errno in (errno.EMFILE, errno.ENFILE)
         told = cls(
             f"the system refused: {error.strerror or error}",
             where=where,
-            hint="raise the limit: `ulimit -n 1024`" if few else None,
+            hint=_WHAT_TO_DO.get(error.errno),
         )
         told.__cause__ = error
         return told

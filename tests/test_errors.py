@@ -115,3 +115,12 @@ def test_what_strangers_wrote_is_told_in_part_and_a_path_as_a_whole():
     assert "unknown layout: 'xxx" in text
     assert "more characters)" in text
     assert all(len(str(v)) <= 500 for k, v in error.to_json().items() if k != "where")
+
+
+def test_what_the_system_refuses_says_what_to_do():
+    read_only = OSError(errno.EROFS, "Read-only file system", "/ro/.m.streamconv.lock")
+    told = StreamconvError.of_system(read_only)
+    assert (told.where, told.errno) == ("/ro/.m.streamconv.lock", errno.EROFS)
+    assert "can be written to" in told.hint
+    assert "ulimit -n" in StreamconvError.of_system(OSError(errno.EMFILE, "too many")).hint
+    assert StreamconvError.of_system(OSError(errno.EIO, "I/O error")).hint is None

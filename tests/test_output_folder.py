@@ -210,6 +210,7 @@ def test_too_little_disk_is_refused_before_anything_is_written(checkpoints, tmp_
         convert(checkpoints["fsdp2"].source, tmp_path / "out")
     assert caught.value.exit_code == 7
     assert "300 kB free" in caught.value.found
+    assert "another disk" in caught.value.hint
     assert writes == []
     assert list(tmp_path.iterdir()) == []
 

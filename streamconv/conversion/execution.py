@@ -241,6 +241,7 @@ class Execution:
                 where=str(self.staging.root.parent),
                 expected=format_size(needed),
                 found=f"{format_size(room)} free",
+                hint="free some space, or choose an output folder on another disk",
             )
 
     def _disk(self) -> tuple[int, int]:

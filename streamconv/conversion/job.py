@@ -265,6 +265,7 @@ def _refuse_full_disk(dst: Path, sides: Iterable[SideFile]) -> None:
             where=str(above),
             expected=f"more than {format_size(needed)}",
             found=f"{format_size(room)} free",
+            hint="free some space, or choose an output folder on another disk",
         )
 
 
