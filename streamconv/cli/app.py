@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -295,8 +296,8 @@ def plan(
     elif not quiet:
         say(render_plan(report))
         if output is not None:
-            place = shown(str(output))
-            say(f"\nthe plan is in {place}: `streamconv run {place} DST` executes it")
+            command = shown(shlex.join(["streamconv", "run", str(output), "DST"]))
+            say(f"\nthe plan is in {shown(str(output))}: `{command}` executes it")
     if dst is not None:
         api.check_disk(made, dst)
 
