@@ -69,6 +69,13 @@ def test_a_disk_that_fails(work: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_cache_that_many_use_while_all_it_depends_on_changes(work: Path) -> None:
+    line = sample("cache", 2, work)
+    assert "plans asked" in line
+    assert "plans hit" in line
+
+
+@pytest.mark.slow
 def test_damaged_files(work: Path) -> None:
     assert "300 mutants" in sample("mutants", 300, work)
 

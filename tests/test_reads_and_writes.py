@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import hashlib
 import mmap
 import os
 from pathlib import Path
@@ -140,6 +141,20 @@ def written(path: Path, parts: list[bytes], *, direct: bool) -> tuple[bytes, str
         shard.finish()
     assert path.stat().st_size == nbytes
     return path.read_bytes(), shard.xxh3
+
+
+def test_sha256_is_of_what_was_written_whatever_becomes_of_the_buffer(tmp_path: Path) -> None:
+    header = '{"t":{}}'
+    buffer = bytearray(5 << 20)
+    sizes = (3, 300 << 10, 5 << 20, 1000, 3 << 20)
+    output = OutputFile("f", 8 + len(header) + sum(sizes), header, 1)
+    with writer.ShardWriter(tmp_path / "f", output, sync=False, sha256=True) as shard:
+        for seed, size in enumerate(sizes):
+            buffer[:size] = np.random.default_rng(seed).bytes(size)
+            shard.write(memoryview(buffer)[:size])
+        buffer[:] = bytes(len(buffer))
+        shard.finish()
+    assert shard.sha256 == hashlib.sha256((tmp_path / "f").read_bytes()).hexdigest()
 
 
 @pytest.mark.parametrize("tail", [0, 1, 4079, 4080, 4081, (4 << 20) - 16, (4 << 20) + 5])

@@ -29,7 +29,7 @@ _CONFIGS = (
     "num_hidden_layers=1",
     "architectures=[]",
 )
-# Both of one process, for eight at once would load transformers sixteen times.
+# Both in one process, for each would be two to start.
 _PLAN = """
 import json, sys
 from pathlib import Path

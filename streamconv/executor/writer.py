@@ -17,6 +17,7 @@ import hashlib
 import mmap
 import os
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 
@@ -28,6 +29,8 @@ from streamconv.ir.planned import OutputFile
 from streamconv.storage.address import Address
 
 _WRITE_BYTES = 1 << 20
+# What is worth handing to another thread, which hashes it meanwhile.
+_LEAST_BESIDE_BYTES = 256 << 10
 # Dirty pages are pushed out in bursts, the next one written meanwhile. A disk that also reads wants
 # them long: with 16 MiB the same conversion took 1.4 times as long as with 128. On a slow disk they
 # become shorter, or nothing would be heard of it for minutes.
@@ -238,6 +241,8 @@ class ShardWriter:
         self._hash = xxhash.xxh3_128()
         self._keyed = xxhash.xxh3_128(seed=seed)
         self._sha256 = hashlib.sha256() if sha256 else None
+        # It takes longer than writing does, and lets go of the interpreter.
+        self._beside = ThreadPoolExecutor(1, "sha256") if sha256 else None
         self._nbytes = 0
         self.xxh3 = self.keyed = ""
         self.sha256: str | None = None
@@ -246,22 +251,37 @@ class ShardWriter:
             header = output.header.encode()
             self.write(memoryview(len(header).to_bytes(8, "little") + header))
         except BaseException:
-            self._file.close()
+            self._close()
             raise
 
     def write(self, data: memoryview) -> None:
         """Append ``data``; raises :class:`NoSpaceError` on a full disk."""
         for lo in range(0, len(data), _WRITE_BYTES):
             piece = data[lo : lo + _WRITE_BYTES]
+            hashed = self._hash_sha256(piece)
             self._hash.update(piece)
             self._keyed.update(piece)
-            if self._sha256:
-                self._sha256.update(piece)
             try:
                 self._file.append(piece)
             except OSError as error:
                 raise no_space(error, self._path) or error from error
+            if hashed is not None:
+                hashed.result()  # the bytes are the caller's again
         self._nbytes += len(data)
+
+    def _hash_sha256(self, piece: memoryview) -> Future[None] | None:
+        """Take in a piece, now or until the future that is returned is done."""
+        if self._sha256 is None or self._beside is None:
+            return None
+        if len(piece) >= _LEAST_BESIDE_BYTES:
+            return self._beside.submit(self._sha256.update, piece)
+        self._sha256.update(piece)
+        return None
+
+    def _close(self) -> None:
+        if self._beside is not None:
+            self._beside.shutdown()
+        self._file.close()
 
     def finish(self) -> None:
         """Make the file whole and, with ``sync``, durable."""
@@ -285,4 +305,4 @@ class ShardWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._file.close()
+        self._close()
