@@ -9,6 +9,7 @@ import shutil
 import socket
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -252,6 +253,28 @@ def test_a_full_disk_costs_what_is_remembered_and_no_conversion(scene, monkeypat
     assert (made.counts, made.exit_code) == ({"converted": 2}, 3)
     assert [(p.exit_code, p.where) for p in made.problems] == [(7, str(scene.out / STATUS))]
     assert (scene.out / "global_step_20/model.safetensors").is_file()
+
+
+def test_a_disk_without_room_for_another_like_the_last_is_found_before_planning(scene, monkeypatch):
+    scene.step(10)
+    scene.round()
+    nbytes = (scene.out / "global_step_10/model.safetensors").stat().st_size
+    scene.step(20, 30, 40)
+    started = len(scene.starts())
+
+    def free(count: int) -> None:
+        found = SimpleNamespace(total=1 << 40, used=1 << 39, free=count + (64 << 10))
+        monkeypatch.setattr("shutil.disk_usage", lambda _: found)
+
+    free(nbytes // 2 - 1)
+    made = scene.round()
+    assert made.counts["failed"] == 1
+    assert made.counts["left"] == 2
+    assert scene.states() == {10: "done", 20: "failed", 30: "queued", 40: "queued"}
+    assert len(scene.starts()) == started  # no conversion was begun
+    free(nbytes * 20)
+    scene.round()
+    assert {*scene.states().values()} == {"done"}
 
 
 def test_a_process_that_cannot_be_started_is_a_failure_of_its_output(scene, monkeypatch):

@@ -32,8 +32,9 @@ from streamconv.batch.pins import Holder
 from streamconv.batch.places import refusal_into_another
 from streamconv.batch.state import Record, is_intact
 from streamconv.batch.tasks import UNCOMPARED, Task, take_over_finished
-from streamconv.conversion.job import identify
+from streamconv.conversion.job import identify, refuse_full_disk
 from streamconv.errors import LockedError, NoSpaceError, StreamconvError
+from streamconv.output.staging import staging_path
 from streamconv.storage.address import Address
 from streamconv.storage.buckets import forget
 from streamconv.storage.objects import NoAnswerError
@@ -113,6 +114,7 @@ class Runner:
         self._selector = selectors.DefaultSelector()
         self._running: dict[str, _Running] = {}
         self._waiting: list[Task] = []
+        self._taken_bytes: dict[tuple[str, ...], int] = {}
         self.outcomes: dict[What, int] = {}
 
     def run(self, tasks: Iterable[Task]) -> None:
@@ -146,7 +148,7 @@ class Runner:
     def _start(self) -> None:
         now = time.monotonic()
         for task in list(self._waiting):
-            if len(self._running) >= self._ledger.slots:
+            if len(self._running) >= self._ledger.slots or not self._waiting:
                 return
             if task.not_before > now:
                 continue
@@ -185,6 +187,11 @@ class Runner:
         refused = refusal_into_another(task.output, task.store.output)
         if refused is not None:  # which came meanwhile
             self._refuse(task, refused)
+            return False
+        full = self._full_disk(task)
+        if full is not None:
+            self._refuse(task, full)
+            self._leave_waiting()
             return False
         try:
             lock = task.store.claim(task.record.name)
@@ -228,6 +235,23 @@ class Runner:
         self._running[task.key] = running
         self._selector.register(process.stdout, selectors.EVENT_READ, running)
         return True
+
+    def _full_disk(self, task: Task) -> NoSpaceError | None:
+        """Return what to say where not even half the room is left that such an output took before.
+
+        That shows without planning. What is begun needs less, and is left to its plan.
+        """
+        kind, output = _alike(task.record), task.output
+        if kind not in self._taken_bytes:
+            done = (r for r in task.store if r.state == "done" and _alike(r) == kind)
+            self._taken_bytes[kind] = min((r.write_bytes for r in done), default=0)
+        if isinstance(output, Address) or staging_path(output).exists():
+            return None
+        try:
+            refuse_full_disk(output, self._taken_bytes[kind] // 2)
+        except NoSpaceError as error:
+            return error
+        return None
 
     def _is_done_meanwhile(self, task: Task) -> bool:
         """Take up the record as another batch may have left it: whether that one has done it."""
@@ -353,6 +377,7 @@ class Runner:
         record.evidence, record.verified = told["evidence"], told["verified"]
         record.tensors, record.notices = told["tensors"], told["notices"]
         record.write_bytes = told["write_bytes"]
+        self._taken_bytes[_alike(record)] = told["write_bytes"]
         record.done_bytes = record.total_bytes = told["write_bytes"]
         if told["status"] == "done":
             record.seconds = time.monotonic() - running.started
@@ -450,6 +475,11 @@ class Runner:
         for task in self._waiting:
             self._unpin(task)
         self._selector.close()
+
+
+def _alike(record: Record) -> tuple[str, ...]:
+    """Return what the outputs of a run have in common that are about as large as each other."""
+    return record.root, record.run, record.model, record.options
 
 
 def _is_beside(path: Path, source: Path) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -237,7 +237,8 @@ def _on_disk(
         elif asked.planned is not None:
             plan = _begun(staging, plan_at, run)
         else:
-            _refuse_full_disk(dst, asked.side)
+            # What the weights need, the plan says.
+            refuse_full_disk(dst, sum(side.nbytes for side in asked.side))
             plan = _begun(staging, plan_at, run)
             if meter.peak_bytes > budget:
                 plan.close()
@@ -251,12 +252,9 @@ def _on_disk(
         yield Execution(plan, dst, run, budget, staging, meter, old)
 
 
-def _refuse_full_disk(dst: Path, sides: Iterable[SideFile]) -> None:
-    """Raise :class:`NoSpaceError` before planning where not even what is copied has room.
-
-    What the weights need, the plan says.
-    """
-    needed = sum(side.nbytes for side in sides) + _LEAST_BYTES
+def refuse_full_disk(dst: Path, nbytes: int) -> None:
+    """Raise :class:`NoSpaceError` where ``dst`` has no room for ``nbytes`` and a plan."""
+    needed = nbytes + _LEAST_BYTES
     above = next(p for p in (dst, *dst.parents) if p.exists())
     room = shutil.disk_usage(above).free
     if room < needed:
