@@ -69,7 +69,10 @@ def running() -> Iterator[Hub]:
                 "Authorization"
             ) in (f"Bearer {hub.token}", f"Basic {basic}")
             status, data = _respond(hub, self.command, path, body) if allowed else (401, {})
-            raw = json.dumps(data).encode()
+            raw = data if isinstance(data, bytes) else json.dumps(data).encode()
+            wanted = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range") or "")
+            if wanted and isinstance(data, bytes):
+                raw, status = data[int(wanted[1]) : int(wanted[2]) + 1], 206
             self.send_response(status)
             self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(raw)))
@@ -96,7 +99,14 @@ def asks_for_private(asked: dict[str, Any]) -> bool:
     return asked.get("visibility") == "private" or asked.get("private") is True
 
 
-def _respond(hub: Hub, method: str, path: str, body: bytes) -> tuple[int, dict[str, Any]]:
+def _respond(hub: Hub, method: str, path: str, body: bytes) -> tuple[int, Any]:
+    if found := re.fullmatch(r"/api/models/[^/]+/[^/]+/tree/[0-9a-f]{40}/?", path):
+        return 200, [
+            {"type": "file", "path": n, "size": len(d), "oid": hashlib.sha1(d).hexdigest()}
+            for n, d in hub.files.items()
+        ]
+    if found := re.fullmatch(r"/[^/]+/[^/]+/resolve/[0-9a-f]{40}/(.+)", path):
+        return (200, hub.files[found[1]]) if found[1] in hub.files else (404, {})
     if path == "/api/repos/create":
         asked = json.loads(body)
         hub.repos.append(asked)

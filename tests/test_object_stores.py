@@ -30,6 +30,7 @@ from streamconv.options import RunOptions
 from streamconv.storage import buckets, lease, objects
 from streamconv.storage.address import Address, place
 from tests import stores
+from tests.hub_double import running
 from tests.stores import files
 from tests.test_output_folder import record_of
 
@@ -74,7 +75,8 @@ def test_an_address_is_no_path():
         "s3://key:hunter2@bucket/x",
         "https://me:hunter2@host/x",
         "https://host/x?sig=hunter2",
-        "hf://org/name",
+        "hf://org",
+        "hf://datasets/org/name",
         "hdfs://host/x",
         "s3://",
         "s3://bucket/../x",
@@ -277,6 +279,37 @@ def test_from_a_web_server(store, checkpoints, tmp_path):
     assert files(tmp_path / "disk") == files(tmp_path / "web")
     with pytest.raises(UsageError, match="can only be read"):
         streamconv.convert(source, address + "/out")
+
+
+def test_from_the_hub(checkpoints, tmp_path):
+    """By huggingface_hub, at one commit; written it is by uploads alone."""
+    source = checkpoints["fsdp2"].source
+    plan, out = tmp_path / "plan.jsonl", tmp_path / "out"
+
+    def command(*arguments: object, token: str = "hf_secret"):
+        env = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
+        env |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path), "HF_TOKEN": token}
+        whole = [sys.executable, "-m", "streamconv", *map(str, arguments)]
+        done = subprocess.run(whole, capture_output=True, text=True, env=env)
+        assert "hf_secret" not in done.stdout + done.stderr
+        return done
+
+    with running() as hub:
+        hub.public = True
+        hub.files = {f"step/actor/{name}": data for name, data in files(source).items()}
+        planned = command("plan", "hf://me/model/step/actor", "-o", plan)
+        assert planned.returncode == 0, planned.stderr
+        assert command("run", plan, out, "--no-sync").returncode == 0
+        assert files(out) == files(streamconv.convert(source, tmp_path / "disk").output)
+        assert command("inspect", "hf://me/model/none").returncode == 5
+        assert command("inspect", "hf://me/model/step/actor", token="hf_other").returncode == 5
+        refused = command("convert", source, "hf://me/model/out")
+        assert refused.returncode == 2
+        assert "--hf-upload-path" in refused.stderr
+        name = next(n for n in hub.files if "/model_world" in n and n.endswith("rank_1.pt"))
+        hub.files[name] = hub.files[name][::-1]
+        assert command("run", plan, tmp_path / "again").returncode == 5
+        assert not (tmp_path / "again").exists()
 
 
 def test_a_server_that_is_not_there(monkeypatch):

@@ -190,6 +190,7 @@ class Execution:
             part = part_bytes(max((o.nbytes for o in self.plan.outputs()), default=0))
             buffer_bytes = UPLOAD_BASE_BYTES + part * (UPLOADS_AT_ONCE + 1)
         if isinstance(root, Address):
+            _ = root.bucket  # its client is loaded before what is left is shared out
             return budgets.remote_shares(
                 self.budget,
                 totals,

@@ -195,11 +195,9 @@ def put_file(target: Address, path: Path) -> None:
 def locked_target(target: Address) -> Iterator[Lease]:
     """Hold the lock of an output in a store."""
     if target.scheme in READ_ONLY:
-        raise UsageError(
-            f"{target.scheme}:// can only be read",
-            where=str(target),
-            hint="write to s3://, gs://, az:// or a folder",
-        )
+        hint = "write to s3://, gs://, az:// or a folder"
+        hint += "; --hf-upload-path ORG/NAME uploads that to the Hub" * (target.scheme == "hf")
+        raise UsageError(f"{target.scheme}:// can only be read", where=str(target), hint=hint)
     if not target.key:
         raise UsageError(
             "an output needs a folder of its own in the bucket",

@@ -19,7 +19,7 @@ from streamconv.errors import BudgetError, StreamconvError
 from streamconv.files.names import in_words
 from streamconv.storage import aws
 from streamconv.storage.address import Address
-from streamconv.storage.objects import CREDENTIALS
+from streamconv.storage.objects import CREDENTIALS, READ_ONLY
 from streamconv.units import counted, format_size
 
 _LIBRARIES = ("torch", "transformers", "safetensors", "numpy", "isal", "xxhash", "ml_dtypes")
@@ -161,7 +161,7 @@ def _of_store(path: Address, role: str) -> dict[str, Any]:
         speed = store_speed.read_speed(files, Ahead(4, 2 << 20), 2 * _MEASURE_SECONDS)
         if speed is not None:
             found |= {"read": speed.rate, "latency_seconds": speed.latency_seconds}
-    elif not path.scheme.startswith("http"):
+    elif path.scheme not in READ_ONLY:
         found["write"] = store_speed.write_speed(path, _MEASURE_SECONDS)
         found["conditions"] = None if found["write"] is None else takes_conditions(path)
     found["credentials"] = aws.source() if path.scheme == "s3" else CREDENTIALS[path.scheme]

@@ -17,6 +17,7 @@ from streamconv.executor.windows import Ahead, runs, windows
 from streamconv.ir.planfile import Plan
 from streamconv.output.staging import staging_path
 from streamconv.storage.address import Address
+from streamconv.storage.objects import READ_ONLY
 
 _LOOKS = 5
 _PIECE_BYTES = 8 << 20
@@ -84,7 +85,7 @@ def write_speed(folder: Address, seconds: float = 1.0) -> float | None:
 
     What is written is deleted again.
     """
-    if folder.scheme.startswith("http"):
+    if folder.scheme in READ_ONLY:
         return None
     place = staging_path(folder) / f"probe-{secrets.token_hex(8)}"
     assert isinstance(place, Address)  # noqa: S101 - it lies in one

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from streamconv.storage.address import Address
+from streamconv.storage.objects import READ_ONLY
 
 _MOUNTINFO = Path("/proc/self/mountinfo")
 _NETWORK = frozenset(
@@ -94,7 +95,7 @@ def why_not_writable(path: Path) -> str | None:
     What a store allows only writing tells.
     """
     if isinstance(path, Address):
-        return f"{path.scheme}:// can only be read" if path.scheme.startswith("http") else None
+        return f"{path.scheme}:// can only be read" if path.scheme in READ_ONLY else None
     here = nearest(path)
     if not here.is_dir():
         return f"{here} is not a folder"

@@ -25,7 +25,6 @@ _ADDRESS = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]+):/")
 _STREAMED_BYTES = 256 << 10
 _HINTS = {
     "file": "give the path alone",
-    "hf": "download it with `hf download`, and name the folder that it prints",
     "hdfs": "copy it with `hdfs dfs -get`, or mount it, and name that folder",
 }
 
@@ -46,23 +45,28 @@ class Address(PosixPath):
 
     @property
     def scheme(self) -> str:
-        """Return the kind of store: s3, gs, az, http, https or nodes."""
+        """Return the kind of store: s3, gs, az, hf, http, https or nodes."""
         return self.parts[0].removesuffix(":")
 
     @property
     def bucket(self) -> objects.Bucket:
-        """Return the bucket (for http: the server) that it lies in."""
-        return buckets.bucket(self.scheme, self.parts[1])
+        """Return the bucket (for http the server, for hf the repository) that it lies in."""
+        return buckets.bucket(self.scheme, "/".join(self.parts[1 : self._depth]))
 
     @property
     def key(self) -> str:
         """Return its name in the bucket. There are no links: ``..`` is the folder that is written."""
-        return posixpath.normpath("/" + "/".join(self.parts[2:])).strip("/")
+        return posixpath.normpath("/" + "/".join(self.parts[self._depth :])).strip("/")
+
+    @property
+    def _depth(self) -> int:
+        """Return how many parts name the bucket; those of the Hub have an owner."""
+        return 3 if self.parts[0] == "hf:" else 2
 
     @property
     def parents(self) -> tuple[Address, ...]:
         """Return the folders above it; the last one is the bucket."""
-        return tuple(p for p in super().parents if len(p.parts) > 1)
+        return tuple(p for p in super().parents if len(p.parts) >= self._depth)
 
     def is_absolute(self) -> bool:
         """Return True: an address begins with its store."""
@@ -237,6 +241,10 @@ def place(path: StrPath) -> Path:
             hint=f"leave them out; {objects.CREDENTIALS[scheme]}",
         )
     name, _, key = rest.partition("/")
+    if scheme == "hf" and (not key or name in ("datasets", "spaces")):
+        raise UsageError(
+            "not a model's repository on the Hub", where=shown, expected="hf://ORG/NAME/folder"
+        )
     if not name or "\0" in rest or any(part in (".", "..") for part in key.split("/")):
         raise UsageError(
             "not an address of an object store",

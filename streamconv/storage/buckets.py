@@ -18,8 +18,16 @@ def bucket(scheme: str, name: str) -> Bucket:
     known = (scheme, os.environ.get(SERVERS, "") if scheme == NODES else name)
     with _lock:
         if known not in _buckets:
-            _buckets[known] = Nodes() if scheme == NODES else Bucket(scheme, name)
+            _buckets[known] = Nodes() if scheme == NODES else _kind(scheme)(scheme, name)
         return _buckets[known]
+
+
+def _kind(scheme: str) -> type[Bucket]:
+    if scheme != "hf":
+        return Bucket
+    from streamconv.storage.hub import Repository
+
+    return Repository
 
 
 def forget() -> None:

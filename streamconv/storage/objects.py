@@ -35,13 +35,14 @@ from streamconv.errors import (
 )
 
 NODES = "nodes"
-SCHEMES = ("s3", "gs", "az", "http", "https", NODES)
-READ_ONLY = ("http", "https", NODES)
+SCHEMES = ("s3", "gs", "az", "hf", "http", "https", NODES)
+READ_ONLY = ("hf", "http", "https", NODES)
 CREDENTIALS = {
     "s3": "they come from AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, ~/.aws, or the machine's role",
     "gs": "they come from GOOGLE_APPLICATION_CREDENTIALS, gcloud's login, or the machine's role",
     "az": "they come from AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY, or the "
     "machine's identity",
+    "hf": "a token comes from HF_TOKEN, or from where `hf auth login` puts it",
     "http": "only servers that ask for none can be read",
     "https": "only servers that ask for none can be read",
     NODES: "they are those of one run, and end with it",
@@ -253,10 +254,13 @@ class Bucket:
     """A bucket and what is known of it; safe to use from several threads."""
 
     def __init__(self, scheme: str, name: str) -> None:
+        self._ob = _obstore(scheme)
+        self._begin(scheme, name)
+        self._store = self._new_store()
+
+    def _begin(self, scheme: str, name: str) -> None:
         self.scheme = scheme
         self.name = f"{scheme}://{name}"
-        self._store = self._new_store()
-        self._ob = _obstore(scheme)
         self._listed: dict[str, dict[str, Found | None]] = {}
         self._versions: dict[str, Found] = {}
         # GCS takes conditions on an object's generation, not on its ETag.
