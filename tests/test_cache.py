@@ -178,6 +178,18 @@ def test_who_dies_keeps_nobody_waiting(tmp_path: Path) -> None:
     cache.close()
 
 
+@pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo, lambda p: p.symlink_to("elsewhere")])
+def test_a_file_of_claims_that_cannot_be_used_costs_nothing(
+    make: Callable[[Path], object], tmp_path: Path
+) -> None:
+    cache = Cache(tmp_path)
+    make(tmp_path / "claims")
+    assert cache.get_or_claim(KEY) is None
+    assert cache.put(KEY, b"what was said")
+    assert cache.get_or_claim(KEY) == b"what was said"
+    cache.close()
+
+
 def test_recipes_come_back_as_they_were() -> None:
     leaf = View(SourceRef("w", (4, 6)), (2, 3), (6, 1), 3, (Cast(F32), AddScalar(1.0)))
     zeros = View(leaf.base, (2, 3), (0, 0), 0, (Zero(),))
