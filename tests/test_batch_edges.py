@@ -432,6 +432,29 @@ def test_a_source_that_goes_while_its_output_is_compared(scene, monkeypatch):
     assert "went away" in record.reason
 
 
+# A model beside others in each checkpoint
+
+
+def test_a_model_inside_each_checkpoint(tmp_path, shared_checkpoints):
+    """And its source stays, for the others that it holds."""
+    from scripts.outputs import differences, read_model
+
+    case, run, out = shared_checkpoints / "layouts/dcp_with_ema", tmp_path / "run", tmp_path / "out"
+    for step in (1, 2):
+        shutil.copytree(case / "src", run / f"step_{step}")
+    options = ["--settle", "0s", "--model", "main", "--verify", "--delete-sources", "--apply"]
+    for counts in ({"converted": 2}, {"done": 2}):
+        done = cli("batch", str(run), str(out), *options, "--json", seconds=540)
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout.splitlines()[-1])["counts"] == counts
+        assert sorted(p.name for p in run.iterdir()) == ["step_1", "step_2"]
+    for step in (1, 2):
+        assert differences(read_model(out / f"step_{step}"), read_model(case / "truth")) == []
+    # The other one is another output, and not written over this one.
+    refused = cli("batch", str(run), str(out), "--settle", "0s", "--model", "ema", "--json")
+    assert (refused.returncode, "overwrite" in refused.stdout) == (3, True)
+
+
 # Many, and of many kinds
 
 

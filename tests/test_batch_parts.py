@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from streamconv.batch import metrics
-from streamconv.batch.discover import Candidate, checkpoint_inside, discover
+from streamconv.batch.discover import Candidate, candidate_at, checkpoint_inside, discover
 from streamconv.batch.ledger import Ledger
 from streamconv.batch.ready import Snapshot, Tracker, judge, look_at, read_tracker, snapshot
 from streamconv.batch.retention import Rule
@@ -302,6 +302,16 @@ def test_filters_of_steps(chosen, steps):
     assert chosen.choose(STEPS) == both
     only = dataclasses.replace(chosen, model="actor")
     assert only.choose(STEPS) == [c for c in both if c.model == "actor"]
+
+
+def test_a_model_that_no_folder_is_called_after_lies_within(tmp_path):
+    bare = [candidate("plain/global_step_1"), candidate("hf/global_step_1/pytorch_model_fsdp_0")]
+    run = RunSettings(root=tmp_path, output=tmp_path / "out", model="actor")
+    assert run.filter.choose([*bare, *STEPS]) == [c for c in STEPS if c.model == "actor"]
+    assert (
+        run.filter.choose([*bare, *(c for c in STEPS if c.model == "critic" for _ in "12")]) == bare
+    )
+    assert [run.job_options(c).model for c in (*bare, STEPS[0])] == ["actor", "actor", None]
 
 
 def test_the_last_ones_are_counted_by_run_and_model():
@@ -640,10 +650,11 @@ def test_a_job_file(tmp_path):
     assert (made.max_mem, made.jobs) == ("8GB", 3)
     assert [r.root for r in made.run] == [tmp_path / "runs/a", tmp_path / "runs/b"]
     assert [r.output for r in made.run] == [Path("/models/a"), tmp_path / "b"]
-    assert made.run[0].job_options().keep_dtype == ("*.gate.*",)
-    assert made.run[1].job_options().max_shard_bytes == 2 * 10**9
-    assert made.run[1].job_options().hf_config == tmp_path / "config"
-    assert made.run[1].job_options().lora.base == tmp_path / "model"
+    one = candidate_at(tmp_path, tmp_path / "step_1", "dcp")
+    assert made.run[0].job_options(one).keep_dtype == ("*.gate.*",)
+    assert made.run[1].job_options(one).max_shard_bytes == 2 * 10**9
+    assert made.run[1].job_options(one).hf_config == tmp_path / "config"
+    assert made.run[1].job_options(one).lora.base == tmp_path / "model"
 
 
 def test_what_is_said_beside_a_job_file_counts_though_it_is_the_default(tmp_path, monkeypatch):

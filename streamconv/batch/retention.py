@@ -272,12 +272,12 @@ def damage(output: Path) -> str:
 class Surroundings:
     """What decides about sources and does not belong to them.
 
-    ``job``: how they are converted. ``training`` returns why training still needs one, having read the
+    ``job`` returns how one is converted, ``training`` why training still needs it, having read the
     later step if told to, ``unfinished`` which other output made of it is not there. ``needed`` are
     folders that conversions read: config and base.
     """
 
-    job: JobOptions
+    job: Callable[[Candidate], JobOptions]
     training: Callable[[Candidate, bool], str]
     unfinished: Callable[[Candidate, Record], str] = lambda _, __: ""
     needed: tuple[Path, ...] = ()
@@ -347,7 +347,7 @@ def _source_facts(record: Record, candidate: Candidate, around: Surroundings) ->
         verified=verified,
         intact=is_intact(record),
         unchanged=look_at(candidate).digest == record.snapshot,
-        other_job=_other_job(record, candidate, around.job) if cheap else "",
+        other_job=_other_job(record, candidate, around.job(candidate)) if cheap else "",
         inside=_inside(candidate.path, around.needed) if cheap else "",
         unfinished=around.unfinished(candidate, record) if cheap else "",
         training=around.training(candidate, False) if cheap else "",
@@ -355,7 +355,9 @@ def _source_facts(record: Record, candidate: Candidate, around: Surroundings) ->
 
 
 def _other_job(record: Record, candidate: Candidate, job: JobOptions) -> str:
-    """Return whether what is in the source now is not what the output was made of."""
+    """Return whether what is in the source now is not what the output was made of, or more."""
+    if job.model is not None:
+        return f"it may hold other models than {job.model}"
     try:
         manifest = read_manifest(place(record.output), entries=False)
         digest = identify(candidate.path, job).digest

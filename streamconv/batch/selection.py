@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import string
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -54,14 +54,20 @@ class Filter:
     last: int | None = None
 
     def choose(self, found: Iterable[Candidate]) -> list[Candidate]:
-        """Return the candidates that pass; one without a step fails every filter of steps."""
+        """Return the candidates that pass; one without a step fails every filter of steps.
+
+        A model that no folder is called after is looked for in checkpoints that are alone in a step.
+        """
+        found = list(found)
+        if self.model is not None:
+            alone = Counter(c.step_dir for c in found)
+            named = [c for c in found if c.is_called(self.model)]
+            found = named or [c for c in found if alone[c.step_dir] == 1]
         wanted = [c for c in found if self.passes(c)]
         return keep_last(wanted, self.last) if self.last is not None else wanted
 
     def passes(self, c: Candidate) -> bool:
-        """Whether a candidate is wanted, not counting which are the last."""
-        if self.model is not None and not c.is_called(self.model):
-            return False
+        """Whether a candidate's step is wanted, not counting which are the last."""
         if c.step is None:
             return self.every is None and self.steps is None and self.last is None
         if self.every is not None and c.step % self.every:

@@ -25,6 +25,7 @@ from typing import Annotated, Any
 import pydantic
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
+from streamconv.batch.discover import Candidate
 from streamconv.batch.schedule import Schedule, parse_schedule
 from streamconv.batch.selection import Filter, Steps, namer, parse_steps
 from streamconv.batch.state import status_path
@@ -145,10 +146,11 @@ class RunSettings(_Strict):
         steps: Steps | None = parse_steps(self.steps) if self.steps else None
         return Filter(self.model, self.every, steps, self.last)
 
-    def job_options(self) -> JobOptions:
-        """Return what decides the outputs; the source of each names its model, and is one alone."""
+    def job_options(self, candidate: Candidate) -> JobOptions:
+        """Return what decides an output: its source is one model by its name, or holds that."""
         names = JobKeywords.__annotations__.keys() - {"model", "average"}
-        return job_options(**{name: getattr(self, name) for name in names})
+        within = None if candidate.is_called(self.model) else self.model
+        return job_options(model=within, **{name: getattr(self, name) for name in names})
 
 
 class BatchSettings(_Strict):

@@ -43,6 +43,7 @@ from streamconv.files.filesystems import real_path
 from streamconv.files.inputs import cannot_read
 from streamconv.ir.identity import JobIdentity, chosen_options
 from streamconv.lora.plan import base_inputs
+from streamconv.options import JobOptions
 from streamconv.planning.sidefiles import list_side_files
 from streamconv.storage.address import Address, place
 
@@ -94,8 +95,7 @@ class Survey:
         self._boot, self._now_seconds = boot_clock()
         self._now_ns = time.time_ns()
         self._generation = 0
-        self._job = run.job_options()
-        self._options = _options_digest(run)
+        self._options: dict[str | None, str] = {}
         self._trackers: dict[Path, Tracker | None] = {}
         self.rule = Rule(run.keep_last, run.keep_every)
         self.tasks: list[Task] = []
@@ -185,7 +185,7 @@ class Survey:
             c.relative.as_posix(),
             seen.digest,
             seen.marks,
-            self._options,
+            self._options_of(c),
         )
         if known and self._is_done(record):
             self.counts["done"] += 1
@@ -202,6 +202,12 @@ class Survey:
         except LockedError:
             self.counts["elsewhere"] += 1
 
+    def _options_of(self, c: Candidate) -> str:
+        job = self._run.job_options(c)
+        if job.model not in self._options:
+            self._options[job.model] = _options_digest(self._run, job)
+        return self._options[job.model]
+
     def _is_hopeless(self, record: Record) -> bool:
         return record.state == "failed" and self._hopeless.get(record.output) == scene(record)
 
@@ -214,12 +220,12 @@ class Survey:
         same = self._is_same(record, c, seen)
         if not same:
             record.seen = {}
-        unchanged = same and record.options == self._options
+        unchanged = same and record.options == self._options_of(c)
         failed = unchanged and self._is_hopeless(record)
         if not unchanged or (record.evidence and not is_intact(record)):
             record.verified = None
         record.root, record.relative = str(self._root), c.relative.as_posix()
-        record.snapshot, record.marks, record.options = seen.digest, seen.marks, self._options
+        record.snapshot, record.marks, record.options = seen.digest, seen.marks, self._options_of(c)
         record.source, record.run, record.step = str(c.path), c.run, c.step
         record.model, record.format = c.model, c.format
         if unchanged and self._is_done(record):
@@ -235,7 +241,7 @@ class Survey:
             settle_seconds=self._run.settle_seconds,
             still_seconds=self._now_seconds - since,
             now_ns=self._now_ns,
-            check_whole=lambda: found.append(identify(c.path, self._job)),
+            check_whole=lambda: found.append(identify(c.path, self._run.job_options(c))),
         )
         if verdict.ready and look_at(c).digest != seen.digest:
             verdict = Verdict(False, "it changed while it was looked at")
@@ -271,7 +277,7 @@ class Survey:
         if record.state != "done":
             return record.root == str(self._root)
         try:
-            return record.content == content_of(identify(c.path, self._job))
+            return record.content == content_of(identify(c.path, self._run.job_options(c)))
         except (StreamconvError, OSError):
             return False
 
@@ -303,7 +309,7 @@ class Survey:
             candidate=c,
             record=record,
             store=self._store,
-            job=self._job,
+            job=self._run.job_options(c),
             run_options=dict(self._run_options),
             verify=self._run.verify,
             pin=self._run.pin,
@@ -317,13 +323,14 @@ class Survey:
 
     def owns(self, record: Record) -> bool:
         """Whether an output is one that this run makes, as it is told to now."""
-        if record.options != self._options:
+        known = self.candidates.get(record.name)
+        if known is None and record.root != str(self._root):
             return False
-        if record.name in self.candidates:
-            return record.relative == self.candidates[record.name].relative.as_posix()
-        if record.root != str(self._root):
+        c = known or self._candidate_of(record)
+        if record.options != self._options_of(c):
             return False
-        c = self._candidate_of(record)
+        if known is not None:
+            return record.relative == c.relative.as_posix()
         try:
             return self._run.filter.passes(c) and self._name(c) == record.name
         except UsageError:
@@ -418,9 +425,9 @@ def content_of(source: IdentifiedJob) -> str:
     return xxhash.xxh3_128_hexdigest(text.encode())
 
 
-def _options_digest(run: RunSettings) -> str:
+def _options_digest(run: RunSettings, job: JobOptions) -> str:
     """Return the digest of all that decides an output apart from its source, by content."""
-    options = chosen_options(run.job_options())
+    options = chosen_options(job)
     if run.hf_config is not None and run.hf_config.is_dir():
         side = list_side_files(run.hf_config, root=run.root, named=True)
         options["hf_config"] = [(f.name, f.xxh3) for f in side]

@@ -105,7 +105,7 @@ def _sources(
     known = [(other, read_records(other.store.output)) for other in runs]
     needed = [p for r in runs for p in (r.run.hf_config, r.run.base) if p is not None]
     around = Surroundings(
-        job=one.run.job_options(),
+        job=one.run.job_options,
         training=lambda c, read: survey.training[c.run_dir].why_needed(
             c, lambda step: _unfit(step, known), read=read
         ),
