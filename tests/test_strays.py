@@ -6,6 +6,7 @@ import io
 import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from safetensors.torch import load_file
 import streamconv
 from scripts.makers.ranks import write_ranks
 from streamconv import formats
-from streamconv.errors import UsageError
+from streamconv.errors import OutputExistsError, UsageError
 from streamconv.ir.planfile import Plan
 from streamconv.options import JobOptions
 from streamconv.planning.build import build_plan
@@ -184,6 +185,23 @@ def test_converted_and_verified(averaged, tmp_path: Path) -> None:
     assert torch.equal(made["model.norm.weight"], state["model.norm.weight"] + 1)
     down = state["model.layers.1.mlp.experts.down_proj"][2] + 1
     assert torch.equal(made["model.layers.1.mlp.experts.2.down_proj.weight"], down)
+    assert streamconv.verify(out, source=folder).passed
+
+
+@pytest.mark.usefixtures("planned_here")
+def test_another_model_of_a_checkpoint_is_another_output(tmp_path: Path) -> None:
+    folder, out, state = tmp_path / "src", tmp_path / "out", {n: torch.randn(4, 4) for n in LAYERS}
+    folder.mkdir()
+    write_ranks(folder, state | {f"ema.{n}": t + 1 for n, t in state.items()}, world=1)
+    options: dict[str, Any] = {"layout": "memory", "sync": False}
+    assert streamconv.convert(folder, out, model="main", **options).status == "done"
+    assert streamconv.convert(folder, out, model="main", **options).status == "nothing-to-do"
+    with pytest.raises(OutputExistsError, match="made with --model main"):
+        streamconv.convert(folder, out, model="ema", **options)
+    streamconv.convert(folder, out, model="ema", overwrite=True, **options)
+    (made,) = out.glob("*.safetensors")
+    name = next(iter(state))
+    assert torch.equal(load_file(made)[name], state[name] + 1)
     assert streamconv.verify(out, source=folder).passed
 
 

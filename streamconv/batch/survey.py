@@ -428,6 +428,8 @@ def content_of(source: IdentifiedJob) -> str:
 def _options_digest(run: RunSettings, job: JobOptions) -> str:
     """Return the digest of all that decides an output apart from its source, by content."""
     options = chosen_options(job)
+    if job.model is not None:
+        options["model"] = job.model
     if run.hf_config is not None and run.hf_config.is_dir():
         side = list_side_files(run.hf_config, root=run.root, named=True)
         options["hf_config"] = [(f.name, f.xxh3) for f in side]

@@ -82,7 +82,8 @@ def identify(src: Path, job: JobOptions) -> IdentifiedJob:
 
     location = formats.find_model(src, job.model)
     side_dir, side = side_files(location.root, location.side_dir, job)
-    inputs = [*formats.settings(location.root), *adapter_inputs(location.root, job.lora)]
+    inputs = formats.settings(location.root, location.format, job.model)
+    inputs += adapter_inputs(location.root, job.lora)
     beside = job.average.sources if job.average is not None else ()
     others = [formats.find_model(path, job.model) for path in beside]
     inputs += other_inputs(job, [(o.root, o.format, o.identify()) for o in others])

@@ -69,9 +69,17 @@ def detect(path: Path, *, finished: bool = True) -> Location | None:
     )
 
 
-def settings(root: Path) -> list[tuple[str, str]]:
-    """Return (name, hash) of files in the checkpoint ``root`` that decide how pieces go together."""
-    return rank_files.settings(root)
+def settings(root: Path, format_name: str, model: str | None) -> list[tuple[str | int, ...]]:
+    """Return what decides beside the files of the checkpoint ``root`` what its model is.
+
+    (name, hash) of files that say how pieces go together, and which ``model`` is meant of those that
+    may be in it: none where its folder is called so.
+    """
+    found: list[tuple[str | int, ...]] = [*rank_files.settings(root)]
+    several = any(format_name == kind.NAME and kind.SEVERAL for kind in FORMATS)
+    if several and model not in (None, root.absolute().name):
+        found.append(("--model", str(model)))
+    return found
 
 
 def find_model(path: Path, model: str | None = None) -> Location:

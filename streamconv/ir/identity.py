@@ -168,6 +168,9 @@ def _differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     words = [f"made with {text}" for text in differing_flags(*options)]
     if before.get("format") != now.get("format"):
         words.append(f"made of a {before.get('format')} checkpoint, now {now.get('format')}")
+    models = [{i[0]: i[-1] for i in j.get("inputs", ())}.get("--model") for j in (before, now)]
+    if models[0] != models[1]:
+        words.append(f"made with --model {models[0]}" if models[0] else "made without --model")
     side = [dict(j.get("side") or ()) for j in (before, now)]
     names = [n for n in sorted(side[0].keys() | side[1].keys()) if side[0].get(n) != side[1].get(n)]
     if names:

@@ -98,7 +98,8 @@ def other_inputs(
     for k, (root, format_name, files) in enumerate(others, 2):
         found.append((f"{k}/", format_name))
         found += [(f"{k}/{f.path}", *identified(f)[1:]) for f in files]
-        found += [(f"{k}/{n}", *rest) for n, *rest in formats.settings(root)]
+        settings = formats.settings(root, format_name, job.model)
+        found += [(f"{k}/{n}", *rest) for n, *rest in settings]
         found += [(f"{k}/{n}", *rest) for n, *rest in adapter_inputs(root, lora)]
     return found
 

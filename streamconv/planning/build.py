@@ -70,7 +70,8 @@ def build_plan(
     notices = list(checkpoint.notices)
     folder, side = side_files(checkpoint.root, checkpoint.side_dir, job)
     notices += missing_code(side)
-    inputs = [*formats.settings(checkpoint.root), *adapter_inputs(checkpoint.root, job.lora)]
+    inputs = formats.settings(checkpoint.root, checkpoint.format, job.model)
+    inputs += adapter_inputs(checkpoint.root, job.lora)
     inputs += averaging.other_inputs(job, [(o.root, o.format, o.files) for o in others])
     at = averaging.places(job, [o.root for o in others])
     identity = job_identity(checkpoint.format, checkpoint.files, side, job, inputs, at)
