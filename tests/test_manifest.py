@@ -150,7 +150,7 @@ def outcome(folder: Path) -> bool:
     try:
         report = verify_output(folder)
         json.dumps(report.to_json(), allow_nan=False)
-        _job(folder, read_manifest(folder) or {}, folder, None)
+        _job(folder, read_manifest(folder) or {}, folder, None, ())
     except StreamconvError as error:
         raised = error
     if raised is None:
@@ -218,14 +218,14 @@ def test_a_folder_that_the_manifest_names_is_looked_at_only_where_it_is_that_con
     """Every file of it would be hashed, be it the root of the machine."""
     rewrite(folder, lambda m: m["job"]["given"].update(hf_config="/"))
     with pytest.raises(UsageError, match="config came from is gone"):
-        _job(folder, read_manifest(folder) or {}, folder, None)
+        _job(folder, read_manifest(folder) or {}, folder, None, ())
     (tmp_path / "config.json").write_text("{}")
     rewrite(folder, lambda m: m["job"]["given"].update(hf_config=str(tmp_path)))
     with pytest.raises(UsageError, match="holds another by now"):
-        _job(folder, read_manifest(folder) or {}, folder, None)
+        _job(folder, read_manifest(folder) or {}, folder, None, ())
     rewrite(folder, lambda m: m["job"]["given"].update(hf_config=str(folder.parent / "model")))
     shutil.copy(folder / "config.json", tmp_path / "aside.json")
-    assert _job(folder, read_manifest(folder) or {}, folder, tmp_path).hf_config == tmp_path
+    assert _job(folder, read_manifest(folder) or {}, folder, tmp_path, ()).hf_config == tmp_path
 
 
 # --- a damaged output in the way of a conversion ---------------------------------------------------
