@@ -781,3 +781,75 @@ def test_the_same_tensors_as_in_torch_dist(
     found, truth = (assembled(formats.find_model(root / n).read()) for n in (layout, "mlm_dist"))
     assert sorted(found) == sorted(truth)
     assert [n for n in truth if found[n] != truth[n]] == []
+
+
+# Adapters
+
+
+def adapter(
+    model: dict[str, torch.Tensor], bridge: bool
+) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Return the factors of an adapter on every matrix within the layers, and how each is cut.
+
+    Without ``bridge`` as ms-swift hangs PEFT's on Megatron's modules.
+    """
+    factors: dict[str, torch.Tensor] = {}
+    how: dict[str, str] = {}
+    for name, weight in model.items():
+        module = name.removesuffix(".weight")
+        if not name.startswith("decoder.layers.") or weight.ndim < 2:
+            continue
+        a, b = (
+            (f"{module}.adapter.linear_in.weight", f"{module}.adapter.linear_out.weight")
+            if bridge
+            else (f"{module}.lora_A.default.weight", f"{module}.lora_B.default.weight")
+        )
+        factors |= {a: rand(4, weight.shape[1]), b: rand(weight.shape[0], 4)}
+        if name.endswith(("linear_proj.weight", "linear_fc2.weight")):
+            how |= {a: "columns", b: "rows" if bridge else "all"}
+        elif name.endswith("linear_fc1.weight"):
+            how |= {a: "rows" if bridge else "all", b: "halves"}
+        else:
+            how |= {a: "rows" if bridge else "all", b: "rows"}
+    return factors, how
+
+
+@pytest.mark.parametrize("bridge", [True, False], ids=["bridge", "swift"])
+@pytest.mark.parametrize("sizes", [Sizes(), Sizes(tp=2), Sizes(tp=4, pp=2)], ids=str)
+def test_adapters_beside_their_model(sizes: Sizes, bridge: bool, tmp_path: Path) -> None:
+    model = whole_model()
+    factors, how = adapter(model, bridge)
+    check(write_ranks(tmp_path, model | factors, sizes, special=how), model | factors)
+
+
+@pytest.mark.parametrize("bridge", [True, False], ids=["bridge", "swift"])
+@pytest.mark.parametrize("sizes", [Sizes(tp=2), Sizes(tp=2, pp=2)], ids=str)
+def test_adapters_alone(sizes: Sizes, bridge: bool, tmp_path: Path) -> None:
+    factors, how = adapter(whole_model(), bridge)
+    folder = write_ranks(tmp_path, factors, sizes, writer="megatron", special=how, num_layers=4)
+    check(folder, factors)
+
+
+def test_an_adapter_of_a_module_that_every_rank_has(tmp_path: Path) -> None:
+    """Both factors are the same on all ranks: they are whole."""
+    model = whole_model()
+    factors, how = adapter(model, True)
+    whole = {n: "all" for n in factors if ".0.self_attention.linear_qkv." in n}
+    check(write_ranks(tmp_path, model | factors, Sizes(tp=2), special=how | whole), model | factors)
+
+
+def test_layers_of_an_adapter_alone_are_not_guessed(tmp_path: Path) -> None:
+    """A stage whose last layer has no adapter would shift those of the next one."""
+    factors, how = adapter(whole_model(), True)
+    some = {n: t for n, t in factors.items() if not n.startswith("decoder.layers.3.")}
+    some |= {n.replace(".0.", ".3."): t for n, t in factors.items() if ".layers.0." in n}
+    some = {n: t for n, t in some.items() if not n.startswith("decoder.layers.1.")}
+    cuts = how | {n.replace(".0.", ".3."): h for n, h in how.items()}
+    with pytest.raises(BadInputError, match="contradict the arguments"):
+        formats.find_model(
+            write_ranks(
+                tmp_path / "a", some, Sizes(pp=2), writer="megatron", special=cuts, num_layers=4
+            )
+        ).read()
+    with pytest.raises(BadInputError, match="layers of a pipeline stage belong"):
+        formats.find_model(write_ranks(tmp_path / "b", factors, Sizes(pp=2), special=how)).read()

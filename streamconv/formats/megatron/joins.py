@@ -205,6 +205,43 @@ def _mamba(name: str, shape: Shape, around: Around) -> Cut:
     return _named(name, shape, parts)
 
 
+def is_factor(name: str) -> bool:
+    """Whether a parameter is a factor of a LoRA adapter."""
+    return _FACTOR.fullmatch(name) is not None
+
+
+def _factor(name: str, shape: Shape, around: Around) -> Cut:
+    """A factor of an adapter: of a module that is whole on every rank both are whole, too.
+
+    Megatron-Bridge cuts A by its rows where the module is cut by rows, and B always by its rows.
+    ms-swift (PEFT's names) has A on every rank there, and B where the module is cut by columns. B of
+    ``linear_fc1`` has rows of the gate and of up, as the module has.
+    """
+    match = _FACTOR.fullmatch(name)
+    if match is None or ".experts." in name:
+        return _same(name, shape, around)
+    module, bridge, part, which = match.group("module", "bridge", "part", "which")
+    by_columns = module.endswith(("linear_proj", "linear_fc2", "out_proj"))
+    if which in ("in", "A"):
+        cut = (_columns if by_columns else _rows if bridge else _same)(name, shape, around)
+    elif by_columns and not bridge:
+        cut = _same(name, shape, around)
+    elif module.endswith("linear_fc1") and part is None:
+        cut = _gated_factor(name, module, shape, around)
+    else:
+        cut = _rows(name, shape, around)
+    return dataclasses.replace(cut, or_same=not cut.replicated)
+
+
+def _gated_factor(name: str, module: str, shape: Shape, around: Around) -> Cut:
+    second = f"{module.removesuffix('1')}2."
+    factors = (n for n in around.shapes if n.startswith(second) and n.endswith(_FIRST_FACTORS))
+    width = around.shape(next(factors, f"{second}weight"), name)[1]
+    if shape[0] not in (width, 2 * width):
+        raise _unexpected(name, f"{width} or {2 * width} rows, as of linear_fc2", shape)
+    return Cut((Part(name, width),) * (shape[0] // width))
+
+
 def _unexpected(name: str, expected: str, shape: Shape) -> BadInputError:
     return BadInputError(
         "a parameter's shape fits no layout of Megatron-Core's",
@@ -213,6 +250,13 @@ def _unexpected(name: str, expected: str, shape: Shape) -> BadInputError:
         found=str(list(shape)),
     )
 
+
+_FACTOR = re.compile(
+    r"(?P<module>.+)(?:(?P<bridge>\.adapter)(?P<part>\.adapter_[a-z]+)?\.linear_|\.lora_)"
+    r"(?P<which>in|out|A|B)(?:\.[^.]+)?\.weight",
+    re.ASCII,
+)
+_FIRST_FACTORS = (".adapter.linear_in.weight", ".lora_A.weight", ".lora_A.default.weight")
 
 _TABLE: tuple[tuple[str, Rule], ...] = (
     (r"(embedding\.word_embeddings|per_layer_embedding|per_layer_model_proj)\.weight", _rows),
@@ -237,6 +281,7 @@ _TABLE: tuple[tuple[str, Rule], ...] = (
     (r"[eh]norm\.(weight|bias)", _same),
     (r"(linear_proj|linear_fc2|out_proj)\.bias", _same),
     (r"router\.(weight|bias|expert_bias)", _same),
+    (r"adapter\.(adapter_[a-z]+\.)?linear_(in|out)\.weight|lora_[AB]\.([^.]+\.)?weight", _factor),
     (r"shared_experts\.gate_weight", _same),
 )
 _RULES = tuple((re.compile(rf"(?:^|\.)(?:{pattern})$", re.ASCII), rule) for pattern, rule in _TABLE)

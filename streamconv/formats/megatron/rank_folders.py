@@ -26,6 +26,7 @@ from streamconv.errors import BadInputError
 from streamconv.files.jsonfile import object_or_empty
 from streamconv.formats.identity import identify_file, source_file
 from streamconv.formats.megatron import facts
+from streamconv.formats.megatron.joins import is_factor
 from streamconv.formats.megatron.names import why_no_weight
 from streamconv.formats.megatron.run import EMBEDDING, SIZES, Run, check_claim, is_final_norm
 from streamconv.formats.megatron.stages import Model, number_layers
@@ -145,9 +146,20 @@ def read(path: Path) -> Checkpoint:
             model.add_stage(stage)
     side = side_dir(path)
     config = _config(side)
-    _check_ends(run, model, len(files))
+    alone = all(map(is_factor, model.tensors))
+    if not alone:
+        _check_ends(run, model, len(files))
+    elif run.pp > 1 and type(args.get("num_layers")) is not int:
+        raise BadInputError(
+            "cannot determine where in the model the layers of a pipeline stage belong",
+            where=str(run.folder),
+            expected="num_layers among the arguments of the run",
+            found="an adapter alone, which need not be on every layer",
+            hint="let the trainer export the adapter",
+        )
     _check_vocabulary(run, model, _told(config, "vocab_size"))
-    check_claim("num_layers", args, layers, files)
+    if not alone or run.pp > 1:  # an adapter may be on the first layers only
+        check_claim("num_layers", args, layers, files)
     _drop_tied(model, run, _is_tied(args, config))
     arguments = facts.of_state(args)
     megatron = facts.of_run(run.folder, arguments) | run.sizes(etp)
