@@ -40,7 +40,7 @@ def _shape(dims: Dims) -> tuple[int, int, int]:
     """Return the query heads, the groups and the width of a head of this layer."""
     heads = dims.heads
     if dims.kind == "sliding_attention":
-        heads = dims.get("num_sliding_attention_heads") or heads
+        heads = dims.number("num_sliding_attention_heads", "num_attention_heads")
     else:
         dims.check_heads()
     if not dims.groups or heads % dims.groups:
