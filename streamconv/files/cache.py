@@ -71,6 +71,7 @@ class Cache:
                 if fd is None:
                     return None
                 self._claims = os.fdopen(fd, "r+b", buffering=0)
+                os.fchmod(fd, 0o600)
             if not _try_lock(self._claims, fcntl.LOCK_EX, place):
                 end = time.monotonic() + wait_seconds
                 # Shared: where there is no entry in the end, all who waited find out at once.
