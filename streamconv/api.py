@@ -121,7 +121,7 @@ def _convert_on(
         raise UsageError("--report is for a conversion on one machine, without --nodes")
     budget = run.max_mem_bytes or DEFAULT_BUDGET_BYTES
     sent = replace(run, max_mem_bytes=budget, on_event=ignore_event, cancel=None)
-    request = Request(src.absolute(), dst.absolute(), job, sent)
+    request = Request(src.absolute(), dst.absolute(), job.absolute(), sent)
     return ray_engine.convert(nodes, request, run.on_event, scattered=scattered)
 
 

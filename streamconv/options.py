@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypedDict, Unpack, get_args
 
@@ -197,6 +197,15 @@ class JobOptions:
             raise UsageError("--strip-prefix needs the prefix that names begin with")
         for text in self.config:
             parse_override(text)
+
+    def absolute(self) -> JobOptions:
+        """Return the same for processes that run in another folder, on another machine."""
+        config, base = self.hf_config, self.lora.base
+        return replace(
+            self,
+            hf_config=config and config.absolute(),
+            lora=replace(self.lora, base=base and base.absolute()),
+        )
 
     def to_json(self) -> dict[str, Any]:
         """Return the options as plain data; what goes into the job's identity."""

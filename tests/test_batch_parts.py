@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
+import sys
 import time
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -14,9 +16,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from streamconv.batch import metrics
+from streamconv.batch import metrics, relay
 from streamconv.batch.discover import Candidate, candidate_at, checkpoint_inside, discover
-from streamconv.batch.ledger import Ledger
+from streamconv.batch.ledger import EachItsOwn, Ledger
 from streamconv.batch.ready import Snapshot, Tracker, judge, look_at, read_tracker, snapshot
 from streamconv.batch.retention import Rule
 from streamconv.batch.schedule import Cron, Every, local_now, parse_schedule
@@ -25,7 +27,7 @@ from streamconv.batch.settings import BatchSettings, RunSettings, load, settings
 from streamconv.batch.state import Record
 from streamconv.cli.commands import app
 from streamconv.errors import BadInputError, BudgetError, UsageError
-from streamconv.options import JobOptions, RunOptions
+from streamconv.options import JobOptions, LoraOptions, RunOptions
 from streamconv.units import format_duration, parse_duration
 
 RANKS = "model_world_size_1_rank_0.pt"
@@ -710,3 +712,40 @@ def test_metrics_say_everything_and_escape_names():
     assert 'streamconv_last_step{run="a\\"b"} 3' in lines
     assert 'streamconv_last_success_timestamp_seconds{run="a\\"b"} 5.5' in lines
     assert 'streamconv_failed_attempts{run="a\\"b"} 2' in lines
+
+
+def test_machines_of_their_own_get_the_whole_budget_each():
+    ledger = EachItsOwn(10**9, jobs=2)
+    assert [ledger.grant("a"), ledger.grant("b", alone=True), ledger.grant("c")] == [
+        10**9,
+        10**9,
+        None,
+    ]
+    assert not ledger.can_grant_more
+    ledger.release("a")
+    assert ledger.grant("c") == 10**9
+
+
+def test_a_batch_names_its_cluster():
+    with pytest.raises(UsageError, match="takes ray"):
+        settings({"nodes": "slurm", "run": [{"root": "a", "output": "b"}]})
+
+
+def test_what_a_machine_is_sent_has_no_relative_paths(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    options = JobOptions(hf_config=Path("hf"), lora=LoraOptions(base=Path("base")))
+    request = {"source": "run", "output": "s3://b/x", "report": None, "job": options.to_json()}
+    sent = relay._absolute(request)
+    assert (sent["source"], sent["output"], sent["report"]) == (f"{tmp_path}/run", "s3://b/x", None)
+    assert sent["job"]["hf_config"] == f"{tmp_path}/hf"
+    assert sent["job"]["lora"]["base"] == f"{tmp_path}/base"
+
+
+def test_a_worker_that_dies_on_its_machine_is_an_error_with_its_last_words(monkeypatch):
+    code = "import sys; print('hello'); print('the end', file=sys.stderr); sys.exit(7)"
+    monkeypatch.setattr(relay.worker, "command", lambda: [sys.executable, "-c", code])
+    *lines, last = relay.run_there(json.dumps({"source": "run"}))
+    assert lines == ["hello\n"]
+    told = json.loads(last)
+    assert (told["event"], told["kind"], told["where"]) == ("error", "crashed", "run")
+    assert "the end" in told["found"]

@@ -12,6 +12,7 @@ import pytest
 
 import streamconv
 from scripts.outputs import MANIFEST, contents
+from streamconv.batch.state import read_records
 from streamconv.errors import BadInputError, BudgetError, StreamconvError, UsageError
 from streamconv.nodes import ray_engine, tasks
 from streamconv.options import Event, Phase, Progress
@@ -147,6 +148,36 @@ def test_a_killed_worker_and_a_killed_node_cost_time(cluster, checkpoints, whole
     assert contents(out) == contents(whole)
 
 
+def test_a_batch_lets_the_cluster_convert_and_keeps_the_rest(cluster, scene, monkeypatch, tmp_path):
+    """Records, hooks and errors are those of a batch on one machine."""
+    monkeypatch.setenv("RAY_ADDRESS", cluster.address)
+    monkeypatch.chdir(tmp_path)
+    scene.step(1, 2)
+    scene.step(3)
+    rank = next((scene.run / "global_step_3").rglob("*.pt"))
+    damaged = bytearray(rank.read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    rank.unlink()  # a link to the others'
+    rank.write_bytes(damaged)
+    scene.tracker(3)
+    heard = tmp_path / "heard"
+    shared = {
+        "nodes": "ray",
+        "jobs": 2,
+        "max-mem": "600MB",
+        "on-done": f"echo $STREAMCONV_STEP >> {heard}",
+    }
+    made = scene.batch(fake=False, shared=shared).round()
+    assert scene.states() == {1: "done", 2: "done", 3: "failed"}
+    assert sorted(heard.read_text().split()) == ["1", "2"]
+    assert made.counts["converted"] == 2
+    failed = next(r for r in read_records(scene.out) if r.state == "failed")
+    assert failed.attempts == 1
+    streamconv.convert(scene.run / "global_step_1" / "actor", tmp_path / "alone", sync=False)
+    output = next(r.output for r in read_records(scene.out) if r.step == 1)
+    assert contents(Path(output)) == contents(tmp_path / "alone")
+
+
 def test_below_what_a_worker_has_the_part_runs_as_a_child(checkpoints, whole, tmp_path):
     out = tmp_path / "out"
     request = _request(source(checkpoints), out, budget=8 * 10**9)
@@ -175,4 +206,4 @@ def test_without_a_cluster_it_says_so(checkpoints, tmp_path, monkeypatch):
         convert(source(checkpoints), tmp_path / "out")
     assert caught.value.found == "Could not find any running Ray instance."
     with pytest.raises(UsageError, match="takes ray"):
-        ray_engine._address("slurm")
+        tasks.cluster_address("slurm")

@@ -19,6 +19,7 @@ class BatchKeywords(TypedDict, total=False):
 
     max_mem: str | None
     part: str | None
+    nodes: str | None
     jobs: int
     every: int | None
     steps: str | None

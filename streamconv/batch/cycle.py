@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from streamconv.api import memory_bytes
-from streamconv.batch import metrics
+from streamconv.batch import metrics, relay
 from streamconv.batch.hooks import Hooks
 from streamconv.batch.leases import Lease
-from streamconv.batch.ledger import Ledger
+from streamconv.batch.ledger import EachItsOwn, Ledger
 from streamconv.batch.pins import Holder
 from streamconv.batch.places import (
     MisplacedError,
@@ -41,6 +41,7 @@ from streamconv.errors import BadInputError, StreamconvError, VerificationError
 from streamconv.executor import budget as budgets
 from streamconv.files import askedfile
 from streamconv.files.durable import no_space
+from streamconv.nodes.tasks import DEFAULT_BUDGET_BYTES
 from streamconv.storage.buckets import forget
 from streamconv.system import memory
 from streamconv.system.signals import how_it_ended
@@ -66,7 +67,9 @@ class Batch:
     ) -> None:
         self._settings = settings
         self._listener = listener
-        self._command = command
+        self._command = command or (
+            None if settings.nodes is None else relay.command(settings.nodes)
+        )
         self._backoff = backoff
         self._hopeless: dict[str, str] = {}
         self._noticed: set[str] = set()
@@ -84,7 +87,9 @@ class Batch:
             from streamconv.batch.overview import Overview
 
             self._overview = Overview(settings.report, self._stores)
-        self.budget_bytes = memory_bytes(settings.max_mem) or memory.available_bytes()[0]
+        self.budget_bytes = memory_bytes(settings.max_mem) or (
+            memory.available_bytes()[0] if settings.nodes is None else DEFAULT_BUDGET_BYTES
+        )
 
     def _refuse_places(self) -> None:
         """Refuse a report or metrics in a checkpoint, or where what is not ours lies."""
@@ -265,14 +270,7 @@ class Batch:
             made.counts += _left_out(surveys)
             return
         s = self._settings
-        own = memory.resident_bytes()
-        ledger = Ledger(
-            self.budget_bytes,
-            own,
-            budgets.PLANNING_FLOOR_BYTES,
-            s.jobs,
-            known_floor_bytes=None if s.no_cache else budgets.REMEMBERED_FLOOR_BYTES,
-        )
+        ledger = self._ledger()
         self.publish()
         with memory.PeakMeter() as meter, self._overview or nullcontext():
             while tasks:
@@ -293,6 +291,18 @@ class Batch:
                 tasks = [task for survey in surveys for task in survey.next_tasks()]
         made.peak_bytes = meter.peak_bytes
         made.counts += _left_out(surveys)
+
+    def _ledger(self) -> Ledger:
+        s = self._settings
+        if s.nodes is not None:
+            return EachItsOwn(self.budget_bytes, s.jobs)
+        return Ledger(
+            self.budget_bytes,
+            memory.resident_bytes(),
+            budgets.PLANNING_FLOOR_BYTES,
+            s.jobs,
+            known_floor_bytes=None if s.no_cache else budgets.REMEMBERED_FLOOR_BYTES,
+        )
 
     def _remembering(self, what: What, task: Task, text: str) -> None:
         error = task.record.error

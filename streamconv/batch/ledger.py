@@ -49,6 +49,11 @@ class Ledger:
         self._granted: dict[str, int] = {}
 
     @property
+    def can_grant_more(self) -> bool:
+        """Whether a conversion that runs alone gets more than its share."""
+        return self.whole_bytes > self.share_bytes
+
+    @property
     def granted_bytes(self) -> int:
         """Return the sum of the shares that are out."""
         return sum(self._granted.values())
@@ -67,3 +72,20 @@ class Ledger:
     def release(self, name: str) -> None:
         """Take a share back."""
         del self._granted[name]
+
+
+class EachItsOwn(Ledger):
+    """Grants ``jobs`` times ``share_bytes``: each conversion has a machine to itself, not this one."""
+
+    def __init__(self, share_bytes: int, jobs: int) -> None:
+        self.slots = jobs
+        self.total_bytes = jobs * share_bytes
+        self.share_bytes = self.whole_bytes = share_bytes
+        self._granted: dict[str, int] = {}
+
+    def grant(self, name: str, *, alone: bool = False) -> int | None:  # noqa: ARG002 - as it is
+        """Return the share for the job ``name``, or None where it must wait for others to end."""
+        if name in self._granted or len(self._granted) >= self.slots:
+            return None
+        self._granted[name] = self.share_bytes
+        return self.share_bytes

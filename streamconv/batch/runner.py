@@ -361,7 +361,7 @@ class Runner:
                 record.state, record.reason = "queued", str(error["what"])
                 self._close(running)
                 self._end(task, "elsewhere", str(error["what"]))
-            elif kind == "budget" and not task.alone and self._ledger.slots > 1:
+            elif kind == "budget" and not task.alone and self._ledger.can_grant_more:
                 task.alone = True
                 self._again(running, "needs more memory than its share: tried again alone")
             elif (number in _PASSING or kind == NoAnswerError.kind) and task.tries <= self._retries:

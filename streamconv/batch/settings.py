@@ -33,6 +33,7 @@ from streamconv.conversion.parts import Share
 from streamconv.errors import BadInputError, UsageError
 from streamconv.files.filesystems import real_path
 from streamconv.files.inputs import local_path
+from streamconv.nodes.tasks import cluster_address
 from streamconv.options import (
     SHORT_DTYPES,
     DTypeChoice,
@@ -159,6 +160,7 @@ class BatchSettings(_Strict):
     run: tuple[RunSettings, ...] = Field(min_length=1)
     max_mem: _Memory | None = None
     part: Annotated[str, _parsed_by(lambda text: Share.parse(text, {}))] | None = None
+    nodes: Annotated[str, _parsed_by(cluster_address)] | None = None
     jobs: _Count = 1
     retries: Annotated[int, Field(ge=0), BeforeValidator(_no_flag)] = 3
     watch: _When | None = None

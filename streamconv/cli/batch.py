@@ -67,6 +67,15 @@ def batch(
             "--part", "Only part I of N of the conversions; auto: see `part`.", "I/N", group=WHICH
         ),
     ] = None,
+    nodes: Annotated[
+        str | None,
+        _option(
+            "--nodes",
+            "Let a Ray cluster do the conversions, --jobs at once: ray, or ray://HOST. --max-mem is "
+            "each one's then.",
+            "CLUSTER",
+        ),
+    ] = None,
     jobs: Annotated[
         int | None, _option("--jobs", "Conversions at once, within one --max-mem.", "N")
     ] = None,

@@ -7,6 +7,7 @@ machines read the source and write the output at the same paths.
 
 from __future__ import annotations
 
+import errno
 import os
 import time
 from collections import Counter
@@ -24,8 +25,6 @@ from streamconv.storage.address import Address, place
 from streamconv.storage.scattered import address as scattered_address
 from streamconv.units import format_size
 
-_ADDRESS = "ray://"
-_CLIENT_PORT = 10001
 _LOOK_EVERY_SECONDS = 0.3
 _RETRIES = 5
 
@@ -87,7 +86,7 @@ def _connected(nodes: str) -> Iterator[Any]:
     if ray.is_initialized():
         yield ray
         return
-    address = _address(nodes)
+    address = tasks.cluster_address(nodes)
     try:
         ray.init(address=address, log_to_driver=False, logging_level="ERROR")
     except (ConnectionError, RuntimeError, OSError) as error:
@@ -101,20 +100,6 @@ def _connected(nodes: str) -> Iterator[Any]:
         yield ray
     finally:
         ray.shutdown()
-
-
-def _address(nodes: str) -> str:
-    """Return what Ray calls a cluster.
-
-    >>> _address("ray"), _address("ray://head"), _address("ray://head:10002")
-    ('auto', 'ray://head:10001', 'ray://head:10002')
-    """
-    if nodes == "ray":
-        return "auto"
-    if not nodes.startswith(_ADDRESS) or not nodes.removeprefix(_ADDRESS):
-        raise UsageError("--nodes takes ray or ray://HOST[:PORT]", found=repr(nodes))
-    host = nodes.removeprefix(_ADDRESS)
-    return nodes if ":" in host else f"{_ADDRESS}{host}:{_CLIENT_PORT}"
 
 
 def _alive(ray: Any) -> list[dict[str, Any]]:
@@ -187,12 +172,23 @@ def _name(node: Mapping[str, Any]) -> str:
 
 def _checked(ray: Any, request: tasks.Request) -> tasks.Request:
     """Hold the machines against this one; return the request with a key where they have not ours."""
+    if _share_a_key(ray, request.budget_bytes):
+        return request
+    # Of this output alone: who has it can finish, or forge, this conversion and no other.
+    return request.with_key(Sealer(user_key(), "nodes", str(request.dst)).derived())
+
+
+def _share_a_key(ray: Any, budget_bytes: int) -> bool:
+    """Hold the machines against this one; return whether all have this user's key.
+
+    Raises :class:`BudgetError` where none has the memory, :class:`BadInputError` for what differs.
+    """
     alive = _alive(ray)
     room = max(n["Resources"].get("memory", 0) for n in alive)
-    if room < request.budget_bytes:
+    if room < budget_bytes:
         raise BudgetError(
             "no machine of the Ray cluster has the memory of one part",
-            expected=format_size(request.budget_bytes),
+            expected=format_size(budget_bytes),
             found=format_size(int(room)),
             hint="choose a smaller --max-mem: it is each worker's",
         )
@@ -213,10 +209,36 @@ def _checked(ray: Any, request: tasks.Request) -> tasks.Request:
                     found=str(there[what]),
                     hint="install the same version of streamconv everywhere",
                 )
-    if keys == {here["key"]}:
-        return request
-    # Of this output alone: who has it can finish, or forge, this conversion and no other.
-    return request.with_key(Sealer(user_key(), "nodes", str(request.dst)).derived())
+    return keys == {here["key"]}
+
+
+def lines(
+    nodes: str, budget_bytes: int, work: Callable[[str], Iterator[str]], request: str
+) -> Iterator[str]:
+    """Run ``work`` on some machine of the cluster, and yield the lines that it yields.
+
+    A machine that dies is an ``OSError``: who asked may try again. Raises as :func:`convert`.
+    """
+    with _connected(nodes) as ray:
+        if not _share_a_key(ray, budget_bytes):
+            raise UsageError(
+                "the machines of the cluster have other keys than this one",
+                hint="let them share the state folder (XDG_STATE_HOME), or give all of them the same "
+                "STREAMCONV_KEY",
+            )
+        task = ray.remote(work).options(
+            num_cpus=1,
+            memory=budget_bytes,
+            scheduling_strategy="SPREAD",
+            max_retries=0,
+            num_returns="streaming",
+        )
+        try:
+            for reference in task.remote(request):
+                yield ray.get(reference)
+        except ray.exceptions.RayError as error:
+            said = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+            raise OSError(errno.EIO, f"the machine that converted it is gone: {said}") from error
 
 
 def _write_all(

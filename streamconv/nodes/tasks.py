@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from streamconv._version import __version__
-from streamconv.errors import StreamconvError
+from streamconv.errors import StreamconvError, UsageError
 from streamconv.files.userkey import Sealer, user_key
 from streamconv.ir.identity import SCHEMA
 from streamconv.options import Event, JobOptions, Progress, RunOptions
@@ -30,6 +30,8 @@ from streamconv.system.signals import how_it_ended
 CHILD_BELOW_BYTES = 150 * 10**6
 DEFAULT_BUDGET_BYTES = 10**9
 _TAIL_CHARACTERS = 2000
+_CLUSTER = "ray://"
+_CLIENT_PORT = 10001
 
 # Called with an output file and how many of its bytes are done.
 Told = Callable[[str, int], None]
@@ -59,6 +61,20 @@ class Request:
     def with_key(self, key: bytes) -> Request:
         """Return the same request with a key for its seals."""
         return replace(self, key=key.hex())
+
+
+def cluster_address(nodes: str) -> str:
+    """Return what Ray calls a cluster.
+
+    >>> cluster_address("ray"), cluster_address("ray://head"), cluster_address("ray://head:10002")
+    ('auto', 'ray://head:10001', 'ray://head:10002')
+    """
+    if nodes == "ray":
+        return "auto"
+    if not nodes.startswith(_CLUSTER) or not nodes.removeprefix(_CLUSTER):
+        raise UsageError("--nodes takes ray or ray://HOST[:PORT]", found=repr(nodes))
+    host = nodes.removeprefix(_CLUSTER)
+    return nodes if ":" in host else f"{_CLUSTER}{host}:{_CLIENT_PORT}"
 
 
 def describe() -> dict[str, Any]:
