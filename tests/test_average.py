@@ -463,3 +463,15 @@ def test_the_commands(tmp_path: Path) -> None:
     wrong = cli("average", *made, str(tmp_path / "x"), "--weights", "a,b")
     assert wrong.returncode == 2
     assert "weights" in wrong.stderr
+
+
+def test_an_output_is_averaged_with_what_training_wrote(tmp_path: Path) -> None:
+    """Its config.json says the same under other names, for older readers, and is quantized."""
+    rope = {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}
+    states = [step(k) for k in range(2)]
+    made = folders(tmp_path, states, **rope)
+    streamconv.convert(made[1], tmp_path / "finished", quantize="fp8-block", sync=False)
+    assert "rope_theta" in json.loads((tmp_path / "finished/config.json").read_text())
+    sources = [made[0], tmp_path / "finished"]
+    streamconv.average(sources, tmp_path / "out", dequantize=True, sync=False)
+    assert streamconv.verify(tmp_path / "out", source=sources).passed

@@ -24,6 +24,7 @@ from streamconv.ir.source import GlobalTensor, SourceFile
 from streamconv.lora.plan import adapter_inputs
 from streamconv.options import AverageOptions, JobOptions
 from streamconv.planning.checks import Ties
+from streamconv.quantization import scales
 from streamconv.tracing.model import Model
 
 # What two config.json of one model may differ in.
@@ -117,15 +118,22 @@ def places(job: JobOptions, roots: Sequence[Path]) -> list[Path]:
 
 
 def refuse_other_config(
-    root: Path, own: Mapping[str, Any] | None, config: Mapping[str, Any] | None
+    root: Path,
+    own: Mapping[str, Any] | None,
+    config: Mapping[str, Any] | None,
+    model: Model | None,
 ) -> None:
     """Raise :class:`BadInputError` where the checkpoint in ``root`` is of another model.
 
-    ``own`` is its own config, ``config`` that of all.
+    ``own`` is its own config, ``config`` that of all, which describes ``model``. What transformers
+    reads alike is the same, under whatever names; how weights are stored does not matter.
     """
     if own is None or config is None:
         return
-    keys = [k for k in sorted({*own, *config} - _NO_MATTER) if own.get(k) != config.get(k)]
+    here, there = _meaning(own), _meaning(config)
+    keys = [k for k in sorted({*here, *there}) if here.get(k) != there.get(k)]
+    if keys and model is not None and model.reads_alike(there, here):
+        return
     if keys:
         raise BadInputError(
             "a checkpoint of another model cannot be averaged with this one",
@@ -134,6 +142,10 @@ def refuse_other_config(
             found=f"another {listed(keys, _LISTED)}",
             hint="--hf-config DIR names the folder whose config holds for all of them",
         )
+
+
+def _meaning(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in scales.without(config)[0].items() if k not in _NO_MATTER}
 
 
 def moved(

@@ -92,7 +92,7 @@ def build_plan(
     if job.average is not None:
         members = [_as_member(checkpoint, made, lora, job, notices)]
         for k, other in enumerate(others, 2):
-            member, left = _member(k, other, config, job, notices, answers)
+            member, left = _member(k, other, config, job, notices, answers, made.model)
             members.append(member)
             made.skipped += left
         summed = averaging.summed(members, job.average, made.model)
@@ -203,14 +203,15 @@ def _member(
     job: JobOptions,
     notices: list[str],
     answers: Answers,
+    model: Model | None,
 ) -> tuple[averaging.Member, list[Skipped]]:
     """Return what would be written of checkpoint ``number`` of several, and what is left out of it.
 
-    ``answers`` are what is known about number 1.
+    ``answers`` are what is known about number 1, and ``model`` is its model.
     """
     if job.hf_config is None:
-        own = checkpoint.side_dir
-        averaging.refuse_other_config(checkpoint.root, read_config(own) if own else None, config)
+        own = read_config(checkpoint.side_dir) if checkpoint.side_dir else None
+        averaging.refuse_other_config(checkpoint.root, own, config, model)
     told = list(checkpoint.notices)
     own_answers = answers.about(checkpoint, config)
     checkpoint, lora, made = _understood(checkpoint, config, job, told, own_answers)
