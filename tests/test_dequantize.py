@@ -14,13 +14,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import streamconv
+from scripts.makers.dcp import save_alone
 from streamconv.errors import BadInputError, UnfitValuesError
 from streamconv.executor.codes import decoding
 from streamconv.ir.boxes import contiguous_strides
 from streamconv.ir.dtypes import BF16, BY_NAME, F32
 from streamconv.ir.recipe import AddProduct, Cast, Decode, MulScale, Recipe, SourceRef, View
 from tests.test_executor import Source, execute, make_plan
-from tests.test_quantization import CONFIG, FP8, SHAPES, State, bf16, checkpoint, released
+from tests.test_quantization import CONFIG, FP8, SHAPES, State, bf16, checkpoint, fp8, released
 
 E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
 MATRICES = [n for n, s in SHAPES.items() if "proj" in n and len(s) == 2]
@@ -283,3 +284,18 @@ def test_an_adapter_is_merged_and_the_sum_rounded_once(kind: str, tmp_path: Path
     said = json.loads((tmp_path / "out" / "config.json").read_text())
     assert said["model_type"] == CONFIG["model_type"]
     assert "quantization_config" not in said
+
+
+@pytest.mark.usefixtures("planned_here")
+def test_quantized_weights_of_a_dcp_folder_are_decoded(tmp_path: Path) -> None:
+    state = fp8()
+    config = {**CONFIG, "quantization_config": FP8}
+    src = save_alone(tmp_path / "dcp", state)
+    (src / "config.json").write_text(json.dumps(config))
+    plain = checkpoint(tmp_path / "ranks", state, quantization_config=FP8)
+    for name, path in (("dcp", src), ("ranks", plain)):
+        streamconv.convert(path, tmp_path / f"{name}_out", dequantize=True, sync=False)
+    found = [load_file(tmp_path / f"{n}_out/model.safetensors") for n in ("dcp", "ranks")]
+    assert found[0].keys() == SHAPES.keys()
+    assert all(torch.equal(found[0][n], t) for n, t in found[1].items())
+    assert streamconv.verify(tmp_path / "dcp_out", source=src).passed
