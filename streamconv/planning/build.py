@@ -303,7 +303,9 @@ def _decoded(
     if not job.dequantize and job.quantize is None:
         return None
     base = read_config(job.lora.base) if job.lora.base is not None else None
-    configs = [c for c in (base, config) if c is not None]
+    # Its own may say how large blocks are where that of all, or of the first of several, does not.
+    own = read_config(checkpoint.side_dir) if checkpoint.side_dir is not None else None
+    configs = [c for c in (base, config, own) if c is not None]
     declared = declared_dtype(config) if config else None
     dtype = decoding.float_type(job.dtype, declared)
     # What is quantized again, or averaged, is not rounded on the way.
