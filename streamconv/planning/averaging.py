@@ -208,7 +208,11 @@ def summed(members: Sequence[Member], average: AverageOptions, model: Model | No
 
 def told(members: Sequence[Member], average: AverageOptions) -> str:
     """Return what a user should know: what is added up, and whether the weights make a mean."""
-    parts = (f"{w:.6g} x {m.root}" for w, m in zip(average.weights, members, strict=True))
+    # By their numbers and names: a manifest does not depend on where its sources lay.
+    parts = (
+        f"{w:.6g} x {k} ({m.root.name})"
+        for k, (w, m) in enumerate(zip(average.weights, members, strict=True), 1)
+    )
     over = "" if average.divisor == 1 else f", divided by {average.divisor:g}"
     total = math.fsum(average.weights) / average.divisor
     odd = "" if abs(total - 1) < 1e-9 else f" (the weights add up to {total:.6g})"

@@ -219,7 +219,7 @@ def _member(
     if own_answers is not answers:
         own_answers.close()
         answers.remembered &= own_answers.remembered
-    notices += [f"{checkpoint.root}: {n}" for n in told if n not in notices]
+    notices += [f"checkpoint {number}: {n}" for n in told if n not in notices]
     skipped = (*checkpoint.skipped, *made.skipped)
     return member, [Skipped(f"{number}:{s.name}", s.reason) for s in skipped]
 
