@@ -76,7 +76,9 @@ def _search_once() -> None:
     from transformers.utils import import_utils
 
     folder = Path(transformers.__file__).parent / "models"
-    search = import_utils.define_import_structure
+    search = getattr(import_utils, "define_import_structure", None)
+    if search is None:  # a release that looks for its models in another way
+        return
 
     def remembered(path: Any, prefix: str | None = None) -> Any:
         if prefix is not None or Path(path) != folder / "__init__.py":
