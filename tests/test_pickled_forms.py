@@ -121,8 +121,8 @@ class Level(enum.Flag):
 @pytest.mark.parametrize(
     "value",
     [
-        Keywords(),
-        Keywords().method,
+        pytest.param(Keywords(), id="keywords"),
+        pytest.param(Keywords().method, id="method"),
         Keywords.maker,
         Level.LOW,
         Level.LOW | Level.HIGH,

@@ -62,10 +62,11 @@ def convert_run(
     """Convert every checkpoint of the training run ``root`` that is whole and not converted yet.
 
     One round of ``streamconv batch ROOT DST``; ``root`` may be a ``jobs.toml``, which names its
-    outputs itself. ``on_record`` gets what happens to each output (``started``, ``progress``,
-    ``done``, ``failed``, ``gone``, …) and its record. The round that is returned counts outputs by how
-    they ended and has an ``exit_code``; the errors of single checkpoints are in its ``records`` and
-    raise nothing. With ``dry_run`` its ``tasks`` say what would be converted, and nothing is written.
+    outputs itself. ``on_record`` gets what happens to each output (``queued``, ``started``,
+    ``progress``, ``done``, ``failed``, ``gone``, …) and its record. The round that is returned
+    counts outputs by how they ended and has an ``exit_code``; the errors of single checkpoints are
+    in its ``records`` and raise nothing. With ``dry_run`` its ``tasks`` say what would be
+    converted, and nothing is written.
     Raises :class:`UsageError` for options that do not make sense.
     """
     from streamconv.batch.cycle import Batch
