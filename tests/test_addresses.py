@@ -72,10 +72,7 @@ CALLS = {
     "convert with": lambda a: streamconv.convert("in", "out", hf_config=a),
     "convert onto": lambda a: streamconv.convert("in", "out", base=a),
     "convert report": lambda a: streamconv.convert("in", "out", report=a),
-    "plan for": lambda a: streamconv.plan("in", a),
     "plan output": lambda a: streamconv.plan("in", output=a),
-    "verify": lambda a: streamconv.verify(a),
-    "verify reference": lambda a: streamconv.verify("out", reference=a),
     "verify base": lambda a: streamconv.verify("out", base=a),
     "upload": lambda a: streamconv.upload(a, "org/name"),
 }
@@ -91,7 +88,7 @@ def test_calls(call, given, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("key", ["root", "output", "hf-config", "base"])
+@pytest.mark.parametrize("key", ["hf-config", "base"])
 def test_job_files(key, tmp_path):
     run = {"root": "runs", "output": "out"} | {key: ADDRESS}
     lines = "".join(f'{k} = "{v}"\n' for k, v in run.items())
