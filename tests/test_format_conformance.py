@@ -56,7 +56,7 @@ def options(sample: Location, shared: Path) -> dict[str, object]:
 
 
 def test_every_format_has_a_sample() -> None:
-    assert [*SAMPLES] == [f.NAME for f in FORMATS]
+    assert {*SAMPLES} == {f.NAME for f in FORMATS}
 
 
 def test_it_is_known_by_its_files_and_by_nothing_else(sample: Location, tmp_path: Path) -> None:
