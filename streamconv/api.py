@@ -42,6 +42,7 @@ from streamconv.storage.buckets import forget
 from streamconv.units import format_size, parse_size
 
 _LOG = logging.getLogger("streamconv")
+_FEW_BYTES = 10_000  # of a budget: a unit was forgotten
 
 if TYPE_CHECKING:
     from streamconv.conversion.lazy import LazyCheckpoint
@@ -694,7 +695,11 @@ def memory_bytes(max_mem: int | str | None) -> int | None:
         from streamconv.system.memory import available_bytes
 
         return parse_size(max_mem, whole_bytes=available_bytes()[0])
-    return parse_size(max_mem)
+    nbytes = parse_size(max_mem)
+    number = str(max_mem).strip()
+    if number.isdecimal() and nbytes < _FEW_BYTES:
+        raise UsageError(f"a budget of {nbytes} bytes", hint=f"did you mean --max-mem {number}GB?")
+    return nbytes
 
 
 def disk_free_bytes(dst: Path) -> int:

@@ -354,7 +354,7 @@ def test_an_unknown_alpha_is_refused_and_not_guessed(checkpoints, tmp_path):
         ('{"r": 8, "lora_alpha": 10}', "rank is not what"),
         ('{"r": 4, "lora_alpha": -1}', "makes no sense"),
         ('{"r": "4", "lora_alpha": 1}', "makes no sense"),
-        ("[]", "no JSON object"),
+        ("[]", "not a JSON object"),
         ("{", "not valid JSON"),
         ('{"lora_alpha": 1, "alpha_pattern": {"(a+)+$": 3}}', "makes no sense"),
     ],

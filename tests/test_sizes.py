@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from streamconv.api import memory_bytes
 from streamconv.errors import UsageError
 from streamconv.units import counted, format_size, parse_size
 
@@ -98,6 +99,12 @@ def test_what_is_written_reads_back_within_its_digits(nbytes):
 def test_anything_is_a_size_or_a_usage_error(text):
     with contextlib.suppress(UsageError):
         assert parse_size(text, whole_bytes=10**9) > 0
+
+
+def test_a_budget_of_a_few_bytes_lacks_its_unit():
+    with pytest.raises(UsageError, match="did you mean --max-mem 32GB"):
+        memory_bytes(" 32 ")
+    assert memory_bytes("32GB") == memory_bytes(32 * 10**9)
 
 
 @pytest.mark.parametrize(("count", "text"), [(0, "0 files"), (1, "1 file"), (2, "2 files")])

@@ -12,6 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 import streamconv
 from scripts.makers.fsdp import Made
+from streamconv.cli.report import render_verification
 from streamconv.errors import BadInputError, SourceChangedError, UnsafeInputError
 from streamconv.formats.safetensors_file import read_header
 from streamconv.verification.folder import verify_output
@@ -56,8 +57,9 @@ def test_an_adapter_alone_agrees_with_its_manifest(
 def test_an_unfinished_conversion_is_told_from_a_strange_folder(tmp_path: Path) -> None:
     for target in (tmp_path / "beside", tmp_path / "inside"):
         target.mkdir()
-        with pytest.raises(BadInputError, match="was not made by streamconv"):
+        with pytest.raises(BadInputError, match="was not made by streamconv") as caught:
             verify_output(target)
+        assert "streamconv diff A B" in (caught.value.hint or "")
     (tmp_path / "inside" / ".streamconv").mkdir()
     (tmp_path / "gone" / "x").mkdir(parents=True)
     (tmp_path / ".gone.streamconv").mkdir()
@@ -242,3 +244,15 @@ def test_headers_agree_with_the_library(converted: tuple[Path, Made]) -> None:
 def test_a_source_that_vanished_is_an_error(converted: tuple[Path, Made], tmp_path: Path) -> None:
     with pytest.raises((BadInputError, SourceChangedError)):
         streamconv.verify(converted[0], source=tmp_path / "gone")
+
+
+def test_a_comparison_lists_the_first_and_says_how_many_more(tmp_path: Path) -> None:
+    """Values of different types are not compared unless a tolerance is given: there is no distance."""
+    for name, dtype in (("a", np.float32), ("b", np.float16)):
+        (tmp_path / name).mkdir()
+        tensors = {f"t{k}": np.ones(2, dtype) for k in range(25)}
+        save_file(tensors, tmp_path / name / "model.safetensors")
+    text = render_verification(streamconv.diff(tmp_path / "a", tmp_path / "b"))
+    assert "inf" not in text
+    assert "-  t0  float32, there float16" in text
+    assert "and 5 more" in text

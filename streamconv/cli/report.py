@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
@@ -205,6 +206,7 @@ def _skipped(skipped: Iterable[Mapping[str, str]]) -> str:
     return _list("skipped", items, longest=None)
 
 
+_LISTED_ROWS = 20
 _LISTED_PROBLEMS = 50
 
 
@@ -228,6 +230,11 @@ def _forward(found: Mapping[str, Any]) -> list[str]:
     return [*lines, f"peak memory {peak} of {budget}"]
 
 
+def _apart(difference: float) -> str:
+    """Return the difference of two tensors; nothing of those whose values were not compared."""
+    return f"{difference:.6g}" if math.isfinite(difference) else "-"
+
+
 def render_verification(report: Report) -> str:
     """Return what a verification found, worst tensors first."""
     count = len(report.problems)
@@ -235,9 +242,11 @@ def render_verification(report: Report) -> str:
     if report.rows:
         lines += ["", f"{'max |difference|':>16}  tensor"]
         lines += [
-            f"{r['max_abs']:>16.6g}  {shown(r['name'])}  {shown(r['what'])}"
-            for r in report.rows[:20]
+            f"{_apart(r['max_abs']):>16}  {shown(r['name'])}  {shown(r['what'])}"
+            for r in report.rows[:_LISTED_ROWS]
         ]
+        if len(report.rows) > _LISTED_ROWS:
+            lines.append(f"{'…':>16}  and {len(report.rows) - _LISTED_ROWS} more")
         lines.append("")
     if report.forward is not None:
         lines += ["", *_forward(report.forward), ""]

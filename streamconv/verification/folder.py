@@ -93,6 +93,7 @@ def manifest_of(folder: Path) -> dict[str, Any]:
             if folder.is_dir()
             else "there is no such folder",
             where=str(folder),
+            hint="`streamconv diff A B` compares two model folders" if folder.is_dir() else None,
         )
     return manifest
 
