@@ -222,7 +222,7 @@ def test_an_adapter_that_verl_wrote_beside_no_weights(tmp_path: Path) -> None:
     (tmp_path / "actor/huggingface/model.safetensors").touch()
     with pytest.raises(BadInputError, match="an adapter was trained") as caught:
         torch_dist.read(tmp_path / "actor")
-    assert "no file tells" in str(caught.value.hint)
+    assert "no file says" in str(caught.value.hint)
 
 
 def test_ranges_of_quantizers_in_a_dcp_folder(tmp_path: Path) -> None:
