@@ -108,6 +108,22 @@ def test_machines_must_be_alike(cluster, checkpoints, tmp_path, monkeypatch):
         ray_engine._checked(_as_it_is(real), _request(source(checkpoints), tmp_path / "out"))
 
 
+def test_a_machine_that_dies_while_it_is_asked_is_done_without(cluster, checkpoints, tmp_path):
+    """Ray counts a machine as alive for a while after it has died."""
+    dead = {**ray.nodes()[-1], "NodeID": "e" * 56, "Alive": True}
+    looks = iter([[*ray.nodes(), dead]])
+
+    class Late:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(ray, name)
+
+        def nodes(self) -> list[dict[str, Any]]:
+            return next(looks, None) or ray.nodes()
+
+    request = _request(source(checkpoints), tmp_path / "out")
+    assert ray_engine._checked(Late(), request) is request
+
+
 def _as_it_is(described: dict[str, Any]) -> Any:
     """Ray, whose machines say what they are and not what the patched function says."""
 

@@ -198,7 +198,12 @@ def _share_a_key(ray: Any, budget_bytes: int) -> bool:
     ]
     here, keys = tasks.describe(), set()
     for node, reference in zip(alive, asked, strict=True):
-        there = _get(ray, reference, f"asking {node['NodeManagerHostname']} for its version")
+        try:
+            there = _get(ray, reference, f"asking {node['NodeManagerHostname']} for its version")
+        except StreamconvError:
+            if node["NodeID"] in {other["NodeID"] for other in _alive(ray)}:
+                raise
+            continue  # it has died: the others do its work
         keys.add(there["key"])
         for what in ("streamconv", "plan schema", "Python"):
             if there[what] != here[what]:
