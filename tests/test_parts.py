@@ -133,7 +133,7 @@ def test_what_a_part_wrote_is_neither_written_nor_read_again(planned, tmp_path, 
         "read",
         lambda self, file, at, *b: (reads.append((file, at)), read(self, file, at, *b))[1],
     )
-    monkeypatch.setattr("streamconv.output.journal.hash_open_file", None)
+    monkeypatch.setattr("streamconv.output.journal.hash_stream", None)
     result = streamconv.finish(out)
     assert reads == []
     assert result.read_bytes > first.read_bytes > 0

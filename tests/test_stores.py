@@ -226,6 +226,23 @@ def test_in_parts(root, planned):
         streamconv.part(str(root / "nowhere"), "1/3")
 
 
+def test_a_file_written_twice_counts_whichever_was_noted(root, planned):
+    """Azure and GCS give equal bytes a version for each time that they are written."""
+    plan, out = planned
+    target = str(root / "model")
+    begun = streamconv.begin(plan, target)
+    streamconv.part(target, "1/1")
+    twice = root / "model" / begun.files[0]
+    data = twice.read_bytes()
+    twice.bucket.put(twice.key, data)
+    assert streamconv.begin(plan, target).finished
+    twice.bucket.put(twice.key, data[:-1] + bytes([data[-1] ^ 1]))
+    assert streamconv.part(target, files=[begun.files[0]]).status == "written"
+    twice.bucket.put(twice.key, data)
+    assert streamconv.finish(target).status == "done"
+    assert_whole(root / "model", out)
+
+
 def test_a_part_that_comes_late(root, planned, monkeypatch):
     """It ends its upload after the output was published: nothing of an unfinished run may be left."""
     plan, out = planned

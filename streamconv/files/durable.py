@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -36,15 +37,13 @@ def hash_file(path: Path) -> str:
     return digest.hexdigest()
 
 
-def hash_open_file(fd: int, seed: int) -> tuple[str, str]:
-    """Return the xxh3_128 of an open file, and the one with a seed, read once from its beginning."""
+def hash_stream(stream: io.RawIOBase, seed: int) -> tuple[str, str]:
+    """Return the xxh3_128 of what a stream has left, and the one with a seed, read once."""
     plain, keyed = xxhash.xxh3_128(), xxhash.xxh3_128(seed=seed)
     buffer = memoryview(bytearray(_READ_BYTES))
-    at = 0
-    while got := os.preadv(fd, [buffer], at):
+    while got := stream.readinto(buffer):
         plain.update(buffer[:got])
         keyed.update(buffer[:got])
-        at += got
     return plain.hexdigest(), keyed.hexdigest()
 
 

@@ -10,6 +10,7 @@ fit was not written by a run of this user for this target, and counts for nothin
 
 from __future__ import annotations
 
+import io
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,7 +21,7 @@ from typing import Any
 from streamconv.executor.pipeline import FinishedFile
 from streamconv.executor.records import SharedRecord
 from streamconv.files import newfile
-from streamconv.files.durable import fsync_directory, hash_open_file
+from streamconv.files.durable import fsync_directory, hash_stream
 from streamconv.files.userkey import Sealer, same_seal
 
 JOURNAL = "journal.jsonl"
@@ -166,10 +167,12 @@ class Journal:
         fd = newfile.reopen(path)
         if fd is None:
             return False
-        try:
-            xxh3, keyed = hash_open_file(fd, self._sealer.seed)
-        finally:
-            os.close(fd)
+        with io.FileIO(fd) as stream:
+            return self.has_bytes(name, stream)
+
+    def has_bytes(self, name: str, stream: io.RawIOBase) -> bool:
+        """Whether a stream has the very bytes that were written of the finished file ``name``."""
+        xxh3, keyed = hash_stream(stream, self._sealer.seed)
         note = self.notes[name]
         found = replace(note.finished, xxh3=xxh3, keyed=keyed)
         return same_seal(self._proof(found), note.proof)
