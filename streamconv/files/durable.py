@@ -29,22 +29,18 @@ def no_space(error: OSError, where: Path) -> NoSpaceError | None:
 
 def hash_file(path: Path) -> str:
     """Return the xxh3_128 hex digest of a file, read in 1 MiB steps."""
-    digest = xxhash.xxh3_128()
-    buffer = memoryview(bytearray(_READ_BYTES))
     with readable(path), path.open("rb", buffering=0) as stream:
-        while got := stream.readinto(buffer):
-            digest.update(buffer[:got])
-    return digest.hexdigest()
+        return hash_stream(stream)[0]
 
 
-def hash_stream(stream: io.RawIOBase, seed: int) -> tuple[str, str]:
-    """Return the xxh3_128 of what a stream has left, and the one with a seed, read once."""
-    plain, keyed = xxhash.xxh3_128(), xxhash.xxh3_128(seed=seed)
+def hash_stream(stream: io.RawIOBase, *seeds: int) -> list[str]:
+    """Return the xxh3_128 of what a stream has left, and one with each of ``seeds``, read once."""
+    digests = [xxhash.xxh3_128(), *(xxhash.xxh3_128(seed=seed) for seed in seeds)]
     buffer = memoryview(bytearray(_READ_BYTES))
     while got := stream.readinto(buffer):
-        plain.update(buffer[:got])
-        keyed.update(buffer[:got])
-    return plain.hexdigest(), keyed.hexdigest()
+        for digest in digests:
+            digest.update(buffer[:got])
+    return [digest.hexdigest() for digest in digests]
 
 
 def fsync_directory(path: Path) -> None:

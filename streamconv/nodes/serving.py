@@ -24,9 +24,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-import xxhash
-
 from streamconv.errors import BadInputError
+from streamconv.files.durable import hash_stream
 from streamconv.files.inputs import LocalFile, open_input, opened, reading
 from streamconv.formats.side_folder import SIDE_FOLDERS
 from streamconv.output.former import some
@@ -34,7 +33,6 @@ from streamconv.planning.sidefiles import SIDE_NAMES
 from streamconv.storage.scattered import CATALOGUE, Catalogue, Served, setting
 from streamconv.units import format_size
 
-_STEP_BYTES = 1 << 20
 _IDLE_SECONDS = 300
 # Above a checkpoint: side files, custom code, and what trainers say of the model or the latest step.
 _ABOVE = (*SIDE_NAMES, "*.py", "params.json", "model_config.yaml", "latest*")
@@ -141,12 +139,8 @@ def _beside(top: Path) -> list[Path]:
 
 def _content(path: Path) -> str:
     """Return the hash of a whole file: not every kind has checksums at its end that stand for it."""
-    whole, offset = xxhash.xxh3_128(), 0
-    with opened(path) as file:
-        while piece := file.pread(_STEP_BYTES, offset):
-            whole.update(piece)
-            offset += len(piece)
-    return whole.hexdigest()
+    with opened(path) as file, file.stream() as stream:
+        return hash_stream(stream)[0]
 
 
 def replicas(listings: Mapping[str, Sequence[Mark]]) -> dict[str, dict[str, Mark]]:
