@@ -12,6 +12,7 @@ from streamconv._version import __version__
 from streamconv.cli.command import OUTPUT, SPEED, Command, Group
 from streamconv.cli.job_options import NONE, JobOptions, Model, with_job_options
 from streamconv.cli.output import columns, say, say_json, told_when_stopped
+from streamconv.cli.run_options import RunOptions, keywords, with_run_options
 from streamconv.cli.verl import app as verl_app
 from streamconv.errors import shown
 from streamconv.files.inputs import local_path
@@ -60,67 +61,6 @@ MaxMem = Annotated[
         envvar="STREAMCONV_MAX_MEM",
         show_envvar=True,
         help="Memory for the whole process tree: 32GB, 32GiB, 80%. Default: what the machine can give.",
-    ),
-]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace another job's output.")]
-NoSync = Annotated[
-    bool,
-    typer.Option(
-        "--no-sync",
-        envvar="STREAMCONV_NO_SYNC",
-        show_envvar=True,
-        help="Faster, but a power cut may lose the output.",
-        rich_help_panel=SPEED,
-    ),
-]
-Direct = Annotated[
-    bool,
-    typer.Option(
-        "--direct",
-        envvar="STREAMCONV_DIRECT",
-        show_envvar=True,
-        help="Write past the page cache where the file system can.",
-        rich_help_panel=SPEED,
-    ),
-]
-NoSourceCrc = Annotated[
-    bool,
-    typer.Option(
-        "--no-source-crc",
-        help="Do not check the checksums of the source.",
-        rich_help_panel=SPEED,
-    ),
-]
-Checksum = Annotated[
-    str | None,
-    typer.Option(
-        "--checksum",
-        metavar="KIND",
-        envvar="STREAMCONV_CHECKSUM",
-        show_envvar=True,
-        help="sha256: add such digests to the manifest.",
-        rich_help_panel=SPEED,
-    ),
-]
-IoThreads = Annotated[
-    int,
-    typer.Option(
-        "--io-threads",
-        metavar="N",
-        envvar="STREAMCONV_IO_THREADS",
-        show_envvar=True,
-        help="Readers at work at once.",
-        rich_help_panel=SPEED,
-    ),
-]
-NoCache = Annotated[
-    bool,
-    typer.Option(
-        "--no-cache",
-        envvar="STREAMCONV_NO_CACHE",
-        show_envvar=True,
-        help="Ask transformers again what it said of such a model before, and remember nothing.",
-        rich_help_panel=SPEED,
     ),
 ]
 Report = Annotated[
@@ -196,18 +136,14 @@ def _root(
     "streamconv global_step_100/actor my-model --lora adapter        # for PEFT and vLLM",
 )
 @with_job_options
+@with_run_options()
 def convert(
     context: typer.Context,
     src: Source,
     dst: TargetPlace,
     max_mem: MaxMem = None,
     job: JobOptions = NONE,
-    overwrite: Overwrite = False,
-    no_sync: NoSync = False,
-    direct: Direct = False,
-    no_source_crc: NoSourceCrc = False,
-    checksum: Checksum = None,
-    io_threads: IoThreads = 1,
+    run: RunOptions = NONE,
     nodes: Annotated[
         str | None,
         typer.Option(
@@ -226,7 +162,6 @@ def convert(
             rich_help_panel=SPEED,
         ),
     ] = False,
-    no_cache: NoCache = False,
     report: Report = None,
     hf_upload_path: UploadPath = None,
     private: Private = False,
@@ -238,14 +173,8 @@ def convert(
 
     options = {
         **job,
+        **keywords(run),
         "max_mem": max_mem,
-        "overwrite": overwrite,
-        "sync": not no_sync,
-        "direct": direct,
-        "source_crc": not no_source_crc,
-        "checksum": checksum,
-        "io_threads": io_threads,
-        "cache": not no_cache,
         "report": report,
         "nodes": nodes,
         "scattered": scattered,
@@ -261,6 +190,7 @@ def convert(
     "streamconv plan global_step_100/actor -o plan.jsonl && streamconv run plan.jsonl my-model",
 )
 @with_job_options
+@with_run_options("no_cache")
 def plan(
     context: typer.Context,
     src: Source,
@@ -278,7 +208,7 @@ def plan(
         ),
     ] = None,
     max_mem: MaxMem = None,
-    no_cache: NoCache = False,
+    run: RunOptions = NONE,
     job: JobOptions = NONE,
     json: Json = False,
     quiet: Quiet = False,
@@ -289,7 +219,7 @@ def plan(
     from streamconv.cli.report import plan_report, render_plan
 
     with working("planning", json=json, quiet=quiet):
-        made = api.plan(src, max_mem=max_mem, output=output, cache=not no_cache, **job)
+        made = api.plan(src, max_mem=max_mem, output=output, **keywords(run), **job)
         report = plan_report(made, dst, api.memory_bytes(max_mem))
     if json:
         say_json(report, indent=2)
@@ -307,6 +237,7 @@ def plan(
     epilog="streamconv plan global_step_100/actor -o plan.jsonl\n"
     "streamconv run plan.jsonl my-model --max-mem 64MB",
 )
+@with_run_options("overwrite", "no_sync", "direct", "no_source_crc", "checksum", "io_threads")
 def run(
     plan: Annotated[
         Path,
@@ -314,12 +245,7 @@ def run(
     ],
     dst: TargetPlace,
     max_mem: MaxMem = None,
-    overwrite: Overwrite = False,
-    no_sync: NoSync = False,
-    direct: Direct = False,
-    no_source_crc: NoSourceCrc = False,
-    checksum: Checksum = None,
-    io_threads: IoThreads = 1,
+    run: RunOptions = NONE,
     report: Report = None,
     json: Json = False,
     quiet: Quiet = False,
@@ -334,14 +260,9 @@ def run(
             plan,
             dst,
             max_mem=max_mem,
-            overwrite=overwrite,
-            sync=not no_sync,
-            direct=direct,
-            source_crc=not no_source_crc,
-            checksum=checksum,
-            io_threads=io_threads,
             on_event=on_event,
             report=report,
+            **keywords(run),
         )
     summarize(result, json=json, quiet=quiet)
 

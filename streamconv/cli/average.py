@@ -8,24 +8,11 @@ from typing import Annotated, Any
 
 import typer
 
-from streamconv.cli.app import (
-    Checksum,
-    Direct,
-    IoThreads,
-    Json,
-    MaxMem,
-    NoCache,
-    NoSourceCrc,
-    NoSync,
-    Overwrite,
-    Quiet,
-    Report,
-    TargetPlace,
-    app,
-)
+from streamconv.cli.app import Json, MaxMem, Quiet, Report, TargetPlace, app
 from streamconv.cli.command import Command
 from streamconv.cli.job_options import NONE, JobOptions, with_job_options
 from streamconv.cli.output import told_when_stopped
+from streamconv.cli.run_options import RunOptions, keywords, with_run_options
 from streamconv.errors import UsageError
 from streamconv.files.inputs import local_path
 
@@ -58,6 +45,7 @@ def _argument(metavar: str, text: str) -> Any:
     "streamconv average step_10 step_20 step_30 my-model --ema 0.9 --dtype bf16",
 )
 @with_job_options
+@with_run_options()
 def average(
     context: typer.Context,  # noqa: ARG001 - what was said is read from it
     sources: Annotated[list[Path], _argument("SRC...", "The checkpoints, the oldest first.")],
@@ -66,13 +54,7 @@ def average(
     ema: Ema = None,
     max_mem: MaxMem = None,
     job: JobOptions = NONE,
-    overwrite: Overwrite = False,
-    no_sync: NoSync = False,
-    direct: Direct = False,
-    no_source_crc: NoSourceCrc = False,
-    checksum: Checksum = None,
-    io_threads: IoThreads = 1,
-    no_cache: NoCache = False,
+    run: RunOptions = NONE,
     report: Report = None,
     json: Json = False,
     quiet: Quiet = False,
@@ -82,19 +64,8 @@ def average(
     They may be of different formats and meshes. Terms are added up in float64, divided once and rounded
     once; config and tokenizer are those of the first.
     """
-    run = {
-        "max_mem": max_mem,
-        "overwrite": overwrite,
-        "sync": not no_sync,
-        "direct": direct,
-        "source_crc": not no_source_crc,
-        "checksum": checksum,
-        "io_threads": io_threads,
-        "cache": not no_cache,
-        "report": report,
-    }
-    how = {"weights": _numbers(weights), "ema": ema}
-    _average(sources, dst, {**job, **run, **how}, json=json, quiet=quiet)
+    how = {"weights": _numbers(weights), "ema": ema, "max_mem": max_mem, "report": report}
+    _average(sources, dst, {**job, **keywords(run), **how}, json=json, quiet=quiet)
 
 
 @app.command(
@@ -102,6 +73,7 @@ def average(
     epilog="streamconv difference step_200/actor step_100/actor what-changed",
 )
 @with_job_options
+@with_run_options()
 def difference(
     context: typer.Context,  # noqa: ARG001 - what was said is read from it
     one: Annotated[Path, _argument("A", "The checkpoint that is subtracted from.")],
@@ -109,30 +81,14 @@ def difference(
     dst: TargetPlace,
     max_mem: MaxMem = None,
     job: JobOptions = NONE,
-    overwrite: Overwrite = False,
-    no_sync: NoSync = False,
-    direct: Direct = False,
-    no_source_crc: NoSourceCrc = False,
-    checksum: Checksum = None,
-    io_threads: IoThreads = 1,
-    no_cache: NoCache = False,
+    run: RunOptions = NONE,
     report: Report = None,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Write A - B, tensor by tensor, in float32: exact for 16-bit weights."""
-    run = {
-        "max_mem": max_mem,
-        "overwrite": overwrite,
-        "sync": not no_sync,
-        "direct": direct,
-        "source_crc": not no_source_crc,
-        "checksum": checksum,
-        "io_threads": io_threads,
-        "cache": not no_cache,
-        "report": report,
-    }
-    options = {"dtype": "float32", **job, **run, "weights": [1.0, -1.0]}
+    how = {"weights": [1.0, -1.0], "max_mem": max_mem, "report": report}
+    options = {"dtype": "float32", **job, **keywords(run), **how}
     _average([one, other], dst, options, json=json, quiet=quiet)
 
 

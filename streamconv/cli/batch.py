@@ -12,23 +12,11 @@ from typing import Annotated, Any
 
 import typer
 
-from streamconv.cli.app import (
-    Checksum,
-    Direct,
-    IoThreads,
-    Json,
-    MaxMem,
-    NoCache,
-    NoSourceCrc,
-    NoSync,
-    Overwrite,
-    Quiet,
-    Report,
-    app,
-)
+from streamconv.cli.app import Json, MaxMem, Quiet, Report, app
 from streamconv.cli.command import HOOKS, KEEP, WHICH, Command
 from streamconv.cli.job_options import NONE, JobOptions, given, with_job_options
 from streamconv.cli.output import say, say_json, tell, told_when_stopped
+from streamconv.cli.run_options import RunOptions, with_run_options
 from streamconv.errors import BadInputError, UsageError, shown
 from streamconv.files.inputs import local_path
 from streamconv.storage.address import Address, place
@@ -50,6 +38,7 @@ def _option(flag: str, text: str, metavar: str | None = None, group: str | None 
     "streamconv batch jobs.toml --dry-run",
 )
 @with_job_options
+@with_run_options()
 def batch(
     context: typer.Context,
     root: Annotated[
@@ -183,19 +172,13 @@ def batch(
     ] = None,
     report: Report = None,
     job: JobOptions = NONE,
-    overwrite: Overwrite = False,
-    no_sync: NoSync = False,
-    direct: Direct = False,
-    no_source_crc: NoSourceCrc = False,
-    checksum: Checksum = None,
-    io_threads: IoThreads = 1,
-    no_cache: NoCache = False,
+    run: RunOptions = NONE,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Convert every checkpoint of a run that is whole and not converted yet."""
-    own = dict(locals())
-    for key in ("context", "root", "dst", "job", "dry_run", "json", "quiet"):
+    own = {**locals(), **run}
+    for key in ("context", "root", "dst", "job", "run", "dry_run", "json", "quiet"):
         del own[key]
     from streamconv.batch.cycle import Batch
     from streamconv.batch.cycle import watch as keep_watching

@@ -208,7 +208,6 @@ _JOB: Mapping[str, tuple[Any, Any]] = {
     "dequantize": (Dequantize, False),
     "quantize": (Quantize, None),
 }
-_PARAMETER = "job"
 JobOptions = Mapping[str, Any]
 NONE: JobOptions = MappingProxyType({})
 
@@ -228,20 +227,34 @@ def with_job_options(command: Callable[..., None]) -> Callable[..., None]:
 
     The command takes its ``context``, too.
     """
+    return in_place_of("job", _JOB, command, given)
+
+
+def in_place_of(
+    parameter: str,
+    options: Mapping[str, tuple[Any, Any]],
+    command: Callable[..., None],
+    collected: Callable[[Any, dict[str, Any]], Mapping[str, Any]],
+) -> Callable[..., None]:
+    """Return ``command`` with ``options`` in place of one parameter.
+
+    ``options`` are types and defaults by their names. The parameter gets what ``collected`` makes of
+    the command's context (None where it takes none) and their values.
+    """
     hints = get_type_hints(command, include_extras=True)
     parameters: list[inspect.Parameter] = []
-    for parameter in inspect.signature(command).parameters.values():
-        if parameter.name == _PARAMETER:
+    for each in inspect.signature(command).parameters.values():
+        if each.name == parameter:
             parameters += [
-                parameter.replace(name=name, annotation=kind, default=default)
-                for name, (kind, default) in _JOB.items()
+                each.replace(name=name, annotation=kind, default=default)
+                for name, (kind, default) in options.items()
             ]
         else:
-            parameters.append(parameter.replace(annotation=hints[parameter.name]))
+            parameters.append(each.replace(annotation=hints[each.name]))
 
-    def taking(context: typer.Context, **values: Any) -> None:
-        job = given(context, {name: values.pop(name) for name in _JOB})
-        command(context, **values, **{_PARAMETER: job})
+    def taking(**values: Any) -> None:
+        mine = {name: values.pop(name) for name in options}
+        command(**values, **{parameter: collected(values.get("context"), mine)})
 
     taking.__name__, taking.__doc__ = command.__name__, command.__doc__
     taking.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]

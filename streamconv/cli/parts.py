@@ -8,23 +8,12 @@ from typing import Annotated
 
 import typer
 
-from streamconv.cli.app import (
-    Checksum,
-    Direct,
-    IoThreads,
-    Json,
-    MaxMem,
-    NoSourceCrc,
-    NoSync,
-    Overwrite,
-    Quiet,
-    TargetPlace,
-    app,
-)
+from streamconv.cli.app import Json, MaxMem, Quiet, TargetPlace, app
 from streamconv.cli.command import Command
 from streamconv.cli.job_options import NONE, JobOptions, with_job_options
 from streamconv.cli.output import say, say_json
 from streamconv.cli.progress import listen, summarize
+from streamconv.cli.run_options import RunOptions, keywords, with_run_options
 from streamconv.errors import UsageError, shown
 from streamconv.storage.address import place
 from streamconv.units import counted, format_size
@@ -32,6 +21,7 @@ from streamconv.units import counted, format_size
 
 @app.command(cls=Command)
 @with_job_options
+@with_run_options("overwrite", "no_sync", "no_source_crc", "checksum")
 def begin(
     context: typer.Context,
     src: Annotated[
@@ -43,10 +33,7 @@ def begin(
     dst: TargetPlace,
     max_mem: MaxMem = None,
     job: JobOptions = NONE,
-    overwrite: Overwrite = False,
-    no_sync: NoSync = False,
-    no_source_crc: NoSourceCrc = False,
-    checksum: Checksum = None,
+    run: RunOptions = NONE,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -58,11 +45,8 @@ def begin(
             src,
             dst,
             max_mem=max_mem,
-            overwrite=overwrite,
-            sync=not no_sync,
-            source_crc=not no_source_crc,
-            checksum=checksum,
             on_event=on_event,
+            **keywords(run),
             **job,
         )
     if json:
@@ -80,6 +64,7 @@ def begin(
 
 
 @app.command(cls=Command)
+@with_run_options("direct", "io_threads")
 def part(
     dst: TargetPlace,
     share: Annotated[
@@ -95,8 +80,7 @@ def part(
         typer.Option("--file", metavar="NAME", help="This output file; may be given again."),
     ] = None,
     max_mem: MaxMem = None,
-    direct: Direct = False,
-    io_threads: IoThreads = 1,
+    run: RunOptions = NONE,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -111,10 +95,9 @@ def part(
             share,
             files=file or (),
             max_mem=max_mem,
-            direct=direct,
-            io_threads=io_threads,
             environment=os.environ,
             on_event=on_event,
+            **keywords(run),
         )
     if json:
         say_json({"event": "result", **done.to_json()})
