@@ -170,7 +170,7 @@ def _lower(
     ops = view.ops + outer_ops
     base = view.base
     if isinstance(base, Sum):
-        raise TypeError("what is summed up is made a term at a time, and is no part of a view")
+        raise TypeError("what is summed up is made a term at a time, and cannot stand in a view")
     if not isinstance(base, Gather):
         layout = layout_of(base.fqn)
         for j, piece in _cut_by_boxes(

@@ -232,7 +232,7 @@ class Sum:
 
     The base of the outermost view, which takes all of it in order. Terms are added as they stand, each
     weighted, in float64, each step rounded; the first sets the sum. It is divided once, and the view's
-    only op, a cast, rounds it. Terms that are no plain floats are not added up: they must all be
+    only op, a cast, rounds it. Terms that are not plain floats are not added up: they must all be
     equal, bit by bit, and are handed on.
     """
 

@@ -234,8 +234,8 @@ def _as_member(
     """Return what would be written of a checkpoint, to be averaged with others."""
     if lora is not None and not lora.merge:
         raise BadInputError(
-            "an adapter without its base model cannot be averaged: a sum of products is no product of "
-            "sums",
+            "an adapter without its base model cannot be averaged: a sum of products is not a product "
+            "of sums",
             where=str(checkpoint.root),
             hint="--base DIR names the model that it is merged into before",
         )

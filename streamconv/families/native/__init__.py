@@ -22,7 +22,7 @@ def dialects() -> tuple[Dialect, ...]:
 
 
 def of_layers(names: Collection[str]) -> Dialect | None:
-    """Return in whose layers all of ``names`` are, though they are no whole model; None for nobody."""
+    """Return in whose layers all of ``names`` are, though they are not a whole model; else None."""
     found = sorted(names)
     return next((d for d in dialects() if d.prefix_of(found) is not None), None)
 
