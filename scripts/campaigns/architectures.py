@@ -40,7 +40,7 @@ from transformers import PreTrainedModel
 
 from scripts.campaigns.common import REPOSITORY, scratch
 from scripts.makers.architectures import TASKS, Architecture, NotSmallError, architectures, build
-from scripts.makers.forward import logits
+from scripts.makers.forward import logits, not_as_saved
 from scripts.makers.ranks import write_ranks
 from streamconv import formats
 from streamconv.conversion.job import run_plan
@@ -130,9 +130,9 @@ def _load(folder: Path, model: PreTrainedModel, state: State) -> tuple[str, bool
         )
     except Exception as error:  # noqa: BLE001 - whatever the library says of the output
         return f"does not load: {_short(error)}", False
-    for what in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
-        if report[what]:
-            return f"{len(report[what])} {what}: {sorted(map(str, report[what]))[:3]}", False
+    wrong = not_as_saved(report)
+    if wrong:
+        return wrong, False
     found = loaded.state_dict()
     other = [n for n in state if n not in found or not _same(found[n], state[n])]
     if other or found.keys() != state.keys():

@@ -16,7 +16,7 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from scripts.makers.forward import logits
+from scripts.makers.forward import logits, not_as_saved
 
 warnings.simplefilter("ignore")
 logging.disable(logging.CRITICAL)
@@ -30,9 +30,9 @@ def problem(folder: Path, name: str) -> tuple[str, bool]:
         )
     except Exception as error:  # noqa: BLE001 - whatever the library says of the output
         return f"does not load: {type(error).__name__}: {' '.join(str(error).split())[:200]}", False
-    for what in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
-        if report[what]:
-            return f"{len(report[what])} {what}: {sorted(map(str, report[what]))[:3]}", False
+    wrong = not_as_saved(report)
+    if wrong:
+        return wrong, False
     path = folder.with_name("logits.safetensors")
     if not path.exists():
         return "", False

@@ -1,7 +1,8 @@
-"""The logits of a model, whatever it is of; imports what every release of transformers has."""
+"""How a model has loaded, and its logits; imports what every release of transformers has."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -27,3 +28,11 @@ def logits(model: Any) -> torch.Tensor | None:
         return None
     found = made.get("logits") if hasattr(made, "get") else None
     return found if isinstance(found, torch.Tensor) else None
+
+
+def not_as_saved(report: Mapping[str, Any]) -> str:
+    """Return what transformers' ``output_loading_info`` says went wrong in loading; else nothing."""
+    for what in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
+        if report[what]:
+            return f"{len(report[what])} {what}: {sorted(map(str, report[what]))[:3]}"
+    return ""
