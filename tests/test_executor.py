@@ -17,12 +17,13 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
 from streamconv.errors import BadInputError, SourceChangedError
-from streamconv.executor.pipeline import FinishedFile, WindowFiller, write_output
+from streamconv.executor.pipeline import WindowFiller, write_output
 from streamconv.executor.reader import SourceReader
 from streamconv.executor.records import RecordChecks
 from streamconv.files.durable import write_text
 from streamconv.ir.boxes import Box, contiguous_strides
 from streamconv.ir.dtypes import BF16, BY_NAME, F16, F32, DType
+from streamconv.ir.finished import FinishedFile
 from streamconv.ir.identity import job_identity
 from streamconv.ir.planfile import Plan
 from streamconv.ir.planned import PlanHead, TextFile, Totals, WrittenFile

@@ -30,7 +30,8 @@ from streamconv.errors import (
     UsageError,
 )
 from streamconv.executor.reader import SourceReader
-from streamconv.executor.records import SharedRecord, SharedRecords
+from streamconv.executor.records import SharedRecords
+from streamconv.ir.finished import SharedRecord
 from streamconv.ir.planned import OutputFile
 from streamconv.ir.source import Record
 from streamconv.torchfile.crc import Coverage, crc32

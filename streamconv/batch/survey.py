@@ -42,8 +42,8 @@ from streamconv.errors import LockedError, StreamconvError, UsageError
 from streamconv.files.filesystems import real_path
 from streamconv.files.inputs import cannot_read
 from streamconv.ir.identity import JobIdentity, chosen_options
-from streamconv.lora.plan import base_inputs
 from streamconv.options import JobOptions
+from streamconv.planning.inputs import base_inputs
 from streamconv.planning.sidefiles import list_side_files
 from streamconv.storage.address import Address, place
 

@@ -26,7 +26,7 @@ from streamconv.errors import (
     UnfitValuesError,
 )
 from streamconv.executor import budget as budgets
-from streamconv.executor.pipeline import FinishedFile, WindowFiller, write_output
+from streamconv.executor.pipeline import WindowFiller, write_output
 from streamconv.executor.reader import Source
 from streamconv.executor.records import RecordChecks, SharedRecords
 from streamconv.executor.remote import open_source
@@ -37,15 +37,16 @@ from streamconv.executor.writer import (
     UPLOADS_AT_ONCE,
     part_bytes,
 )
-from streamconv.files.durable import hash_file, no_space, write_text
+from streamconv.files.durable import full_disk_told, hash_file, write_text
 from streamconv.files.inputs import opened
 from streamconv.files.names import MANIFEST
 from streamconv.files.namesakes import refuse_folded
+from streamconv.ir.finished import FinishedFile
 from streamconv.ir.planfile import Plan
 from streamconv.ir.planned import OutputFile, PlannedTensor
 from streamconv.options import Phase, Progress, Result, RunOptions
 from streamconv.output.former import is_empty, refuse_more
-from streamconv.output.journal import Choices, FileNote
+from streamconv.output.journal import FileNote
 from streamconv.output.manifest import write_manifest
 from streamconv.output.publication import OldFile
 from streamconv.output.staging import Staging
@@ -54,20 +55,6 @@ from streamconv.system import memory
 from streamconv.units import format_size
 
 _COPY_BYTES = 1 << 20
-
-
-def choices(run: RunOptions) -> Choices:
-    """Return of a run's options those that hold for all of its output files."""
-    return Choices(run.overwrite, run.source_crc, run.sha256, run.sync)
-
-
-@contextmanager
-def full_disk_told(dst: Path) -> Iterator[None]:
-    """Turn a full disk into its error wherever it strikes: lock, plan, journal, manifest."""
-    try:
-        yield
-    except OSError as error:
-        raise no_space(error, dst) or error from error
 
 
 @dataclass

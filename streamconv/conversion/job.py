@@ -9,18 +9,9 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from streamconv.conversion.execution import Execution, choices, full_disk_told
 from streamconv.conversion.finished import missing_files, nothing_to_do, proven_output
-from streamconv.conversion.remote import (
-    RemoteExecution,
-    RemoteStaging,
-    locked_target,
-    refuse_overlap,
-    scratch_folder,
-    staged,
-)
 from streamconv.errors import (
     BadInputError,
     BudgetError,
@@ -28,15 +19,17 @@ from streamconv.errors import (
     OutputExistsError,
     StreamconvError,
 )
+from streamconv.files.durable import full_disk_told
 from streamconv.files.filesystems import real_path
 from streamconv.files.names import MANIFEST
 from streamconv.files.newfile import replacing
-from streamconv.ir.identity import JobIdentity, job_identity, why_another
+from streamconv.ir.identity import JobIdentity, why_another
 from streamconv.ir.planfile import Plan
 from streamconv.ir.planned import SideFile
 from streamconv.options import JobOptions, Phase, Result, RunOptions
 from streamconv.output import publication
 from streamconv.output.former import contents, former_output, is_empty, some
+from streamconv.output.journal import Choices
 from streamconv.output.manifest import read_manifest
 from streamconv.output.publication import OldFile
 from streamconv.output.staging import Staging, check_target, locked, staging_path
@@ -45,6 +38,9 @@ from streamconv.planning.child import make_plan
 from streamconv.storage.address import Address, place
 from streamconv.system import memory
 from streamconv.units import format_size
+
+if TYPE_CHECKING:
+    from streamconv.conversion.execution import Execution
 
 _COPY_BYTES = 1 << 20
 # A plan, a journal, a manifest: no conversion writes less.
@@ -76,19 +72,15 @@ def identify(src: Path, job: JobOptions) -> IdentifiedJob:
     """
     # Not above: `run` needs none of it, and works in 64 MB.
     from streamconv import formats
-    from streamconv.lora.plan import adapter_inputs
-    from streamconv.planning.averaging import other_inputs, places
-    from streamconv.planning.build import side_files
+    from streamconv.planning.inputs import Contents, identity_of
+    from streamconv.planning.sidefiles import side_files
 
     location = formats.find_model(src, job.model)
     side_dir, side = side_files(location.root, location.side_dir, job)
-    inputs = formats.settings(location.root, location.format, job.model)
-    inputs += adapter_inputs(location.root, job.lora)
-    beside = job.average.sources if job.average is not None else ()
-    others = [formats.find_model(path, job.model) for path in beside]
-    inputs += other_inputs(job, [(o.root, o.format, o.identify()) for o in others])
-    at = places(job, [o.root for o in others])
-    identity = job_identity(location.format, location.identify(), side, job, inputs, at)
+    others = job.average.sources if job.average is not None else ()
+    found = [location, *(formats.find_model(path, job.model) for path in others)]
+    source, *averaged = [Contents(c.root, c.format, c.identify()) for c in found]
+    identity = identity_of(source, side, job, averaged)
     return IdentifiedJob(location.root, side_dir, tuple(side), identity)
 
 
@@ -139,13 +131,13 @@ def convert(src: Path, dst: Path, job: JobOptions, run: RunOptions) -> Result:
     each with its exit code; after any of them ``dst`` is as it was before.
     """
     with prepared(src, dst, job, run) as ready:
-        return ready.execute() if isinstance(ready, Execution) else ready
+        return ready if isinstance(ready, Result) else ready.execute()
 
 
 def run_plan(plan_path: Path, dst: Path, run: RunOptions) -> Result:
     """Execute a plan that was made before; nothing but the byte path is loaded."""
     with prepared_plan(plan_path, dst, run) as ready:
-        return ready.execute() if isinstance(ready, Execution) else ready
+        return ready if isinstance(ready, Result) else ready.execute()
 
 
 @dataclass(frozen=True, slots=True)
@@ -250,6 +242,9 @@ def _on_disk(
                     found=format_size(budget),
                     hint=f"--max-mem {meter.peak_bytes * 102 // 10**8 + 1}MB works",
                 )
+        # What moves bytes is loaded when the planning child and its memory are gone.
+        from streamconv.conversion.execution import Execution
+
         yield Execution(plan, dst, run, budget, staging, meter, old)
 
 
@@ -272,6 +267,15 @@ def refuse_full_disk(dst: Path, nbytes: int) -> None:
 def _in_store(
     dst: Address, asked: _Asked, run: RunOptions, budget: int
 ) -> Iterator[Execution | Result]:
+    from streamconv.conversion.remote import (
+        RemoteExecution,
+        RemoteStaging,
+        locked_target,
+        refuse_overlap,
+        scratch_folder,
+        staged,
+    )
+
     refuse_overlap(dst, asked.root, *asked.others)
 
     def plan_at(path: Path) -> Plan:
@@ -291,7 +295,7 @@ def _in_store(
         else:
             old = refuse_others(dst, asked.identity, overwrite=run.overwrite)
             plan = plan_at(staging.plan_path)
-            staging.seal(plan, choices(run))
+            staging.seal(plan, Choices.of(run))
         execution = RemoteExecution(plan, dst, run, budget, staging, meter, old)
         execution.begin_in_store()
         yield execution
@@ -305,7 +309,7 @@ def _begun(staging: Staging, plan_at: Callable[[Path], Plan], run: RunOptions) -
     except BaseException:
         staging.discard()
         raise
-    staging.seal(plan, choices(run))
+    staging.seal(plan, Choices.of(run))
     return plan
 
 

@@ -18,11 +18,12 @@ from typing import Any, Literal
 
 import xxhash
 
-from streamconv.conversion.execution import Execution, choices, full_disk_told
+from streamconv.conversion.execution import Execution
 from streamconv.conversion.finished import missing_files, nothing_to_do
 from streamconv.conversion.job import budget_bytes, held, prepared, prepared_plan, refuse_others
 from streamconv.conversion.remote import RemoteExecution, RemoteStaging, begun_in_store
 from streamconv.errors import BadInputError, OutputExistsError, UnfinishedError, UsageError
+from streamconv.files.durable import full_disk_told
 from streamconv.files.filesystems import real_path
 from streamconv.files.userkey import state_folder
 from streamconv.ir.identity import JobIdentity
@@ -31,6 +32,7 @@ from streamconv.ir.planned import OutputFile
 from streamconv.options import JobOptions, Result, RunOptions
 from streamconv.output import publication
 from streamconv.output.former import some
+from streamconv.output.journal import Choices
 from streamconv.output.manifest import read_manifest
 from streamconv.output.publication import OldFile
 from streamconv.output.staging import Staging, staging_path
@@ -174,7 +176,7 @@ def begin(src: Path, dst: Path, job: JobOptions, run: RunOptions) -> Begun:
         if isinstance(ready, Result):
             return Begun("nothing-to-do", ready.output)
         ready.check_disk()
-        ready.staging.choose(choices(run))
+        ready.staging.choose(Choices.of(run))
         outputs = ready.plan.outputs()
         ready.plan.close()
         return Begun(

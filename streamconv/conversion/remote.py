@@ -30,8 +30,9 @@ from typing import Protocol
 
 from streamconv.conversion.execution import Execution, Progressing, Stream
 from streamconv.errors import OutputExistsError, StreamconvError, UsageError
-from streamconv.executor.pipeline import FinishedFile, write_output
+from streamconv.executor.pipeline import write_output
 from streamconv.files.names import MANIFEST
+from streamconv.ir.finished import FinishedFile
 from streamconv.ir.identity import JobIdentity
 from streamconv.ir.planfile import Plan
 from streamconv.ir.planned import OutputFile, PlannedTensor

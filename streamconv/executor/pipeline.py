@@ -12,7 +12,6 @@ import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,6 +33,7 @@ from streamconv.executor.windows import (
     windows,
 )
 from streamconv.executor.writer import ShardWriter
+from streamconv.ir.finished import FinishedFile
 from streamconv.ir.lowering import PlacedAt
 from streamconv.ir.planned import OutputFile, PlannedTensor
 
@@ -45,21 +45,6 @@ if TYPE_CHECKING:
 # Bytes are summed, hashed and written in steps that are still in the CPU's cache from the one before.
 _STEP_BYTES = 1 << 20
 _PLAIN_BYTES = 64 << 10
-
-
-@dataclass(frozen=True, slots=True)
-class FinishedFile:
-    """An output file that is written: its size, digests, and the digest of each tensor's bytes.
-
-    ``keyed`` is the hash with the seed that was asked for.
-    """
-
-    name: str
-    nbytes: int
-    xxh3: str
-    sha256: str | None
-    tensors: dict[str, str] = field(default_factory=dict)
-    keyed: str = ""
 
 
 class WindowFiller:

@@ -9,12 +9,12 @@ written elsewhere, every one keeps what it saw, and all of that is put together 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Sequence
-from dataclasses import astuple, dataclass, field
-from typing import Any, NamedTuple
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 
 from streamconv.errors import BadInputError, SourceChangedError
 from streamconv.executor.reader import Source
+from streamconv.ir.finished import SharedRecord
 from streamconv.ir.planned import PlannedSource
 from streamconv.ir.source import Record
 from streamconv.torchfile.crc import Coverage
@@ -29,27 +29,6 @@ class _Seen:
     verified: bool = False
     header: bool = False  # checked, and right
     lock: threading.Lock = field(default_factory=threading.Lock)
-
-
-class SharedRecord(NamedTuple):
-    """What the writer of one output file saw of a record that others draw from, too.
-
-    ``fqn`` is a tensor in it, ``seen`` are (start, end, CRC-32) of its bytes.
-    """
-
-    fqn: str
-    record: Record
-    seen: list[tuple[int, int, int]]
-
-    def to_json(self) -> list[Any]:
-        """Return it as plain data."""
-        return [self.fqn, astuple(self.record), self.seen]
-
-    @staticmethod
-    def from_json(data: Sequence[Any]) -> SharedRecord:
-        """Rebuild it from :meth:`to_json`."""
-        fqn, record, seen = data
-        return SharedRecord(fqn, Record(*record), [(lo, hi, crc) for lo, hi, crc in seen])
 
 
 class RecordChecks:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import errno
 import io
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import xxhash
@@ -25,6 +26,15 @@ def no_space(error: OSError, where: Path) -> NoSpaceError | None:
         where=str(where),
         hint="free some space and run the same command again: it goes on where it was",
     )
+
+
+@contextmanager
+def full_disk_told(where: Path) -> Iterator[None]:
+    """Turn a full disk into its error wherever it strikes: lock, plan, journal, manifest."""
+    try:
+        yield
+    except OSError as error:
+        raise no_space(error, where) or error from error
 
 
 def hash_file(path: Path) -> str:

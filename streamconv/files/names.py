@@ -20,6 +20,8 @@ MANIFEST = "streamconv.json"
 # Those of older models.
 BIN = "pytorch_model.bin"
 BIN_INDEX = "pytorch_model.bin.index.json"
+# In it ModelOpt says what ``quantization_config`` does.
+HF_QUANT_CONFIG = "hf_quant_config.json"
 
 _LONGEST_PART = 255  # of one component, on all file systems that matter
 _LONGEST_PATH = 4096  # that the system takes

@@ -189,7 +189,7 @@ def job_identity(
 ) -> JobIdentity:
     """Return what makes a job this job.
 
-    ``inputs`` are what else takes part, each with what identifies it (``lora.plan.adapter_inputs``),
+    ``inputs`` are what else takes part, each with what identifies it (``planning.inputs``),
     ``others`` where the checkpoints lie that the source is averaged with.
     Paths are relative, so that a checkpoint that was moved is still the same. Where the central
     directory's hash covers every record's CRC-32, times are left out; elsewhere a file's evidence tells

@@ -8,11 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from streamconv.errors import BadInputError, UsageError
-from streamconv.files.durable import hash_file
 from streamconv.formats import peft_folder
 from streamconv.formats.huggingface import base as base_model
 from streamconv.formats.huggingface import weights
-from streamconv.ir.identity import identified
 from streamconv.ir.planned import SideFile, TextFile
 from streamconv.ir.recipe import Recipe
 from streamconv.ir.source import Checkpoint, GlobalTensor, Skipped
@@ -22,7 +20,6 @@ from streamconv.lora import settings as adapter_config
 from streamconv.lora.adapters import Adapter
 from streamconv.lora.settings import Settings
 from streamconv.options import LoraOptions
-from streamconv.quantization.scales import HF_QUANT_CONFIG
 from streamconv.tracing.model import Model
 
 ADAPTER_FOLDER = "lora_adapter"
@@ -198,24 +195,6 @@ class LoraPlan:
     def side(self, side: list[SideFile]) -> list[SideFile]:
         """Return the side files that belong to the output."""
         return side if self.merge else [s for s in side if s.name not in adapter_config.OF_A_MODEL]
-
-
-def adapter_inputs(root: Path, options: LoraOptions) -> list[tuple[str | int, ...]]:
-    """Return what else takes part in a job: the adapter's settings, and the base model's files."""
-    found: list[tuple[str | int, ...]] = list(adapter_config.hashes(root))
-    return found if options.base is None else found + base_inputs(options.base)
-
-
-def base_inputs(base: Path) -> list[tuple[str | int, ...]]:
-    """Return what identifies a base model; its weights have no checksums to go by."""
-    found: list[tuple[str | int, ...]] = [
-        (Path(f.path).name, *identified(f)[1:]) for f in base_model.identify(base)
-    ]
-    return found + [
-        (f"base/{name}", hash_file(base / name))
-        for name in ("config.json", HF_QUANT_CONFIG)
-        if (base / name).is_file()
-    ]
 
 
 Translate = Callable[[Adapter, Checkpoint], Adapter]

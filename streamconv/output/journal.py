@@ -18,11 +18,11 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from streamconv.executor.pipeline import FinishedFile
-from streamconv.executor.records import SharedRecord
 from streamconv.files import newfile
 from streamconv.files.durable import fsync_directory, hash_stream
 from streamconv.files.userkey import Sealer, same_seal
+from streamconv.ir.finished import FinishedFile, SharedRecord
+from streamconv.options import RunOptions
 
 JOURNAL = "journal.jsonl"
 FORMER = "former.json"
@@ -39,6 +39,11 @@ class Choices:
     source_crc: bool = True
     sha256: bool = False
     sync: bool = True
+
+    @classmethod
+    def of(cls, run: RunOptions) -> Choices:
+        """Return those of a run's options."""
+        return cls(run.overwrite, run.source_crc, run.sha256, run.sync)
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,6 @@ from typing import Any
 
 from streamconv._version import __version__
 from streamconv.errors import BadInputError
-from streamconv.executor.pipeline import FinishedFile
 from streamconv.files.jsonfile import (
     COUNT,
     FLAG,
@@ -30,6 +29,7 @@ from streamconv.files.jsonfile import (
 )
 from streamconv.files.names import MANIFEST, is_output_name, is_path
 from streamconv.files.userkey import Sealer, same_seal, user_key
+from streamconv.ir.finished import FinishedFile
 from streamconv.ir.planfile import Plan
 
 # A million tensors; whoever needs less memory than that checks the file's size before.

@@ -14,15 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from streamconv import formats
 from streamconv.errors import BadInputError, listed
 from streamconv.ir.boxes import contiguous_strides
 from streamconv.ir.dtypes import BY_NAME, DType
-from streamconv.ir.identity import identified
 from streamconv.ir.recipe import Cast, Recipe, Sum, Term, View
 from streamconv.ir.source import GlobalTensor, SourceFile
-from streamconv.lora.plan import adapter_inputs
-from streamconv.options import AverageOptions, JobOptions
+from streamconv.options import AverageOptions
 from streamconv.planning.checks import Ties
 from streamconv.quantization import scales
 from streamconv.tracing.model import Model
@@ -85,36 +82,6 @@ class Summed:
             )
         (dtype,) = self.dtypes[r.name]
         return Recipe(r.name, dtype, dataclasses.replace(r.view, ops=(Cast(dtype),)))
-
-
-def other_inputs(
-    job: JobOptions, others: Sequence[tuple[Path, str, Sequence[SourceFile]]]
-) -> list[tuple[str | int, ...]]:
-    """Return what identifies the checkpoints that the source is averaged with.
-
-    ``others`` are the root, the format and the files of each.
-    """
-    lora = dataclasses.replace(job.lora, base=None)
-    found: list[tuple[str | int, ...]] = []
-    for k, (root, format_name, files) in enumerate(others, 2):
-        found.append((f"{k}/", format_name))
-        found += [(f"{k}/{f.path}", *identified(f)[1:]) for f in files]
-        settings = formats.settings(root, format_name, job.model)
-        found += [(f"{k}/{n}", *rest) for n, *rest in settings]
-        found += [(f"{k}/{n}", *rest) for n, *rest in adapter_inputs(root, lora)]
-    return found
-
-
-def places(job: JobOptions, roots: Sequence[Path]) -> list[Path]:
-    """Return where the checkpoints lie that the source is averaged with: all of their files are there.
-
-    ``roots`` are what their paths are relative to. A path that was given may lead into a checkpoint.
-    """
-    given = [p.absolute() for p in job.average.sources] if job.average is not None else []
-    return [
-        p if p.is_file() or r.absolute().is_relative_to(p) else r.absolute()
-        for p, r in zip(given, roots, strict=True)
-    ]
 
 
 def refuse_other_config(

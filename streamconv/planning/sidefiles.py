@@ -24,7 +24,7 @@ from streamconv.files.names import MANIFEST
 from streamconv.ir.dtypes import BY_TORCH, DType
 from streamconv.ir.planned import SideFile, TextFile
 from streamconv.ir.source import Skipped
-from streamconv.options import parse_override
+from streamconv.options import JobOptions, parse_override
 from streamconv.planning import version_4
 from streamconv.planning.custom_code import code_of
 from streamconv.storage.address import place
@@ -164,6 +164,30 @@ def _as_version_5(config: Mapping[str, Any], keys: tuple[str, ...], text: str) -
             hint=f"name its settings one by one, such as {where}.{inner}rope_theta=1e6",
         )
     return (*keys[:-1], _ROPE, keys[-1]) if keys[-1] in new else keys
+
+
+def side_files(
+    root: Path, side_dir: Path | None, job: JobOptions
+) -> tuple[Path | None, list[SideFile]]:
+    """Return the folder with config and tokenizer, and the files to copy from it."""
+    if job.hf_config is not None:
+        if not job.hf_config.is_dir():
+            raise UsageError("--hf-config names no folder", where=str(job.hf_config))
+        named = list(list_side_files(job.hf_config, root=root, named=True))
+        own = [] if side_dir is None else list_side_files(side_dir, root=root)
+        if "config.json" in {s.name for s in own} - {s.name for s in named}:
+            raise UsageError(
+                "the folder that --hf-config names has no config.json, and the checkpoint has one",
+                where=str(job.hf_config),
+                found=", ".join(s.name for s in named[:8]) or "no file that belongs to a model",
+                hint=f"leave out --hf-config to use {side_dir}, or name a model's folder",
+            )
+        return job.hf_config, named
+    if side_dir is None and job.lora.base is not None:
+        return job.lora.base, list(list_side_files(job.lora.base, root=root, named=True))
+    if side_dir is None:
+        return None, []
+    return side_dir, list(list_side_files(side_dir, root=root))
 
 
 def list_side_files(folder: Path, *, root: Path, named: bool = False) -> Iterator[SideFile]:

@@ -18,9 +18,6 @@ from streamconv.ir.boxes import Shape
 from streamconv.ir.dtypes import DType
 from streamconv.ir.recipe import Recipe, SourceRef
 
-HF_QUANT_CONFIG = "hf_quant_config.json"
-"""ModelOpt's own file, which says the same as ``quantization_config`` does."""
-
 Headers = Mapping[str, tuple[Shape, DType]]
 
 _KEYS = ("quantization_config", "compression_config")

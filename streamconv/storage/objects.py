@@ -22,7 +22,6 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from datetime import timedelta
 from functools import partial
 from typing import Any, Literal, TypeVar
 
@@ -105,6 +104,8 @@ def new_store(scheme: str, name: str, headers: Mapping[str, str] | None = None) 
     # Threads for as many requests as the processors can serve are more than enough.
     os.environ.setdefault("TOKIO_WORKER_THREADS", "2")
     ob = _obstore(scheme)
+    from datetime import timedelta  # 1.5 MB that a conversion on disks can do without
+
     client: dict[str, Any] = {"timeout": "180s", "connect_timeout": "10s"}
     if headers:
         client["default_headers"] = dict(headers)

@@ -15,7 +15,7 @@ import xxhash
 from streamconv.errors import BadInputError, StreamconvError
 from streamconv.files.inputs import readable
 from streamconv.files.jsonfile import read_json
-from streamconv.files.names import INDEX, MANIFEST, SINGLE
+from streamconv.files.names import HF_QUANT_CONFIG, INDEX, MANIFEST, SINGLE
 from streamconv.formats.safetensors_file import FileTensor, read_header, read_index
 from streamconv.lora.names import canonical
 from streamconv.lora.settings import OF_A_MODEL, PREFIX, WEIGHTS, base_of
@@ -302,7 +302,7 @@ def _check_quantization(
         quantized = scales.find(own, {})
         config = read_config(folder)
         if config is not None:
-            elsewhere = (folder / scales.HF_QUANT_CONFIG).is_file()
+            elsewhere = (folder / HF_QUANT_CONFIG).is_file()
             scales.check(config, quantized, elsewhere=elsewhere)
         wrong = [f"{n}: {what}" for n, what in code_problems(tensors, quantized.scales, rule)]
         if rule is None:

@@ -44,10 +44,10 @@ from streamconv.ir.recipe import (
 )
 from streamconv.lora.names import has_adapter
 from streamconv.options import AverageOptions, JobOptions
-from streamconv.planning.build import one_model, side_files
 from streamconv.planning.child import read_checkpoint
 from streamconv.planning.precision import chosen_weights
-from streamconv.planning.sidefiles import overridden, read_config
+from streamconv.planning.sidefiles import overridden, read_config, side_files
+from streamconv.planning.understanding import one_model
 from streamconv.quantization import decoding
 from streamconv.system.children import serve
 from streamconv.system.memory import resident_bytes
