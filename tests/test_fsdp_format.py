@@ -643,3 +643,30 @@ def test_mutated_pickles_end_in_our_errors(seed: int, tmp_path: Path) -> None:
                 new.writestr(record, bytes(data) if record == name else content)
         with contextlib.suppress(BadInputError, UnsafeInputError):
             formats.find_model(tmp_path).read()
+
+
+def test_a_file_of_a_checkpoint_stands_for_its_folder_and_no_other_file_does(
+    lone_rank_file: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(lone_rank_file.parent, tmp_path / "actor")
+    for name in ("notes.txt", "plot.png", "config.json", "extra_state_world_size_1_rank_0.pt"):
+        (folder / name).write_text("{}")
+    for name in (lone_rank_file.name, "config.json"):
+        assert formats.find_model(folder / name).root == folder
+    for name in ("notes.txt", "plot.png"):
+        with pytest.raises(BadInputError, match="not a file of a checkpoint") as caught:
+            formats.find_model(folder / name)
+        assert str(folder) in str(caught.value.hint)
+
+
+def test_the_folder_with_the_config_alone_says_where_the_weights_are(
+    lone_rank_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = shutil.copytree(lone_rank_file.parent, tmp_path / "actor")
+    (folder / "huggingface").mkdir(exist_ok=True)
+    (folder / "huggingface" / "config.json").write_text("{}")
+    monkeypatch.chdir(folder / "huggingface")
+    for path in (folder / "huggingface", Path()):
+        with pytest.raises(BadInputError, match="no checkpoint of a known format") as caught:
+            formats.find_model(path)
+        assert str(folder) in str(caught.value.hint)

@@ -48,6 +48,9 @@ _STATE = re.compile(
     re.ASCII | re.IGNORECASE,
 )
 
+# Beside weights: config.json, index files, run_config.yaml.
+_OF_CHECKPOINTS = {*torch_file.SUFFIXES, ".safetensors", ".distcp", ".json", ".yaml"}
+
 
 def is_state(name: str) -> bool:
     """Whether a folder is called as a state of training is.
@@ -98,7 +101,8 @@ def find_model(path: Path, model: str | None = None) -> Location:
         alone = _file(path)
         if alone is not None:
             return alone
-    if not path.is_dir():  # a file of a checkpoint, a pipe, a device
+    if not path.is_dir():
+        _refuse_stranger(path)
         path = path.parent
     if rank_folders.is_rank_folder(path):
         path = path.parent
@@ -135,6 +139,19 @@ def find_model(path: Path, model: str | None = None) -> Location:
             hint=f"say which: --model {'|'.join(found)}, or its folder; `convert` has --model all, too",
         )
     return _in_run(path, model)
+
+
+def _refuse_stranger(path: Path) -> None:
+    """Raise :class:`BadInputError` for a file that does not stand for the folder that it lies in.
+
+    One of a checkpoint does, whatever is in it: names can be completed to any of them.
+    """
+    if path.suffix not in _OF_CHECKPOINTS and path.name not in (*TRACKERS, ".metadata"):
+        raise BadInputError(
+            "this is not a file of a checkpoint",
+            where=str(path),
+            hint=f"name the folder of the checkpoint, which may be {path.parent}",
+        )
 
 
 def _beside_steps(here: Location) -> Location:
@@ -238,7 +255,18 @@ def _in_run(path: Path, model: str | None) -> Location:
         "mp_rank_* folders (Megatron), *_states.pt (DeepSpeed), a finished model, its pieces, an "
         "adapter or one torch file, here or in a folder such as actor/",
         found=_what_is_here(path),
+        hint=_where_weights_are(path),
     )
+
+
+def _where_weights_are(path: Path) -> str | None:
+    """Return what to do where ``path`` has the config and tokenizer of a checkpoint around it."""
+    if not (path / "config.json").is_file():
+        return None
+    around = detect(path.absolute().parent)
+    if around is None or around.side_dir != path.absolute():
+        return None
+    return f"the weights lie around this folder: name {around.root}"
 
 
 def _steps(path: Path) -> list[Path]:
