@@ -139,6 +139,9 @@ def test_the_log_file_has_what_was_printed_and_replaces_nothing(checkpoints, tmp
     mine.write_text("mine")
     done = run("inspect", str(source), "--log-file", str(mine))
     assert (done.returncode, mine.read_text()) == (8, "mine")
+    done = run("inspect", str(source), "--log-file", str(tmp_path / "gone" / "run.log"))
+    assert done.returncode == 2
+    assert "the log cannot be written: No such file or directory" in done.stderr
 
 
 def test_verbose_says_more(checkpoints, tmp_path):

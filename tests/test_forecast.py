@@ -186,6 +186,22 @@ def test_doctor_measures_the_disks(tmp_path, monkeypatch):
     assert "transformers" in shown["loads the result"]
 
 
+def test_doctor_says_that_a_disk_is_full(tmp_path, monkeypatch):
+    at = {"working": 4096, "output": 10 * GB}
+
+    def found(path):
+        role = "output" if path == tmp_path / "out" else "working"
+        return dataclasses.replace(DISK, mount=Path("/", role), free_bytes=at[role])
+
+    monkeypatch.setattr("streamconv.files.filesystems.filesystem_of", found)
+    (problem,) = doctor.examine()["problems"]
+    assert problem.startswith("the disk at /working is full: 4.10 kB free")
+    assert doctor.examine(dst=tmp_path / "out")["problems"] == []
+    at["output"] = 0
+    (problem,) = doctor.examine(dst=tmp_path / "out")["problems"]
+    assert problem.startswith("the disk at /output is full: 0 B free")
+
+
 def test_doctor_says_what_would_keep_a_conversion_from_ending(checkpoints, tmp_path, monkeypatch):
     """Limits that are another process's: its own would be too small for this one."""
     monkeypatch.setenv("STREAMCONV_CACHE", str(tmp_path / "cache"))

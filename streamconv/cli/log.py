@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from streamconv._version import __version__
+from streamconv.errors import UsageError
 from streamconv.files import askedfile
 from streamconv.files.inputs import local_path
 
@@ -45,7 +46,14 @@ def to_file(path: str | None) -> None:
     if path is None:
         return
     place = askedfile.checked(local_path(path), askedfile.LOG)
-    fd = os.open(place, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+    try:
+        fd = os.open(place, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        raise UsageError(
+            f"the log cannot be written: {error.strerror}",
+            where=str(place),
+            hint="choose another path for --log-file, or for STREAMCONV_LOG_FILE where that is set",
+        ) from error
     handler = logging.StreamHandler(os.fdopen(fd, "a", encoding="utf-8", errors="replace"))
     if os.fstat(fd).st_size == 0:
         handler.stream.write(askedfile.LOG.mark.decode())

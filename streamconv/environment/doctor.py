@@ -26,6 +26,8 @@ _LIBRARIES = ("torch", "transformers", "safetensors", "numpy", "isal", "xxhash",
 # What people load the result with; transformers is among the libraries above.
 _LOADERS = ("vllm", "sglang", "peft", "accelerate", "ctranslate2", "mlx-lm", "tensorrt-llm")
 _MEASURE_SECONDS = 0.5
+# No model is smaller, with what lies beside its weights.
+_FULL_BELOW_BYTES = 1 << 20
 # The reader keeps up to 128 files open, and there are libraries and pipes beside it.
 _FEW_OPEN_FILES = 256
 _CONDITIONS = {
@@ -67,6 +69,7 @@ def examine(
         "credentials" in s and s["role"] == "output" and not s.get("conditions") for s in systems
     ):
         problems.append(f"{dst} cannot be written safely\n  next: see the row `disk of output`")
+    problems += _full_disks(systems)
     code = 1 if problems else 0
     try:
         check_planning(memory)
@@ -100,6 +103,17 @@ def examine(
             problems.append(str(error))
             found["exit_code"] = error.exit_code
     return found
+
+
+def _full_disks(systems: list[dict[str, Any]]) -> list[str]:
+    """Return what is wrong with the disk that an output would go to: of DST, or else of this folder."""
+    written = [s for s in systems if s["role"] != "source" and "credentials" not in s][-1:]
+    return [
+        f"the disk at {s['mount']} is full: {format_size(s['free_bytes'])} free"
+        "\n  next: free some space, or choose an output folder on another disk"
+        for s in written
+        if s["free_bytes"] < _FULL_BELOW_BYTES
+    ]
 
 
 def _is_there(path: Path) -> bool:
