@@ -115,6 +115,13 @@ def test_completion_knows_options_where_no_command_is_named():
     assert run(env=environment).stdout.split() == ["--max-mem"]
     environment |= {"COMP_WORDS": "streamconv ba", "COMP_CWORD": "1"}
     assert run(env=environment).stdout.split() == ["batch"]
+    for words, values in (
+        ("SRC DST --dtype b", ["bfloat16"]),
+        ("SRC DST --lora ", ["auto", "merge", "adapter", "both"]),
+        ("plan SRC --quantize fp8-c", ["fp8-channel"]),
+    ):
+        environment |= {"COMP_WORDS": f"streamconv {words}", "COMP_CWORD": "4"}
+        assert run(env=environment).stdout.split() == values
 
 
 def test_dashes_for_stdout_are_refused(tmp_path):

@@ -256,9 +256,9 @@ def test_plan_says_how_long_and_what_to_mind(tmp_path):
 @pytest.mark.parametrize(
     ("source", "output", "files", "by_processor", "expected"),
     [
-        ("ext4", "nfs4", 9, False, "nothing: the source is on this one's disk"),
-        ("ext4", "tmpfs", 9, False, "nothing: the source and the output are"),
-        ("nfs4", "lustre", 1, True, "nothing: there is one output file"),
+        ("ext4", "nfs4", 9, False, "more of them bring nothing: the source is on this one's disk"),
+        ("ext4", "tmpfs", 9, False, "more of them bring nothing: the source and the output are"),
+        ("nfs4", "lustre", 1, True, "more of them bring nothing: there is one output file"),
         ("nfs4", "lustre", 9, True, "1/n of it, up to 9 parts"),
         ("nfs4", "lustre", 9, False, "as far as the file server"),
     ],

@@ -6,12 +6,23 @@ import inspect
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, get_args, get_type_hints
 
 import typer
 
 from streamconv.cli.command import LORA, MODEL
 from streamconv.files.inputs import local_path
+from streamconv.options import DTypeChoice, Layout, LoraMode, Masters, Quantization, ValueHead
+
+
+def _one_of(choice: Any) -> Callable[[str], list[str]]:
+    """Return what completes a value that is one of a ``Literal``."""
+
+    def complete(incomplete: str) -> list[str]:
+        return [value for value in get_args(choice) if value.startswith(incomplete)]
+
+    return complete
+
 
 MaxShard = Annotated[
     str,
@@ -24,6 +35,7 @@ DTypeOption = Annotated[
     typer.Option(
         "--dtype",
         metavar="DTYPE",
+        autocompletion=_one_of(DTypeChoice),
         help="keep, auto (config.json's), bfloat16 (bf16), float16 (fp16), float32 (fp32).",
     ),
 ]
@@ -41,6 +53,7 @@ LayoutOption = Annotated[
     typer.Option(
         "--layout",
         metavar="LAYOUT",
+        autocompletion=_one_of(Layout),
         help="hub: the names the Hub expects; memory: the state dict's.",
         rich_help_panel=MODEL,
     ),
@@ -100,6 +113,7 @@ MastersOption = Annotated[
     typer.Option(
         "--masters",
         metavar="YES",
+        autocompletion=_one_of(Masters),
         help="no takes the 16-bit weights where a checkpoint (DeepSpeed) has fp32 masters beside them.",
         rich_help_panel=MODEL,
     ),
@@ -109,6 +123,7 @@ Lora = Annotated[
     typer.Option(
         "--lora",
         metavar="MODE",
+        autocompletion=_one_of(LoraMode),
         help="LoRA adapters: merge, adapter (a PEFT folder), both; auto merges where base weights are.",
         rich_help_panel=LORA,
     ),
@@ -155,6 +170,7 @@ ValueHeadOption = Annotated[
     typer.Option(
         "--value-head",
         metavar="KEEP",
+        autocompletion=_one_of(ValueHead),
         help="keep or drop the v_head that trl adds to a model.",
         rich_help_panel=MODEL,
     ),
@@ -180,6 +196,7 @@ Quantize = Annotated[
     typer.Option(
         "--quantize",
         metavar="RULE",
+        autocompletion=_one_of(Quantization),
         help="Write projections as fp8: fp8-block, fp8-block:ue8m0, fp8-channel.",
         rich_help_panel=MODEL,
     ),

@@ -133,11 +133,13 @@ def more_machines(source: FileSystem, output: FileSystem, files: int, by_process
         if not system.is_network
     ]
     if local:
-        return (
-            f"nothing: {' and '.join(local)} {'are' if len(local) > 1 else 'is'} on this one's disk"
-        )
+        are = "are" if len(local) > 1 else "is"
+        return f"more of them bring nothing: {' and '.join(local)} {are} on this one's disk"
     if files == 1:
-        return "nothing: there is one output file, and a part is at least one (--max-shard-size)"
+        return (
+            "more of them bring nothing: there is one output file, and a part is at least one "
+            "(--max-shard-size)"
+        )
     least = f"up to {files} parts, a file each"
     if by_processor:
         return f"the processor is what takes longest here: n of them take about 1/n of it, {least}"
