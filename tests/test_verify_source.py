@@ -27,7 +27,7 @@ from streamconv.ir.recipe import Recipe
 from streamconv.planning import placing
 from streamconv.torchfile import rankfile
 from streamconv.tracing import hf_convert
-from streamconv.verification import by_plan, source, torch_check, torch_files
+from streamconv.verification import by_plan, evaluation, source, torch_check, torch_files
 from streamconv.verification.report import Report
 from streamconv.verification.source import verify_source
 from tests.test_budget import LARGE_BYTES
@@ -349,7 +349,7 @@ def test_tiles_cover_a_shape_in_memory_order() -> None:
         whole = torch.arange(int(np.prod(shape))).reshape(shape)
         for most in (1, 2, 5, 12, 100):
             seen = []
-            for at, lo, sizes in torch_check.tiles(shape, most):
+            for at, lo, sizes in evaluation.tiles(shape, most):
                 box = whole[tuple(slice(a, a + n) for a, n in zip(lo, sizes, strict=True))]
                 assert box.numel() <= most
                 assert int(box.reshape(-1)[0]) == at

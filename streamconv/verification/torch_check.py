@@ -10,7 +10,6 @@ cannot be checked here is named with the reason, and left to the other reader.
 from __future__ import annotations
 
 import itertools
-import math
 import os
 import sys
 from collections import Counter
@@ -26,24 +25,15 @@ from streamconv.files.memory_limit import share_of, within
 from streamconv.formats.deepspeed.folder import tag_folder
 from streamconv.formats.safetensors_file import FileTensor, read_folder
 from streamconv.ir.boxes import Shape
-from streamconv.ir.dtypes import BY_TORCH, F32, DType
+from streamconv.ir.dtypes import BY_TORCH, F32
 from streamconv.ir.planfile import Plan
 from streamconv.ir.planned import PlannedTensor
 from streamconv.ir.recipe import (
-    AddProduct,
-    Cast,
-    Decode,
     Encode,
-    Gather,
-    MulScale,
     Recipe,
-    SourceRef,
-    Sum,
-    View,
-    Zero,
 )
 from streamconv.lora.names import has_adapter
-from streamconv.options import AverageOptions, JobOptions
+from streamconv.options import JobOptions
 from streamconv.planning.child import read_checkpoint
 from streamconv.planning.precision import chosen_weights
 from streamconv.planning.sidefiles import overridden, read_config, side_files
@@ -51,6 +41,16 @@ from streamconv.planning.understanding import one_model
 from streamconv.quantization import decoding
 from streamconv.system.children import serve
 from streamconv.system.memory import resident_bytes
+from streamconv.verification.evaluation import (
+    Computing,
+    LostValuesError,
+    TooLargeError,
+    cast_to,
+    check_size,
+    evaluate,
+    tiles,
+    torch_dtype,
+)
 from streamconv.verification.torch_files import (
     MappedFile,
     RankFiles,
@@ -62,7 +62,6 @@ from streamconv.verification.torch_floats import (
     FloatFiles,
     Pieces,
     SafetensorsFiles,
-    added,
     quantized,
 )
 from streamconv.verification.zero_files import ZeroFiles
@@ -72,14 +71,6 @@ _OBJECT_BYTES = 3000
 _MARGIN_BYTES = 24 << 20
 _MAX_TILE_BYTES = 32 << 20
 _MIN_TILE_BYTES = 1 << 20
-
-
-class LostValuesError(Exception):
-    """A finite value of the source is infinite in the type of the output."""
-
-
-class TooLargeError(Exception):
-    """A step would need more memory than the budget leaves."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,7 +186,7 @@ def _wanted(plan: Plan, skip: Sequence[str]) -> Iterator[Wanted]:
     left_out = set(skip)
     for t in _planned(plan):
         if t.name not in left_out:
-            dtype = _torch(t.dtype)
+            dtype = torch_dtype(t.dtype)
             sources = frozenset(sys.intern(s.fqn) for s in t.sources)
             yield Wanted(t.name, dtype, t.shape, sources, t.same_as or t.name)
 
@@ -291,10 +282,6 @@ class _Conversion:
     def is_handed_on(self, name: str) -> bool:
         """Whether the output is a tensor of the checkpoint as it stands."""
         return self.recipes[name].is_identity
-
-
-def _strides(shape: Shape) -> Shape:
-    return tuple(torch.empty(shape, device="meta").stride())
 
 
 def _connected(uses: Mapping[str, frozenset[str]]) -> dict[str, str]:
@@ -478,7 +465,7 @@ class _Computed:
                 self._answer.leave([wanted], "made by more than transformers' conversion")
                 continue
             views = [i.conversion.recipes[name].view for i in self._inputs]
-            floats = _Computing(views, sources, self._average, self._tile)
+            floats = Computing(views, sources, self._average, self._tile)
             try:
                 self._check_one(wanted, floats, encoded.get(wanted.name))
             except TooLargeError as error:
@@ -492,7 +479,7 @@ class _Computed:
             return name
         return name.removesuffix("_inv").removesuffix("_scale")
 
-    def _check_one(self, wanted: Wanted, floats: _Computing, encode: Encode | None) -> None:
+    def _check_one(self, wanted: Wanted, floats: Computing, encode: Encode | None) -> None:
         tensor = self._output.tensors[wanted.file_name]
         slices = self._encoded(floats, encode) if encode else self._plain(wanted, floats)
         for at, expected in slices:
@@ -501,16 +488,16 @@ class _Computed:
                 return
         self._answer.same[wanted.name] = "computed"
 
-    def _plain(self, wanted: Wanted, floats: _Computing) -> Iterator[tuple[int, torch.Tensor]]:
+    def _plain(self, wanted: Wanted, floats: Computing) -> Iterator[tuple[int, torch.Tensor]]:
         for at, lo, sizes in tiles(wanted.shape, max(1, self._tile // 8)):
             made = floats.box(lo, sizes)
             if made.dtype == torch.float64 and wanted.dtype.itemsize < 4:
                 made = cast_to(made, torch.float32)
             yield at, cast_to(made, wanted.dtype)
 
-    def _encoded(self, floats: _Computing, encode: Encode) -> Iterator[tuple[int, torch.Tensor]]:
+    def _encoded(self, floats: Computing, encode: Encode) -> Iterator[tuple[int, torch.Tensor]]:
         (rows, columns), high = encode.shape, encode.block[0]
-        _check_size(high * columns * 8, self._tile)
+        check_size(high * columns * 8, self._tile)
         step = max(1, self._tile // (high * columns * 8)) * high
         for top in range(0, rows, step):
             band = floats.box((top, 0), (min(step, rows - top), columns))
@@ -519,141 +506,6 @@ class _Computed:
                 yield top * columns, codes
             else:
                 yield top // high * encode.grid[1], scales
-
-
-@dataclass(frozen=True, slots=True)
-class _Computing:
-    """A tensor of the output before it is rounded: of one checkpoint, or the sum of several."""
-
-    views: Sequence[View]
-    sources: Sequence[Mapping[str, Pieces]]
-    average: AverageOptions | None
-    tile: int
-
-    def box(self, lo: Shape, sizes: Shape) -> torch.Tensor:
-        found = [
-            evaluate(view, lo, sizes, pieces, self.tile)
-            for view, pieces in zip(self.views, self.sources, strict=True)
-        ]
-        if self.average is None or not found[0].is_floating_point():
-            return found[0]
-        return added(found, self.average.weights, self.average.divisor)
-
-
-def tiles(shape: Shape, most: int) -> Iterator[tuple[int, Shape, Shape]]:
-    """Yield (first element, offsets, sizes) of boxes of at most ``most`` elements, in memory order."""
-    row, dim = 1, len(shape)
-    while dim and row * shape[dim - 1] <= most:
-        dim -= 1
-        row *= shape[dim]
-    if not math.prod(shape):
-        return
-    if not dim:
-        yield 0, (0,) * len(shape), shape
-        return
-    step = most // row
-    tail = shape[dim:]
-    for k, index in enumerate(itertools.product(*map(range, shape[: dim - 1]))):
-        for at in range(0, shape[dim - 1], step):
-            size = min(step, shape[dim - 1] - at)
-            first = (k * shape[dim - 1] + at) * row
-            yield first, (*index, at, *(0,) * len(tail)), (*(1,) * len(index), size, *tail)
-
-
-def evaluate(
-    view: View, lo: Shape, sizes: Shape, pieces: Mapping[str, Pieces], limit: int
-) -> torch.Tensor:
-    """Return the elements of ``view`` in the box ``lo``, ``sizes``, as a recipe defines them.
-
-    Raises :class:`TooLargeError` where the part of its base that they come from exceeds ``limit``
-    bytes.
-    """
-    first = view.offset + sum(a * s for a, s in zip(lo, view.strides, strict=True))
-    last = first + sum((n - 1) * s for n, s in zip(sizes, view.strides, strict=True))
-    strides = _strides(view.base.shape)
-    # The smallest box of the base that holds elements first to last in one stretch.
-    low: list[int] = []
-    extent: list[int] = []
-    start, end = first, last
-    apart = False
-    for size, stride in zip(view.base.shape, strides, strict=True):
-        a, b = (0, size - 1) if apart else (start // stride, end // stride)
-        low.append(a)
-        extent.append(b - a + 1)
-        apart = apart or a != b
-        start, end = start - a * stride, end - b * stride
-    if isinstance(view.base, Sum):
-        raise AssertionError("no model's recipe is a sum")
-    base = _box(view.base, tuple(low), tuple(extent), pieces, limit)
-    begin = sum(a * s for a, s in zip(low, strides, strict=True))
-    made = base.view(-1).as_strided(sizes, view.strides, first - begin)
-    for op in view.ops:
-        if isinstance(op, AddProduct | MulScale | Decode):
-            raise AssertionError("adapters and scales are left to the other reader")
-        if isinstance(op, Zero):
-            made = torch.zeros_like(made)
-        elif isinstance(op, Cast):
-            made = cast_to(made, _torch(op.dtype))
-        else:
-            made = made + op.value
-    return made
-
-
-def cast_to(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Return ``tensor`` in another type, as torch rounds it.
-
-    Raises :class:`LostValuesError` where a finite value becomes infinite: the output holds the same
-    infinity then, and would pass.
-    """
-    made = tensor.to(dtype)
-    if made.dtype != tensor.dtype and made.is_floating_point():
-        lost = made.isinf() & tensor.isfinite()
-        if lost.any():
-            worst = tensor[lost].abs().max().item()
-            raise LostValuesError(
-                f"{worst:.6g}, which {str(dtype).removeprefix('torch.')} cannot hold"
-            )
-    return made
-
-
-def _box(
-    base: SourceRef | Gather,
-    lo: Shape,
-    sizes: Shape,
-    pieces: Mapping[str, Pieces],
-    limit: int,
-) -> torch.Tensor:
-    if isinstance(base, SourceRef):
-        _check_size(math.prod(sizes) * pieces[base.fqn].dtype.itemsize, limit)
-        return pieces[base.fqn].box(lo, sizes)
-    made: torch.Tensor | None = None
-    for part in base.parts:
-        ranges = [
-            (max(a, c), min(a + n, d))
-            for a, n, c, d in zip(lo, sizes, part.box.offsets, part.box.ends, strict=True)
-        ]
-        if any(a >= b for a, b in ranges):
-            continue
-        inner = tuple(a - c for (a, _), c in zip(ranges, part.box.offsets, strict=True))
-        value = evaluate(part.view, inner, tuple(b - a for a, b in ranges), pieces, limit)
-        if made is None:
-            _check_size(math.prod(sizes) * value.dtype.itemsize, limit)
-            made = torch.empty(sizes, dtype=value.dtype)
-        made[tuple(slice(a - c, b - c) for (a, b), c in zip(ranges, lo, strict=True))] = value
-    if made is None:
-        raise TooLargeError("a part of a recipe that nothing fills")
-    return made
-
-
-def _torch(dtype: DType) -> torch.dtype:
-    found: torch.dtype = getattr(torch, dtype.torch)
-    return found
-
-
-def _check_size(nbytes: int, limit: int) -> None:
-    # A little more than a tile: a tile's rows need not begin where the base's rows begin.
-    if nbytes > 2 * limit:
-        raise TooLargeError("its slices are larger than the budget")
 
 
 if __name__ == "__main__":
