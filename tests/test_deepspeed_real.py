@@ -23,14 +23,16 @@ PYTHONS = list(filter(None, os.environ.get("STREAMCONV_TEST_DEEPSPEED", "").spli
 @pytest.mark.slow
 @pytest.mark.skipif(not PYTHONS, reason="STREAMCONV_TEST_DEEPSPEED names no interpreter")
 @pytest.mark.parametrize("python", PYTHONS)
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_every_weight_is_the_engines(python: str, stage: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["0", "1", "2", "3", "init", "mics"])
+def test_every_weight_is_the_engines(python: str, kind: str, tmp_path: Path) -> None:
     done = subprocess.run(
-        [python, "-W", "ignore", MAKER, tmp_path, str(stage)],
+        [python, "-W", "ignore", MAKER, tmp_path, kind],
         capture_output=True,
         text=True,
         check=False,
     )
+    if kind == "mics" and "no attribute 'MiCS_Init'" in done.stderr:
+        pytest.skip("this release has no MiCS any more")
     assert done.returncode == 0, done.stderr[-2000:]
     truth = torch.load(tmp_path / "truth.pt")
     made = stored(formats.find_model(tmp_path / "checkpoint").read())

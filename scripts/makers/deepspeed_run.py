@@ -1,6 +1,8 @@
-"""Trains a small model under DeepSpeed on CPUs and saves it: ``PYTHON deepspeed_run.py OUT STAGE``.
+"""Trains a small model under DeepSpeed on CPUs and saves it: ``PYTHON deepspeed_run.py OUT KIND``.
 
-PYTHON is an interpreter with torch and deepspeed (any from 0.14 on), for streamconv needs neither.
+KIND is a stage of ZeRO, ``init`` (stage 3 of a model that zero.Init cut while it was made) or ``mics``
+(cut within groups of two of four ranks; up to DeepSpeed 0.16). PYTHON is an interpreter with torch and
+deepspeed (any from 0.14 on), for streamconv needs neither.
 OUT/checkpoint is what DeepSpeed wrote, OUT/truth.pt the weights as the engine itself gave them out
 before that: fp32 masters of what was trained, everything else as it was.
 """
@@ -22,8 +24,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 from torch import nn
 
-RANKS = 2
 STEPS = 2
+SHARING = 2
 
 
 class Model(nn.Module):
@@ -61,30 +63,40 @@ def import_deepspeed() -> Any:
     backend: Any = sys.modules["deepspeed.comm.torch"]  # its package has a torch of another kind
     if hasattr(backend, "build_shm_op"):
         backend.build_shm_op = lambda: None
+    backend.TorchBackend.all_gather_coalesced = _gather_one_by_one
     type(get_accelerator()).communication_backend_name = lambda _: "gloo"
     return deepspeed
 
 
-def work(rank: int, out: str, stage: int, port: int) -> None:
+class _Done:
+    def wait(self) -> None:
+        """Do nothing."""
+
+
+def _gather_one_by_one(
+    _: Any, whole: list[torch.Tensor], parts: list[torch.Tensor], group: Any = None, **__: Any
+) -> _Done:
+    """Do what MiCS does in one call, which gloo has not."""
+    for output, part in zip(whole, parts, strict=True):
+        torch.distributed.all_gather_into_tensor(output, part, group=group)
+    return _Done()
+
+
+def work(rank: int, out: str, kind: str, ranks: int, port: int) -> None:
     """Be one rank."""
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),
-        WORLD_SIZE=str(RANKS),
-        LOCAL_WORLD_SIZE=str(RANKS),
+        WORLD_SIZE=str(ranks),
+        LOCAL_WORLD_SIZE=str(ranks),
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
     )
     torch.set_num_threads(1)
     deepspeed = import_deepspeed()
     deepspeed.init_distributed("gloo")
-    torch.manual_seed(3)
-    model = Model()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn(parameter.shape) * 0.02)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    config = {
+    stage = int(kind) if kind.isdecimal() else 3
+    config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 2,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
@@ -92,6 +104,19 @@ def work(rank: int, out: str, stage: int, port: int) -> None:
         "bf16": {"enabled": True},
         "steps_per_print": 1000,
     }
+    made: Any = contextlib.nullcontext()
+    if kind == "mics":
+        config["zero_optimization"]["mics_shard_size"] = SHARING
+        made = deepspeed.zero.MiCS_Init(config_dict_or_path=config)
+    elif kind == "init":
+        made = deepspeed.zero.Init(config_dict_or_path=config)
+    torch.manual_seed(3)
+    with made:
+        model = Model()
+    with torch.no_grad():
+        for parameter in model.parameters() if kind.isdecimal() else ():
+            parameter.add_(torch.randn(parameter.shape) * 0.02)
+    trained = [p for p in model.parameters() if p.requires_grad]
     groups = [{"params": [p for p in trained if (p.ndim > 1) == two]} for two in (True, False)]
     optimizer = torch.optim.AdamW(groups, lr=1e-2)
     engine, *_ = deepspeed.initialize(
@@ -146,13 +171,14 @@ def unsharded(engine: Any, parameter: torch.Tensor) -> torch.Tensor | None:
 
 def main() -> None:
     """Start the ranks."""
-    out, stage = sys.argv[1], int(sys.argv[2])
+    out, kind = sys.argv[1:]
+    ranks = 2 * SHARING if kind == "mics" else SHARING
     Path(out).mkdir(parents=True, exist_ok=True)
     with socket.socket() as place:
         place.bind(("127.0.0.1", 0))
         port = place.getsockname()[1]
     torch.multiprocessing.start_processes(
-        work, args=(out, stage, port), nprocs=RANKS, start_method="spawn"
+        work, args=(out, kind, ranks, port), nprocs=ranks, start_method="spawn"
     )
 
 
