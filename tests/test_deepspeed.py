@@ -185,6 +185,25 @@ def test_patterns_tell_the_cuts_where_there_is_no_map(cases: Path, tmp_path: Pat
     assert all(torch.equal(made[n], expected[n]) for n in expected)
 
 
+ROWS = "parameter_with_row_parallelism_patterns"
+REPLICATED = "tp_replicated_parameter_patterns"
+
+
+def by_patterns(rows: list[str], replicated: list[str], **more: Any) -> dict[str, Any]:
+    return {ROWS: rows, REPLICATED: replicated, "original_vocab_size": 131, **more}
+
+
+def test_patterns_of_megatrons_kind_have_numbers_of_layers(cases: Path, tmp_path: Path) -> None:
+    case = cases / "tp2_s1_bf16"
+    rows = [r"model.layers.\d+.mlp.down_proj.weight", r"model.layers.\d+.self_attn.o_proj.weight"]
+    replicated = [r"model.layers.\d+.input_layernorm", r"model.layers.\d+.post_attention_layernorm"]
+    replicated += ["model.embed_tokens.weight", "model.norm"]
+    copy = with_tensor_parallel_info(
+        case, tmp_path / "case", lambda info: by_patterns(rows, replicated)
+    )
+    assert_same(stored(formats.find_model(copy).read()), case)
+
+
 NAME = r"^model\.layers\.0\.mlp\.down_proj\.weight$"
 
 
@@ -192,7 +211,7 @@ def changed(info: dict[str, Any], **values: Any) -> dict[str, Any]:
     entry = info["affine_map"]["params"][NAME]
     piece = entry["ranks"][0]["pieces"][0]
     entry.update({k: v for k, v in values.items() if k in entry})
-    piece.update({k: v for k, v in values.items() if k in piece})
+    piece.update({k: v for k, v in values.items() if k in piece or k == "scale"})
     return info
 
 
@@ -200,7 +219,30 @@ def changed(info: dict[str, Any], **values: Any) -> dict[str, Any]:
     "change",
     [
         lambda info: None,
+        lambda info: {
+            "universal_checkpoint_version": 0.4
+        },  # ds_to_universal --inject_missing_state
+        lambda info: {**info, "affine_map": {**info["affine_map"], "version": 2}},
+        lambda info: changed(info, scale=0.5),
+        lambda info: {**info, "affine_map": None, REPLICATED: [r"^model\.layers\.0.*"]},
+        lambda info: {**info, "affine_map": None, REPLICATED: [r"(\d+)+x"]},
+        lambda info: {**info, "affine_map": None, "parameter_to_average_patterns": ["model.norm"]},
+        lambda info: {
+            **info,
+            "affine_map": None,
+            "parameter_with_2_sub_params_cat_dim_0": [r"model.layers.\d+.mlp.gate_proj"],
+        },
+        lambda info: {
+            **info,
+            "affine_map": None,
+            "parameter_with_sub_params": [{"patterns": [NAME], "shape": [3, -1]}],
+        },
         lambda info: {**info, "affine_map": None, "parameter_with_sub_params": [{"patterns": "x"}]},
+        lambda info: {
+            **info,
+            "affine_map": None,
+            "autotp_unsupported_parameter_patterns": {NAME: "why"},
+        },
         lambda info: changed(info, logical_shape=[48]),
         lambda info: changed(info, logical_shape=[48, 87]),
         lambda info: changed(info, logical_shape="48"),

@@ -3,8 +3,10 @@
 DeepSpeed 0.19 writes ``universal_checkpoint_info`` into the model files. Its ``affine_map`` has, for
 each parameter (a regular expression that is its name) and rank, the pieces of the shard as affine
 walks: ``source`` over the whole parameter, ``dest`` over the shard, both (offset, strides) in elements
-of a C-contiguous tensor. Cuts may be uneven. Without the map its lists of patterns tell: replicated,
-cut along dimension 1 (row parallel), and along 0 all others. Releases before wrote nothing.
+of a C-contiguous tensor. Cuts may be uneven. A parameter that the map lacks is told by lists of
+patterns: replicated, cut along dimension 1 (row parallel), along 0 if none matches. AutoTP's patterns
+are names, ``^…$``; those of models that cut their layers themselves (Megatron-DeepSpeed) have numbers,
+``\\d+``. Releases before wrote nothing.
 """
 
 from __future__ import annotations
@@ -23,7 +25,14 @@ from streamconv.ir.boxes import Box, Shape, contiguous_strides
 
 _ROWS = "parameter_with_row_parallelism_patterns"
 _REPLICATED = "tp_replicated_parameter_patterns"
-_SUB = "parameter_with_sub_params"
+# What cannot be put together by moving boxes, or not by what is written.
+_OTHERS = (
+    "autotp_unsupported_parameter_patterns",
+    "parameter_to_average_patterns",
+    "parameter_with_2_sub_params_cat_dim_0",
+    "parameter_with_sub_params",
+)
+_MAP_VERSION = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,10 +52,11 @@ class ShardMap:
         affine = info.get("affine_map")
         params = affine.get("params") if isinstance(affine, dict) else None
         self._params = {_unescaped(k): v for k, v in (params or {}).items() if isinstance(v, dict)}
-        self._known = bool(info)
+        self._newer = isinstance(affine, dict) and affine.get("version", 1) != _MAP_VERSION
+        self._said = _ROWS in info or _REPLICATED in info
         self._rows = _patterns(info.get(_ROWS))
         self._replicated = _patterns(info.get(_REPLICATED))
-        self._sub = bool(info.get(_SUB))
+        self._others = {key: _patterns(info.get(key)) for key in _OTHERS}
 
     def join(self, name: str, parts: Sequence[Part]) -> Part:
         """Return the parameter that ``parts`` of all ranks, in their order, are shards of."""
@@ -74,12 +84,23 @@ class ShardMap:
                 return self._by_map(entry, shapes)
             except (KeyError, TypeError, ValueError, IndexError):
                 raise self._bad(name, "an affine map of a form that is not known") from None
-        if any(p.fullmatch(name) for p in self._replicated) and len(set(shapes)) == 1:
-            return shapes[0], [[_Piece(Box.whole(s), (0,) * len(s))] for s in shapes]
-        dim = 1 if any(p.fullmatch(name) for p in self._rows) else 0
-        others = {(*s[:dim], *s[dim + 1 :]) for s in shapes}
-        if not self._known or self._sub or any(len(s) <= dim for s in shapes) or len(others) > 1:
+        if not self._said:
             raise self._bad(name, "no word of how it is cut")
+        if any(None in p for p in (self._rows, self._replicated, *self._others.values())):
+            raise self._bad(
+                name, "patterns of names that are more than names and numbers of layers"
+            )
+        for key, patterns in self._others.items():
+            if _matches(patterns, name):
+                raise self._bad(name, key)
+        if _matches(self._replicated, name):
+            if len(set(shapes)) > 1:
+                raise self._bad(name, f"{_REPLICATED}, and shards of several shapes")
+            return shapes[0], [[_Piece(Box.whole(s), (0,) * len(s))] for s in shapes]
+        dim = 1 if _matches(self._rows, name) else 0
+        others = {(*s[:dim], *s[dim + 1 :]) for s in shapes}
+        if any(len(s) <= dim for s in shapes) or len(others) > 1:
+            raise self._bad(name, f"shards that cannot be joined along dimension {dim}")
         sizes = [s[dim] for s in shapes]
         whole = (*shapes[0][:dim], sum(sizes), *shapes[0][dim + 1 :])
         starts = [sum(sizes[:k]) for k in range(len(sizes))]
@@ -92,6 +113,8 @@ class ShardMap:
         self, entry: Mapping[str, Any], shapes: Sequence[Shape]
     ) -> tuple[Shape, list[list[_Piece]]]:
         whole = _sizes(entry["logical_shape"])
+        if self._newer:
+            raise ValueError("another version")
         made = []
         for rank, shape in enumerate(shapes):
             said = entry["ranks"][rank]
@@ -99,6 +122,8 @@ class ShardMap:
                 raise ValueError("another shard")
             pieces = []
             for p in said["pieces"]:
+                if p.get("scale", 1) != 1:
+                    raise ValueError("what the shard holds is a multiple")
                 box = Box(_start(p["dest"], shape), _sizes(p["shape"]))
                 if not box.inside(shape):
                     raise ValueError("a piece outside its shard")
@@ -110,10 +135,10 @@ class ShardMap:
         return BadInputError(
             "cannot determine how the shards of tensor-parallel ranks fit together",
             where=f"{self._where}, {name[:200]}",
-            expected="universal_checkpoint_info, which DeepSpeed writes since 0.19",
+            expected="universal_checkpoint_info that tells, as AutoTP writes it since DeepSpeed 0.19",
             found=found,
-            hint="load the checkpoint with DeepSpeed 0.19 or newer, with the same tensor_parallel "
-            "settings, and save it again",
+            hint="if AutoTP cut the model, load the checkpoint with DeepSpeed 0.19 or newer, with the "
+            "same tensor_parallel settings, and save it again; else save it unsharded with its trainer",
         )
 
 
@@ -153,12 +178,44 @@ def _sizes(values: Sequence[Any]) -> Shape:
     return tuple(values)
 
 
-def _patterns(values: object) -> list[re.Pattern[str]]:
-    """Return patterns that are names: others could take for ever to match."""
-    if not isinstance(values, (list, tuple)):
-        return []
-    texts = (_unescaped(v) for v in values if isinstance(v, str))
-    return [re.compile(re.escape(t)) for t in texts]
+def _patterns(value: object) -> list[re.Pattern[str] | None]:
+    """Return the patterns of a list; None for one that is more than names and numbers of layers.
+
+    Any other could take for ever to match.
+    """
+    if isinstance(value, Mapping):
+        value = [*value]
+    made: list[re.Pattern[str] | None] = []
+    for entry in value if isinstance(value, (list, tuple)) else () if value is None else (value,):
+        texts = entry.get("patterns") if isinstance(entry, Mapping) else (entry,)
+        made += map(_pattern, texts if isinstance(texts, (list, tuple)) else (None,))
+    return made
+
+
+_TOKEN = re.compile(r"(\\d\+)(?![0-9]|\\d|$)|(\.)|\\([^\w\s])|([\w-])", re.ASCII)
+
+
+def _pattern(text: object) -> re.Pattern[str] | None:
+    """Return a pattern of DeepSpeed's, which are matched from the beginning of a name."""
+    if not isinstance(text, str):
+        return None
+    body = text.removeprefix("^")
+    end = "$" if body.endswith("$") and not body.endswith("\\$") else ""
+    body = body.removesuffix(end)
+    made, at = "", 0
+    while at < len(body):
+        token = _TOKEN.match(body, at)
+        if token is None:
+            return None
+        digits, anything, escaped, plain = token.groups()
+        # Any character but a digit, so that where a number ends is never tried twice.
+        made += "[0-9]+" if digits else "[^0-9]" if anything else re.escape(escaped or plain)
+        at = token.end()
+    return re.compile(made + end)
+
+
+def _matches(patterns: Sequence[re.Pattern[str] | None], name: str) -> bool:
+    return any(p is not None and p.match(name) for p in patterns)
 
 
 def _unescaped(pattern: object) -> str:
