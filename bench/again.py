@@ -94,7 +94,7 @@ def batches(folder: Path, step: Path, checkpoints: int, finished: int) -> list[t
             shutil.copytree(step, run / f"global_step_{number}", copy_function=os.link)
 
     def batch() -> Ran:
-        return command("batch", run, models, "--quiet")
+        return command("batch", run, models, "--settle", "0s", "--quiet")
 
     add(1, checkpoints)
     made = batch()

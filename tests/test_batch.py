@@ -24,6 +24,7 @@ from streamconv.batch.round import Round
 from streamconv.batch.schedule import Every
 from streamconv.batch.settings import settings
 from streamconv.batch.state import FOLDER, STATUS, Store, read_records
+from streamconv.cli.batch_report import render_round
 from streamconv.errors import StreamconvError, UsageError
 from tests.scenes import cli, start, wait_for
 
@@ -81,7 +82,12 @@ def test_a_step_that_is_written_again_is_not_touched_before_it_is_whole(scene):
     scene.step(10, old=False)
     os.utime(scene.run / "global_step_10/actor", (time.time() + 50,) * 2)
     scene.tracker(99)
-    assert scene.round().counts == {"waiting": 1}
+    waiting = scene.round()
+    assert waiting.counts == {"waiting": 1}
+    assert (
+        "global_step_10: it changed a moment ago; ready when unchanged for 300 s\n1 not whole"
+        in (render_round(waiting, applied=False))
+    )
     assert scene.round(settle="0s").counts == {"converted": 1}
 
 

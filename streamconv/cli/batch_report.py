@@ -5,14 +5,14 @@ from __future__ import annotations
 import sys
 import time
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from streamconv.batch.state import Record
 from streamconv.cli.output import say_json, sorted_notices, tell
 from streamconv.cli.progress import Spinner
-from streamconv.errors import shown
+from streamconv.errors import listed, shown
 from streamconv.system.memory import tree_bytes
 from streamconv.units import format_duration, format_size
 
@@ -186,6 +186,7 @@ def render_round(made: Round, *, applied: bool) -> str:
     lines = [shown(str(removal)) for removal in made.removals]
     if not applied and any(not r.refused for r in made.removals):
         lines.append("nothing was removed: --apply does it")
+    lines += _reasons(r for r in made.records if r.state == "waiting")
     text = ", ".join(counts) or "no checkpoint found"
     if made.peak_bytes:
         text += (
@@ -231,6 +232,15 @@ def status_json(records: Sequence[Record]) -> dict[str, Any]:
     }
 
 
+def _reasons(records: Iterable[Record]) -> list[str]:
+    """Return why outputs are not done: a line for each reason, with the names that it is true of."""
+    reasons: dict[str, list[str]] = defaultdict(list)
+    for r in records:
+        if r.reason:
+            reasons[r.reason].append(shown(r.name))
+    return [f"{listed(names, 3)}: {shown(reason)}" for reason, names in reasons.items()]
+
+
 _COLOURS = {"done": "green", "failed": "red", "running": "cyan", "gone": "yellow"}
 
 
@@ -269,16 +279,11 @@ def print_status(records: Sequence[Record], last: int = 0, *, clear: bool = Fals
     console.print(table)
     if len(shown_records) < len(records):
         console.print(f"and {len(records) - len(shown_records)} before them (--last 0 shows all)")
-    reasons: dict[str, list[str]] = defaultdict(list)
-    for r in records:
-        if r.reason:
-            reasons[r.reason].append(shown(r.name))
+    reasons = _reasons(records)
     if reasons:
         console.print()
-    for reason, names in reasons.items():
-        more = f" and {len(names) - 3} more" if len(names) > 4 else ""
-        listed = ", ".join(names[:3] if more else names)
-        console.print(Text(f"{listed}{more}: {shown(reason)}"))
+    for line in reasons:
+        console.print(Text(line))
     counts = Counter(r.state for r in records)
     console.print()
     console.print(Text(", ".join(f"{n} {state}" for state, n in sorted(counts.items()))))
