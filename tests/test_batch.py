@@ -533,7 +533,7 @@ def test_three_hundred_finished_checkpoints_cost_neither_a_process_nor_torch(sce
     assert made.counts == {"converted": 3}
     # The others are made by hand: this is about recognising them.
     template = (scene.out / "global_step_1/streamconv.json").read_text()
-    from streamconv.batch.state import output_evidence
+    from streamconv.batch.evidence import output_evidence
     from streamconv.batch.survey import Survey
 
     survey = Survey(

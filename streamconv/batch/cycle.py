@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from streamconv.api import memory_bytes
-from streamconv.batch import metrics, relay
+from streamconv.batch import metrics
 from streamconv.batch.hooks import Hooks
 from streamconv.batch.leases import Lease
 from streamconv.batch.ledger import EachItsOwn, Ledger
@@ -67,9 +67,11 @@ class Batch:
     ) -> None:
         self._settings = settings
         self._listener = listener
-        self._command = command or (
-            None if settings.nodes is None else relay.command(settings.nodes)
-        )
+        self._command = command
+        if command is None and settings.nodes is not None:
+            from streamconv.batch import relay  # and with it all that a cluster takes
+
+            self._command = relay.command(settings.nodes)
         self._backoff = backoff
         self._hopeless: dict[str, str] = {}
         self._noticed: set[str] = set()

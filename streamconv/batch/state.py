@@ -18,13 +18,12 @@ known by their names in the folder, so that it can be moved and copied.
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import os
 import socket
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, get_args
@@ -34,6 +33,7 @@ import filelock
 import xxhash
 
 from streamconv._version import __version__
+from streamconv.batch.evidence import output_evidence
 from streamconv.batch.leases import NO_FILE
 from streamconv.batch.record_file import SCHEMA, NewerRecordError, read_record_file, shape_of
 from streamconv.errors import LockedError, StreamconvError, UsageError
@@ -361,27 +361,6 @@ def _alive(record: Record) -> bool:
     if record.host != socket.gethostname():
         return True  # on another machine: it must be believed
     return record.pid == os.getpid() or Path(f"/proc/{record.pid}").exists()
-
-
-def output_evidence(output: Path, files: Iterable[str]) -> list[list[Any]]:
-    """Return (name, size, time of change) of an output's files: unchanged, it is still the output.
-
-    Of an object the time is a number that stands for its version. Raises ``OSError`` where one is
-    missing.
-    """
-    evidence: list[list[Any]] = []
-    if isinstance(output, Address):
-        found = output.bucket.below(output.key)
-        for name in files:
-            if name not in found:
-                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(output / name))
-            mark = xxhash.xxh3_64_intdigest(found[name].version.encode()) >> 1
-            evidence.append([name, found[name].nbytes, mark])
-        return evidence
-    for name in files:
-        status = (output / name).stat()
-        evidence.append([name, status.st_size, status.st_mtime_ns])
-    return evidence
 
 
 def is_intact(record: Record) -> bool:

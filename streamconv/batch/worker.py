@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from streamconv.batch.state import output_evidence
+from streamconv.batch.evidence import output_evidence
 from streamconv.errors import StreamconvError, VerificationError
 from streamconv.storage.address import place
 from streamconv.system.signals import WORKER_GRACE_SECONDS, end_with_parent, heeded
@@ -52,7 +52,6 @@ def _work() -> int:
 
 
 def _convert(request: dict[str, Any]) -> dict[str, Any]:
-    from streamconv import api
     from streamconv.conversion.job import convert
     from streamconv.files.inputs import reading
     from streamconv.files.names import MANIFEST
@@ -79,6 +78,8 @@ def _convert(request: dict[str, Any]) -> dict[str, Any]:
             result = convert(source, output, job, run)
     verified = None
     if request["verify"]:
+        from streamconv import api
+
         _say({"event": "phase", "text": "verify"})
         report = api.verify(
             output,
