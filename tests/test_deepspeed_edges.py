@@ -18,7 +18,8 @@ import torch
 from safetensors.torch import load_file
 
 import streamconv
-from scripts.makers import zero
+from scripts.makers import models, zero
+from scripts.outputs import differences, read_model
 from streamconv import formats
 from streamconv.batch.discover import discover
 from streamconv.batch.ready import read_tracker
@@ -626,3 +627,57 @@ def test_experts_of_autoep_under_stage_3_are_refused_by_name(tmp_path: Path) -> 
         change(model_file(tag, rank), ds_autoep_layers=layers)
     with pytest.raises(BadInputError, match="AutoEP"):
         read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("arch", "stage"), [("critic", 1), ("qwen2_5_vl", 3), ("moe", 2), ("gpt_oss", 3), ("tied", 1)]
+)
+def test_masters_become_the_model_on_the_hub(arch: str, stage: int, tmp_path: Path) -> None:
+    model = models.build(arch)
+    named = dict(model.named_parameters())
+    frozen = {n: t.detach() for n, t in named.items() if "visual" in n}
+    trained = {n: t.detach() for n, t in named.items() if n not in frozen}
+    both = model.state_dict().keys() - named.keys()
+    shared = dict.fromkeys(both, "model.embed_tokens.weight")
+    made = zero.Run([trained], stage=stage, frozen=frozen, shared=shared)
+    src = tmp_path / "checkpoint-3"
+    zero.write(made, src)
+    model.config.save_pretrained(src)
+    model.save_pretrained(tmp_path / "truth")
+    streamconv.convert(src, tmp_path / "out", sync=False)
+    assert not differences(read_model(tmp_path / "out"), read_model(tmp_path / "truth"))
+    assert bool(frozen) == (arch == "qwen2_5_vl")
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_an_adapter_and_a_module_saved_whole(stage: int, tmp_path: Path) -> None:
+    model = models.build("llama")
+    whole = {f"base_model.model.{n}": t.detach() for n, t in model.state_dict().items()}
+    head = "base_model.model.lm_head"
+    base = {n: t for n, t in whole.items() if not n.startswith(head)}
+    base[f"{head}.original_module.weight"] = whole[f"{head}.weight"]
+    target = "base_model.model.model.layers.0.self_attn.q_proj"
+    base[f"{target}.base_layer.weight"] = base.pop(f"{target}.weight")
+    rows, columns = base[f"{target}.base_layer.weight"].shape
+    # Of halves and quarters, so that every sum is exact.
+    adapter = {
+        f"{target}.lora_A.default.weight": torch.randint(-3, 4, (2, columns)) / 2,
+        f"{target}.lora_B.default.weight": torch.randint(-3, 4, (rows, 2)) / 4,
+        f"{head}.modules_to_save.default.weight": whole[f"{head}.weight"] + 1,
+    }
+    base[f"{target}.base_layer.weight"] = torch.randint(-9, 9, (rows, columns)).float()
+    src = tmp_path / "checkpoint-3"
+    zero.write(zero.Run([adapter], stage=stage, frozen=base, dtype=torch.float32), src)
+    model.config.save_pretrained(src)
+    streamconv.convert(src, tmp_path / "merged", lora_alpha=4, sync=False)
+    made = load_file(tmp_path / "merged" / "model.safetensors")
+    a, b, saved = adapter.values()
+    assert torch.equal(made["lm_head.weight"], saved)
+    expected = base[f"{target}.base_layer.weight"] + 2 * b @ a
+    assert torch.equal(made["model.layers.0.self_attn.q_proj.weight"], expected)
+    others = {n.removeprefix("base_model.model."): t for n, t in base.items()}
+    assert all(torch.equal(made[n], others[n]) for n in made.keys() & others.keys())
+    assert len(made.keys() & others.keys()) == len(made) - 2
+    streamconv.convert(src, tmp_path / "adapter", lora_alpha=4, lora="adapter", sync=False)
+    written = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert len(written) == 3
