@@ -19,6 +19,7 @@ from streamconv.cli.commands import root
 from streamconv.families import native
 from streamconv.families.known import table
 from streamconv.formats import FORMATS
+from streamconv.planning import version_4
 
 
 def commands() -> str:
@@ -119,6 +120,31 @@ def formats() -> str:
     )
 
 
+def transformers_4() -> str:
+    """Return the page of models of which transformers 4 does not make what version 5 makes."""
+    ties = {None: "", True: "tied embeddings", False: "embeddings that are not tied"}
+    rows = [
+        f"| {', '.join(u.model_types)} | {_cell(u.classes.replace('|', ', ')) or 'all'} "
+        f"| {ties[u.tied]} | {_cell(u.does)} |"
+        for u in version_4.UNLIKE
+    ]
+    return "\n".join(
+        [
+            "# transformers 4",
+            "",
+            "Models that transformers 4.57 does not read as they were trained, whatever config.json says.",
+            "`plan`, `convert` and the manifest say so of each. The list is held true by",
+            "`python -m scripts.campaigns.older_release`, which tries every class that both versions",
+            "have; [what comes out](output.md#transformers-4) says what is done so that it reads the rest.",
+            "",
+            "| model types | classes with | where they have | transformers 4 |",
+            "|---|---|---|---|",
+            *rows,
+            "",
+        ]
+    )
+
+
 def exit_codes() -> str:
     """Return the page of exit codes, with the class of each in Python."""
     classes = [c for c in vars(errors).values() if isinstance(c, type)]
@@ -187,6 +213,7 @@ PAGES: dict[str, Callable[[], str]] = {
     "reference/families.md": families,
     "reference/formats.md": formats,
     "reference/exit-codes.md": exit_codes,
+    "reference/transformers-4.md": transformers_4,
     "reference/plan.md": specification("The plan", "streamconv.ir.planfile", _RULE),
     "reference/manifest.md": specification(
         "The manifest", "streamconv.output.manifest", _MANIFEST_RULE

@@ -18,6 +18,8 @@ from safetensors.torch import load_file
 
 import streamconv
 from scripts import releases
+from scripts.campaigns.older_release import compare
+from scripts.makers.architectures import architectures
 from scripts.makers.fsdp import Made
 from scripts.outputs import Stored, differences, read_truth
 
@@ -240,3 +242,25 @@ def test_transformers_4_loads_the_same_weights(
     for name, (_, _, state) in zip(names, jobs, strict=True):
         found: dict[str, Stored] = read_truth(Path(state))
         assert differences(found, read_truth(checkpoints[name].truth_hf)) == [], name
+
+
+RIGHT = ("LlamaForCausalLM", "Qwen2MoeForCausalLM", "Glm4ForCausalLM", "XLMWithLMHeadModel")
+TOLD_OF = {
+    # Another rotary base, and embeddings tied that are not by default, or the other way round.
+    False: ("DogeForCausalLM", "ApertusForCausalLM"),
+    True: ("DogeForCausalLM", "BertLMHeadModel", "MoshiForCausalLM"),
+}
+
+
+@pytest.mark.parametrize("untie", [False, True])
+def test_a_notice_tells_where_version_4_computes_something_else(
+    untie: bool, transformers_4: Path, tmp_path: Path
+) -> None:
+    names = {*RIGHT, *TOLD_OF[untie]}
+    chosen = [a for a in architectures() if a.name in names]
+    figures = compare(tmp_path, transformers_4, chosen, len(chosen), untie=untie)
+    assert figures.breaches == []
+    assert figures.counts == {
+        "with equal logits": len(RIGHT),
+        "that say what is not": len(TOLD_OF[untie]),
+    }

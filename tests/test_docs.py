@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from scripts.docs_pages import PAGES, commands, exit_codes, families, formats
+from scripts.docs_pages import PAGES, commands, exit_codes, families, formats, transformers_4
 from streamconv import errors
 from streamconv.cli.commands import root
 from streamconv.families import families as all_families
 from streamconv.formats import FORMATS
+from streamconv.planning import version_4
 
 ROOT = Path(__file__).parents[1]
 WRITTEN = [ROOT / "README.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -34,6 +35,13 @@ def test_readme_is_read_in_a_minute() -> None:
     for name in root().commands:
         if name not in ("run", "begin", "part", "finish", "ray", "help", "convert", "average"):
             assert f"streamconv {name}" in text, name
+
+
+def test_every_model_that_transformers_4_reads_otherwise_has_its_line() -> None:
+    page = transformers_4()
+    for known in version_4.UNLIKE:
+        assert known.does in page
+        assert all(t in page for t in known.model_types)
 
 
 def test_every_command_and_option_has_its_line() -> None:

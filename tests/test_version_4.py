@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from streamconv.options import is_routine
 from streamconv.planning import version_4
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
@@ -23,6 +24,9 @@ def added(config: dict[str, Any]) -> dict[str, Any]:
     ("config", "expected"),
     [
         ({"num_local_experts": 4}, {"num_experts": 4}),
+        ({"model_type": "videomae", "qv_bias": False}, {"qkv_bias": False}),
+        ({"model_type": "xlm", "pad_token_id": 3}, {"pad_index": 3}),
+        ({"model_type": "xlm-roberta", "pad_token_id": 3}, {}),
         ({"rope_parameters": DEFAULT}, {"rope_theta": 300.0}),
         ({"rope_parameters": YARN | DEFAULT | YARN}, {"rope_theta": 300.0, "rope_scaling": YARN}),
         (
@@ -162,3 +166,27 @@ def test_tokenizer_config(said: Any, expected: Any) -> None:
     if expected is not None:
         assert list(changed) == list(expected)
         assert all(n.startswith("tokenizer_config.json: ") for n in notices)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "architecture", "tied", "told"),
+    [
+        ("doge", "DogeForCausalLM", False, "computes other logits"),
+        ("mt5", "MT5ForConditionalGeneration", True, "scales the logits"),
+        ("mt5", "MT5ForConditionalGeneration", False, ""),
+        ("mt5", "MT5ForTokenClassification", True, ""),
+        ("bert", "BertForMaskedLM", False, "has one bias"),
+        ("bert", "BertForMaskedLM", True, ""),
+        ("bert", "BertForMaskedLM", None, ""),
+        ("qwen3", "Qwen3ForCausalLM", False, ""),
+    ],
+)
+def test_what_version_4_is_known_to_read_otherwise(
+    model_type: str, architecture: str, tied: bool | None, told: str
+) -> None:
+    config = {"model_type": model_type, "architectures": [architecture]}
+    for certain in (architecture, None):
+        notices = version_4.unlike(config, certain, tied)
+        assert len(notices) == bool(told)
+        assert told in "".join(notices)
+        assert not any(map(is_routine, notices))

@@ -81,6 +81,8 @@ def _counts(differing: str, said: dict[str, Any] | None) -> bool:
     path = differing.partition(":")[0].split(".")
     if path[-1] in _COMPUTED:
         return "None became" not in differing  # from the other settings, by both versions
+    if path[-1] == "rope_scaling" and differing.endswith(": None became {'rope_type': 'default'}"):
+        return False  # which is what None means; some types do not start without it
     if path[-1] != "tie_word_embeddings":
         return True
     if said is None:

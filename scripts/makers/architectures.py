@@ -89,21 +89,37 @@ _BOTH = ["sliding_attention", "full_attention"]
 _SLIDING_AND_FULL = {"layer_types": _BOTH, "rope_parameters": dict.fromkeys(_BOTH, _ROPE)}
 
 SETTINGS: dict[str, dict[str, Any]] = {
+    "bros": {
+        "dim_bbox_sinusoid_emb_2d": 16,
+        "dim_bbox_sinusoid_emb_1d": 2,
+        "dim_bbox_projection": 16,
+    },
     "chameleon": {"vocabulary_map": {"<image>": 60}},
     "cohere_compass": {"text_config": _SLIDING_AND_FULL},
     "cohere_compass_text": _SLIDING_AND_FULL,
     "dbrx": {"attn_config": {"rope_theta": 10000.0}},
     "deepseek_ocr2": {"text_config": {"mlp_layer_types": ["dense", "sparse"]}},
+    "donut-swin": {"num_heads": [4, 4, 4, 4]},
     "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1},
     "ernie4_5_vl_moe": {
         "text_config": {"rope_parameters": {**_ROPE, "mrope_section": [3, 3, 2]}, "head_dim": 16}
     },
     "esm": {"vocab_size": VOCABULARY, "pad_token_id": 1, "mask_token_id": 2},
+    "fuyu": {"hidden_size": 64},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "hy_v4_vl": {"text_config": {"rope_parameters": {**_ROPE, "mrope_section": [2, 1, 1]}}},
+    "levit": {
+        "key_dim": [16, 16, 16],
+        "down_ops": [["Subsample", 16, 4, 4, 2, 2], ["Subsample", 16, 4, 4, 2, 2]],
+    },
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "mobilebert": {"intra_bottleneck_size": 64, "true_hidden_size": 64},
+    "phi4_multimodal": {"audio_config": {"nemo_final_size": 4}},
     # Experts that are not square: transformers 5 tells whether to transpose them by their shape.
     "qwen3_vl_moe": {"text_config": {"moe_intermediate_size": 40}},
     "reformer": {"is_decoder": True, "axial_pos_embds_dim": [16, 48], "axial_pos_shape": [8, 16]},
+    "swin": {"num_heads": [4, 4, 4, 4]},
+    "xlstm": {"embedding_dim": 64},
     # As wide as version 4 makes them in any case.
     "zamba2": {"attention_hidden_size": 128, "attention_head_dim": 32, "hybrid_layer_ids": [1]},
     "zamba": {"num_hidden_layers": 4, "layers_block_type": ["mamba", "hybrid"] * 2},

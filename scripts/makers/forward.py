@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,7 +19,8 @@ def logits(model: Any) -> torch.Tensor | None:
         given = {"pixel_values": picture}
     elif model.main_input_name != "input_ids":
         return None
-    if model.config.is_encoder_decoder:
+    takes = inspect.signature(model.forward).parameters
+    if model.config.is_encoder_decoder and "decoder_input_ids" in takes:
         given["decoder_input_ids"] = ids[:, :4]
     try:
         with torch.no_grad():

@@ -97,7 +97,7 @@ def sorted_notices(notices: Iterable[str]) -> tuple[list[str], str]:
     if not routine:
         return told, ""
     names = " and ".join(sorted(map(shown, routine)))
-    return told, f"{names}: also readable by transformers 4 (streamconv.json lists the changes)"
+    return told, f"{names}: written for transformers 4, too (streamconv.json lists the changes)"
 
 
 def columns(rows: list[tuple[str, str]], *, indent: str = "") -> str:

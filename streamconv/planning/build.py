@@ -23,7 +23,7 @@ from streamconv.ir.source import Checkpoint, GlobalTensor, Skipped
 from streamconv.lora import adapters
 from streamconv.lora.plan import LoraPlan
 from streamconv.options import JobOptions
-from streamconv.planning import averaging, checks, placing
+from streamconv.planning import averaging, checks, placing, version_4
 from streamconv.planning.answers import Answers
 from streamconv.planning.inputs import Contents, identity_of
 from streamconv.planning.sidefiles import (
@@ -293,16 +293,19 @@ def _plan_model(
         if job.quantize is not None:
             config, told = encoding.described(config, recipes, job.quantize)
             made.config_changes += tuple(told)
+        tied = bool(model.tied) and not ties.kept if model is not None else None
         text, told = corrected_config(
             config,
             dtype=checks.main_float_dtype(recipes, quantized),
             untie=bool(ties.kept),
-            tied=bool(model.tied) and not ties.kept if model is not None else None,
+            tied=tied,
             alike=model.reads_alike if model is not None else None,
             architecture=made.architecture,
             changes=made.config_changes,
         )
         notices += told
+        said = tied if ties.kept else config.get("tie_word_embeddings", tied)
+        notices += version_4.unlike(config, made.architecture, said)
         if text:
             made.texts.append(text)
     if len(made.placed) > 1:
