@@ -22,6 +22,7 @@ from streamconv.options import AverageOptions
 
 _BUDGET = "80MB"
 _WORLD = 8
+_HIDDEN = 1024
 _CONVERTER = """
 import sys
 from compressed_tensors.entrypoints.convert import FP8BlockDequantizer, convert_checkpoint
@@ -42,15 +43,20 @@ def main() -> None:
 
 
 def _rows(root: Path, nbytes: int, converter: str | None) -> list[tuple[str, ...]]:
-    made = make_large(root / "a", nbytes, _WORLD)
-    other = make_large(root / "b", nbytes, _WORLD // 2)
-    rows = []
+    # Whole blocks: compressed-tensors 0.20.1 fails to save a matrix whose last block is cut.
+    made = make_large(root / "a", nbytes, _WORLD, hidden_size=_HIDDEN)
+    other = make_large(root / "b", nbytes, _WORLD // 2, hidden_size=_HIDDEN)
+    rows: list[tuple[str, ...]] = []
+
+    def add(name: str, done: Ran, read: int, written: int) -> None:
+        rows.append(_row(name, done, read, written))
+        print(*rows[-1], sep=" | ", flush=True)
 
     def one(name: str, src: Path, keep: bool = False, **options: object) -> Path:
         plan, out = root / "plan.jsonl", root / name.replace(" ", "_").replace(":", "_")
         streamconv.plan(src, output=plan, **options)  # type: ignore[arg-type]
         done = run("run", plan, out, "--no-sync", "--max-mem", _BUDGET)
-        rows.append(_row(name, done, done.last["read_bytes"], done.last["write_bytes"]))
+        add(name, done, done.last["read_bytes"], done.last["write_bytes"])
         plan.unlink()
         if not keep:
             shutil.rmtree(out)
@@ -68,7 +74,7 @@ def _rows(root: Path, nbytes: int, converter: str | None) -> list[tuple[str, ...
         done = measured([converter, str(script), str(fp8), str(root / "theirs")])
         size = sum(p.stat().st_size for p in fp8.glob("*.safetensors"))
         made_bytes = sum(p.stat().st_size for p in (root / "theirs").glob("*.safetensors"))
-        rows.append(_row("dequantize, compressed-tensors", done, size, made_bytes))
+        add("dequantize, compressed-tensors", done, size, made_bytes)
     one("average of two", made.source, average=AverageOptions.mean([other.source]))
     one("difference", made.source, average=AverageOptions((other.source,), (1.0, -1.0)))
     return rows
