@@ -20,6 +20,7 @@ from streamconv.errors import BadInputError, SourceChangedError
 from streamconv.executor.pipeline import WindowFiller, write_output
 from streamconv.executor.reader import SourceReader
 from streamconv.executor.records import RecordChecks
+from streamconv.executor.windows import Segment, Window, runs
 from streamconv.files.durable import write_text
 from streamconv.ir.boxes import Box, contiguous_strides
 from streamconv.ir.dtypes import BF16, BY_NAME, F16, F32, DType
@@ -204,6 +205,21 @@ def test_the_file_is_laid_out_as_safetensors_says(tmp_path: Path) -> None:
     header += b" " * (-len(header) % 8)
     expected = len(header).to_bytes(8, "little") + header + b.tobytes() + a.tobytes()
     assert (tmp_path / "model.safetensors").read_bytes() == expected
+
+
+def test_a_transpose_in_narrow_windows_is_few_copies(tmp_path: Path) -> None:
+    """Rows whose gaps are read over anyway are one copy, and rows that lie far apart are read alone."""
+    for width, copies in ((1000, 1), (20_000, 50)):
+        folder = tmp_path / str(width)
+        folder.mkdir()
+        source = Source(folder, 1)
+        source.add("w", np.zeros((50, width), np.float32), F32, [[], []])
+        view = View(SourceRef("w", (50, width)), (width, 50), (1, width))
+        _, tensors = next(make_plan(source, [Recipe("w", F32, view)]).sections())
+        (tensor,) = tensors
+        window = Window(4 * 200, (Segment(tensor, 0, 200, 0),))
+        reads = runs(window, 1 << 20)
+        assert (sum(len(r.fills) for r in reads), len(reads)) == (copies, copies)
 
 
 @pytest.mark.parametrize("window", [64, 1 << 20])

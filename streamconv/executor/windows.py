@@ -302,7 +302,9 @@ def _split(
         k = max(range(len(dims)), key=lambda i: dims[i].src)
         wide = dims[k]
         inner = hull - (wide.size - 1) * wide.src * itemsize
-        step = 1 if sparse else max(1, (max_bytes - inner) // (wide.src * itemsize) + 1)
+        # Over gaps as short as these one read goes anyway, and one copy is cheaper than many.
+        apart = sparse and wide.src * itemsize - inner > _GAP_BYTES
+        step = 1 if apart else max(1, (max_bytes - inner) // (wide.src * itemsize) + 1)
         if wide.size > 1 and step < wide.size:
             for i in range(0, wide.size, step):
                 n = min(step, wide.size - i)
