@@ -9,6 +9,7 @@ import pytest
 from streamconv.options import is_routine
 from streamconv.planning import version_4
 
+SLIDING, FULL = "sliding_attention", "full_attention"
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 DEFAULT = {"rope_type": "default", "rope_theta": 300.0}
 
@@ -24,6 +25,12 @@ def added(config: dict[str, Any]) -> dict[str, Any]:
     ("config", "expected"),
     [
         ({"num_local_experts": 4}, {"num_experts": 4}),
+        (
+            {"model_type": "gemma3_text", "layer_types": [SLIDING, FULL, SLIDING]},
+            {"sliding_window_pattern": 2},
+        ),
+        ({"model_type": "gemma3_text", "layer_types": [SLIDING] * 5 + [FULL, SLIDING]}, {}),
+        ({"model_type": "gemma3_text", "layer_types": [FULL, FULL, SLIDING]}, {}),
         ({"model_type": "videomae", "qv_bias": False}, {"qkv_bias": False}),
         ({"model_type": "xlm", "pad_token_id": 3}, {"pad_index": 3}),
         ({"model_type": "xlm-roberta", "pad_token_id": 3}, {}),

@@ -33,6 +33,8 @@ _NAMES = {
     "edgetam_video": {"rope_theta": "memory_attention_rope_theta"},
 }
 
+# Of how many layers one has no sliding window by default, where older releases take a number for it.
+_PATTERNS = {"gemma3_text": 6, "cohere2": 4}
 # Other settings that have another name in version 5, by the type of the model.
 _RENAMED = {
     "falcon_mamba": {"use_mambapy": "use_falcon_mambapy"},
@@ -205,6 +207,7 @@ def _older(part: Config) -> Config:
     found: Config = {older: part[name] for name, older in renamed.items() if name in part}
     if "num_local_experts" in part:
         found["num_experts"] = part["num_local_experts"]
+    found |= _sliding_layers(part)
     rope = part.get("rope_parameters")
     if not isinstance(rope, dict) or part.get("rope_scaling") is not None:
         return found  # where there is a rope_scaling, version 5 reads that, too
@@ -222,6 +225,19 @@ def _older(part: Config) -> Config:
         if model_type.startswith("gemma3"):
             found["rope_local_base_freq"] = sliding.get("rope_theta")
     return {k: v for k, v in found.items() if v is not None}
+
+
+def _sliding_layers(part: Config) -> Config:
+    """Return how many layers there are to each without a window: 4.51 does not read their types."""
+    default = _PATTERNS.get(str(part.get("model_type")))
+    types = part.get("layer_types")
+    if default is None or not isinstance(types, list):
+        return {}
+    for number in (default, *range(1, len(types) + 1)):
+        kinds = ("full_attention", *["sliding_attention"] * (number - 1))
+        if types == [kinds[layer % number] for layer in range(1, len(types) + 1)]:
+            return {} if number == default else {"sliding_window_pattern": number}
+    return {}
 
 
 def _flat(rope: Config, model_type: str) -> Config:

@@ -230,7 +230,9 @@ def reads_alike(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
 
 def _holds(found: Any, wanted: Any) -> bool:
     if isinstance(wanted, dict) and isinstance(found, dict):
-        return all(k in found and _holds(found[k], v) for k, v in wanted.items())
+        # What begins with an underscore is what a class keeps for itself, not a setting of the model.
+        settings = {k: v for k, v in wanted.items() if not str(k).startswith("_")}
+        return all(k in found and _holds(found[k], v) for k, v in settings.items())
     return bool(found == wanted)
 
 
