@@ -629,9 +629,7 @@ def test_experts_of_autoep_under_stage_3_are_refused_by_name(tmp_path: Path) -> 
         read(tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("arch", "stage"), [("critic", 1), ("qwen2_5_vl", 3), ("moe", 2), ("gpt_oss", 3), ("tied", 1)]
-)
+@pytest.mark.parametrize(("arch", "stage"), [("critic", 1), ("qwen2_5_vl", 3), ("gpt_oss", 2)])
 def test_masters_become_the_model_on_the_hub(arch: str, stage: int, tmp_path: Path) -> None:
     model = models.build(arch)
     named = dict(model.named_parameters())

@@ -199,17 +199,6 @@ def test_actor_and_critic_of_verl(actor: Path, tmp_path: Path) -> None:
     assert location.identify() == torch_dist.read(location.root).files
 
 
-def test_weights_that_verl_wrote_as_safetensors(tmp_path: Path) -> None:
-    folder = tmp_path / "actor/dist_ckpt"
-    save_alone(folder, {"optimizer.state.exp_avg.x": torch.zeros(3)})
-    (folder / "metadata.json").write_text('{"sharded_backend": "torch_dist"}')
-    (tmp_path / "actor/huggingface").mkdir()
-    (tmp_path / "actor/huggingface/model.safetensors").touch()
-    with pytest.raises(BadInputError, match="wrote them as a HuggingFace model") as caught:
-        torch_dist.read(tmp_path / "actor")
-    assert str(tmp_path / "actor/huggingface") in str(caught.value.hint)
-
-
 def test_an_adapter_that_verl_wrote_beside_no_weights(tmp_path: Path) -> None:
     folder = tmp_path / "actor/dist_ckpt"
     save_alone(folder, {"optimizer.state.exp_avg.x": torch.zeros(3)})

@@ -1,4 +1,4 @@
-"""README's table of who leaves what is this list, and each row of it is a checkpoint that is found."""
+"""The tables of who leaves what are this list, and each row of it is a checkpoint that is found."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 from streamconv.formats import find_model
 
-README = Path(__file__).parents[1] / "README.md"
+PAGES = ("README.md", "docs/reference/layouts.md")
 # Who, what lies there, how `inspect` calls it, and a checkpoint of it that tests convert.
 ROWS = (
     (
@@ -25,8 +25,8 @@ ROWS = (
         "layouts/verl_veomni_ep2/src",
     ),
     (
-        "verl 0.9 with Megatron, as it comes",
-        "`actor/model/huggingface/`, a finished model",
+        "verl with Megatron, as it comes",
+        "`actor/model/huggingface/`, up to 0.8 `actor/huggingface/`, a finished model",
         "huggingface",
         "layouts/verl_megatron_default/src/global_step_5",
     ),
@@ -137,8 +137,9 @@ ROWS = (
 )
 
 
-def test_readme_has_these_rows() -> None:
-    text = README.read_text()
+@pytest.mark.parametrize("page", PAGES)
+def test_the_pages_have_these_rows(page: str) -> None:
+    text = (Path(__file__).parents[1] / page).read_text()
     table = text[text.index("| who saved it |") :].partition("\n\n")[0].splitlines()[2:]
     found = [tuple(re.split(r" \| ", line.strip("| "))) for line in table]
     assert found == [(who, what, name) for who, what, name, _ in ROWS]

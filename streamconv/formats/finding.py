@@ -66,10 +66,10 @@ def detect(path: Path, *, finished: bool = True) -> Location | None:
 
     Without ``finished`` models that nobody trains any more do not count.
     """
-    return next(
-        (Location(path, f) for f in FORMATS if (finished or not f.FINISHED) and f.detect(path)),
-        None,
-    )
+    found = next((f for f in FORMATS if (finished or not f.FINISHED) and f.detect(path)), None)
+    if found is torch_dist and (model := torch_dist.written_beside(path)) is not None:
+        return detect(model, finished=finished)
+    return Location(path, found) if found is not None else None
 
 
 def settings(root: Path, format_name: str, model: str | None) -> list[tuple[str | int, ...]]:

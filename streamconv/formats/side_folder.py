@@ -16,6 +16,7 @@ SIDE_FOLDERS = (
     "huggingface",
     "hf_config_and_tokenizer",
     "hf_model",  # LLaMA-Factory
+    "hf_ckpt",  # VeOmni
     ".hf_metadata",  # NeMo Automodel
 )
 _CONFIG = "config.json"

@@ -18,6 +18,7 @@ from streamconv.errors import UsageError
 from streamconv.formats.megatron.names import QUANTIZER_RANGES
 from streamconv.ir.boxes import Shape
 from streamconv.ir.source import Checkpoint, GlobalTensor, Skipped
+from streamconv.tracing.hf_names import prefixes
 
 # Components of names, as a trainer calls a model that is not the one it trains, or the pair of it.
 _COPIES = re.compile(
@@ -95,7 +96,7 @@ def _told_by_model(weight: Mapping[str, int], resolves: Resolves) -> dict[str, l
     """Return what may be a model by its prefix: much of the largest, or a copy by its name, too."""
     known = {
         prefix: [n for n in weight if n.startswith(prefix) and resolves(n[len(prefix) :])]
-        for prefix in _prefixes(weight)
+        for prefix in ("", *prefixes(weight, _DEEPEST))
     }
     sizes = {prefix: sum(weight[n] for n in found) for prefix, found in known.items()}
     most = max(sizes.values())
@@ -109,7 +110,7 @@ def _told_by_model(weight: Mapping[str, int], resolves: Resolves) -> dict[str, l
 
 def _told_by_words(names: Collection[str]) -> dict[str, list[str]]:
     """Return the copies by their prefix, and what they are copies of."""
-    families = {prefix: _below(prefix, names) for prefix in _prefixes(names)}
+    families = {prefix: _below(prefix, names) for prefix in ("", *prefixes(names, _DEEPEST))}
     copies = {prefix: below for prefix, below in families.items() if _is_copy(prefix)}
     found: dict[str, list[str]] = {}
     for copy, below in copies.items():
@@ -119,19 +120,6 @@ def _told_by_words(names: Collection[str]) -> dict[str, list[str]]:
             if len(same) >= max(2, _MUCH * len(inner)):
                 found |= {prefix: same, copy: below}
     return found
-
-
-def _prefixes(names: Collection[str]) -> list[str]:
-    """Return what names may begin with, the empty prefix first; numbers end a prefix."""
-    found = {"": None}
-    for name in names:
-        prefix = ""
-        for part in name.split(".")[:-1][:_DEEPEST]:
-            if part.isdecimal():
-                break
-            prefix += f"{part}."
-            found.setdefault(prefix)
-    return list(found)
 
 
 def _below(prefix: str, names: Collection[str]) -> list[str]:

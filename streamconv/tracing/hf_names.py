@@ -100,6 +100,7 @@ def _apply(
 def _wrapper_prefix(names: Iterable[str], resolves: Callable[[str], bool]) -> str:
     """Return the prefix whose removal makes more names resolve than any other does, or nothing."""
     # Layers and experts resolve alike: one name stands for all that differ in numbers only.
+    names = list(names)
     alike: dict[tuple[str, ...], list[str]] = {}
     for name in names:
         pattern = tuple("" if part.isdigit() else part for part in name.split("."))
@@ -111,7 +112,7 @@ def _wrapper_prefix(names: Iterable[str], resolves: Callable[[str], bool]) -> st
 
     best, most = "", resolved("")
     total = sum(amount for _, amount in samples)
-    for prefix in _prefixes(name for name, _ in samples):
+    for prefix in prefixes(names):
         if most == total:
             break
         if resolved(prefix) > most:
@@ -119,17 +120,27 @@ def _wrapper_prefix(names: Iterable[str], resolves: Callable[[str], bool]) -> st
     return best
 
 
-def _prefixes(names: Iterable[str]) -> list[str]:
-    """Return what names begin with before a number, shortest first: whatever trainers put there.
+def prefixes(names: Iterable[str], deepest: int | None = None) -> list[str]:
+    """Return what names begin with, of at most ``deepest`` components, shortest first.
 
-    Not all names need have it: a trainer's own tensors stand beside the model's.
+    Not all names need have it: a trainer's own tensors stand beside the model's. A number is one of
+    layers, and ends it, unless all names have the same one there (``models.0.``).
+
+    >>> prefixes(["models.0.a.0.w", "models.0.a.1.w", "b.w"])
+    ['b.', 'models.', 'models.0.', 'models.0.a.']
     """
-    found = {
-        ".".join((*parts[:k], ""))
-        for parts in (name.split(".") for name in names)
-        for k in range(1, len(parts))
-        if not any(part.isdigit() for part in parts[:k])
-    }
+    split = [name.split(".")[:-1] for name in names]
+    numbers: dict[str, set[str]] = {}
+    for parts in split:
+        for k, part in enumerate(parts[:deepest]):
+            if part.isdigit():
+                numbers.setdefault(".".join(parts[:k]), set()).add(part)
+    found: set[str] = set()
+    for parts in split:
+        for k, part in enumerate(parts[:deepest]):
+            if part.isdigit() and len(numbers[".".join(parts[:k])]) > 1:
+                break
+            found.add(".".join((*parts[: k + 1], "")))
     return sorted(found, key=lambda prefix: (prefix.count("."), prefix))
 
 

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 
-from streamconv.errors import BadInputError
+from streamconv.errors import BadInputError, StreamconvError
 from streamconv.files.jsonfile import object_or_empty
 from streamconv.formats.assembly import Assembler, Stored
 from streamconv.formats.dcp.folder import (
@@ -60,6 +60,28 @@ def _backend(folder: Path) -> str | None:
     found = object_or_empty(folder / _SIGN, most_bytes=_MAX_SIGN_NBYTES)
     backend = found.get("sharded_backend")
     return backend if isinstance(backend, str) else None
+
+
+def written_beside(path: Path) -> Path | None:
+    """Return the folder of the finished model that the trainer wrote where others write weights here.
+
+    verl up to 0.8 has the optimizer's states alone in ``dist_ckpt/`` and the weights in
+    ``huggingface/``, unless it was told otherwise: the index tells, which is read only for that.
+    """
+    folder, side = _data_folder(path), side_dir(path)
+    if folder is None or side is None or not any(side.glob("*.safetensors")):
+        return None
+    if (above(folder) / _ADAPTER).is_dir():
+        return None
+    try:
+        weights, _ = split_weights(read_index(folder))
+    except StreamconvError:
+        return None  # whoever reads it says why
+    return None if _has_layers(weights) else side
+
+
+def _has_layers(weights: Iterable[str]) -> bool:
+    return any(".layers." in name for name in weights)
 
 
 def is_zarr(path: Path) -> bool:
@@ -113,7 +135,7 @@ def read(path: Path) -> Checkpoint:
     files = source_files(folder, path)
     index = read_index(folder)
     weights, skipped = split_weights(index)
-    if not any(".layers." in name for name in weights):
+    if not _has_layers(weights):
         raise _no_weights(folder, skipped)
     tensors = canonical_tensors(weights, RecordReader(folder, files).read(weights.values()))
     megatron = run_facts(folder, index)
@@ -174,11 +196,10 @@ def split_weights(index: DcpIndex) -> tuple[dict[str, DcpTensor], tuple[Skipped,
 
 
 def _no_weights(folder: Path, skipped: tuple[Skipped, ...]) -> BadInputError:
-    side = side_of(folder)
-    found = ", ".join(f"{s.name}: {s.reason}" for s in skipped)
-    model = side if side is not None and any(side.glob("*.safetensors")) else None
     adapter = above(folder) / _ADAPTER
     if adapter.is_dir():
+        side = side_of(folder)
+        model = side if side is not None and any(side.glob("*.safetensors")) else None
         beside = f", and the trainer wrote a HuggingFace model to {model}" if model else ""
         return BadInputError(
             "this checkpoint holds no weights of the model: an adapter was trained",
@@ -189,13 +210,7 @@ def _no_weights(folder: Path, skipped: tuple[Skipped, ...]) -> BadInputError:
             if model
             else "the adapter's base is the model that the run started from",
         )
-    if model is not None:
-        return BadInputError(
-            "this checkpoint holds no weights: the trainer wrote them as a HuggingFace model",
-            where=str(folder),
-            found=found,
-            hint=f"nothing is to be converted: the model is in {model}",
-        )
+    found = ", ".join(f"{s.name}: {s.reason}" for s in skipped)
     return BadInputError(
         "this checkpoint holds no weights of a Megatron model", where=str(folder), found=found
     )
