@@ -430,6 +430,9 @@ def test_an_unknown_tensor_is_named_with_the_way_out() -> None:
         ("mlp.linear_fc1.lora_A.default.weight", "adapter .* is not merged"),
         ("mlp.linear_fc2.input_quantizer._pre_quant_scale", "by ModelOpt"),
         ("mlp.linear_fc2.weight_quantizer._scale", "by ModelOpt"),
+        ("mlp.linear_fc2.weight_scale_inv", "checkpoint are quantized"),
+        ("mlp.linear_fc2.weight._scale_inv", "checkpoint are quantized"),
+        ("mlp.experts.linear_fc2.weight3_scale", "checkpoint are quantized"),
     ],
 )
 def test_unknown_tensors_whose_names_tell_what_they_are(name: str, what: str) -> None:
@@ -439,7 +442,9 @@ def test_unknown_tensors_whose_names_tell_what_they_are(name: str, what: str) ->
         plan(model, tensors)
     assert name in str(caught.value.where)
     alone = {n: t for n, t in tensors.items() if n.endswith(name)}
-    with pytest.raises(BadInputError, match=r"and no model|are not in the checkpoint|ModelOpt"):
+    with pytest.raises(
+        BadInputError, match=r"and no model|are not in the checkpoint|ModelOpt|quantized"
+    ):
         plan(model, alone)
 
 

@@ -235,6 +235,24 @@ def test_the_ranges_of_modelopts_quantizers_are_no_weights(
     assert any("quantizer state" in s.reason for s in torch_dist.read(source).skipped)
 
 
+@pytest.mark.usefixtures("planned_here")
+@pytest.mark.parametrize("options", [{}, {"dequantize": True}, {"quantize": "fp8-block"}])
+def test_codes_of_fp8_under_megatrons_names_are_refused(
+    options: dict[str, Any], tmp_path: Path
+) -> None:
+    model = tiny_families.make("llama")
+    tensors = dict(invert(model.config, model.state).made)
+    (tmp_path / "config.json").write_text(json.dumps(model.config))
+    for dtype in (torch.float8_e4m3fn, torch.uint8):
+        name = "decoder.layers.0.mlp.linear_fc2.weight"
+        tensors[name] = tensors[name].to(dtype)
+        source = save_alone(tmp_path / str(dtype), tensors)
+        with pytest.raises(BadInputError, match="quantized weights have no scale") as caught:
+            streamconv.convert(source, tmp_path / "out", hf_config=tmp_path, **options)
+        assert "layers.0.mlp.down_proj" in str(caught.value.where)
+    assert not (tmp_path / "out").exists()
+
+
 # --- names ----------------------------------------------------------------------------------------
 
 

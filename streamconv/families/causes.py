@@ -9,6 +9,9 @@ from streamconv.errors import BadInputError
 
 _ADAPTER = re.compile(r"\.adapter\.|\.lora_[ABab](\.|$)|\.adapter_[a-z]+\.")
 _QUANTIZER = re.compile(r"_quantizers?\.")
+_SCALE = re.compile(
+    r"(\.weight\d*|_blocks|_packed)(\.?_?)(scale|scales|scale_inv|scale_2|global_scale)$"
+)
 _UNSAID = re.compile(r"\.self_attention\.linear_qgkv\.")
 _STAGES = (
     "Megatron-FSDP numbers layers within their stage: the other stages' are not in the checkpoint "
@@ -39,6 +42,16 @@ def of_unknown(names: Collection[str], known: int) -> BadInputError | None:
             "left out",
             found=f"{len(quantizers)} other tensors of quantizers",
             hint="export it with ModelOpt, whose scales these are (export_mcore_gpt_to_hf)",
+        )
+    scales = [n for n in names if _SCALE.search(n)]
+    if scales:
+        return BadInputError(
+            "the weights of this Megatron checkpoint are quantized",
+            where=scales[0],
+            expected="weights in floats: no release of Megatron tells which blocks these scales are of",
+            found=f"{len(scales)} tensors of scales",
+            hint="save it with the weights in bfloat16 (Megatron: without --fp8-param-gather), or let "
+            "the trainer export the model",
         )
     unsaid = [n for n in names if _UNSAID.search(n)]
     if unsaid:
