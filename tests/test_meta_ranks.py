@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 
 import streamconv
 from scripts.makers.native_inverse import TRAINERS, make
@@ -148,3 +149,41 @@ def test_the_shared_case(shared_checkpoints: Path, tmp_path: Path) -> None:
     root = shared_checkpoints / "layouts" / "meta_consolidated"
     streamconv.convert(root / "src", tmp_path / "out", sync=False)
     assert differences(read_model(tmp_path / "out"), read_model(root / "truth")) == []
+
+
+_SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 60,
+    "pad_token_id": 0,
+}
+
+
+@pytest.mark.usefixtures("planned_here")
+@pytest.mark.parametrize(
+    ("config", "names"),
+    [
+        (
+            transformers.Llama4TextConfig(**_SIZES, num_local_experts=2),
+            ("tok_embeddings.weight", "layers.0.feed_forward.experts.moe_w_in_eD_F"),
+        ),
+        (
+            transformers.MllamaConfig(
+                text_config={**_SIZES, "cross_attention_layers": []}, vision_config={}
+            ),
+            ("text_model.tok_embeddings.weight", "vision_model.class_embedding"),
+        ),
+    ],
+    ids=["llama4", "mllama"],
+)
+def test_models_without_rules_are_refused(
+    config: transformers.PreTrainedConfig, names: tuple[str, ...], tmp_path: Path
+) -> None:
+    config.save_pretrained(tmp_path)
+    torch.save({name: torch.zeros(60, 32) for name in names}, tmp_path / "consolidated.00.pth")
+    with pytest.raises(BadInputError, match="no tensor of the checkpoint is one of") as error:
+        streamconv.plan(tmp_path)
+    assert "that there are no rules for" in str(error.value.found)

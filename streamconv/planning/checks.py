@@ -108,6 +108,7 @@ def check_recipes(
             f"no tensor of the checkpoint is one of {model.architecture}'s",
             where=listed(unknown, _LISTED),
             expected=listed(expected, _LISTED),
+            found="the names of another model, or a trainer's own that there are no rules for",
             hint=_OTHER_CONFIG,
         )
     if (missing or wrong) and not (model.certain or by_rules):
