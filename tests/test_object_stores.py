@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -16,6 +17,8 @@ from pathlib import Path
 import pytest
 
 import streamconv
+from scripts import measured
+from scripts.makers.large import make_large
 from scripts.object_store import Request, Store, environment, serving
 from streamconv.conversion.job import run_plan
 from streamconv.errors import (
@@ -208,6 +211,36 @@ def test_a_plan_tells_the_requests_and_the_time(store, tmp_path, capsys):
     first = len(store.requests)
     run_plan(tmp_path / "plan.jsonl", place("s3://out/m"), RunOptions(sync=False))
     assert 0 < sum(map(ranges, store.requests[first:])) <= told["requests"]
+
+
+@pytest.mark.memory
+@pytest.mark.parametrize("way", ["out of a store", "into a store", "from store to store"])
+def test_the_smallest_budget_is_named_and_kept(way, store, tmp_path):
+    make_large(tmp_path / "source", 40_000_000, 2)
+    source, out = tmp_path / "source" / "actor", str(tmp_path / "out")
+    src = put(store, source) if way != "into a store" else str(source)
+    dst = out if way == "out of a store" else "s3://bucket/out"
+    plan = tmp_path / "plan.jsonl"
+    told = json.loads(measured.run("plan", src, dst, "-o", plan, "--json").out)
+    assert (told["disk_needed_bytes"] == 0) == (dst != out)
+    refused = measured.run("run", plan, dst, "--max-mem", "40MB")
+    assert refused.code == 4
+    named = int(re.search(r"--max-mem (\d+)MB is the smallest that works", refused.err)[1])
+    assert named <= (66 if dst == out else 104)
+    assert abs(told["memory"]["smallest_run_bytes"] - named * 10**6) <= 6_000_000
+    done = measured.run("run", plan, dst, "--max-mem", f"{named}MB")
+    assert done.code == 0, done.err
+    assert done.peak_bytes <= named * 10**6
+    assert streamconv.verify(dst).passed
+
+
+def test_a_store_needs_no_disk(store, checkpoints):
+    source = str(checkpoints["fsdp2"].source)
+    assert (
+        "none needed: the output is in a store"
+        in measured.run("plan", source, "s3://bucket/out").out
+    )
+    assert " MB needed" in measured.run("plan", source).out
 
 
 def test_doctor_says_whether_a_store_can_be_written(store, checkpoints):

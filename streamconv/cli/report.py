@@ -15,7 +15,7 @@ from streamconv.cli.output import columns, sorted_notices
 from streamconv.errors import shown
 from streamconv.files.names import in_words, shown_all
 from streamconv.ir.planfile import Plan
-from streamconv.storage.address import Address
+from streamconv.storage.address import Address, place
 from streamconv.units import counted, format_duration, format_size
 
 if TYPE_CHECKING:
@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from streamconv.verification.report import Report
 
 _LONGEST_LIST = 20
+# With a store `run` has threads of the client when the bytes move, and `convert` more modules, too.
+_STORE_RUN_MORE_BYTES = 4 * 10**6
+_CONVERT_MORE_BYTES = 8 * 10**6
 
 
 def plan_report(plan: Plan, dst: Path | None, budget_bytes: int | None = None) -> dict[str, Any]:
@@ -33,15 +36,28 @@ def plan_report(plan: Plan, dst: Path | None, budget_bytes: int | None = None) -
     from streamconv.api import disk_free_bytes
     from streamconv.environment.forecast import forecast
     from streamconv.executor.budget import beside_bytes, smallest_convert_bytes, smallest_run_bytes
+    from streamconv.executor.writer import upload_share
     from streamconv.system.memory import available_bytes
 
     head = plan.head
     available, limit = available_bytes()
-    smallest_convert = smallest_convert_bytes(remembered=plan.remembered)
     outputs = plan.outputs()
     beside = beside_bytes(head.totals, max((o.tensors for o in outputs), default=0))
-    # `run` has the byte path loaded when it looks at what is left for windows.
+    # `run` has the byte path loaded, and clients of stores, when it looks what is left for windows.
     importlib.import_module("streamconv.conversion.job")
+    root = place(head.root)
+    for where in (root, dst):
+        if isinstance(where, Address):
+            _ = where.bucket
+    if isinstance(dst, Address):
+        # The least that is written with.
+        beside += upload_share(0, max((o.nbytes for o in outputs), default=0))[1]
+    from_store = isinstance(root, Address)
+    smallest_run = smallest_run_bytes(beside, from_store=from_store)
+    smallest_convert = smallest_convert_bytes(remembered=plan.remembered, from_store=from_store)
+    if isinstance(dst, Address) or from_store:
+        smallest_run += _STORE_RUN_MORE_BYTES
+        smallest_convert = max(smallest_convert, smallest_run + _CONVERT_MORE_BYTES)
     return {
         "source": head.root,
         "format": head.job.get("format"),
@@ -53,11 +69,11 @@ def plan_report(plan: Plan, dst: Path | None, budget_bytes: int | None = None) -
         "side_files": [{"name": s.name, "nbytes": s.nbytes} for s in head.side],
         "written_files": [w.name for w in head.written],
         "source_files": [{"path": f.path, "nbytes": f.nbytes} for f in head.files],
-        "disk_needed_bytes": plan.disk_bytes(),
+        "disk_needed_bytes": 0 if isinstance(dst, Address) else plan.disk_bytes(),
         "disk_free_bytes": disk_free_bytes(dst) if _on_disk(dst) else None,
         "memory": {
             "smallest_convert_bytes": smallest_convert,
-            "smallest_run_bytes": smallest_run_bytes(beside),
+            "smallest_run_bytes": smallest_run,
             "default_budget_bytes": available,
             "default_budget_from": limit,
         },
@@ -103,7 +119,8 @@ def render_plan(report: Mapping[str, Any]) -> str:
     report = shown_all(report)
     totals, memory = report["totals"], report["memory"]
     free = report["disk_free_bytes"]
-    disk = format_size(report["disk_needed_bytes"]) + " needed"
+    needed = report["disk_needed_bytes"]
+    disk = f"{format_size(needed)} needed" if needed else "none needed: the output is in a store"
     if free is not None:
         disk += f", {format_size(free)} free"
         disk += "" if free >= report["disk_needed_bytes"] else ": NOT ENOUGH"

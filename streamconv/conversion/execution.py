@@ -31,12 +31,7 @@ from streamconv.executor.reader import Source
 from streamconv.executor.records import RecordChecks, SharedRecords
 from streamconv.executor.remote import open_source
 from streamconv.executor.windows import Ahead
-from streamconv.executor.writer import (
-    DIRECT_BYTES,
-    UPLOAD_BASE_BYTES,
-    UPLOADS_AT_ONCE,
-    part_bytes,
-)
+from streamconv.executor.writer import DIRECT_BYTES
 from streamconv.files.durable import full_disk_told, hash_file, write_text
 from streamconv.files.inputs import opened
 from streamconv.files.names import MANIFEST
@@ -172,10 +167,7 @@ class Execution:
         run = self.run
         totals = self.plan.head.totals
         tensors = max((o.tensors for o in outputs), default=0)
-        buffer_bytes = DIRECT_BYTES if run.direct else 0
-        if isinstance(self.dst, Address):
-            part = part_bytes(max((o.nbytes for o in self.plan.outputs()), default=0))
-            buffer_bytes = UPLOAD_BASE_BYTES + part * (UPLOADS_AT_ONCE + 1)
+        buffer_bytes = self._writing_bytes()
         if isinstance(root, Address):
             _ = root.bucket  # its client is loaded before what is left is shared out
             return budgets.remote_shares(
@@ -193,6 +185,10 @@ class Execution:
             buffer_bytes=buffer_bytes,
         )
         return window, factors, None
+
+    def _writing_bytes(self) -> int:
+        """Return the memory that writing takes beside windows."""
+        return DIRECT_BYTES if self.run.direct else 0
 
     def _write_all(
         self, outputs: Iterable[OutputFile], stream: Stream, progress: Progressing

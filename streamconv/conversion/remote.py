@@ -31,6 +31,7 @@ from typing import Protocol
 from streamconv.conversion.execution import Execution, Progressing, Stream
 from streamconv.errors import OutputExistsError, StreamconvError, UsageError
 from streamconv.executor.pipeline import write_output
+from streamconv.executor.writer import upload_share
 from streamconv.files.names import MANIFEST
 from streamconv.ir.finished import FinishedFile
 from streamconv.ir.identity import JobIdentity
@@ -302,6 +303,13 @@ class RemoteExecution(Execution):
     def _begin(self) -> list[OutputFile]:
         return self.plan.outputs()
 
+    def _uploads(self) -> tuple[int, int]:
+        """Return how many parts of a file are on their way at once, and the memory that they take."""
+        return upload_share(self.budget, max((o.nbytes for o in self.plan.outputs()), default=0))
+
+    def _writing_bytes(self) -> int:
+        return self._uploads()[1]
+
     def _check_finished(self, outputs: list[OutputFile]) -> int:
         good, journal = 0, self.staging.journal
         for output in outputs:
@@ -348,6 +356,7 @@ class RemoteExecution(Execution):
             sync=False,
             sha256=self.run.sha256,
             seed=staging.seed,
+            uploads=self._uploads()[0],
             on_bytes=on_bytes,
             before_end=staging.guard.check,
         )

@@ -42,12 +42,16 @@ PLANNING_FLOOR_BYTES = 490 * 10**6
 # The same where nothing has to be asked of transformers: both are Python with our own modules.
 REMEMBERED_FLOOR_BYTES = 64 * 10**6
 _REMEMBERED_CHILD_BYTES = 30 * 10**6
+# Where the checkpoint is in a store both have its client, and the child a cache of what it reads.
+_STORE_CHILD_BYTES = 24 * 10**6
 
 # What an object store's client takes beside answers: connections, TLS, its threads.
 _CLIENT_BYTES = 10 << 20
 # And of an answer, while it is copied.
 _ANSWER_BYTES = 3 << 19
 MIN_REQUEST_BYTES = 1 << 20
+# One request in flight, and windows of as much together.
+_LEAST_AHEAD_BYTES = 2 * (MIN_REQUEST_BYTES + _ANSWER_BYTES)
 _REQUEST_BYTES = ((600 << 20, 8 << 20), (280 << 20, 4 << 20), (120 << 20, 2 << 20))
 _MOST_REQUESTS = 64
 
@@ -58,12 +62,16 @@ _MAX_FACTOR_BYTES = 64 << 20
 _SMALL_RUN_BYTES = 64 << 20
 
 
-def smallest_run_bytes(buffer_bytes: int = 0) -> int:
+def smallest_run_bytes(buffer_bytes: int = 0, *, from_store: bool = False) -> int:
     """Return the smallest budget with which this process could execute a plan now.
 
-    ``buffer_bytes`` are needed beside windows and reads.
+    ``buffer_bytes`` are needed beside windows and reads. ``from_store``: the source is in a
+    store, whose client this process has loaded.
     """
-    need = _own_bytes() + buffer_bytes + _window_cost(MIN_WINDOW_BYTES)
+    if from_store:
+        need = resident_bytes() + _RESERVE_BYTES + _CLIENT_BYTES + buffer_bytes + _LEAST_AHEAD_BYTES
+    else:
+        need = _own_bytes() + buffer_bytes + _window_cost(MIN_WINDOW_BYTES)
     # The next process, which is told this, may be a little larger by chance.
     need += 1 << 20
     return -(-need // 10**6) * 10**6
@@ -148,14 +156,13 @@ def remote_shares(
     beside = beside_bytes(totals, tensors, factors=factors)
     beside += _CLIENT_BYTES
     free = budget_bytes - resident_bytes() - _RESERVE_BYTES - buffer_bytes - beside
-    least = 2 * (MIN_REQUEST_BYTES + _ANSWER_BYTES) * 2
-    if free < least:
-        need = -(-(budget_bytes - free + least + (1 << 20)) // 10**6)
+    if free < _LEAST_AHEAD_BYTES:
+        smallest = smallest_run_bytes(buffer_bytes + beside - _CLIENT_BYTES, from_store=True)
         raise BudgetError(
             "the memory budget is too small to move tensors out of a store",
-            expected=f"at least {format_size(need * 10**6)}",
+            expected=f"at least {format_size(smallest)}",
             found=format_size(budget_bytes),
-            hint=f"--max-mem {need}MB is the smallest that works",
+            hint=f"--max-mem {smallest // 10**6}MB is the smallest that works",
         )
     request = next((n for at, n in _REQUEST_BYTES if free >= at), MIN_REQUEST_BYTES)
     fitting = free // 2 // (request + _ANSWER_BYTES + (SCRATCH_BYTES if totals.placed else 0))
@@ -185,13 +192,15 @@ def window_bytes(budget_bytes: int, buffer_bytes: int = 0) -> int:
     return min(size // 4096 * 4096, MAX_WINDOW_BYTES)
 
 
-def smallest_convert_bytes(*, remembered: bool = False) -> int:
+def smallest_convert_bytes(*, remembered: bool = False, from_store: bool = False) -> int:
     """Return the smallest budget with which this process could plan and convert now.
 
-    ``remembered``: transformers need not be asked about the model.
+    ``remembered``: transformers need not be asked about the model. ``from_store``: the checkpoint is
+    in a store.
     """
     if remembered:
-        need = max(REMEMBERED_FLOOR_BYTES, resident_bytes() + _REMEMBERED_CHILD_BYTES)
+        more = _STORE_CHILD_BYTES if from_store else 0
+        need = max(REMEMBERED_FLOOR_BYTES, resident_bytes() + _REMEMBERED_CHILD_BYTES) + more
         return -(-need // 10**6) * 10**6
     need = max(PLANNING_FLOOR_BYTES, resident_bytes() + 430 * 10**6)
     return -(-need // 10**7) * 10**7
@@ -213,9 +222,10 @@ def check_planning(budget_bytes: int, need_bytes: int | None = None) -> None:
         )
 
 
-def check_reading(budget_bytes: int) -> None:
+def check_reading(budget_bytes: int, *, from_store: bool = False) -> None:
     """Raise :class:`BudgetError` where not even the metadata of a checkpoint could be read."""
-    need, loaded = smallest_convert_bytes(remembered=True), smallest_convert_bytes()
+    need = smallest_convert_bytes(remembered=True, from_store=from_store)
+    loaded = smallest_convert_bytes()
     if budget_bytes < need:
         raise BudgetError(
             "the memory budget is too small to read a checkpoint's metadata",

@@ -285,19 +285,23 @@ def write_output(
     sha256: bool,
     direct: bool = False,
     seed: int = 0,
+    uploads: int = 1,
     on_bytes: Callable[[int], None],
     before_end: Callable[[], None] = lambda: None,
 ) -> FinishedFile:
     """Write one output file to ``path`` and return its digests.
 
-    ``seed`` is that of the hash ``keyed``, which nobody can foretell who does not know it.
+    ``seed`` is that of the hash ``keyed``, which nobody can foretell who does not know it;
+    ``uploads``: how many parts of an object in a store are on their way at once.
     ``on_bytes`` is called with the number of output bytes done since the last call. Raises what the
     reader, the checks and the writer raise; the partial file then stays for the caller to remove.
     ``before_end`` is called when all bytes are written and the file is not yet whole.
     """
     digests: dict[str, str] = {}
     digest = xxhash.xxh3_128()
-    with ShardWriter(path, output, sync=sync, sha256=sha256, direct=direct, seed=seed) as writer:
+    with ShardWriter(
+        path, output, sync=sync, sha256=sha256, direct=direct, seed=seed, uploads=uploads
+    ) as writer:
         for window, buffer in filled_windows(tensors, filler, checks):
             for segment in window.segments:
                 piece = buffer[segment.at : segment.at + segment.nbytes]

@@ -47,8 +47,12 @@ DIRECT_BYTES = 4 << 20
 _BLOCK_BYTES = 4096
 # Parts of an upload (S3 takes no more than 10,000 of them), and how many are on their way at once.
 MIN_PART_BYTES = 8 << 20
-UPLOADS_AT_ONCE = 2
-UPLOAD_BASE_BYTES = 12 << 20
+# What the client takes for uploads beside their parts, and parts on their way at once: what a large
+# budget is worth, and how much of it is for each.
+_UPLOAD_BASE_BYTES = 12 << 20
+_MOST_UPLOADS = 8
+_UPLOAD_FROM_BYTES = 96 << 20
+_UPLOAD_SHARE = 4
 _MOST_PARTS = 9000
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -186,9 +190,9 @@ def _pwrite_all(fd: int, data: memoryview, at: int, step: int = _WRITE_BYTES) ->
 class _Object:
     """Appends to a new object of a store, which appears when it is whole, and not at all otherwise."""
 
-    def __init__(self, path: Address, nbytes: int) -> None:
+    def __init__(self, path: Address, nbytes: int, at_once: int) -> None:
         self._path = path
-        self._upload = path.bucket.upload(path.key, part_bytes(nbytes), UPLOADS_AT_ONCE)
+        self._upload = path.bucket.upload(path.key, part_bytes(nbytes), at_once)
 
     def append(self, data: memoryview) -> None:
         # The client keeps what it is given, and these bytes are a window's, which is filled again.
@@ -209,11 +213,22 @@ def part_bytes(nbytes: int) -> int:
     return max(MIN_PART_BYTES, -(-nbytes // _MOST_PARTS >> 20) + 1 << 20)
 
 
+def upload_share(budget_bytes: int, nbytes: int) -> tuple[int, int]:
+    """Return how many parts of an object of so many bytes are on their way at once, and their memory.
+
+    One is what the smallest budgets have; the part that is filled meanwhile is counted, too.
+    """
+    part = part_bytes(nbytes)
+    spare = (budget_bytes - _UPLOAD_FROM_BYTES) // (_UPLOAD_SHARE * part)
+    at_once = min(max(1, spare), _MOST_UPLOADS)
+    return at_once, _UPLOAD_BASE_BYTES + part * (at_once + 1)
+
+
 def _created(
-    path: Path, output: OutputFile, *, sync: bool, direct: bool
+    path: Path, output: OutputFile, *, sync: bool, direct: bool, uploads: int
 ) -> _Object | _CachedFile | _DirectFile:
     if isinstance(path, Address):
-        return _Object(path, output.nbytes)
+        return _Object(path, output.nbytes, uploads)
     path.unlink(missing_ok=True)  # what a stopped run left; written through, it may be a link
     return (_DirectFile if direct else _CachedFile)(newfile.create(path), sync=sync)
 
@@ -222,8 +237,9 @@ class ShardWriter:
     """Writes one output file; as a context manager it leaves a partial file on an exception.
 
     ``sync`` makes the data durable at :meth:`finish` and keeps the page cache clean behind the
-    writer; ``direct`` writes past the page cache where that can be. ``xxh3``, ``sha256`` and ``keyed``
-    (made with ``seed``) are hex digests of the whole file, once finished.
+    writer; ``direct`` writes past the page cache where that can be; into a store, ``uploads`` parts are
+    on their way at once. ``xxh3``, ``sha256`` and ``keyed`` (made with ``seed``) are hex digests of the
+    whole file, once finished.
     """
 
     def __init__(
@@ -235,6 +251,7 @@ class ShardWriter:
         sha256: bool = False,
         direct: bool = False,
         seed: int = 0,
+        uploads: int = 1,
     ) -> None:
         self._path = path
         self._output = output
@@ -246,7 +263,7 @@ class ShardWriter:
         self._nbytes = 0
         self.xxh3 = self.keyed = ""
         self.sha256: str | None = None
-        self._file = _created(path, output, sync=sync, direct=direct)
+        self._file = _created(path, output, sync=sync, direct=direct, uploads=uploads)
         try:
             header = output.header.encode()
             self.write(memoryview(len(header).to_bytes(8, "little") + header))

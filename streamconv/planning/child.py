@@ -63,7 +63,7 @@ def make_plan(
     Raises what planning raises, and :class:`BudgetError` where it would not fit ``max_mem_bytes``.
     """
     if max_mem_bytes is not None:
-        check_reading(max_mem_bytes)
+        check_reading(max_mem_bytes, from_store=isinstance(src, Address))
     with replacing(plan_path) as fd:
         answer = _ask(
             {
