@@ -194,6 +194,26 @@ def test_a_batch_lets_the_cluster_convert_and_keeps_the_rest(cluster, scene, mon
     assert contents(Path(output)) == contents(tmp_path / "alone")
 
 
+def test_a_batch_asks_the_machine_that_converts_and_no_other(cluster, monkeypatch):
+    """However many machines there are, a conversion costs one look at a version."""
+
+    def work(request: str) -> Iterator[str]:
+        yield from (f"{request} {k}" for k in range(3))
+
+    monkeypatch.setattr(ray_engine, "_share_a_key", None)
+    assert [*ray_engine.lines("ray", MEMORY, work, "line")] == ["line 0", "line 1", "line 2"]
+    described = tasks.describe()
+    for what, error in (
+        ("streamconv", BadInputError),
+        ("Python", BadInputError),
+        ("key", UsageError),
+    ):
+        monkeypatch.setattr(tasks, "describe", lambda what=what: {**described, what: "another"})
+        with pytest.raises(error, match="a machine of the cluster has another") as caught:
+            [*ray_engine.lines("ray", MEMORY, work, "line")]
+        assert described["host"] in str(caught.value)
+
+
 def test_below_what_a_worker_has_the_part_runs_as_a_child(checkpoints, whole, tmp_path):
     out = tmp_path / "out"
     request = _request(source(checkpoints), out, budget=8 * 10**9)

@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from streamconv.errors import BadInputError, BudgetError, StreamconvError, UsageError
+from streamconv.errors import BudgetError, StreamconvError, UsageError
 from streamconv.files.userkey import Sealer, user_key
 from streamconv.nodes import serving, tasks
 from streamconv.options import Event, Phase, Progress, Result
@@ -110,6 +110,20 @@ def _alive(ray: Any) -> list[dict[str, Any]]:
     return alive
 
 
+def _alive_with(ray: Any, budget_bytes: int) -> list[dict[str, Any]]:
+    """Return those machines; raises :class:`BudgetError` where none has so much memory."""
+    alive = _alive(ray)
+    room = max(n["Resources"].get("memory", 0) for n in alive)
+    if room < budget_bytes:
+        raise BudgetError(
+            "no machine of the Ray cluster has the memory of one part",
+            expected=format_size(budget_bytes),
+            found=format_size(int(room)),
+            hint="choose a smaller --max-mem: it is each worker's",
+        )
+    return alive
+
+
 def _there(node: Mapping[str, Any]) -> Any:
     """Return what makes Ray run something on one machine, and on no other."""
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -183,15 +197,7 @@ def _share_a_key(ray: Any, budget_bytes: int) -> bool:
 
     Raises :class:`BudgetError` where none has the memory, :class:`BadInputError` for what differs.
     """
-    alive = _alive(ray)
-    room = max(n["Resources"].get("memory", 0) for n in alive)
-    if room < budget_bytes:
-        raise BudgetError(
-            "no machine of the Ray cluster has the memory of one part",
-            expected=format_size(budget_bytes),
-            found=format_size(int(room)),
-            hint="choose a smaller --max-mem: it is each worker's",
-        )
+    alive = _alive_with(ray, budget_bytes)
     describe = ray.remote(tasks.describe)
     asked = [
         describe.options(num_cpus=0, scheduling_strategy=_there(node)).remote() for node in alive
@@ -205,15 +211,7 @@ def _share_a_key(ray: Any, budget_bytes: int) -> bool:
                 raise
             continue  # it has died: the others do its work
         keys.add(there["key"])
-        for what in ("streamconv", "plan schema", "Python"):
-            if there[what] != here[what]:
-                raise BadInputError(
-                    f"a machine of the cluster has another {what}",
-                    where=there["host"],
-                    expected=str(here[what]),
-                    found=str(there[what]),
-                    hint="install the same version of streamconv everywhere",
-                )
+        tasks.hold_against(here, there)
     return keys == {here["key"]}
 
 
@@ -222,16 +220,12 @@ def lines(
 ) -> Iterator[str]:
     """Run ``work`` on some machine of the cluster, and yield the lines that it yields.
 
-    A machine that dies is an ``OSError``: who asked may try again. Raises as :func:`convert`.
+    Only that machine is held against this one, by itself, before it works. One that dies is an
+    ``OSError``: who asked may try again. Raises as :func:`convert`.
     """
     with _connected(nodes) as ray:
-        if not _share_a_key(ray, budget_bytes):
-            raise UsageError(
-                "the machines of the cluster have other keys than this one",
-                hint="let them share the state folder (XDG_STATE_HOME), or give all of them the same "
-                "STREAMCONV_KEY",
-            )
-        task = ray.remote(work).options(
+        _alive_with(ray, budget_bytes)
+        task = ray.remote(tasks.lines_there).options(
             num_cpus=1,
             memory=budget_bytes,
             scheduling_strategy="SPREAD",
@@ -239,7 +233,9 @@ def lines(
             num_returns="streaming",
         )
         try:
-            for reference in task.remote(request):
+            told = iter(task.remote(work, request, tasks.describe()))
+            _raise_error(ray.get(next(told)))
+            for reference in told:
                 yield ray.get(reference)
         except ray.exceptions.RayError as error:
             said = (str(error).strip().splitlines() or [type(error).__name__])[-1]

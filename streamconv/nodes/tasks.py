@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from streamconv._version import __version__
-from streamconv.errors import StreamconvError, UsageError
+from streamconv.errors import BadInputError, StreamconvError, UsageError
 from streamconv.files.userkey import Sealer, user_key
 from streamconv.ir.identity import SCHEMA
 from streamconv.options import Event, JobOptions, Progress, RunOptions
@@ -89,6 +89,41 @@ def describe() -> dict[str, Any]:
         "Python": ".".join(platform.python_version_tuple()[:2]),
         "key": Sealer(user_key(), "nodes").seal("alike", b""),
     }
+
+
+def hold_against(here: Mapping[str, Any], there: Mapping[str, Any]) -> None:
+    """Raise :class:`BadInputError` where two machines describe themselves as too different."""
+    for what in ("streamconv", "plan schema", "Python"):
+        if there[what] != here[what]:
+            raise BadInputError(
+                f"a machine of the cluster has another {what}",
+                where=there["host"],
+                expected=str(here[what]),
+                found=str(there[what]),
+                hint="install the same version of streamconv everywhere",
+            )
+
+
+def lines_there(
+    work: Callable[[str], Iterator[str]], request: str, asking: Mapping[str, Any]
+) -> Iterator[Any]:
+    """Yield what is wrong with this machine for who asks, as data, and then what ``work`` yields."""
+
+    def check() -> dict[str, Any]:
+        here = describe()
+        hold_against(asking, here)
+        if here["key"] != asking["key"]:
+            raise UsageError(
+                "a machine of the cluster has another key than this one",
+                hint="let them share the state folder (XDG_STATE_HOME), or give all of them the same "
+                "STREAMCONV_KEY",
+            )
+        return {}
+
+    told = answer(check)
+    yield told
+    if "error" not in told:
+        yield from work(request)
 
 
 def begin(request: Request) -> dict[str, Any]:
