@@ -10,6 +10,7 @@ import enum
 import os
 import shutil
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -323,6 +324,24 @@ def test_optimizer_files_of_another_step_are_refused(tmp_path: Path, stage: int)
     with pytest.raises(BadInputError, match="different saves") as error:
         read(tag)
     assert error.value.found == "optimizer_step 6"
+
+
+@pytest.mark.parametrize("ranks", [(0, 1), (2, 0)])
+@pytest.mark.parametrize("swapped", [False, True])
+@pytest.mark.parametrize("of", [optimizer_file, model_file])
+def test_a_file_under_the_name_of_another_rank_is_refused(
+    of: Callable[[Path, int], Path], swapped: bool, ranks: tuple[int, int], tmp_path: Path
+) -> None:
+    # In stage 3 nothing else tells whose a file is, and there are no 16-bit weights to compare.
+    tag = zero.write(run(stage=3, frozen=FROZEN), tmp_path)
+    one, other = (of(tag, rank) for rank in ranks)
+    kept = other.read_bytes()
+    shutil.copy(one, other)
+    if swapped:
+        one.write_bytes(kept)
+    with pytest.raises(BadInputError, match="written by another rank than its name says") as error:
+        read(tag)
+    assert error.value.found in (one.stem, other.stem)
 
 
 def test_two_runs_with_two_prefixes_are_refused(tmp_path: Path) -> None:

@@ -502,7 +502,7 @@ def test_verls_own_file(bridge: Path, tmp_path: Path) -> None:
         (lambda f: (f / "mp_rank_00_adapter.pt").write_bytes(b""), "several runs in one folder"),
         (
             lambda f: shutil.copy(f / "mp_rank_00_001_adapter.pt", f / "mp_rank_00_002_adapter.pt"),
-            "files of ranks are missing",
+            "written by another rank than its name says",
         ),
         (lambda f: rewritten(f, "mp_rank_00_001_adapter.pt", "layers.0"), "pipeline stage belong"),
         (lambda f: rewritten(f, "mp_rank_01_001_adapter.pt", "linear_fc2"), "of different modules"),

@@ -85,6 +85,16 @@ def test_the_ranks_are_joined(ranks: int, embedding: int, tmp_path: Path) -> Non
     }
 
 
+def test_files_with_each_others_names_are_refused(tmp_path: Path) -> None:
+    folder = write(tmp_path, 2)
+    first, second = (folder / f"consolidated.{rank:02}.pth" for rank in range(2))
+    kept = first.read_bytes()
+    second.rename(first)
+    second.write_bytes(kept)
+    with pytest.raises(BadInputError, match="written by another rank than its name says"):
+        meta_ranks.read(folder)
+
+
 def test_files_of_the_old_format_are_joined(tmp_path: Path) -> None:
     folder = write(tmp_path, 2)
     for file in folder.glob("*.pth"):

@@ -8,12 +8,14 @@ identity, and samples of the bytes, for where times are coarse or were copied al
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
 import xxhash
 
+from streamconv.errors import BadInputError
 from streamconv.files.inputs import opened
 from streamconv.ir.source import SourceFile
 from streamconv.storage.address import Address
@@ -21,6 +23,7 @@ from streamconv.torchfile.legacy import hash_head, is_legacy
 from streamconv.torchfile.window import FileWindow
 from streamconv.torchfile.zipdir import hash_directory
 
+_NUMBER = re.compile(r"\d+", re.ASCII)
 _SAMPLES = 8
 _SAMPLE_NBYTES = 4096
 
@@ -40,6 +43,22 @@ def identify_file(file: Path, root: Path) -> SourceFile:
         digest,
         evidence="" if checksums else evidence_of(file),
     )
+
+
+def check_name(file: Path, prefix: str) -> None:
+    """Raise :class:`BadInputError` where a rank's file has another rank's name.
+
+    torch.save puts the name that it writes to into the zip, as ``prefix`` of all entries, and nothing
+    else in the file may say whose it is. A prefix that differs in more than numbers says nothing.
+    """
+    if prefix != file.stem and _NUMBER.sub("#", prefix) == _NUMBER.sub("#", file.stem):
+        raise BadInputError(
+            "the file was written by another rank than its name says",
+            where=str(file),
+            expected=f"{file.stem}, which torch.save puts into the file",
+            found=prefix,
+            hint="was it renamed, or copied over another? Give it back its name",
+        )
 
 
 class Read(Protocol):

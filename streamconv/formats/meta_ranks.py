@@ -17,7 +17,7 @@ from types import MappingProxyType
 
 from streamconv.errors import BadInputError
 from streamconv.formats.assembly import Assembler, Stored
-from streamconv.formats.identity import identify_torch_file
+from streamconv.formats.identity import check_name, identify_torch_file
 from streamconv.formats.replicas import Local, Replicas
 from streamconv.formats.side_folder import above, side_folder
 from streamconv.ir.boxes import Box, Shape
@@ -66,6 +66,8 @@ def read(path: Path) -> Checkpoint:
     """
     listed = _open_folder(path)
     files = [read_torch_file(file) for file in listed]
+    for name, file in zip(listed, files, strict=True):
+        check_name(name, file.prefix)
     replicas = Replicas(listed)
     assembler = Assembler()
     tensors = {name: _joined(name, files, replicas, assembler) for name in files[0].tensors}

@@ -24,6 +24,7 @@ from streamconv.formats.deepspeed.flat import Cutter, Part, Vector, whole
 from streamconv.formats.deepspeed.folder import Files
 from streamconv.formats.deepspeed.masters import Share, join_fragments, read_masters
 from streamconv.formats.deepspeed.unsharded import name_masters
+from streamconv.formats.identity import check_name
 from streamconv.ir.boxes import Shape
 from streamconv.torchfile.rankfile import RankReader, Stored
 from streamconv.torchfile.zerofile import (
@@ -383,6 +384,7 @@ class Reader:
 
     def _note(self, facts: FileFacts, said: Mapping[str, int | str], keys: Sequence[str]) -> None:
         """Take note of a file, and hold what it says of its run against what others say."""
+        check_name(facts.path, facts.prefix)
         self.facts[self.numbers[facts.path]] = facts
         for key in keys:
             if key not in said:

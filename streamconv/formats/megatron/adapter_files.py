@@ -24,7 +24,7 @@ from types import MappingProxyType
 from streamconv.errors import BadInputError
 from streamconv.files.jsonfile import object_or_empty
 from streamconv.formats.assembly import Assembler, Stored
-from streamconv.formats.identity import identify_file, source_file
+from streamconv.formats.identity import check_name, identify_file, source_file
 from streamconv.formats.megatron import facts
 from streamconv.formats.megatron.experts import lift
 from streamconv.formats.megatron.joins import Cut, Part, join
@@ -115,6 +115,8 @@ def read(path: Path) -> Checkpoint:
     reader = RankReader()
     with no_garbage_collection():
         files = [reader.read(file, k) for k, (_, file) in enumerate(listed)]
+    for file in files:
+        check_name(file.path, file.prefix)
     compare = Replicas([file.path for file in files])
     told = facts.of_run(folder, {})
     run = _Run(folder, [n for n, _ in listed], files, told, compare)
