@@ -212,12 +212,18 @@ def test_shards_and_finished_folders_give_the_same(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("planned_here")
 def test_what_has_no_meaning_is_refused(tmp_path: Path) -> None:
     state, _, config = quantized("blocks")
-    name = MATRICES[0]
+    name, norm = MATRICES[0], "model.norm.weight"
     cases: list[tuple[State, dict[str, Any], str]] = [
         ({n: t for n, t in state.items() if n != f"{name}_scale_inv"}, config, "has no scale"),
         (state, {**config, "weight_block_size": None}, "do not fit"),
         (state, {**config, "weight_block_size": [64, 64]}, "do not fit"),
         ({**state, f"{name}_scale_inv": torch.full((2, 2), torch.nan)}, config, "not finite"),
+        # A scale of one block, where there are four, is not one of all.
+        ({**state, f"{name}_scale_inv": torch.ones(1, 1)}, config, "do not fit"),
+        ({**state, f"{name}_scale_inv": torch.ones(())}, config, "do not fit"),
+        ({**state, f"{name}_scale_inv": torch.ones(32, 1)}, config, "do not fit"),
+        ({**state, f"{name}_scale_inv": torch.ones(2, 2, dtype=torch.int32)}, config, "cannot be"),
+        ({**state, norm: state[norm].to(torch.float8_e4m3fn)}, config, "has no scale"),
     ]
     for k, (changed, said, message) in enumerate(cases):
         src = checkpoint(tmp_path / f"a{k}", changed, quantization_config=said)

@@ -217,6 +217,15 @@ def test_lost_scales(tmp_path: Path) -> None:
     assert error.where == DOWN
 
 
+def test_a_norm_that_became_codes(tmp_path: Path) -> None:
+    state = fp8()
+    state["model.norm.weight"] = state["model.norm.weight"].to(torch.float8_e4m3fn)
+    src = checkpoint(tmp_path / "actor", state, quantization_config=FP8)
+    with pytest.raises(BadInputError, match="have no scale") as caught:
+        convert(src, tmp_path / "out")
+    assert "model.norm.weight" in str(caught.value.where)
+
+
 def test_scales_of_nothing(tmp_path: Path) -> None:
     state = fp8()
     state[DOWN] = state[DOWN].bfloat16()

@@ -26,13 +26,11 @@ RULES = ("fp8-block", "fp8-block:ue8m0", "fp8-channel")
 
 
 def by_torch(weight: torch.Tensor, high: int, wide: int, rule: str) -> tuple[torch.Tensor, ...]:
-    """Return codes and scales, a block at a time."""
+    """Return codes and scales."""
     rows, columns = weight.shape
-    scale = torch.empty(-(-rows // high), -(-columns // wide))
-    for i in range(scale.shape[0]):
-        for j in range(scale.shape[1]):
-            block = weight.float()[i * high : (i + 1) * high, j * wide : (j + 1) * wide]
-            scale[i, j] = max(block.abs().max() / 448, torch.tensor(1e-12))
+    whole = torch.nn.functional.pad(weight.float().abs(), (0, -columns % wide, 0, -rows % high))
+    blocks = whole.unflatten(1, (-1, wide)).unflatten(0, (-1, high))
+    scale = torch.clamp(blocks.amax((1, 3)) / 448, min=1e-12)
     if rule.endswith("ue8m0"):
         mantissa, exponent = torch.frexp(scale)
         scale = torch.ldexp(torch.ones_like(scale), exponent - (mantissa == 0.5).int())

@@ -45,6 +45,9 @@ _CODES: Mapping[str, Code] = {"F8_E4M3": "e4m3", "F8_E5M2": "e5m2"}
 # Sizes of groups along a row, in elements: all that formats with such groups have.
 _MX_GROUP, _NV_GROUP = 32, 16
 _HALVES: tuple[Code, Code] = ("low4", "high4")
+# What scales of fp8 are: numbers, or the exponents of powers of two. Other integers may be anything,
+# four exponents in one (DeepGEMM) among them.
+_SCALE_TYPES = frozenset({"F64", "F32", "F16", "BF16", "U8", "F8_E8M0"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -337,7 +340,7 @@ def _stored(name: str, tensors: Mapping[str, GlobalTensor]) -> Iterator[tuple[st
         if (kind == "nvfp4") != (outer is not None):
             raise not_decoded(name)
         yield name, _Stored("fp4" if kind == "mxfp4" else kind, codes, scale, outer)
-    elif codes.dtype.name in _CODES and len(codes.shape) > 1:
+    elif codes.dtype.name in _CODES:
         scale = one(f"{name}_scale_inv", f"{stem}scale", f"{stem}qscale_weight", f"{name}_scale")
         if scale is None:
             if _is_scale(name, tensors):
@@ -348,6 +351,8 @@ def _stored(name: str, tensors: Mapping[str, GlobalTensor]) -> Iterator[tuple[st
                 expected=f"{name}_scale_inv, {name}_scale or the like",
                 found=f"{codes.dtype}, and none",
             )
+        if len(codes.shape) < 2 or scale.dtype.name not in _SCALE_TYPES:
+            raise not_decoded(name)
         mx = scale.dtype.name in ("U8", "F8_E8M0") and scale.shape[-2:-1] == codes.shape[-2:-1]
         yield name, _Stored("mxfp8" if mx else "fp8", codes, scale)
 
@@ -375,7 +380,11 @@ def _grid(
     """
     *lead, rows, columns = stored.matrix
     shape = stored.scale.shape
-    if math.prod(shape) == 1:
+    blocks = _declared_blocks(configs)
+    # Where config.json says how large blocks are, scales of these names are for nothing else.
+    of_blocks = bool(blocks) and stored.scale.fqn.endswith(("_scale_inv", ".scale"))
+    one_block = math.prod(lead) == 1 and any(rows <= h and columns <= w for h, w in blocks)
+    if math.prod(shape) == 1 and (one_block or not of_blocks or stored.packed):
         return (1, 1), (max(rows, 1), max(columns, 1))
     if stored.packed or stored.kind == "mxfp8":
         size = _NV_GROUP if stored.kind == "nvfp4" else _MX_GROUP
@@ -383,11 +392,12 @@ def _grid(
         if shape == (*lead, rows, -(-columns // size)):
             return shape, (1, size)
     if not stored.packed:
-        if shape in ((rows,), (*lead, rows)) and len(shape) < len(lead) + 2:
-            return (*lead, rows, 1), (1, columns)
-        for high, wide in _declared_blocks(configs):
+        for high, wide in blocks:
             if shape == (*lead, -(-rows // high), -(-columns // wide)):
                 return shape, (high, wide)
+    if not stored.packed and not of_blocks:
+        if shape in ((rows,), (*lead, rows)) and len(shape) < len(lead) + 2:
+            return (*lead, rows, 1), (1, columns)
         if len(shape) == len(lead) + 2 and shape[:-2] == tuple(lead):
             block = [
                 n if many == 1 else 1 if many == n else 0
@@ -395,7 +405,7 @@ def _grid(
             ]
             if all(block):
                 return shape, (block[0], block[1])
-    sizes = [list(b) for b in _declared_blocks(configs)]
+    sizes = [list(b) for b in blocks]
     raise BadInputError(
         "the scales of a quantized weight do not fit it",
         where=name,

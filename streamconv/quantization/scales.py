@@ -164,7 +164,7 @@ def _kind(name: str, outputs: Headers, expected: Shape | None) -> str | None:
     if dtype.name.startswith("F8"):
         scaled = any(name + suffix in outputs for suffix in _SUFFIXES)
         a_weight = leaf == "weight" or expected is not None or scaled
-        return "fp8" if a_weight and len(shape) > 1 and dtype.name != "F8_E8M0" else None
+        return "fp8" if a_weight and dtype.name != "F8_E8M0" else None
     if leaf != "weight" or len(shape) < 2 or not (dtype.castable or dtype.name in ("I8", "U8")):
         return None
     half = expected is not None and math.prod(shape) * dtype.itemsize * 2 == math.prod(expected)
