@@ -30,6 +30,7 @@ from scripts.outputs import (
     read_truth,
 )
 from streamconv.errors import BadInputError, UsageError
+from tests.hf_models import TINY
 
 WITH_TRUTH = [n for n, r in RECIPES.items() if r.buffers != "complex128" and not r.lora]
 
@@ -405,6 +406,45 @@ def test_an_unknown_model_type_is_a_notice(checkpoints, tmp_path):
     assert any("'brand_new'" in n and "not checked" in n for n in result.notices)
     for path in (source / "huggingface").iterdir():
         assert (tmp_path / "out" / path.name).read_bytes() == for_version_4(path)
+
+
+@pytest.mark.usefixtures("planned_here")
+def test_layers_that_the_config_does_not_count(checkpoints, tmp_path):
+    for name in ("fsdp2", "fsdp2-moe"):
+        (tmp_path / name).mkdir()
+        source = copied(checkpoints[name], tmp_path / name)
+        edit_config(source, num_hidden_layers=1, layer_types=None)
+        with pytest.raises(BadInputError, match="has layers that") as caught:
+            convert(source, tmp_path / "out")
+        assert "model.layers.1" in caught.value.where
+        assert "num_hidden_layers" in caught.value.hint
+
+
+@pytest.mark.usefixtures("planned_here")
+def test_a_class_of_another_model_type(checkpoints, tmp_path):
+    made = checkpoints["fsdp2"]
+    source = copied(made, tmp_path)
+    right = json.loads((source / "huggingface" / "config.json").read_text())["architectures"]
+    edit_config(source, architectures=["GemmaForCausalLM"])
+    with pytest.raises(BadInputError, match="do not go together"):
+        convert(source, tmp_path / "out")
+    convert(source, tmp_path / "out", config=(f"architectures={json.dumps(right)}",))
+    assert differences(read_model(tmp_path / "out"), read_truth(made.truth_state)) == []
+
+
+@pytest.mark.usefixtures("planned_here")
+@pytest.mark.parametrize("dtype", [torch.int32, torch.bool, torch.complex64])
+def test_weights_that_are_not_floating_point_numbers(dtype, tmp_path):
+    config = transformers.Qwen2Config(**TINY, architectures=["Qwen2ForCausalLM"])
+    state = transformers.Qwen2ForCausalLM(config).state_dict()
+    name = "model.layers.0.mlp.up_proj.weight"
+    state[name] = state[name].to(dtype)
+    config.save_pretrained(tmp_path / "actor" / "huggingface")
+    torch.save(state, tmp_path / "actor" / "model_world_size_1_rank_0.pt")
+    with pytest.raises(BadInputError, match="1 weights are not of floating-point") as caught:
+        streamconv.convert(tmp_path / "actor", tmp_path / "out", sync=False)
+    assert caught.value.where == name
+    assert str(dtype).removeprefix("torch.") in caught.value.found
 
 
 @pytest.mark.usefixtures("planned_here")

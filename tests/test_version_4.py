@@ -87,6 +87,17 @@ def test_settings_under_their_old_names(config: dict[str, Any], expected: Any) -
     assert added(config) == expected
 
 
+def test_an_older_name_that_says_something_else_follows() -> None:
+    config = {
+        "num_local_experts": 4,
+        "num_experts": 2,
+        "rope_parameters": DEFAULT,
+        "rope_theta": 5.0,
+    }
+    version_4.say_again(config, lambda one, other: True)
+    assert (config["num_experts"], config["rope_theta"]) == (4, 300.0)
+
+
 def test_parts_of_a_config_are_told_by_their_path() -> None:
     part = {"model_type": "t5_gemma_module", "rope_parameters": DEFAULT}
     config = {
@@ -94,7 +105,7 @@ def test_parts_of_a_config_are_told_by_their_path() -> None:
     }  # fmt: skip
     notices = version_4.say_again(config, lambda one, other: "rope_theta" not in other)
     assert notices == [
-        f"config.json: {part}.rope_theta added for transformers 4"
+        f"config.json: {part}.rope_theta said again for transformers 4"
         for part in ("text_config", "encoder")
     ]
     assert "rope_theta" not in config

@@ -67,8 +67,10 @@ OF_GENERATION = frozenset(
     )
 )
 # What does not change the model that is read.
-_OF_FILES = {"transformers_version", "dtype", "torch_dtype", "_name_or_path", "initializer_range"}
-NOT_COMPARED = OF_GENERATION | _OF_FILES
+NOT_COMPARED = OF_GENERATION | {
+    *("transformers_version", "dtype", "torch_dtype", "_name_or_path", "initializer_range"),
+    "use_falcon_mambapy",  # which code computes it
+}
 
 
 def config_of(said: dict[str, Any]) -> Any:

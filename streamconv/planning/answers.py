@@ -253,6 +253,11 @@ class AskedModel:
         question = ["fp32", [*names], target.name]
         return self._ask(question, lambda m: m.kept_fp32(names, target), sorted, frozenset)
 
+    def hold_fractions(self, names: Collection[str]) -> frozenset[str]:
+        """Return the tensors of ``names`` that hold floating-point numbers in the model."""
+        question = ["fractions", [*names]]
+        return self._ask(question, lambda m: m.hold_fractions(names), sorted, frozenset)
+
     def hub_name(self, name: str) -> str | None:
         """Return what the Hub calls a tensor that keeps its elements in place; None for others."""
         return self._ask(["hub name", name], lambda m: m.hub_name(name))

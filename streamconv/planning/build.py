@@ -225,6 +225,7 @@ def _named(
     expected = checks.expected_shapes(model, job)
     recipes = scales.with_names_of_weights(recipes, expected)
     quantized = scales.find({r.name: (r.view.shape, r.dtype) for r in recipes}, expected)
+    checks.check_kinds(recipes, model)
     if model is not None and not made.recipes:
         named = [r for r in recipes if r.name not in quantized.scales]
         notices += checks.check_recipes(named, model, job)

@@ -10,7 +10,7 @@ import dataclasses
 import fnmatch
 import re
 from collections import Counter
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Collection, Container, Iterable, Mapping, Sequence
 
 from streamconv.errors import BadInputError, UsageError, listed
 from streamconv.ir.boxes import Shape
@@ -22,6 +22,10 @@ from streamconv.planning import shape_causes
 from streamconv.tracing.model import Model
 
 _LISTED = 12
+# Numbers that no trained weight is of; bytes, and floats of eight bits, may be codes with a scale.
+_NO_FRACTIONS = {"BOOL", "I16", "U16", "I32", "U32", "I64", "U64", "C64", "complex128"}
+_LAYER = re.compile(r"(?:[^.]*[^.\d][^.]*\.)*\d+\.")
+_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 _OTHER_CONFIG = "check that config.json belongs to this checkpoint (--hf-config DIR names another)"
 
 
@@ -131,6 +135,13 @@ def check_recipes(
             where=listed(missing, _LISTED),
             hint=shape_causes.cause_of_missing(missing, made) or _OTHER_CONFIG,
         )
+    if more := _more_layers(unknown, {*model.hub_shapes, *model.state_shapes} if unknown else ()):
+        raise BadInputError(
+            f"the checkpoint has layers that {model.architecture} of this config.json does not have",
+            where=listed(more, _LISTED),
+            hint="is its number of layers (num_hidden_layers or the like) that of the model that was "
+            "trained? --hf-config DIR names another config.json, --config KEY=VALUE changes it",
+        )
     if unknown:
         # What loads the model would ignore them in silence: it would not compute what was trained.
         if by_rules:
@@ -150,6 +161,40 @@ def check_recipes(
             f"their own names: {listed(unknown, _LISTED)}"
         )
     return notices
+
+
+def _more_layers(unknown: Iterable[str], expected: Collection[str]) -> list[str]:
+    """Return the layers among ``unknown`` that consist of what other layers of the model consist of.
+
+    Layers that predict further tokens have more than that, and the model need not have them.
+    """
+    layers: dict[str, list[str]] = {}
+    for name in unknown:
+        if found := _LAYER.match(name):
+            layers.setdefault(found[0], []).append(name)
+    known = {found[0] for n in expected if (found := _LAYER.match(n))}
+    parts = {_NUMBER.sub("N", n) for n in expected} if layers else set()
+    return [
+        layer.rstrip(".")
+        for layer, names in layers.items()
+        if layer not in known and all(_NUMBER.sub("N", n) in parts for n in names)
+    ]
+
+
+def check_kinds(recipes: Iterable[Recipe], model: Model | None) -> None:
+    """Raise :class:`BadInputError` for integers and the like where the model has floats.
+
+    transformers casts them in silence.
+    """
+    odd = {r.name: r.dtype for r in recipes if r.dtype.name in _NO_FRACTIONS}
+    wrong = sorted(model.hold_fractions(list(odd))) if model is not None and odd else []
+    if wrong:
+        raise BadInputError(
+            f"{len(wrong)} weights are not of floating-point numbers, and those of the model are",
+            where=listed(wrong, _LISTED),
+            found=f"{wrong[0]}: {odd[wrong[0]]}",
+            hint="save the weights as they are trained, or with the scales of the codes that they are",
+        )
 
 
 def check_loads(recipes: Iterable[Recipe], model: Model, *, sure: bool) -> None:

@@ -37,7 +37,6 @@ _NAMES = {
 _PATTERNS = {"gemma3_text": 6, "cohere2": 4}
 # Other settings that have another name in version 5, by the type of the model.
 _RENAMED = {
-    "falcon_mamba": {"use_mambapy": "use_falcon_mambapy"},
     "videomae": {"qv_bias": "qkv_bias"},
     "xlm": {f"{token}_token_id": f"{token}_index" for token in ("bos", "eos", "pad")},
 }
@@ -67,7 +66,7 @@ UNLIKE: tuple[Unlike, ...] = (
     Unlike(("fsmt",), "cannot run this model"),
     Unlike(("shieldgemma2", "vit_msn"), "looks for the weights of this model under other names"),
     Unlike(("doge",), "computes other logits of this model"),
-    Unlike(("bigbird_pegasus",), "computes other logits of this model", "CausalLM"),
+    Unlike(("bigbird_pegasus",), "computes other logits of this model", "CausalLM", tied=True),
     Unlike(
         ("apertus",),
         "computes the activations of this model less exactly (logits were off by 0.0005)",
@@ -170,7 +169,8 @@ def _parts(where: str, part: Config) -> Iterator[tuple[str, Config]]:
 
 
 def _with_older_names(part: Config) -> Config:
-    return part | {k: v for k, v in _older(part).items() if part.get(k) is None}
+    # Where the older name is there and says something else, version 5 does not heed it, or it stays.
+    return part | _older(part)
 
 
 def _without_infinities(part: Config) -> Config:
@@ -195,7 +195,7 @@ def _with_older_layer_types(part: Config) -> Config:
 
 
 _CHANGES: tuple[tuple[str, Callable[[Config], Config]], ...] = (
-    ("added", _with_older_names),
+    ("said again", _with_older_names),
     ("left out, the default,", _without_infinities),
     ("by the older names of layers", _with_older_layer_types),
 )

@@ -188,6 +188,12 @@ class MetaModel:
         kept = self._kept[target.name]
         return frozenset(n for n in names if any(map(kept, self._memory_names(n) or (n,))))
 
+    def hold_fractions(self, names: Collection[str]) -> frozenset[str]:
+        """Return the tensors of ``names`` that hold floating-point numbers in the model."""
+        state = self._model.state_dict()
+        held = {n for n, tensor in state.items() if tensor.is_floating_point()}
+        return frozenset(n for n in names if held.intersection(self._memory_names(n) or (n,)))
+
     @cached_property
     def _kept(self) -> dict[str, Callable[[str], bool]]:
         strict = set(self._model._keep_in_fp32_modules_strict or ())

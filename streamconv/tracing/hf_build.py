@@ -127,10 +127,33 @@ def resolve(
         known[given] = None  # a text model alone, listed as that of the whole
     if given not in known and config.get("auto_map"):
         return None
+    if known and given not in known:
+        _refuse_class_of_others(given, model_type, known, tables.values())
     head = _score_head(names)
     if head and not given.endswith("Classification"):
         given = tables[f"MODEL_FOR_{head}_CLASSIFICATION_MAPPING_NAMES"].get(model_type, given)
     return (given if given in known else ""), tuple(known)
+
+
+def _refuse_class_of_others(
+    given: str, model_type: str, known: Iterable[str], tables: Collection[Mapping[str, Any]]
+) -> None:
+    """Raise :class:`BadInputError` for a class of another type: loaders go by either."""
+    elsewhere = {
+        name
+        for table in tables
+        for names in table.values()
+        for name in ((names,) if isinstance(names, str) else names)
+    }
+    if given in elsewhere.difference(_of_package(model_type, tables)):
+        raise BadInputError(
+            "config.json names a class and a model type that do not go together",
+            where="config.json",
+            expected=f"a class of {model_type}, such as {next(iter(known))}",
+            found=f"{given}, a class of another model type",
+            hint="name the config of the model that was trained (--hf-config DIR), or change this one: "
+            "--config 'architectures=[\"NAME\"]' or --config model_type=NAME",
+        )
 
 
 def _of_package(model_type: str, tables: Iterable[Mapping[str, Any]]) -> Iterator[str]:

@@ -72,6 +72,9 @@ class Model(Protocol):
     def kept_fp32(self, names: Collection[str], target: DType) -> frozenset[str]:
         """Return the tensors that the library keeps in float32 when it loads as ``target``."""
 
+    def hold_fractions(self, names: Collection[str]) -> frozenset[str]:
+        """Return the tensors of ``names`` that hold floating-point numbers in the model."""
+
     def hub_name(self, name: str) -> str | None:
         """Return what the Hub calls a tensor that keeps its elements in place; None for others."""
 
