@@ -62,6 +62,13 @@ def test_a_store_that_fails_and_forgets(work: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("tampering")
+def test_parts_that_come_back(work: Path) -> None:
+    line = sample("late_parts", 1, work)
+    assert "1 parts stopped, 1 finishes stopped" in line
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("tampering")
 def test_a_disk_that_fails(work: Path) -> None:
     line = sample("faults", 6, work)
     assert "6 failing calls of run" in line

@@ -346,6 +346,26 @@ def test_a_part_that_is_late_finds_the_output_published(planned, tmp_path, monke
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
 
 
+def test_a_part_meets_a_finish_that_has_moved_its_files(planned, tmp_path, monkeypatch):
+    """The output is in its place, and what is staged is not removed yet."""
+    plan, whole = planned
+    out = tmp_path / "out"
+    begin(plan, out)
+    streamconv.part(out, "1/1")
+    with monkeypatch.context() as patch:
+        patch.setattr(execution.Execution, "_discard", lambda _: None)
+        streamconv.finish(out)
+    staged = tmp_path / ".out.streamconv"
+    assert streamconv.part(out, "1/1").status == "published"
+    (staged / "plan.jsonl").unlink()
+    assert streamconv.part(out, "1/1").status == "published"
+    assert staged.exists()
+    assert contents(out) == contents(whole)
+    streamconv.finish(out)
+    assert contents(out) == contents(whole)
+    assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
+
+
 def test_whoever_finishes_holds_the_lock(planned, tmp_path):
     from streamconv.output.staging import locked
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -162,6 +163,44 @@ def test_a_killed_worker_and_a_killed_node_cost_time(cluster, checkpoints, whole
     convert(plan, out, kill, max_mem=MEMORY, max_shard_size="5GB")
     assert killed
     assert contents(out) == contents(whole)
+
+
+def test_a_worker_that_was_given_up_comes_back_while_it_is_published(
+    cluster, checkpoints, whole, tmp_path
+):
+    """It stops while it writes and its node dies; what others have written stays as it is."""
+    doomed = cluster.add_node(num_cpus=2, memory=3 * MEMORY, object_store_memory=80 << 20)
+    raylet = psutil.Process(doomed.all_processes["raylet"][0].process.pid)
+    stopped: list[psutil.Process] = []
+    is_over = threading.Event()
+
+    def stop() -> None:
+        while not stopped and not is_over.wait(0.002):
+            for process in raylet.children(recursive=True):
+                with contextlib.suppress(psutil.Error):
+                    if "ray::_write" in " ".join(process.cmdline()):
+                        process.suspend()
+                        stopped.append(process)
+        if stopped:
+            cluster.remove_node(doomed, False)
+
+    def wake(event: Event) -> None:
+        if isinstance(event, Phase) and event.name == "publish":
+            for process in stopped:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.resume()
+
+    thread = threading.Thread(target=stop)
+    thread.start()
+    try:
+        convert(source(checkpoints), tmp_path / "out", wake, max_mem=MEMORY * 2)
+    finally:
+        is_over.set()
+        thread.join()
+    assert stopped
+    psutil.wait_procs(stopped, timeout=20)
+    assert contents(tmp_path / "out") == contents(whole)
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
 def test_a_batch_lets_the_cluster_convert_and_keeps_the_rest(cluster, scene, monkeypatch, tmp_path):

@@ -46,6 +46,9 @@ class Machines:
     def serve(self, path: str = PATH) -> str:
         return serving.serve(path, {host: host for host in self._shelves}, self._ask)
 
+    def keep(self, keys: list[str]) -> None:
+        self._ask("keep", dict.fromkeys(self._shelves, (keys,)))
+
     def _ask(self, method: str, arguments: Mapping[str, tuple[Any, ...]]) -> dict[str, Any]:
         return {host: getattr(self._shelves[host], method)(*a) for host, a in arguments.items()}
 
@@ -151,6 +154,44 @@ def test_nothing_else_is_served(machines):
     (folder / "a.pt").unlink()
     (folder / "a.pt").symlink_to(folder.parent / "secret")
     assert request(setting, "/0") == (412, b"")
+
+
+@pytest.mark.usefixtures("planned_here")
+def test_once_it_is_planned_only_what_is_planned_is_served(
+    checkpoints, machines, monkeypatch, tmp_path
+):
+    """What lies beside a checkpoint, optimizer states and all, is of nobody's concern then."""
+    source = checkpoints["fsdp2"].source
+    machines.scatter(source.parent, 3, below="/runs/step")
+    (machines.folder("127.0.0.2") / "optim_world_size_2_rank_0.pt").write_bytes(b"private")
+    setting = machines.serve()
+    monkeypatch.setenv(scattered.SERVERS, setting)
+    out = tmp_path / "out"
+    job, run = streamconv.options.job_options(), streamconv.RunOptions(sync=False)
+    asked = tasks.Request(place(scattered.address(PATH)), out, job, run, servers=setting)
+    begun = tasks.begin(asked)
+    catalogue = json.loads(request(setting, "/catalogue")[1])
+
+    def served() -> set[str]:
+        token = setting.partition("@")[0]
+        return {
+            key
+            for key, file in catalogue.items()
+            if request(f"{token}@{file['server']}", f"/{file['number']}")[0] == 200
+        }
+
+    planned = {place(path).key for path in begun["sources"]}
+    assert served() == set(catalogue)
+    assert planned < served()
+    machines.keep(list(planned))
+    assert served() == planned
+    for name in begun["sizes"]:
+        assert tasks.write(asked, name, lambda *_: None)["status"] == "written"
+    assert tasks.finish(asked)["status"] == "done"
+    streamconv.convert(source, tmp_path / "whole", sync=False)
+    # Its manifest says that the other file was left out.
+    ours, whole = contents(out), contents(tmp_path / "whole")
+    assert ours | {MANIFEST: b""} == whole | {MANIFEST: b""}
 
 
 def test_equal_files_are_replicas_and_different_ones_an_error(machines, serve):

@@ -35,8 +35,8 @@ from streamconv.output.former import some
 from streamconv.output.journal import Choices
 from streamconv.output.manifest import read_manifest
 from streamconv.output.publication import OldFile
-from streamconv.output.staging import Staging, staging_path
-from streamconv.storage.address import Address
+from streamconv.output.staging import PLAN, Staging, staging_path
+from streamconv.storage.address import Address, place
 from streamconv.storage.buckets import forget
 from streamconv.system import memory
 
@@ -114,12 +114,16 @@ class Share:
 
 @dataclass(frozen=True, slots=True)
 class Begun:
-    """A conversion that is begun: the sizes of its output files, and which are finished already."""
+    """A conversion that is begun: the sizes of its output files, and which are finished already.
+
+    ``sources`` are the files that the plan reads, beside the weights, too.
+    """
 
     status: Literal["begun", "nothing-to-do"]
     output: Path
     sizes: Mapping[str, int] = field(default_factory=dict)
     finished: tuple[str, ...] = ()
+    sources: tuple[Path, ...] = ()
 
     @property
     def files(self) -> tuple[str, ...]:
@@ -177,13 +181,17 @@ def begin(src: Path, dst: Path, job: JobOptions, run: RunOptions) -> Begun:
             return Begun("nothing-to-do", ready.output)
         ready.check_disk()
         ready.staging.choose(Choices.of(run))
-        outputs = ready.plan.outputs()
+        outputs, head = ready.plan.outputs(), ready.plan.head
+        root = place(head.root)
+        sources = [root / file.path for file in head.files]
+        sources += [place(side.path) for side in head.side]
         ready.plan.close()
         return Begun(
             "begun",
             ready.dst,
             {o.name: o.nbytes for o in outputs},
             tuple(o.name for o in outputs if o.name in ready.staging.journal.notes),
+            tuple(sources),
         )
 
 
@@ -209,8 +217,8 @@ def write_part(dst: Path, which: Share | Collection[str], run: RunOptions) -> Pa
                 return Part("nothing-to-do", dst)
             read_bytes = execution.write_files(todo)
         except FileNotFoundError as error:
-            # A part that came late, or twice: whoever finished it has removed what it worked in.
-            if _published(dst) is not None and not staging.exists():
+            # A part that came late, or twice: whoever finishes it has moved what it worked in.
+            if _moved(staging, dst, plan) or (_published(dst) and not staging.exists()):
                 return Part("published", dst)
             raise BadInputError(
                 "what this part was writing is gone: another command works on this output",
@@ -238,10 +246,18 @@ def finish(dst: Path, run: RunOptions) -> Result:
     with full_disk_told(dst), _ending(dst, run) as staging, memory.PeakMeter() as meter:
         plan = staging.sealed_plan()
         if plan is None:
-            return nothing_to_do(dst, _without_plan(staging, dst))
+            published = _without_plan(staging, dst)
+            if staging.journal.is_ours():  # the rest of what was being removed
+                staging.discard()
+            return nothing_to_do(dst, published)
         own = replace(run, **asdict(staging.journal.choices))
         outputs = plan.outputs()
         missing = [o for o in outputs if not staging.is_finished(o.name)]
+        moved = _moved(staging, dst, plan) if missing else None
+        if moved:  # a finish that was killed had come so far
+            plan.close()
+            staging.discard()
+            return nothing_to_do(dst, moved)
         if missing:
             raise UnfinishedError(
                 f"{len(missing)} of {len(outputs)} output files are not written yet",
@@ -308,12 +324,24 @@ def _published(dst: Path) -> dict[str, Any] | None:
     return manifest if manifest is not None and not missing_files(dst, manifest) else None
 
 
+def _moved(staging: Staging, dst: Path, plan: Plan) -> dict[str, Any] | None:
+    """Return the manifest of the output that what is staged has become.
+
+    None where that is still to come. An older output of the same plan does not count: what is staged
+    for this one has not been moved then.
+    """
+    manifest = None if staging.files.exists() else _published(dst)
+    return manifest if manifest and manifest["plan_digest"] == plan.digest else None
+
+
 def _without_plan(staging: Staging, dst: Path) -> dict[str, Any]:
     """Return the manifest of what is published; raise where nothing was begun, or not by this user."""
-    if not staging.exists():
+    # Of what is begun there is a plan until the output is in its place: then it is removed.
+    if not (staging.root / PLAN).exists():
         published = _published(dst)
         if published is not None:
             return published
+    if not staging.exists():
         raise BadInputError(
             "no conversion into this folder has been begun",
             where=str(dst),

@@ -62,11 +62,14 @@ def convert(
         ray = stack.enter_context(_connected(nodes))
         started = time.monotonic()
         request = _checked(ray, request)
+        keep_serving: Callable[[list[str]], None] | None = None
         if scattered:
-            request = stack.enter_context(_served(ray, request))
+            request, keep_serving = stack.enter_context(_served(ray, request))
         on_event(Phase("plan"))
         begun = _answer(ray, tasks.begin, request, "beginning the conversion")
         if begun["status"] == "begun":
+            if keep_serving is not None:
+                keep_serving(begun["sources"])
             on_event(Phase("write"))
             _write_all(ray, request, begun, on_event, started)
         on_event(Phase("publish"))
@@ -143,8 +146,14 @@ class _Shelf:
 
 
 @contextmanager
-def _served(ray: Any, request: tasks.Request) -> Iterator[tasks.Request]:
-    """Let each machine serve what it has of the source; yield the request that reads it there."""
+def _served(
+    ray: Any, request: tasks.Request
+) -> Iterator[tuple[tasks.Request, Callable[[list[str]], None]]]:
+    """Let each machine serve what it has of the source.
+
+    Yields the request that reads it there, and what to call with the addresses of the files that are
+    planned: nothing else is served any more.
+    """
     if isinstance(request.src, Address):
         raise UsageError(
             "--scattered is for a folder on the machines' own disks", found=str(request.src)
@@ -170,10 +179,15 @@ def _served(ray: Any, request: tasks.Request) -> Iterator[tasks.Request]:
             for name, told in asked.items()
         }
 
+    def keep(sources: list[str]) -> None:
+        places = [place(source) for source in sources]
+        keys = [path.key for path in places if isinstance(path, Address)]
+        ask("keep", dict.fromkeys(actors, (keys,)))
+
     try:
         addresses = {name: node["NodeManagerAddress"] for name, node in nodes.items()}
         servers = serving.serve(path, addresses, ask)
-        yield replace(request, src=place(scattered_address(path)), servers=servers)
+        yield replace(request, src=place(scattered_address(path)), servers=servers), keep
     finally:
         for actor in actors.values():
             ray.kill(actor)

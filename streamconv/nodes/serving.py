@@ -90,6 +90,11 @@ class Shelf:
         if self._server is not None:
             self._server.publish(catalogue)
 
+    def keep(self, keys: Sequence[str]) -> None:
+        """Serve of what was published nothing but these."""
+        if self._server is not None:
+            self._server.keep(keys)
+
     def close(self) -> None:
         """Serve no more."""
         if self._server is not None:
@@ -236,6 +241,11 @@ class Server(ThreadingHTTPServer):
         mine = {f.number: f.version for f in catalogue.files.values() if f.server == self.name}
         self.versions = mine
         self.catalogue = json.dumps(catalogue.to_json()).encode()
+
+    def keep(self, keys: Sequence[str]) -> None:
+        """Serve of what was published nothing but these."""
+        kept, marks = set(keys), self.shelf.marks
+        self.versions = {n: v for n, v in self.versions.items() if marks[n].key in kept}
 
     def close(self) -> None:
         """Serve no more, also where a connection is open."""

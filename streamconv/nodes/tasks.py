@@ -181,7 +181,8 @@ def _set(values: Mapping[str, str | None]) -> None:
 def _begin(request: Request) -> dict[str, Any]:
     from streamconv.conversion.parts import begin as begin_parts
 
-    return begin_parts(request.src, request.dst, request.job, request.run).to_json()
+    begun = begin_parts(request.src, request.dst, request.job, request.run)
+    return {**begun.to_json(), "sources": [str(path) for path in begun.sources]}
 
 
 def _write(request: Request, name: str, told: Told) -> dict[str, Any]:
