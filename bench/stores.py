@@ -2,7 +2,8 @@
 
 A server of our own (``scripts/object_store.py``) in a process of its own waits before each answer and
 bounds each connection. ``run PLAN`` reads from it and writes to a disk, reads from a disk and writes
-into it, and does both, for several budgets; the process is watched from outside.
+into it, and does both, for several budgets; the process is watched from outside. Beside each way
+stands a plain copy of the rank files by obstore, all at once: what the store and its client give here.
 """
 
 from __future__ import annotations
@@ -13,7 +14,14 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
+
+import obstore
+import obstore.store
 
 from bench.measure import conditions, table
 from scripts.makers.large import make_large
@@ -33,6 +41,34 @@ def run(plan: Path, target: str, budget: str, env: dict[str, str]) -> list[objec
     kept = "yes" if done.peak_bytes <= parse_size(budget) else "NO"
     cpu = f"{done.cpu_seconds:.1f}"
     return [budget, f"{rate:.0f}", f"{done.peak_bytes / 1e6:.0f} MB", kept, cpu]
+
+
+def copied(source: Path, target: str) -> list[object]:
+    """Copy the rank files by obstore, out of a store (``target`` is a folder) or into one."""
+    seconds, nbytes = time.monotonic(), 0
+    ranks = sorted(source.glob("*.pt"))
+    with ThreadPoolExecutor(len(ranks)) as pool:
+        nbytes = sum(pool.map(lambda path: _copied(path, target), ranks))
+    rate = nbytes / (time.monotonic() - seconds) / 1e6
+    return ["copy", f"{rate:.0f}", "-", "-", "-"]
+
+
+def _copied(path: Path, target: str) -> int:
+    """Copy one: ``disk to store``, ``store to store``, or to the folder that is named."""
+    disk = obstore.store.from_url("s3://disk", client_options={"allow_http": True})
+    out = obstore.store.from_url("s3://out", client_options={"allow_http": True})
+    with ExitStack() as stack:
+        if target == "disk to store":
+            pieces = iter(partial(stack.enter_context(path.open("rb")).read, 1 << 20), b"")
+        else:
+            pieces = map(bytes, obstore.get(disk, path.name).stream(min_chunk_size=1 << 20))
+        if "to store" in target:
+            key = f"{target}/{path.name}"
+            made = obstore.open_writer(out, key, buffer_size=8 << 20, max_concurrency=2)
+        else:
+            made = (Path(target) / path.name).open("wb")
+        with made as stream:
+            return sum(stream.write(piece) or len(piece) for piece in pieces)
 
 
 def plan_bytes(plan: Path) -> int:
@@ -73,6 +109,7 @@ def main() -> None:
         ):
             budgets = given.budgets.split(",")
             rows += [[name, *run(plan, f"{target}-{b}", b, env)] for b in budgets]
+            rows.append([name, *copied(source, str(work) if "to disk" in name else name)])
         print(conditions())
         print(table(["way", "budget", "MB/s", "peak", "within", "CPU s"], rows))
         process.communicate("")
