@@ -121,14 +121,22 @@ def _write_rank(
         dist.destroy_process_group()
     found = []
     with path.open("r+b") as stream:
+        # Which rank has what is read, and must not be skipped with the weights.
+        ranks = next(iter(saved.values())).device_mesh._rank_map
+        os.pwrite(stream.fileno(), mesh._rank_map.numpy().tobytes(), _start(ranks))
         for name, (at_byte, nbytes) in places.items():
-            # Where torch says that the data lie.
-            start = saved[name]._local_tensor.untyped_storage()._checkpoint_offset
+            start = _start(saved[name]._local_tensor)
             for here in (0, nbytes - _SENTINEL_BYTES):
                 data = rng.randbytes(_SENTINEL_BYTES)
                 os.pwrite(stream.fileno(), data, start + here)
                 found.append(Sentinel(name, at_byte + here, data))
     return found
+
+
+def _start(tensor: torch.Tensor) -> int:
+    """Return where torch says that the data of a tensor lie in its file."""
+    start: int = tensor.untyped_storage()._checkpoint_offset  # type: ignore[attr-defined]
+    return start
 
 
 def sentinels_in(path: Path, made: SparseMade) -> Iterator[tuple[Sentinel, bool]]:
