@@ -18,6 +18,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
+import streamconv
 from scripts.makers.fsdp import RECIPES, Made
 from streamconv import formats
 from streamconv.errors import BadInputError, UnsafeInputError, UsageError
@@ -670,3 +671,17 @@ def test_the_folder_with_the_config_alone_says_where_the_weights_are(
         with pytest.raises(BadInputError, match="no checkpoint of a known format") as caught:
             formats.find_model(path)
         assert str(folder) in str(caught.value.hint)
+
+
+def test_a_path_that_goes_up_is_a_path(lone_rank_file: Path, tmp_path: Path) -> None:
+    """Plans take none such: what they name must be what it seems to be."""
+    folder = shutil.copytree(lone_rank_file.parent, tmp_path / "run" / "actor")
+    (folder / "huggingface").mkdir(exist_ok=True)
+    (folder / "huggingface" / "tokenizer_config.json").write_text("{}")
+    (tmp_path / "here").mkdir()
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.symlink_to(tmp_path / "run" / "actor")
+    for at in (tmp_path / "here/../run/actor", elsewhere / ".." / "actor"):
+        result = streamconv.convert(at, tmp_path / "here/../out", overwrite=True)
+        assert result.output == tmp_path / "out"
+        assert (tmp_path / "out" / "tokenizer_config.json").is_file()

@@ -213,6 +213,7 @@ class ObjectStream(io.RawIOBase):
 def place(path: StrPath) -> Path:
     """Return what a user or a plan names: a path, or an :class:`Address` where it begins as one.
 
+    Of a path that goes up (``..``) the folder is what it really is: plans and records hold none such.
     Raises :class:`UsageError` for a scheme that is not served, and for an address that would show
     a secret.
     """
@@ -221,7 +222,7 @@ def place(path: StrPath) -> Path:
     text = os.fspath(path)
     match = _ADDRESS.match(text)
     if match is None:
-        return Path(path)
+        return _without_parents(Path(path))
     scheme, rest = match["scheme"].lower(), text[match.end() :].lstrip("/")
     shown = f"{scheme}://{objects.without_secrets(rest)}"
     if scheme not in objects.SCHEMES:
@@ -252,3 +253,11 @@ def place(path: StrPath) -> Path:
             expected=f"{scheme}://{'server' if scheme.startswith('http') else 'bucket'}/folder",
         )
     return Address(f"{scheme}:", name, *filter(None, key.split("/")))
+
+
+def _without_parents(path: Path) -> Path:
+    """Return a path whose part up to the last ``..`` is resolved; links behind that stay."""
+    if ".." not in path.parts:
+        return path
+    last = len(path.parts) - path.parts[::-1].index("..")
+    return Path(os.path.realpath(Path(*path.parts[:last])), *path.parts[last:])
