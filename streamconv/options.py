@@ -444,6 +444,13 @@ class Notice:
 Event = Phase | Progress | Notice
 
 
+NO_CONFIG = (
+    "no config.json: names and shapes could not be checked, and the output has none "
+    "(--hf-config DIR names a folder that has it)"
+)
+"""The notice of an output that no loader takes as it is."""
+
+
 def is_routine(notice: str) -> bool:
     """Whether a notice stands in nearly every output: one that nobody need read."""
     return notice.endswith("for transformers 4")

@@ -20,6 +20,8 @@ from streamconv.batch.state import STATUS, Store, read_records
 from streamconv.conversion import execution
 from tests.scenes import Scene, cli
 
+STILL = "may still be written: it has not lain still for long enough"
+
 
 def verified(scene: Scene, *steps: int) -> None:
     store = Store(scene.out)
@@ -46,7 +48,7 @@ def test_the_newest_whole_step_is_kept_though_a_later_one_broke_off(scene):
     cut.write_bytes(b"half")
     # As long as it may be that it is still being written, nothing goes.
     made = scene.round(delete_sources=True, shared={"apply": True})
-    assert {r.refused for r in made.removals} == {"global_step_30 is being written"}
+    assert {r.refused for r in made.removals} == {f"global_step_30 {STILL}"}
     runs.age(cut.parents[1])
     made = scene.round(delete_sources=True, shared={"apply": True})
     refused = {r.path.parent.name: r.refused for r in made.removals}
@@ -487,3 +489,17 @@ def test_a_dozen_real_checkpoints_of_three_kinds(tmp_path, checkpoints):
     again = cli(*command, "--json")
     assert [json.loads(line)["event"] for line in again.stdout.splitlines()] == ["round"]
     assert json.loads(again.stdout)["counts"] == {"done": 12}
+
+
+def test_a_source_stays_whose_output_no_loader_takes(scene):
+    """Without its config.json a model is tensors of unknown meaning: status says so, too."""
+    scene.step(10, 20)
+    options = {"delete_sources": True, "verify": True, "shared": {"apply": True}}
+    scene.round(fake=False, **options)
+    runs.age(scene.run / "global_step_20")
+    made = scene.round(fake=False, **options)
+    kept = [r.refused for r in made.removals if r.path.parent.name == "global_step_10"]
+    assert kept == ["its output has no config.json, without which no loader knows what it is"]
+    assert (scene.run / "global_step_10/actor" / runs.RANK_FILE).exists()
+    shown = cli("status", str(scene.out)).stdout
+    assert "no config.json: names and shapes could not be checked" in " ".join(shown.split())

@@ -16,6 +16,7 @@ class SourceFacts:
 
     ``is_step``: it is part of a run's step. ``finished``: it is a model in the format of the outputs.
     ``verified``: its output was compared with it. ``intact``: that output looks as it did then.
+    ``loads``: a loader can tell what it is.
     ``unchanged``: the source looks as it did then. ``other_job``: how what is in it now differs from
     what the output's manifest says that it was made of. ``inside``: what lies in it that is not
     converted with it. ``training``: why training still needs it. ``unfinished``: another output that is
@@ -26,6 +27,7 @@ class SourceFacts:
     finished: bool
     verified: bool
     intact: bool
+    loads: bool
     unchanged: bool
     other_job: str
     inside: str
@@ -45,7 +47,10 @@ def why_keep_source(f: SourceFacts) -> str:
         return "its output is not as it was when it was verified"
     if not f.unchanged:
         return "it changed since it was converted"
-    return f.inside or f.training or f.other_job or f.unfinished
+    kept = f.inside or f.training or f.other_job or f.unfinished
+    if not kept and not f.loads:
+        return "its output has no config.json, without which no loader knows what it is"
+    return kept
 
 
 @dataclass(frozen=True, slots=True)

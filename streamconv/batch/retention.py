@@ -36,7 +36,7 @@ from streamconv.errors import LockedError, StreamconvError
 from streamconv.files.filesystems import real_path
 from streamconv.files.names import MANIFEST
 from streamconv.formats.steps import step_kind, step_number
-from streamconv.options import JobOptions
+from streamconv.options import NO_CONFIG, JobOptions
 from streamconv.output.manifest import read_manifest
 from streamconv.storage.address import Address, place
 from streamconv.units import format_size
@@ -346,6 +346,7 @@ def _source_facts(record: Record, candidate: Candidate, around: Surroundings) ->
         finished=candidate.finished,
         verified=verified,
         intact=is_intact(record),
+        loads=NO_CONFIG not in record.notices,
         unchanged=look_at(candidate).digest == record.snapshot,
         other_job=_other_job(record, candidate, around.job(candidate)) if cheap else "",
         inside=_inside(candidate.path, around.needed) if cheap else "",

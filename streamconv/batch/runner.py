@@ -373,9 +373,10 @@ class Runner:
 
     def _succeed(self, running: _Running, told: dict[str, Any]) -> None:
         task, record = running.task, running.task.record
-        record.state, record.reason, record.error, record.attempts = "done", "", None, 0
+        # Of an output that was there already its conversion has spoken.
+        record.finished(told["notices"] or record.notices)
         record.evidence, record.verified = told["evidence"], told["verified"]
-        record.tensors, record.notices = told["tensors"], told["notices"]
+        record.tensors = told["tensors"]
         record.write_bytes = told["write_bytes"]
         self._taken_bytes[_alike(record)] = told["write_bytes"]
         record.done_bytes = record.total_bytes = told["write_bytes"]

@@ -23,7 +23,7 @@ import os
 import socket
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, get_args
@@ -40,6 +40,7 @@ from streamconv.errors import LockedError, StreamconvError, UsageError
 from streamconv.files import askedfile
 from streamconv.files.names import MANIFEST
 from streamconv.files.userkey import state_folder
+from streamconv.options import NO_CONFIG
 from streamconv.storage.address import Address, place
 
 STATUS = "status.json"
@@ -118,7 +119,7 @@ class Record:
         """
         output = place(self.output)
         self.evidence = output_evidence(output, [*(f["name"] for f in manifest["files"]), MANIFEST])
-        self.state, self.reason, self.error, self.attempts = "done", reason, None, 0
+        self.finished(manifest.get("notices", ()), reason)
         self.write_bytes = sum(f["nbytes"] for f in manifest["files"])
         self.tensors = len(manifest["tensors"])
         run = manifest.get("run", {})
@@ -126,6 +127,12 @@ class Record:
         self.bytes_per_second = self.read_bytes / self.seconds if self.seconds else None
         self.peak_bytes, self.budget_bytes = run.get("peak_bytes", 0), run.get("budget_bytes", 0)
         self.finished_at = (output / MANIFEST).stat().st_mtime
+
+    def finished(self, notices: Sequence[str], reason: str = "") -> None:
+        """Take note that the output is done, and of what its conversion said."""
+        self.state, self.error, self.attempts = "done", None, 0
+        self.notices = list(notices)
+        self.reason = reason or (NO_CONFIG if NO_CONFIG in self.notices else "")
 
     def to_json(self) -> dict[str, Any]:
         """Return the record as plain data."""

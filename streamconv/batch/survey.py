@@ -220,6 +220,7 @@ class Survey:
         same = self._is_same(record, c, seen)
         if not same:
             record.seen = {}
+            self._tell_of_namesake(record)
         unchanged = same and record.options == self._options_of(c)
         failed = unchanged and self._is_hopeless(record)
         if not unchanged or (record.evidence and not is_intact(record)):
@@ -264,6 +265,14 @@ class Survey:
                 task.refused = self._refusal(record, found[0].identity)
             self.tasks.append(task)
         self._store.save(record)
+
+    def _tell_of_namesake(self, record: Record) -> None:
+        """Say that a record of another run is replaced, which had the same name in this folder."""
+        if record.root not in ("", str(self._root)) and record.state in ("done", "failed"):
+            self.notices.append(
+                f"{record.name} of {record.root} ({record.state}) has the name of one of this run: its "
+                "record is replaced; --name '{run}/{step}' keeps outputs of several runs apart"
+            )
 
     def _is_same(self, record: Record, c: Candidate, seen: Snapshot) -> bool:
         """Whether a source is the one that the record speaks of.

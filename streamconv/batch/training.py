@@ -186,7 +186,9 @@ class Training:
             return f"a link leads to what lies in it: {link}"
         for step in others:
             if may_be_later(step, mine) and not self._lies_still(step, tracker):
-                return f"{step.path.name} is being written"
+                return (
+                    f"{step.path.name} may still be written: it has not lain still for long enough"
+                )
         reasons = []
         later = [s for s in others if is_later(s, mine)]
         for step in sorted(later, key=lambda s: (s.written_ns, s.number), reverse=True):

@@ -138,7 +138,7 @@ def batch(
         bool,
         _option(
             "--delete-sources",
-            "Delete sources whose outputs are verified, never a run's newest step.",
+            "With --verify: delete sources whose outputs agree with them, never the newest step.",
             group=KEEP,
         ),
     ] = False,

@@ -36,7 +36,7 @@ _COUNTED = (
 
 def _rate(record: Record) -> str:
     rate = record.bytes_per_second
-    return f"{rate / 1e9:.2f} GB/s" if rate else ""
+    return f"{format_size(rate)}/s" if rate else ""
 
 
 def _line(text: str) -> None:

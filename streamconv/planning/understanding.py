@@ -16,7 +16,7 @@ from streamconv.ir.source import Checkpoint, GlobalTensor, Skipped, SourceFile
 from streamconv.lora import names as adapter_names
 from streamconv.lora.adapters import Adapter
 from streamconv.lora.plan import LoraPlan, Translate, idle_options, plan_lora
-from streamconv.options import JobOptions, Layout
+from streamconv.options import NO_CONFIG, JobOptions, Layout
 from streamconv.planning import checks, placing, strays, untrained
 from streamconv.planning.answers import Answers, headers_json
 from streamconv.planning.precision import chosen_weights
@@ -165,10 +165,7 @@ def _sources(
         return _of_dialect(checkpoint, dialect, config, job, notices, answers)
     _refuse_family(job)
     if config is None:
-        notices.append(
-            "no config.json: names and shapes could not be checked, and the output has none "
-            "(--hf-config DIR names a folder that has it)"
-        )
+        notices.append(NO_CONFIG)
     chosen, model, prefix = one_model(checkpoint, config, job, notices, answers)
     tensors = checks.decide_plain(chosen, model)
     architecture = model.architecture if model is not None and model.certain else None
