@@ -61,7 +61,7 @@ def test_the_other_pages_are_whole() -> None:
     kinds = [c for c in vars(errors).values() if isinstance(c, type)]
     ours = [c for c in kinds if issubclass(c, errors.StreamconvError)]
     assert all(f"| {c.exit_code} | `{c.__name__}` |" in exit_codes() for c in ours)
-    shown = Path("docs/reference/options.md").read_text().partition("## Exit codes")[2]
+    shown = (ROOT / "docs/reference/options.md").read_text().partition("## Exit codes")[2]
     assert all(f"\n| {c.exit_code}" in shown for c in ours)
     assert '{"streamconv_plan"' in PAGES["reference/plan.md"]()
     assert "`source_files`" in PAGES["reference/manifest.md"]()
