@@ -20,6 +20,7 @@ import streamconv
 from scripts import measured
 from scripts.makers.large import make_large
 from scripts.object_store import Request, Store, environment, serving
+from streamconv.conversion import remote
 from streamconv.conversion.job import run_plan
 from streamconv.errors import (
     BadInputError,
@@ -405,6 +406,21 @@ def test_resume_goes_on_file_by_file(store, planned):
     again = [r.key for r in store.requests[before:] if r.method == "PUT"]
     assert not any(k.endswith(tuple(weights[:2])) for k in again)
     assert_whole(store, out)
+
+
+def test_who_goes_on_is_told_of_uploads_that_nobody_sees(store, planned, monkeypatch):
+    monkeypatch.setattr(remote, "MIN_PART_BYTES", 1 << 10)
+    plan, out = planned
+    first = run_plan(plan, place("s3://out/models/a"), RunOptions(sync=False))
+    assert not any("unfinished upload" in n for n in first.notices)
+    last = max(n for n in files(out) if n.endswith(".safetensors"))
+    store.fault = lambda r: 403 if r.method == "PUT" and last in r.key else None
+    with pytest.raises(BadInputError, match="refuses access"):
+        run(plan)
+    store.fault = lambda _: None
+    told = [n for n in run(plan).notices if "unfinished upload" in n]
+    assert len(told) == 1
+    assert "s3://out/models/m" in told[0]
 
 
 def test_what_lies_in_the_way(store, planned):

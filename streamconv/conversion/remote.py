@@ -24,20 +24,20 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
 from streamconv.conversion.execution import Execution, Progressing, Stream
 from streamconv.errors import OutputExistsError, StreamconvError, UsageError
 from streamconv.executor.pipeline import write_output
-from streamconv.executor.writer import upload_share
+from streamconv.executor.writer import MIN_PART_BYTES, upload_share
 from streamconv.files.names import MANIFEST
 from streamconv.ir.finished import FinishedFile
 from streamconv.ir.identity import JobIdentity
 from streamconv.ir.planfile import Plan
 from streamconv.ir.planned import OutputFile, PlannedTensor
-from streamconv.options import RunOptions
+from streamconv.options import Result, RunOptions
 from streamconv.output.journal import DONE, FORMER, JOURNAL, Choices
 from streamconv.output.publication import CONFIGS
 from streamconv.output.staging import PLAN, Staging, staging_path
@@ -91,14 +91,17 @@ class RemoteStaging(Staging):
         self._names: frozenset[str] = frozenset()
         self.work = work_folder(target)
         self.guard = guard
+        self.was_begun = False
 
     def fetch(self) -> None:
         """Bring what a stopped run has left in the store into the folder."""
         bucket = self.work.bucket
+        self.was_begun = False
         for name, found in bucket.below(self.work.key).items():
             known = name in (PLAN, JOURNAL, FORMER) or (
                 name.startswith(f"{DONE}/") and ".." not in name
             )
+            self.was_begun |= name == JOURNAL
             if known:
                 path = self.root / name
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -299,6 +302,18 @@ class RemoteExecution(Execution):
         staging.journal.forget_former()
         bucket.delete(f"{key}/{name}" for name in (*former, f"{staging.work.name}/{FORMER}"))
         forget()
+
+    def execute(self) -> Result:
+        """Do it, and say what a run that was stopped before may have left where nobody sees it."""
+        is_parted = any(o.nbytes > MIN_PART_BYTES for o in self.plan.outputs())
+        result = super().execute()
+        if not (self.store().was_begun and is_parted):
+            return result
+        notice = (
+            f"the run that was stopped before may have left an unfinished upload below {self.dst}, "
+            "which costs money until a lifecycle rule of the bucket aborts it (docs/remote.md)"
+        )
+        return replace(result, notices=(*result.notices, notice))
 
     def _begin(self) -> list[OutputFile]:
         return self.plan.outputs()
