@@ -408,6 +408,27 @@ def test_resume_goes_on_file_by_file(store, planned):
     assert_whole(store, out)
 
 
+def test_a_finish_that_was_killed_while_it_tidied_up_is_done(store, planned):
+    """The output is whole, and some notes of what was staged are gone."""
+    plan, _ = planned
+    streamconv.begin(plan, TARGET)
+    streamconv.part(TARGET, "1/1")
+    notes = store.names("out", "models/m/.streamconv/done/")
+
+    def half_tidied(_: Request) -> int | None:
+        left = store.names("out", "models/m/.streamconv/done/")
+        return 403 if len(left) == len(notes) - 2 else None
+
+    store.fault = half_tidied
+    with pytest.raises(BadInputError, match="refuses access"):
+        streamconv.finish(TARGET)
+    store.fault = lambda _: None
+    assert store.names("out", "models/m/.streamconv/journal")
+    assert streamconv.part(TARGET, "1/1").status == "published"
+    assert streamconv.finish(TARGET).status == "nothing-to-do"
+    assert not store.names("out", "models/m/.streamconv/")
+
+
 def test_who_goes_on_is_told_of_uploads_that_nobody_sees(store, planned, monkeypatch):
     monkeypatch.setattr(remote, "MIN_PART_BYTES", 1 << 10)
     plan, out = planned

@@ -215,6 +215,8 @@ def write_part(dst: Path, which: Share | Collection[str], run: RunOptions) -> Pa
             ]
             if not todo:
                 return Part("nothing-to-do", dst)
+            if _moved(staging, dst, plan):
+                return Part("published", dst)
             read_bytes = execution.write_files(todo)
         except FileNotFoundError as error:
             # A part that came late, or twice: whoever finishes it has moved what it worked in.
@@ -328,9 +330,11 @@ def _moved(staging: Staging, dst: Path, plan: Plan) -> dict[str, Any] | None:
     """Return the manifest of the output that what is staged has become.
 
     None where that is still to come. An older output of the same plan does not count: what is staged
-    for this one has not been moved then.
+    for this one has not been moved then; in a store, that one is noted until it is deleted.
     """
-    manifest = None if staging.files.exists() else _published(dst)
+    in_store = isinstance(staging, RemoteStaging)
+    is_before = staging.journal.former() if in_store else staging.files.exists()
+    manifest = None if is_before else _published(dst)
     return manifest if manifest and manifest["plan_digest"] == plan.digest else None
 
 
