@@ -632,6 +632,21 @@ def test_one_output_folder_is_one_by_whatever_name(tmp_path):
             load(file, {})
 
 
+def test_paths_that_go_up_are_relative_to_the_job_file(tmp_path, monkeypatch):
+    (tmp_path / "jobs").mkdir()
+    file = tmp_path / "jobs" / "jobs.toml"
+    file.write_text(
+        '[[run]]\nroot = "../runs/a"\noutput = "../models"\nhf-config = "x/../config"\n'
+    )
+    monkeypatch.chdir("/")
+    (run,) = load(file, {}).run
+    assert (run.root, run.output) == (tmp_path / "runs/a", tmp_path / "models")
+    assert run.hf_config == tmp_path / "jobs/config"
+    monkeypatch.chdir(tmp_path / "jobs")
+    (run,) = settings({"run": [{"root": "../runs/a", "output": "out"}]}).run
+    assert (run.root, run.output) == (tmp_path / "runs/a", Path("out"))
+
+
 def test_a_job_file_that_is_nested_too_deeply_is_refused(tmp_path):
     file = tmp_path / "jobs.toml"
     file.write_text("x = " + "[" * 5000 + "]" * 5000)

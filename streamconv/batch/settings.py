@@ -77,10 +77,19 @@ def _no_nul(path: Path) -> Path:
     return path
 
 
+_HERE = Path()
+
+
+def _address(path: Path) -> Path:
+    """Return an address where a path begins as one; what others are relative to is not known yet."""
+    found = place(path)
+    return found if isinstance(found, Address) else path
+
+
 _DType = Annotated[DTypeChoice, BeforeValidator(lambda v: SHORT_DTYPES.get(v, v))]
 _Count = Annotated[int, Field(gt=0), BeforeValidator(_no_flag)]
 _Path = Annotated[Path, AfterValidator(_no_nul), _parsed_by(local_path)]
-_Place = Annotated[Path, AfterValidator(_no_nul), _parsed_by(place), AfterValidator(place)]
+_Place = Annotated[Path, AfterValidator(_no_nul), _parsed_by(place), AfterValidator(_address)]
 _Size = Annotated[str, _parsed_by(parse_size)]
 _Memory = Annotated[str, _parsed_by(lambda text: parse_size(text, whole_bytes=1 << 40))]
 _Duration = Annotated[str, _parsed_by(parse_duration)]
@@ -200,11 +209,11 @@ def of_one_run(root: Path, output: Path, options: Mapping[str, Any]) -> BatchSet
 
 
 def settings(
-    data: Mapping[str, Any], *, where: str | None = None, base: Path | None = None
+    data: Mapping[str, Any], *, where: str | None = None, base: Path = _HERE
 ) -> BatchSettings:
     """Return validated settings; raises :class:`UsageError` that names every bad key.
 
-    The paths of runs are relative to ``base``, where it is given.
+    The paths of runs are relative to ``base``.
     """
     if isinstance(data.get("run"), Mapping):
         raise UsageError(
@@ -217,8 +226,7 @@ def settings(
         made = BatchSettings.model_validate(data)
     except pydantic.ValidationError as error:
         raise _told(error, where) from None
-    if base is not None:
-        made = made.model_copy(update={"run": tuple(_anchored(run, base) for run in made.run)})
+    made = made.model_copy(update={"run": tuple(_anchored(run, base) for run in made.run)})
     _refuse_overlap(made, where)
     return made
 
@@ -240,7 +248,7 @@ def load(path: Path, given: Mapping[str, Any]) -> BatchSettings:
     made = settings({**data, **given}, where=str(path), base=base)
     return made.model_copy(
         update={
-            key: base / value
+            key: place(base / value)
             for key in ("prometheus", "report")
             if key not in given and (value := getattr(made, key)) is not None
         }
@@ -249,7 +257,9 @@ def load(path: Path, given: Mapping[str, Any]) -> BatchSettings:
 
 def _anchored(run: RunSettings, base: Path) -> RunSettings:
     return run.model_copy(
-        update={k: base / v for k, v in run if isinstance(v, Path) and not isinstance(v, Address)}
+        update={
+            k: place(base / v) for k, v in run if isinstance(v, Path) and not isinstance(v, Address)
+        }
     )
 
 
