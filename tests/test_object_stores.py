@@ -101,7 +101,7 @@ def test_same_bytes_as_from_a_disk(name, store, checkpoints, tmp_path):
     result = streamconv.convert(address, tmp_path / "store", sync=False)
     assert files(tmp_path / "disk") == files(tmp_path / "store")
     assert result.status == "done"
-    assert len(store.requests) - before < 60 + 16 * sum(1 for _ in source.rglob("*"))
+    assert len(store.requests) - before < 60 + 7 * sum(1 for _ in source.rglob("*"))
     assert streamconv.convert(address, tmp_path / "store").status == "nothing-to-do"
     assert streamconv.verify(tmp_path / "store", source=address).passed
 

@@ -30,8 +30,15 @@ Side = Literal["left", "right"]
 
 # A block and its temporaries stay in the second-level cache.
 _BLOCK_COLUMNS = 4096
-# How many tiles are kept beside the two that each thread has in hand.
+# How many tiles of the largest size are kept beside the two that each thread has in hand.
 _KEPT_TILES = 4
+# What Python holds for a tile beside its bytes: an array, a key of four, an entry.
+_OBJECT_BYTES = 500
+
+
+def _cost(tile: Array) -> int:
+    """Return what is held for a tile, its Python objects included."""
+    return tile.nbytes + _OBJECT_BYTES
 
 
 class Factors:
@@ -47,6 +54,7 @@ class Factors:
         self._fill = fill
         self._tile_bytes = max(1, max_bytes // (_KEPT_TILES + 3 * threads))
         self._kept: OrderedDict[tuple[object, ...], Array] = OrderedDict()
+        self._held_bytes = 0
         self._lock = threading.Lock()
 
     def tile_size(self, rank: int) -> int:
@@ -91,9 +99,11 @@ class Factors:
             if found is not None:
                 self._kept.move_to_end(key)
                 return found
-            while len(self._kept) >= _KEPT_TILES:
-                self._kept.popitem(last=False)
+            # Small tiles are many: threads that each work on another matrix need all of them again.
+            while self._held_bytes > (_KEPT_TILES - 1) * self._tile_bytes:
+                self._held_bytes -= _cost(self._kept.popitem(last=False)[1])
             tile = self._kept[key] = read()
+            self._held_bytes += _cost(tile)
             return tile
 
     def _read_scales(self, tensor: PlannedTensor, number: int, row: int, column: int) -> Array:
